@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole chain on a small synthetic task, on a CPU: SFT warm-up, ReFT, sampling, voting, reranking, report.
+#   ./launch/quickstart.sh                              into runs/quickstart; run again, it goes on where it stopped
+#   WORKDIR=/data/q ./launch/quickstart.sh --config.seed=7    elsewhere, with settings of configs/quickstart.py changed
+#   JAX_PLATFORMS=cuda ./launch/quickstart.sh           on a GPU, after `launch/venv.sh cuda`
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+workdir="${WORKDIR:-runs/quickstart}"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+
+launch/venv.sh
+echo "Results will be in $workdir: report.md, report.json, curves.png"
+.venv/bin/python -m reft_jax pipeline --config=configs/quickstart.py --workdir="$workdir" "$@"
+echo "Results are in $workdir: report.md, report.json, curves.png"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The test suite, in its own .venv. Arguments go to pytest.
+#   ./launch/test.sh                       minutes on two cores
+#   ./launch/test.sh --long                and the tests marked long
+#   REFT_SMOLLM2=DIR ./launch/test.sh      and those on the real weights of SmolLM2-135M, from a Hugging Face folder
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+launch/venv.sh test
+# One process: some tests of the executor measure time, and workers side by side would disturb them.
+.venv/bin/python -m pytest --durations=15 "$@"

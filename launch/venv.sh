@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Makes or completes .venv: what requirements.txt pins, and this package in place. Does nothing if that is done.
+#   launch/venv.sh                        what a run needs
+#   launch/venv.sh test                   and an extra of pyproject.toml: test, cuda, tpu
+#   PYTHON=python3.12 launch/venv.sh      with that interpreter (3.11, 3.12 or 3.13; default: python3)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra="${1:-}"
+python="${PYTHON:-python3}"
+stamp=".venv/installed-${extra:-run}"
+
+die() {
+  printf 'venv.sh: %s\n' "$@" >&2
+  exit 1
+}
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+# What the stamp must say. The place is in it because the package is installed in place: a moved checkout is installed again.
+state() { printf '%s\n' "$PWD" && cat requirements.txt pyproject.toml; }
+
+make_venv() {
+  command -v "$python" >/dev/null || die "no $python on PATH; install Python 3.11, 3.12 or 3.13"
+  local version
+  version="$(version_of "$python")" || die "$python does not start; choose another one: PYTHON=python3.12 $0"
+  case "$version" in
+    3.11 | 3.12 | 3.13) ;;
+    *) die "$python is Python $version, and 3.11, 3.12 or 3.13 is needed; choose one: PYTHON=python3.12 $0" ;;
+  esac
+  echo "Making .venv with Python $version"
+  "$python" -m venv --clear .venv || die "could not make .venv (on Debian and Ubuntu: apt install python3-venv)"
+}
+
+if [[ ! -x .venv/bin/python ]]; then
+  make_venv
+elif [[ -n "${PYTHON:-}" && "$(version_of "$PYTHON")" != "$(version_of .venv/bin/python)" ]]; then
+  make_venv
+elif cmp -s "$stamp" <(state); then
+  exit 0
+elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # stopped before pip was in
+  make_venv
+fi
+
+echo "Installing into .venv${extra:+, with the extra \"$extra\"} (minutes the first time)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".${extra:+[$extra]}" ||
+  die "pip failed, see above. The first install needs a network or a local package index." \
+    "Run the same command again when it is there: it goes on where this one stopped."
+state >"$stamp"
+[[ -z "$extra" ]] || cp "$stamp" .venv/installed-run # an extra comes on top of what a run needs

@@ -1,0 +1,15 @@
+"""ReFT (arXiv 2401.08967) in JAX: Llama-family models in and out of Hugging Face folders, and their training.
+
+`import reft_jax` imports no JAX: the executor's helpers must start before JAX does.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_hf", "save_hf"]
+
+
+def __getattr__(name: str):
+    if name in ("load_hf", "save_hf"):
+        return getattr(importlib.import_module("reft_jax.model.hf"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,116 @@
+"""python -m reft_jax COMMAND --config=FILE --workdir=DIR [--config.KEY=VALUE …]
+
+  pipeline   sft, reft, sample, rerank and evaluate in order; skips what is done; ends with the table
+  sft        supervised fine-tuning: makes the models "warmup" and "sft"
+  reft       PPO from "warmup": makes "reft"
+  sample     n completions a question:  --model=warmup|sft|reft --split=test|train
+  rerank     the reranker of a model:   --model=sft|reft
+  evaluate   the table of what is in the work directory
+  export     a Hugging Face folder:     --model=warmup|sft|reft|rerank_sft|rerank_reft --out=DIR
+  solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
+
+Every setting, its default and its meaning stand in reft_jax/config.py. Exit codes: 0 done, 2 wrong input.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from reft_jax.config import parse_config
+from reft_jax.types import InputError
+
+COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "solve")
+MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
+MODELS["export"] = (*MODELS["sample"], "rerank_sft", "rerank_reft")
+
+
+def main() -> None:
+    """The console script `reft`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run_command(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_command(argv: list[str]) -> None:
+    """Parses the flags of one command and runs it. Raises InputError before anything is compiled or written."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return
+    command, argv = argv[0], ["reft", *argv[1:]]
+    if command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}; commands: {', '.join(COMMANDS)}")
+    if command == "solve":
+        solve(argv)
+        return
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
+    if command in MODELS:
+        flags.DEFINE_enum("model", None, MODELS[command], "which model of the work directory", flag_values=values)
+    if command == "sample":
+        flags.DEFINE_enum("split", "test", ("test", "train"), "which questions", flag_values=values)
+    if command == "export":
+        flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    config = parse_config(argv, values)
+    for name in ("workdir", "model", "out"):
+        if name in values and not values[name].value:
+            raise InputError(f"--{name} is missing; see python -m reft_jax --help")
+    from reft_jax.runs.setup import open_run
+
+    with open_run(config, Path(values.workdir)) as run:
+        dispatch(command, run, values)
+
+
+def dispatch(command: str, run, values: flags.FlagValues) -> None:
+    if command == "pipeline":
+        from reft_jax.runs.pipeline import run_pipeline
+
+        run_pipeline(run)
+    elif command == "sft":
+        from reft_jax.runs.sft import run_sft
+
+        run_sft(run)
+    elif command == "reft":
+        from reft_jax.runs.reft import run_reft
+
+        run_reft(run)
+    elif command == "sample":
+        from reft_jax.runs.sample import run_sample
+
+        run_sample(run, values.model, values.split)
+    elif command == "rerank":
+        from reft_jax.runs.rerank import run_rerank
+
+        run_rerank(run, values.model)
+    elif command == "evaluate":
+        from reft_jax.runs.evaluate import run_evaluate
+
+        run_evaluate(run)
+    else:
+        from reft_jax.runs.export import run_export
+
+        run_export(run, values.model, Path(values.out))
+
+
+def solve(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", None, "Hugging Face folder", flag_values=values)
+    flags.DEFINE_enum("engine", "python", ("python", "nl"), "program or text", flag_values=values)
+    flags.DEFINE_integer("max_len", 512, "tokens of prompt and answer", lower_bound=1, flag_values=values)
+    try:
+        _, *questions = values(argv)
+    except flags.Error as error:
+        raise InputError(str(error)) from error
+    if not values.model or len(questions) != 1 or not questions[0].strip():
+        raise InputError('solve takes a folder and one question: python -m reft_jax solve --model=DIR "question"')
+    from reft_jax.runs.solve import run_solve
+
+    run_solve(Path(values.model), questions[0], engine=values.engine, max_len=values.max_len)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Every setting of a run: its default, what is allowed, and what it means. Checked and frozen before anything compiles.
+
+A file in configs/ defines `get_config()`: it takes `default_config()`, changes what it needs and returns it. The
+command line changes single values: `--config.ppo.kl_coef=0.05`. Defaults are the paper's (CodeLlama-7B, GSM8K).
+"""
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from reft_jax.types import InputError
+
+
+class Rule(NamedTuple):
+    """What a value may be: `allowed` is the text shown to the user when `holds(value)` is false."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+class Setting(NamedTuple):
+    default: Any
+    rule: Rule
+    doc: str
+
+
+def at_least(low) -> Rule:
+    return Rule(f"a number >= {low}", lambda v: v >= low)
+
+
+def between(low, high) -> Rule:
+    return Rule(f"a number from {low} to {high}", lambda v: low <= v <= high)
+
+
+def one_of(*values) -> Rule:
+    return Rule("one of " + ", ".join(map(str, values)), lambda v: v in values)
+
+
+POSITIVE = Rule("a number > 0", lambda v: v > 0)
+ANY = Rule("any value of its type", lambda v: True)
+
+SETTINGS = {
+    "name": Setting("reft", ANY, "title of the report"),
+    "seed": Setting(42, at_least(0), "initial heads, data order and sampling are functions of it"),
+    # Model: a folder in Hugging Face format, or "toy": a tiny Llama made from the seed.
+    "model.path": Setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"'),
+    "model.dtype": Setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32"),
+    "model.remat": Setting("full", one_of("none", "dots", "full"), "what the backward pass recomputes"),
+    # Data: JSON files, `hub:owner/name:split`, or "toy": generated word problems.
+    "data.train": Setting("", ANY, 'training file, hub name or "toy"'),
+    "data.test": Setting("", ANY, 'test file, hub name or "toy"'),
+    "data.dev": Setting("", ANY, 'file that chooses checkpoints; "" holds out dev_rows training questions instead'),
+    "data.dev_rows": Setting(0, at_least(0), "training questions held out when dev is empty; 0: the test file chooses"),
+    "data.engine": Setting("python", one_of("python", "nl"), "solutions are programs or text"),
+    "data.train_limit": Setting(0, at_least(0), "use the first rows of a seeded shuffle of the training file; 0: all"),
+    "data.test_limit": Setting(0, at_least(0), "the same for the test file"),
+    "data.max_dropped": Setting(0.2, between(0, 1), "largest share of rows that a length limit may drop"),
+    "data.pad_multiple": Setting(
+        64, POSITIVE, "row lengths are padded up to a multiple of this, to compile few shapes"
+    ),
+    # The embedded default. A toy for the machinery.
+    "toy.train_rows": Setting(2000, POSITIVE, "generated training questions"),
+    "toy.dev_rows": Setting(300, POSITIVE, "generated questions that choose checkpoints"),
+    "toy.test_rows": Setting(500, POSITIVE, "generated test questions"),
+    "toy.skipped_share": Setting(0.3, between(0, 1), "share of annotations that skip steps and write a value down"),
+    "toy.drop_skipped": Setting(False, ANY, "train SFT on the good annotations only (a control)"),
+    "toy.vocab_size": Setting(1000, between(300, 50000), "byte-level BPE trained on the generated text"),
+    "toy.layers": Setting(3, POSITIVE, "of the tiny Llama"),
+    "toy.hidden_size": Setting(64, POSITIVE, "of the tiny Llama"),
+    "toy.mlp_size": Setting(176, POSITIVE, "of the tiny Llama"),
+    "toy.heads": Setting(4, POSITIVE, "of the tiny Llama; also its kv heads"),
+    # Supervised fine-tuning: one run makes the warm-up model (an early epoch) and the best checkpoint.
+    "sft.epochs": Setting(40, POSITIVE, "length of the run and of its schedule"),
+    "sft.stop_epoch": Setting(0, at_least(0), "stop here although the schedule runs to `epochs`; 0: at its end"),
+    "sft.warmup_epoch": Setting(2, POSITIVE, "ReFT, its reference and the reranker's samples start from this epoch"),
+    "sft.batch_size": Setting(48, POSITIVE, "rows an update"),
+    "sft.micro_batch": Setting(48, POSITIVE, "rows in memory at once; gradients are summed over micro-batches"),
+    "sft.learning_rate": Setting(1e-5, POSITIVE, "peak"),
+    "sft.lr_warmup": Setting(0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0"),
+    "sft.weight_decay": Setting(0.0, at_least(0), "AdamW"),
+    "sft.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
+    "sft.max_len": Setting(1024, POSITIVE, "tokens of prompt and target; longer rows are dropped"),
+    "sft.eval_every": Setting(1, POSITIVE, "epochs between greedy evaluations"),
+    # PPO
+    "ppo.iterations": Setting(0, at_least(0), "0: as many as `epochs` passes over the training questions"),
+    "ppo.epochs": Setting(300, POSITIVE, "passes over the training questions, when iterations is 0"),
+    "ppo.prompts": Setting(32, POSITIVE, "questions an iteration, one sample each"),
+    "ppo.micro_batch": Setting(32, POSITIVE, "rows in memory at once in scoring and updates"),
+    "ppo.minibatches": Setting(1, POSITIVE, "updates a PPO epoch"),
+    "ppo.ppo_epochs": Setting(2, POSITIVE, "passes over the rows of an iteration"),
+    "ppo.learning_rate": Setting(3e-7, POSITIVE, "constant after lr_warmup"),
+    "ppo.lr_warmup": Setting(0, at_least(0), "updates of linear warm-up"),
+    "ppo.weight_decay": Setting(0.0, at_least(0), "AdamW"),
+    "ppo.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
+    "ppo.kl_coef": Setting(0.01, at_least(0), "β of the KL reward"),
+    "ppo.gamma": Setting(1.0, between(0, 1), "discount"),
+    "ppo.lam": Setting(0.95, between(0, 1), "λ of GAE"),
+    "ppo.vf_coef": Setting(5.0, at_least(0), "weight of the value loss"),
+    "ppo.clip": Setting(0.2, POSITIVE, "policy ratio"),
+    "ppo.value_clip": Setting(0.2, POSITIVE, "value change"),
+    "ppo.temperature": Setting(1.0, POSITIVE, "of sampling and of every log-probability"),
+    "ppo.max_prompt": Setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped"),
+    "ppo.max_len": Setting(700, POSITIVE, "tokens of prompt and response"),
+    "ppo.eval_every": Setting(10, POSITIVE, "iterations between greedy evaluations"),
+    "ppo.save_every": Setting(10, POSITIVE, "iterations between resumable checkpoints"),
+    # Sampling for voting and reranking
+    "sample.n": Setting(100, POSITIVE, "completions a test question"),
+    "sample.train_n": Setting(100, POSITIVE, "completions a training question, for the reranker"),
+    "sample.train_limit": Setting(0, at_least(0), "training questions sampled for the reranker; 0: all"),
+    "sample.temperature": Setting(1.0, POSITIVE, "of sampling for voting and reranking"),
+    "sample.top_k": Setting(50, at_least(0), "0: the whole vocabulary"),
+    "sample.max_len": Setting(1024, POSITIVE, "tokens of prompt and response, also of greedy evaluation"),
+    "sample.batch": Setting(128, POSITIVE, "completions decoded at once"),
+    # Reranker
+    "rerank.epochs": Setting(3, POSITIVE, "passes over the deduplicated samples"),
+    "rerank.batch_size": Setting(24, POSITIVE, "rows an update"),
+    "rerank.micro_batch": Setting(24, POSITIVE, "rows in memory at once"),
+    "rerank.learning_rate": Setting(1e-6, POSITIVE, "peak"),
+    "rerank.lr_warmup": Setting(
+        0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0"
+    ),
+    "rerank.weight_decay": Setting(0.0, at_least(0), "AdamW"),
+    "rerank.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
+    "rerank.max_len": Setting(700, POSITIVE, "tokens of prompt and completion; longer rows are dropped"),
+    # Executor
+    "executor.timeout_s": Setting(10.0, POSITIVE, "wall-clock seconds a program"),
+    "executor.workers": Setting(2, POSITIVE, "programs run at once"),
+    "executor.memory_mb": Setting(1024, at_least(64), "address space a program, MiB"),
+    # Mesh
+    "mesh.data": Setting(-1, at_least(-1), "replicas; -1 takes the devices that are left"),
+    "mesh.fsdp": Setting(1, at_least(1), "shards of parameters and rows"),
+    "mesh.tensor": Setting(1, at_least(1), "shards of heads, mlp and vocabulary"),
+    "mesh.cpu_devices": Setting(0, at_least(0), "split the CPU into this many virtual devices; 0: leave it alone"),
+}
+
+
+def default_config() -> ConfigDict:
+    """The paper's settings, every key of SETTINGS, types locked."""
+    config = ConfigDict()
+    for key, setting in SETTINGS.items():
+        *sections, field = key.split(".")
+        section = config
+        for name in sections:
+            if name not in section:
+                section[name] = ConfigDict()
+            section = section[name]
+        section[field] = setting.default
+    return config.lock()
+
+
+def flatten(config) -> dict[str, Any]:
+    """{'ppo.kl_coef': 0.01, …}"""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | FrozenConfigDict):
+            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.0)
+    return close[0]
+
+
+def check_config(config: ConfigDict) -> FrozenConfigDict:
+    """The frozen config, or InputError that names the key, its value and what is allowed."""
+    flat = flatten(config)
+    for key in flat:
+        if key not in SETTINGS:
+            raise InputError(f"config: unknown key {key!r}; did you mean {nearest(key)!r}?")
+    for key, setting in SETTINGS.items():
+        if key not in flat:
+            raise InputError(f"config: key {key!r} is missing; start from reft_jax.config.default_config()")
+        value, kind = flat[key], type(setting.default)
+        number = kind is float and type(value) is int
+        if type(value) is not kind and not number:
+            raise InputError(f"config: {key}={value!r} must be of type {kind.__name__} ({setting.rule.allowed})")
+        if not setting.rule.holds(value):
+            raise InputError(f"config: {key}={value!r} is not allowed; it must be {setting.rule.allowed}")
+    for key in ("model.path", "data.train", "data.test"):
+        if not flat[key]:
+            raise InputError(f"config: {key} is empty; it must be {SETTINGS[key].doc}")
+    if ("toy" == flat["model.path"]) != ("toy" == flat["data.train"] == flat["data.test"]):
+        raise InputError('config: "toy" must stand in model.path, data.train and data.test, or in none of them')
+    for section in ("sft", "rerank"):
+        if flat[f"{section}.batch_size"] % flat[f"{section}.micro_batch"]:
+            raise InputError(f"config: {section}.batch_size must be a multiple of {section}.micro_batch")
+    if flat["ppo.prompts"] % (flat["ppo.minibatches"] * flat["ppo.micro_batch"]):
+        raise InputError("config: ppo.prompts must be a multiple of ppo.minibatches * ppo.micro_batch")
+    if flat["sft.warmup_epoch"] > (flat["sft.stop_epoch"] or flat["sft.epochs"]):
+        raise InputError("config: sft.warmup_epoch must not be later than the last epoch of the run")
+    if flat["ppo.max_prompt"] >= flat["ppo.max_len"]:
+        raise InputError("config: ppo.max_prompt must be smaller than ppo.max_len")
+    return FrozenConfigDict(config)
+
+
+def parse_config(argv: list[str], flag_values: flags.FlagValues) -> FrozenConfigDict:
+    """Reads `--config=FILE[:argument]` and its overrides out of `argv`, with the other flags of `flag_values`."""
+    config_flags.DEFINE_config_file("config", None, "config file, as configs/quickstart.py", flag_values, sys_argv=argv)
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if path is None:
+        raise InputError("--config=FILE is missing; configs/quickstart.py is the embedded default")
+    if not Path(path.rsplit(":", 1)[0]).is_file() and not Path(path).is_file():
+        raise InputError(f"--config: there is no file {path}; configs/ holds the ones that come with the project")
+    for arg in argv:
+        key = arg.split("=", 1)[0].removeprefix("--config.").removeprefix("--noconfig.")
+        if arg.startswith(("--config.", "--noconfig.")) and key not in SETTINGS:
+            raise InputError(f"config: unknown key {key!r}; did you mean {nearest(key)!r}?")
+    try:
+        flag_values(argv)
+    except (flags.Error, TypeError, AttributeError, KeyError, ValueError, SyntaxError, ImportError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from error
+    return check_config(flag_values.config)
+
+
+def to_json(config) -> str:
+    """One sorted text for one config: written into the work directory and compared on resume."""
+    return json.dumps(flatten(config), indent=1, sort_keys=True)

@@ -1,0 +1,65 @@
+"""Drawing the next token. A row's random numbers depend on whose row it is, never on where or when it is decoded."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 256
+
+
+def item_number(item_id: str) -> int:
+    """The first 31 bits of sha256(item_id)."""
+    return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:4], "big") >> 1
+
+
+def row_keys(key, iteration: int, items, samples):
+    """`fold_in(fold_in(fold_in(key, iteration), item), sample)` for items, samples int32[B]: keys [B]."""
+    key = jax.random.fold_in(key, iteration)
+    return jax.vmap(lambda item, sample: jax.random.fold_in(jax.random.fold_in(key, item), sample))(items, samples)
+
+
+def inverse_cdf(logits, uniform):
+    """Tokens drawn from softmax(logits) with one uniform number a row, int32[B].
+
+    Args: logits float32[B,V], uniform float32[B] in (0,1]. In two levels, blocks of 256 then inside the block: 25 times
+    faster on a CPU than V Gumbel numbers a row (2 ms against 55 at 64 × 49,152).
+    """
+    rows, vocab = logits.shape
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    ends = jnp.cumsum(weights.sum(-1), -1)
+    goal = uniform[:, None] * ends[:, -1:]
+    block = (ends < goal).sum(-1)
+    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
+    weights = jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0]
+    inside = (jnp.cumsum(weights, -1) < goal - before[:, None]).sum(-1)
+    # The sum inside the block may round to less than the block's own; never draw a token of weight 0 for that.
+    picked = jnp.take_along_axis(weights, jnp.minimum(inside, BLOCK - 1)[:, None], 1)[:, 0]
+    inside = jnp.where(picked > 0, inside, weights.argmax(-1))
+    return (block * BLOCK + inside).astype(jnp.int32)
+
+
+def draw(logits, keys, t, *, temperature: float, top_k: int):
+    """The next token of each row and its log-probability at `temperature` over the whole vocabulary.
+
+    Args: logits float32[B,V]; keys [B] of `row_keys`; t int32[B], the index of the token in its response;
+    temperature 0 is greedy; top_k 0 is the whole vocabulary. Returns: int32[B], float32[B].
+    """
+    logits = logits / (temperature or 1.0)
+    if temperature == 0:
+        token = logits.argmax(-1).astype(jnp.int32)
+    else:
+        uniform = 1.0 - jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys, t)
+        if top_k:
+            best, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+            token = jnp.take_along_axis(ids, inverse_cdf(best, uniform)[:, None], 1)[:, 0]
+        else:
+            token = inverse_cdf(logits, uniform)
+    picked = jnp.take_along_axis(logits, token[:, None], 1)[:, 0]
+    return token, picked - jax.nn.logsumexp(logits, -1)
+
+
+def item_numbers(item_ids) -> np.ndarray:
+    return np.array([item_number(i) for i in item_ids], np.int32)

@@ -1,0 +1,82 @@
+"""Devices as a mesh of (data, fsdp, tensor), and where each logical axis of the model lies on it."""
+
+from contextlib import contextmanager
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from reft_jax.types import InputError
+
+# Logical axis -> mesh axes. Rows go over data and fsdp; weights over fsdp (gathered for use) and tensor.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("act_embed", None),
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices; `data=-1` takes what the others leave. Raises InputError if the product is not theirs."""
+    devices = jax.device_count()
+    if data == -1:
+        data = devices // (fsdp * tensor)
+    if data * fsdp * tensor != devices:
+        raise InputError(f"config: mesh.data*fsdp*tensor = {data}*{fsdp}*{tensor} does not make {devices} devices")
+    # Auto axes: with jax's default Explicit ones Linen's embedding lookup fails.
+    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@contextmanager
+def on_mesh(mesh: Mesh):
+    """Inside, the model's logical constraints bind to `mesh` (`with mesh:` alone would drop them silently)."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def shardings(mesh: Mesh, abstract_params):
+    """NamedShardings of a tree that still carries its logical axes (boxed, as `jax.eval_shape(model.init, …)` gives)."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows (dimension `axis`) spread over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(*([None] * axis), ("data", "fsdp")))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Row counts must be a multiple of this."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_rows(mesh: Mesh, tree, axis: int = 0):
+    """Host arrays onto the mesh, spread by row."""
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), by_row(mesh, axis)), tree)
+
+
+def unboxed(boxed):
+    """The tree without its logical axes. (`nn.unbox` would constrain shardings, which abstract arrays cannot take.)"""
+
+    def is_box(x):
+        return isinstance(x, nn.LogicallyPartitioned)
+
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
+def abstract_arrays(mesh: Mesh, boxed):
+    """Shapes, dtypes and shardings of a tree that carries its logical axes: what a restore fills in."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), unboxed(boxed), shardings(mesh, boxed)
+    )

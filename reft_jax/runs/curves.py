@@ -1,0 +1,105 @@
+"""The training curves of a run as one picture: small panels, one quantity each."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from reft_jax.types import InputError
+
+INK, GRID = "#3b3b3b", "#e4e4e4"
+MANY = 40  # more points than this are drawn faint, under their moving average
+
+
+class Panel(NamedTuple):
+    """`scale` turns what is logged into what is shown (fractions into percent); `best` marks the highest point."""
+
+    key: str
+    title: str
+    unit: str
+    scale: float = 1.0
+    best: bool = False
+
+
+SFT_PANELS = (
+    Panel("loss", "SFT: training loss", "nats per target token"),
+    Panel("dev_top1", "SFT: dev accuracy", "% of questions, greedy", 100, best=True),
+)
+REFT_PANELS = (
+    Panel("reward", "ReFT: mean reward", "reward per sample"),
+    Panel("train_correct", "ReFT: correct training samples", "% of samples", 100),
+    Panel("kl", "ReFT: divergence from the reference", "nats per row"),
+    Panel("response_length", "ReFT: response length", "tokens"),
+    Panel("dev_top1", "ReFT: dev accuracy", "% of questions, greedy", 100, best=True),
+)
+
+
+def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequence[dict], path: Path) -> None:
+    """Draws the lines of both metrics.jsonl into a PNG at `path`; the folder's name becomes the title.
+
+    SFT lines need `epoch` (may be fractional), ReFT lines `step`; a quantity that no line has gets no panel, and lines
+    that lack it, or hold null, no point. Raises InputError when nothing is left to draw.
+    """
+    panels = [(panel, *series(sft_metrics, "epoch", panel), "epoch", "#2f6db3") for panel in SFT_PANELS]
+    panels += [(panel, *series(reft_metrics, "step", panel), "iteration", "#c4561c") for panel in REFT_PANELS]
+    panels = [entry for entry in panels if entry[1].size]
+    if not panels:
+        raise InputError(f"{workdir}: no metrics to draw yet; run sft or reft there first")
+    columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.1 * columns, 3.1 * rows + 0.4), layout="constrained", dpi=120)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure.suptitle(workdir.name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    for place, entry in enumerate(panels, start=1):
+        _draw(figure.add_subplot(rows, columns, place), *entry)
+    figure.savefig(path, format="png", facecolor="white")
+
+
+def series(metrics: Sequence[dict], x_key: str, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+    """The points (x, y) of one panel, float64[n] each, x ascending; lines with the same x become their mean."""
+    points = [
+        (line[x_key], line[panel.key])
+        for line in metrics
+        if line.get(x_key) is not None and line.get(panel.key) is not None
+    ]
+    x, y = np.array(points, np.float64).reshape(-1, 2).T
+    distinct, group = np.unique(x, return_inverse=True)
+    return distinct, panel.scale * np.bincount(group, weights=y) / np.bincount(group)
+
+
+def moving_average(y: np.ndarray, window: int) -> np.ndarray:
+    """The mean over `window` (odd) points centred on each; near the ends over those that exist. float64[n]."""
+    ones = np.ones(window)
+    half = window // 2
+    total = np.convolve(y, ones)[half : half + y.size]
+    return total / np.convolve(np.ones_like(y), ones)[half : half + y.size]
+
+
+def _draw(axes: Axes, panel: Panel, x: np.ndarray, y: np.ndarray, x_label: str, color: str) -> None:
+    axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
+    axes.set_xlabel(x_label, fontsize=9, color=INK)
+    axes.set_ylabel(panel.unit, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8.5, colors=INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(x=0.03, y=0.12)
+    if x.size > MANY:
+        window = 2 * (x.size // 30) + 1
+        axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
+        axes.plot(x, moving_average(y, window), color=color, linewidth=1.8, label=f"mean of {window} points")
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
+    else:
+        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=3.5)
+    if panel.best:
+        at = int(np.argmax(y))
+        axes.plot(x[at], y[at], marker="o", markersize=8, markerfacecolor="none", markeredgecolor=INK)
+        axes.set_title(f"best {y[at]:.1f} % ({x_label} {x[at]:g})", loc="right", fontsize=8.5, color=INK)

@@ -1,0 +1,123 @@
+"""The reranker: a model's trunk and two classes, trained on the warm-up model's samples of the training questions."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from reft_jax.model.heads import RerankHead
+from reft_jax.parallel.mesh import abstract_arrays, put_rows
+from reft_jax.runs.sample import run_sample
+from reft_jax.runs.setup import Run
+from reft_jax.runs.stages import abstract_reranker, finish, finished, load_model, model_folder
+from reft_jax.task.datasets import fit
+from reft_jax.task.prompts import rerank_text
+from reft_jax.task.tokenizer import encode
+from reft_jax.task.voting import deduplicate
+from reft_jax.train.batches import epoch_order, in_micro_batches, pad_tokens
+from reft_jax.train.checkpoints import Checkpoints, save_params
+from reft_jax.train.metrics import MetricsWriter, Progress
+from reft_jax.train.state import (
+    TrainState,
+    init_head,
+    linear_schedule,
+    make_optimizer,
+    new_state,
+    state_shardings,
+)
+from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
+
+
+def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int]]:
+    """(ids of prompt + completion, label: 1 = correct) of the distinct completions that fit."""
+    rows = []
+    for record in records:
+        for prediction in deduplicate(record["predictions"]):
+            ids = encode(run.tokenizer, rerank_text(record["question"], prediction["completion"]))
+            rows.append((ids, int(prediction["correctness"])))
+    return fit(rows, [len(ids) for ids, _ in rows], run.config.rerank.max_len, 1.0, "rerank.max_len")
+
+
+def run_rerank(run: Run, name: str) -> dict:
+    """Trains models/rerank_NAME from models/NAME ("sft" or "reft"). Returns {'rows', 'train_accuracy', 'positive'}."""
+    stage = f"rerank_{name}"
+    if result := finished(run, stage):
+        return result
+    settings, folder = run.config.rerank, run.workdir / stage
+    rows = rerank_rows(run, run_sample(run, "warmup", "train"))
+    steps_per_epoch = -(-len(rows) // settings.batch_size)
+    schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, settings.epochs * steps_per_epoch)
+    optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
+    abstract = abstract_reranker(run)
+    where = state_shardings(run.mesh, optimizer, abstract)
+    step_fn = make_rerank_step(run.model, optimizer, where)
+    checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder)
+    boxed = TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
+    info = {"seconds": 0.0, "train_accuracy": 0.0}
+    if restored := checkpoints.restore(abstract_arrays(run.mesh, boxed)):
+        epoch, state, info = restored
+        print(f"{stage}: resuming after epoch {epoch}", flush=True)
+    else:
+        head = init_head(run.mesh, RerankHead(), run.model.config.hidden_size, run.config.seed)
+        epoch, params = 0, {"lm": load_model(run, name)["lm"], "rerank_head": head}
+        state = new_state(run.mesh, optimizer, abstract, params)
+    metrics.truncate_after(epoch * steps_per_epoch)
+    started, already = time.monotonic(), info["seconds"]
+    progress = Progress(stage, settings.epochs * steps_per_epoch, done0=epoch * steps_per_epoch)
+    for epoch in range(epoch + 1, settings.epochs + 1):
+        order, lines = epoch_order(run.config.seed, epoch, len(rows)), []
+        for i in range(steps_per_epoch):
+            chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
+            batch = rerank_batch(run, [rows[j] for j in chosen])
+            state, numbers = step_fn(state, put_rows(run.mesh, batch, axis=1))
+            lines.append(numbers)
+            step = (epoch - 1) * steps_per_epoch + i + 1
+            if i % 10 == 9 or i + 1 == steps_per_epoch:
+                progress.update(step, loss=float(numbers["loss"]), accuracy=float(numbers["accuracy"]))
+        lines = jax.device_get(lines)
+        line = {key: float(np.mean([numbers[key] for numbers in lines])) for key in ("loss", "accuracy")}
+        metrics.write(step, {"epoch": epoch} | line)
+        info = {"seconds": already + time.monotonic() - started, "train_accuracy": line["accuracy"]}
+        checkpoints.save(epoch, state, info)
+    save_params(model_folder(run, stage), state.params)
+    progress.close()
+    metrics.close()
+    checkpoints.close()
+    return finish(run, stage, info | {"rows": len(rows), "positive": float(np.mean([label for _, label in rows]))})
+
+
+def rerank_batch(run: Run, rows: list[tuple[list[int], int]]) -> RerankBatch:
+    """RerankBatch [M,b,…]; filler rows have weight 0."""
+    settings, real = run.config.rerank, len(rows)
+    ids, labels = zip(*rows + [([0], 0)] * (settings.batch_size - real), strict=True)
+    tokens, total_len = pad_tokens(ids, run.config.data.pad_multiple)
+    weight = (np.arange(settings.batch_size) < real).astype(np.float32)
+    return in_micro_batches(RerankBatch(tokens, total_len, np.array(labels, np.int32), weight), settings.micro_batch)
+
+
+def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]:
+    """Probability of "correct" for each distinct completion of each record (in `deduplicate`'s order).
+
+    A completion too long to score gets 0, so that it is chosen only if there is no other.
+    """
+    params = load_model(run, f"rerank_{name}", abstract_reranker(run))
+    score = make_rerank_scorer(run.model)
+    ids = [
+        [
+            encode(run.tokenizer, rerank_text(record["question"], p["completion"]))
+            for p in deduplicate(record["predictions"])
+        ]
+        for record in records
+    ]
+    flat = [(q, i) for q, rows in enumerate(ids) for i, row in enumerate(rows) if len(row) <= run.config.rerank.max_len]
+    flat.sort(key=lambda at: len(ids[at[0]][at[1]]))
+    scores = [[0.0] * len(rows) for rows in ids]
+    batch = run.config.sample.batch
+    for start in range(0, len(flat), batch):
+        chosen = flat[start : start + batch]
+        rows = [ids[q][i] for q, i in chosen] + [[0]] * (batch - len(chosen))
+        probabilities = score(params, *put_rows(run.mesh, pad_tokens(rows, run.config.data.pad_multiple)))
+        for (q, i), probability in zip(chosen, np.asarray(probabilities), strict=False):
+            scores[q][i] = float(probability)
+    return scores

@@ -1,0 +1,79 @@
+"""n completions a question from one model, executed and graded, one question a line in samples/NAME_SPLIT.jsonl."""
+
+import json
+from pathlib import Path
+
+from reft_jax.runs.setup import Run
+from reft_jax.runs.stages import load_model
+from reft_jax.task.voting import vote, voted_correct
+from reft_jax.train.metrics import Progress
+from reft_jax.types import Example
+
+
+def samples_path(run: Run, name: str, split: str) -> Path:
+    return run.workdir / "samples" / f"{name}_{split}.jsonl"
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The questions already sampled; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def run_sample(run: Run, name: str, split: str) -> list[dict]:
+    """Question records (see task.voting) of model `name` on "test", or on "train" for the reranker; resumes."""
+    settings = run.config.sample
+    examples, n = (run.data.test, settings.n) if split == "test" else (run.questions, settings.train_n)
+    if split == "train" and settings.train_limit:
+        examples = examples[: settings.train_limit]
+    path = samples_path(run, name, split)
+    records = read_samples(path)
+    done = {record["item_id"] for record in records}
+    left = [example for example in examples if example.item_id not in done]
+    if not left:
+        return records
+    path.parent.mkdir(exist_ok=True)
+    lm = load_model(run, name)["lm"]
+    progress = Progress(f"sample {name} on {split}", len(examples) * n, "completion", done0=len(records) * n)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        group = max(1, 4 * settings.batch // n)
+        for start in range(0, len(left), group):
+            for record in sample_questions(run, lm, left[start : start + group], n):
+                records.append(record)
+                file.write(json.dumps(record) + "\n")
+            file.flush()
+            voted = sum(record["is_correct"] for record in records) / len(records)
+            progress.update(len(records) * n, voted_correct=voted)
+    progress.close()
+    return records
+
+
+def sample_questions(run: Run, lm, examples: list[Example], n: int) -> list[dict]:
+    settings = run.config.sample
+    prompts = run.prompts(examples, n)
+    texts = [""] * len(prompts)
+    for i, completion in run.engine.generate(
+        lm, prompts, max_len=settings.max_len, temperature=settings.temperature, top_k=settings.top_k
+    ):
+        texts[i] = run.text(prompts[i], completion)
+    verdicts = run.grade(texts, [example for example in examples for _ in range(n)])
+    records = []
+    for q, example in enumerate(examples):
+        predictions = [
+            {"completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
+            for text, verdict in zip(texts[q * n : q * n + n], verdicts[q * n : q * n + n], strict=True)
+        ]
+        records.append(
+            {
+                "item_id": example.item_id,
+                "question": example.question,
+                "answer_value": example.answer_value,
+                "predictions": predictions,
+                "most_voted_answer": vote([p["solving_res"] for p in predictions]),
+                "is_correct": voted_correct(predictions),
+            }
+        )
+    return records

@@ -1,0 +1,200 @@
+"""What every command needs before its first step: checked settings, data, tokenizer, devices, model, engine.
+
+The order matters: everything cheap that can be wrong is looked at first, programs' workers start before JAX does, and
+only then come weights and compiles.
+"""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from reft_jax import executor
+from reft_jax.config import flatten, to_json
+from reft_jax.task import answers, datasets, prompts
+from reft_jax.task.tokenizer import check_vocabulary, decode, encode, load_tokenizer
+from reft_jax.types import Completion, Example, InputError, Prompt, Verdict
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy", "ml_collections")
+
+
+@dataclass
+class Data:
+    """The examples of a run; `chosen_on` says in words what `dev` is."""
+
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    chosen_on: str
+
+
+@dataclass
+class Run:
+    """One work directory with everything in it made ready.
+
+    `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts the executor's outcomes.
+    """
+
+    config: object
+    workdir: Path
+    base: Path
+    tokenizer: object
+    data: Data
+    sft: list[tuple[list[int], int]] = ()
+    questions: list[Example] = ()
+    mesh: object = None
+    model: object = None
+    engine: object = None
+    programs: Counter = field(default_factory=Counter)
+
+    def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
+        """n prompts of each example, the forced prefix included, one string tokenized once."""
+        made = []
+        for example in examples:
+            text = prompts.rollout_prompt(example.question, self.config.data.engine)
+            tokens = np.array(encode(self.tokenizer, text), np.int32)
+            made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
+        return made
+
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """The completion as text. Prompt and response are decoded together (see prompts.completion_text)."""
+        return prompts.completion_text(decode(self.tokenizer, [*prompt.tokens, *completion.tokens]))
+
+    def grade(self, texts: list[str], examples: list[Example]) -> list[Verdict]:
+        return answers.grade(texts, examples, self.config.data.engine, run_programs=self.run_programs)
+
+    def run_programs(self, programs: list[str], want: str) -> list[executor.ExecResult]:
+        limits = self.config.executor
+        results = executor.run_programs(
+            programs, timeout_s=limits.timeout_s, workers=limits.workers, memory_mb=limits.memory_mb, want=want
+        )
+        self.programs.update(result.status for result in results)
+        self.programs["cut at a blank line"] += sum(result.cut for result in results)
+        return results
+
+
+def prepare_workdir(config, workdir: Path) -> None:
+    """Creates the work directory and records config and versions; refuses another config's directory."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another folder") from error
+    path = workdir / "config.json"
+    if path.exists():
+        before, now = json.loads(path.read_text()), json.loads(to_json(config))
+        changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)]
+        if changed:
+            raise InputError(
+                f"--workdir: {workdir} was made with other settings ({'; '.join(changed)}); choose another"
+            )
+        return
+    path.write_text(to_json(config) + "\n")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    (workdir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+
+
+def load_data(config, paths: dict[str, str]) -> Data:
+    """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
+    data = config.data
+    train = shorten(datasets.load_examples(paths["train"], need_cot=True), data.train_limit, config.seed)
+    test = shorten(datasets.load_examples(paths["test"], need_cot=False), data.test_limit, config.seed)
+    if paths["dev"]:
+        return Data(train, datasets.load_examples(paths["dev"], need_cot=False), test, "a third split")
+    if data.dev_rows:
+        if data.dev_rows >= len(train):
+            raise InputError(f"config: data.dev_rows={data.dev_rows} leaves none of {len(train)} training rows")
+        train, dev = datasets.split_off(train, data.dev_rows, config.seed)
+        return Data(train, dev, test, "a third split, held out of the training file")
+    return Data(train, test, test, "the test file, as the paper did")
+
+
+def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
+    """The first `limit` of a seeded shuffle, in file order; all if limit is 0."""
+    if not limit or limit >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])]
+
+
+def sft_rows(run: Run) -> list[tuple[list[int], int]]:
+    """Training rows that fit: (ids of prompt + target + EOS, prompt length). Tokenized apart, as RECIPE §2 says."""
+    rows, config = [], run.config
+    for example in run.data.train:
+        prompt = encode(run.tokenizer, prompts.prompt_text(example.question))
+        target = encode(run.tokenizer, prompts.sft_target(example, config.data.engine))
+        rows.append((prompt + target + [run.tokenizer.eos_token_id], len(prompt)))
+    lengths = [len(row) for row, _ in rows]
+    return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
+
+
+def ppo_examples(run: Run) -> list[Example]:
+    """Training questions whose prompt fits; never trained on a cut one."""
+    lengths, config = [len(prompt.tokens) for prompt in run.prompts(run.data.train)], run.config
+    return datasets.fit(run.data.train, lengths, config.ppo.max_prompt, config.data.max_dropped, "ppo.max_prompt")
+
+
+def tokenized(run: Run) -> Run:
+    """Fills in `sft` and `questions`; a limit that drops too many rows ends the run here, not after an hour of SFT."""
+    run.sft, run.questions = sft_rows(run), ppo_examples(run)
+    return run
+
+
+@contextmanager
+def open_run(config, workdir: Path) -> Iterator[Run]:
+    """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
+    workdir = workdir.absolute()
+    toy = config.model.path == "toy"
+    if not toy:
+        base, paths = Path(config.model.path), {k: config.data[k] for k in ("train", "dev", "test")}
+        data = load_data(config, paths)
+        tokenizer = load_tokenizer(base)
+        from reft_jax.model.hf import check_folder
+
+        check_vocabulary(tokenizer, check_folder(base).vocab_size, base)
+        run = tokenized(Run(config, workdir, base, tokenizer, data))
+    prepare_workdir(config, workdir)
+    executor.start(config.executor.workers, config.executor.memory_mb)
+    try:
+        import jax
+
+        from reft_jax.engine.generate import Engine
+        from reft_jax.model.hf import read_config
+        from reft_jax.model.llama import Llama
+        from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
+
+        if config.mesh.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        if toy:
+            from reft_jax.runs.toy import write_data, write_model
+
+            data = load_data(config, write_data(config, workdir / "toy"))
+            base = workdir / "toy" / "model"
+            write_model(config, data.train, base)
+            run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
+            if flatten(config)[key] % row_shards(mesh):
+                raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+        model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
+        run.mesh, run.model = mesh, model
+        run.engine = Engine(
+            model,
+            mesh,
+            batch=config.sample.batch,
+            pad_multiple=config.data.pad_multiple,
+            eos_id=run.tokenizer.eos_token_id,
+            seed=config.seed,
+        )
+        with on_mesh(mesh):
+            yield run
+    finally:
+        executor.shutdown()

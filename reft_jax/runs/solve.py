@@ -1,0 +1,37 @@
+"""One question to one model: the program it writes and the answer that running it gives."""
+
+from pathlib import Path
+
+from reft_jax import executor
+from reft_jax.task import answers, prompts
+from reft_jax.task.tokenizer import check_vocabulary, decode, encode, load_tokenizer
+from reft_jax.types import Example, Prompt
+
+
+def run_solve(folder: Path, question: str, *, engine: str, max_len: int) -> None:
+    """Decodes greedily in float32, prints the completion and its executed answer."""
+    tokenizer = load_tokenizer(folder)
+    from reft_jax.model.hf import check_folder
+
+    check_vocabulary(tokenizer, check_folder(folder).vocab_size, folder)
+    executor.start(1, 1024)
+    try:
+        import numpy as np
+
+        from reft_jax.engine.generate import Engine
+        from reft_jax.model.hf import load_hf
+        from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
+
+        mesh = make_mesh(-1, 1, 1)
+        with on_mesh(mesh):
+            model, lm = load_hf(folder)
+            rows = Engine(model, mesh, batch=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
+            ids = np.array(encode(tokenizer, prompts.rollout_prompt(question, engine)), np.int32)
+            [(_, completion)] = rows.generate(lm, [Prompt("question", 0, ids)], max_len=max_len, temperature=0.0)
+        text = prompts.completion_text(decode(tokenizer, [*ids, *completion.tokens]))
+        # The right answer is not known here; 0 only stands where grading wants one.
+        [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
+        print(text)
+        print(f"\nanswer: {verdict.value if verdict.value is not None else f'none ({verdict.status})'}")
+    finally:
+        executor.shutdown()

@@ -1,0 +1,78 @@
+"""How far to trust a number: 95 % intervals for a share, for the difference of two systems, and for a slope.
+
+Everything here is a fraction between 0 and 1, never a percentage. Every random draw comes from the seed given.
+"""
+
+import math
+
+import numpy as np
+
+from reft_jax.types import InputError
+
+Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of the share correct/total (Wilson 1927, J. Am. Stat. Assoc. 22:209).
+
+        centre = (p + z²/2n) / (1 + z²/n)      half = z √(p(1-p)/n + z²/4n²) / (1 + z²/n)
+
+    Unlike p ± z√(p(1-p)/n) it stays inside [0, 1] and has a width when all or none are correct.
+    Raises InputError unless 0 <= correct <= total and total > 0.
+    """
+    if not 0 <= correct <= total or total == 0:
+        raise InputError(
+            f"{correct} of {total} correct is no share: give 0 <= correct <= total, and at least 1 question"
+        )
+    share = correct / total
+    scale = 1 + Z95**2 / total
+    centre = (share + Z95**2 / (2 * total)) / scale
+    half = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int, draws: int = 10_000) -> tuple[float, float, float]:
+    """How much better system a is than b on the same questions: (mean(a) - mean(b), low, high).
+
+    a, b: bool[Q], entry q of both about question q; the questions are resampled with replacement, both systems
+    together, and low, high are the 2.5 % and 97.5 % quantiles of the difference. Runs with several seeds are pooled by
+    concatenation (in the same order in a and b). That treats the answers to one question under two seeds as
+    independent, so the interval is somewhat narrow; float[Q], each question's mean over the seeds, is accepted too and
+    is not. Raises InputError when the lengths differ or are 0.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1 or a.size == 0:
+        raise InputError(f"cannot pair results of shapes {a.shape} and {b.shape}: both need one entry a question")
+    # Only how often each distinct difference is drawn matters. Those counts are multinomial: [draws,3], not [draws,Q].
+    differences, counts = np.unique(a - b, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(a.size, counts / a.size, size=draws)
+    low, high = np.quantile(drawn @ differences / a.size, [0.025, 0.975])
+    return float(np.mean(a - b)), float(low), float(high)
+
+
+def slope_interval(y: np.ndarray, seed: int, draws: int = 10_000) -> tuple[float, float, float]:
+    """Least-squares slope of y over its index 0, 1, 2, …: (slope, low, high), in units of y for each step.
+
+    y: float[n], n >= 3, finite. A pairs bootstrap: points (index, y) are resampled with replacement. Resampling
+    residuals instead would take the scatter to be equal everywhere, but rewards and accuracies scatter less as they
+    near 1, and would take the straight line to be true, which a learning curve is not. Neither way knows of
+    correlation between neighbours: a curve already smoothed gets an interval that is too narrow.
+    Raises InputError for fewer than 3 values or one that is not finite.
+    """
+    y = np.asarray(y, np.float64)
+    if y.ndim != 1 or y.size < 3 or not np.isfinite(y).all():
+        raise InputError(f"a slope's interval needs at least 3 finite values, one a step; got shape {y.shape}")
+    index = np.arange(y.size, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    slopes = []
+    while len(slopes) < draws:
+        rows = rng.integers(y.size, size=y.size)
+        if rows.min() < rows.max():  # the same point n times has no slope: draw again
+            slopes.append(_slope(index[rows], y[rows]))
+    low, high = np.quantile(slopes, [0.025, 0.975])
+    return _slope(index, y), float(low), float(high)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    x = x - x.mean()
+    return float(x @ y / (x @ x))

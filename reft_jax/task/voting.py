@@ -1,0 +1,76 @@
+"""What n sampled completions of one question are worth: voting, reranking, upper bound.
+
+A *prediction* is a dict with keys `completion` (str), `solving_res` (float, str or None: the value the completion
+ends in) and `correctness` (bool). A *question record* is a dict with keys `item_id`, `question`, `answer_value`,
+`predictions` (the n predictions in sampling order), `most_voted_answer` (`vote` of the values) and `is_correct`
+(`voted_correct`). These are the authors' key names, so that sample files can be exchanged.
+
+Voting counts all n predictions, repeats included: a completion drawn twice is two votes. Reranking looks at each
+distinct completion once.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from reft_jax.types import InputError
+
+Value = float | str | None
+
+
+def is_valid(value: Value) -> bool:
+    """Whether a value can be voted for or reranked: a finite number, or one letter (MathQA).
+
+    Grading gives None for anything else; files made by the authors' code also hold NaN, infinity and other characters.
+    """
+    if isinstance(value, str):
+        return len(value) == 1 and value.isalpha()
+    return value is not None and math.isfinite(value)
+
+
+def deduplicate(predictions: Sequence[dict]) -> list[dict]:
+    """The predictions with distinct completion text, in order; of equal ones the first is kept."""
+    first: dict[str, dict] = {}
+    for prediction in predictions:
+        first.setdefault(prediction["completion"], prediction)
+    return list(first.values())
+
+
+def vote(values: Sequence[Value]) -> Value:
+    """The most frequent valid value, compared exactly; the first seen wins a tie. None when no value is valid."""
+    counts = Counter(value for value in values if is_valid(value))
+    return max(counts, key=counts.__getitem__, default=None)  # keys are in order of first sight, max keeps the first
+
+
+def voted_correct(predictions: Sequence[dict]) -> bool:
+    """Whether the voted value is correct; False when no value is valid.
+
+    Correctness is a function of the value, so any prediction with the voted value tells.
+    """
+    voted = vote([prediction["solving_res"] for prediction in predictions])
+    if voted is None:
+        return False
+    return next(prediction["correctness"] for prediction in predictions if prediction["solving_res"] == voted)
+
+
+def rerank_choice(predictions: Sequence[dict], probabilities: Sequence[float]) -> int | None:
+    """Index of the prediction the reranker chooses, or None when none has a valid value (counted as wrong).
+
+    predictions: what `deduplicate` returned; probabilities: of class 1 (correct), one for each of them. The highest
+    probability among the valid ones is chosen, the first wins a tie. Raises ValueError when the lengths differ,
+    InputError when a probability is NaN (compared with anything it would choose silently).
+    """
+    if len(predictions) != len(probabilities):
+        raise ValueError(f"{len(predictions)} predictions but {len(probabilities)} probabilities")
+    for index, probability in enumerate(probabilities):
+        if math.isnan(probability):
+            raise InputError(
+                f"completion {index}: the reranker's probability is NaN; its weights are broken, retrain it"
+            )
+    valid = (index for index, prediction in enumerate(predictions) if is_valid(prediction["solving_res"]))
+    return max(valid, key=probabilities.__getitem__, default=None)
+
+
+def upper_bound(predictions: Sequence[dict]) -> bool:
+    """Whether any prediction is correct: what a perfect reranker would reach."""
+    return any(prediction["correctness"] for prediction in predictions)

@@ -1,0 +1,57 @@
+"""Host side: token lists into padded numpy rows, and the order in which rows are visited."""
+
+import jax
+import numpy as np
+
+from reft_jax.types import Completion, Prompt, Rollout, TokenBatch
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """A permutation that is a pure function of (seed, epoch): nothing about position needs saving."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def rows_at(seed: int, start: int, count: int, rows: int) -> np.ndarray:
+    """Rows `start … start+count-1` of the endless sequence of epochs."""
+    epochs = range(start // rows, (start + count - 1) // rows + 1)
+    order = np.concatenate([epoch_order(seed, epoch, rows) for epoch in epochs])
+    return order[start - epochs[0] * rows :][:count]
+
+
+def pad_tokens(rows, pad_multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids padded on the right with 0 to a common length: int32[B,T] and the real lengths int32[B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), round_up(int(lengths.max()), pad_multiple)), np.int32)
+    for out, row in zip(tokens, rows, strict=True):
+        out[: len(row)] = row
+    return tokens, lengths
+
+
+def token_batch(rows, prompt_lens, pad_multiple: int) -> TokenBatch:
+    """Rows whose tokens after `prompt_lens` are trained; an empty row is filler without a target."""
+    tokens, total_len = pad_tokens(rows, pad_multiple)
+    t = np.arange(tokens.shape[1])[None]
+    mask = (t >= np.asarray(prompt_lens)[:, None] - 1) & (t <= total_len[:, None] - 2)
+    return TokenBatch(tokens, mask, total_len)
+
+
+def rollout_rows(prompts: list[Prompt], completions: list[Completion], scores, pad_multiple: int) -> Rollout:
+    """Prompts and their completions (same order) as one Rollout [B,T]."""
+    rows = [np.concatenate([p.tokens, c.tokens]) for p, c in zip(prompts, completions, strict=True)]
+    tokens, total_len = pad_tokens(rows, pad_multiple)
+    prompt_len = np.array([len(p.tokens) for p in prompts], np.int32)
+    return Rollout(tokens, prompt_len, total_len, np.asarray(scores, np.float32))
+
+
+def window_width(mask: np.ndarray, multiple: int) -> int:
+    """Static width that holds the longest run of masked positions of any row."""
+    return round_up(max(int(mask.sum(1).max()), 1), multiple)
+
+
+def in_micro_batches(tree, micro_batch: int):
+    """[B,…] arrays as [B/micro_batch, micro_batch, …]."""
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, micro_batch, *x.shape[1:]), tree)

@@ -1,0 +1,80 @@
+"""TrainState and its optimizer. Parameters are {'lm': …, 'value_head': …} or {'lm': …, 'rerank_head': …}, float32."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.parallel.mesh import shardings
+
+
+class TrainState(NamedTuple):
+    """step int32 (updates so far), params and AdamW moments float32, sharded alike."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def linear_schedule(peak: float, warmup_share: float, updates: int):
+    """Linear warm-up over the first share of the updates, then linear decay to 0."""
+    warmup = round(warmup_share * updates)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.linear_schedule(peak, 0.0, max(updates - warmup, 1))],
+        [warmup],
+    )
+
+
+def constant_schedule(value: float, warmup: int):
+    """Constant, after `warmup` updates of linear warm-up."""
+    return optax.linear_schedule(value / (warmup + 1), value, warmup) if warmup else optax.constant_schedule(value)
+
+
+def make_optimizer(schedule, *, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+    """AdamW (eps 1e-8; the decay reaches every tensor) after clipping the global norm."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, eps=1e-8, weight_decay=weight_decay))
+
+
+def abstract_params(model, head: ValueHead | RerankHead, name: str):
+    """Shapes of {'lm', name} with their logical axes, without making an array."""
+
+    def init(key):
+        tokens, hidden = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, model.config.hidden_size))
+        return {"lm": model.init(key, tokens)["params"], name: head.init(key, hidden)["params"]}
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def init_head(mesh, head: ValueHead | RerankHead, hidden_size: int, seed: int):
+    """A new head's parameters on the mesh."""
+
+    def init(key):
+        return head.init(key, jnp.zeros((1, hidden_size)))["params"]
+
+    key = jax.random.key(seed)
+    where = shardings(mesh, jax.eval_shape(init, key))
+    return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=where)(key)
+
+
+def state_shardings(mesh, optimizer, abstract) -> TrainState:
+    """Where every array of a state lies; the moments lie with their parameters."""
+    boxed = TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
+    return shardings(mesh, boxed)
+
+
+def new_state(mesh, optimizer, abstract, params) -> TrainState:
+    """A state at step 0 around `params`, which it takes over (donated)."""
+
+    def init(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=state_shardings(mesh, optimizer, abstract), donate_argnums=0)(params)
+
+
+def apply_gradients(state: TrainState, optimizer, grads) -> tuple[TrainState, Any]:
+    """One optimizer update; also the gradient norm before clipping, float32."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), optax.global_norm(grads)

@@ -1,0 +1,85 @@
+"""What flows between the parts. NamedTuples: JAX sees them as pytrees, and this file needs no JAX.
+
+Axis legend, used everywhere: `B` rows, `T` query positions, `S` cache positions, `N` heads, `K` kv heads,
+`G` = N/K, `H` head dim, `D` model, `F` mlp, `V` vocab, `L` layers, `P` prompt.
+
+Alignment, the one rule for every row: prompt + response + padding on the right, no gap, position = index.
+Every reinforcement-learning array is [B,T], and its entry `t` is about the decision taken after reading
+`tokens[:t+1]`, that is, about token t+1. The actions of a row are `prompt_len-1 <= t <= total_len-2`.
+Masks come from lengths, never from comparing ids with a pad id (CodeLlama pads with BOS).
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy.ndarray or jax.Array
+
+
+class InputError(Exception):
+    """The user's input is wrong. The message is one line: file or key, what is wrong, what to do."""
+
+
+class Example(NamedTuple):
+    """One question. `answer_cot` is the worked solution; None in test files."""
+
+    item_id: str
+    question: str
+    answer_value: str
+    answer_cot: str | None = None
+
+
+class Prompt(NamedTuple):
+    """What the engine continues: `tokens` int32[p]; `sample` tells the n completions of one item apart."""
+
+    item_id: str
+    sample: int
+    tokens: Array
+
+
+class Completion(NamedTuple):
+    """Sampled ids, trained on as they are, never tokenized again.
+
+    tokens int32[n] (EOS included when `finished`), logprobs float32[n] of the sampled tokens under the sampler.
+    """
+
+    item_id: str
+    sample: int
+    tokens: Array
+    logprobs: Array
+    finished: bool
+
+
+class Verdict(NamedTuple):
+    """What grading made of one completion: reward 1 correct, 0.1 an answer but a wrong one, 0 no answer."""
+
+    value: float | str | None
+    correct: bool
+    reward: float
+    status: str
+
+
+class TokenBatch(NamedTuple):
+    """SFT and reranker rows: tokens int32[B,T], target_mask bool[B,T] (entry t: is token t+1 trained), total_len int32[B]."""
+
+    tokens: Array
+    target_mask: Array
+    total_len: Array
+
+
+class Rollout(NamedTuple):
+    """Sampled rows with their scores: tokens int32[B,T], prompt_len int32[B], total_len int32[B], score float32[B]."""
+
+    tokens: Array
+    prompt_len: Array
+    total_len: Array
+    score: Array
+
+
+class PPOBatch(NamedTuple):
+    """What an update reads: tokens int32[B,T], action_mask bool[B,T], the rest float32[B,T]; `advantage` is whitened."""
+
+    tokens: Array
+    action_mask: Array
+    old_logprob: Array
+    old_value: Array
+    advantage: Array
+    return_: Array

@@ -1,0 +1,174 @@
+"""The model against slower ways to compute the same thing."""
+
+import functools
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_model
+
+from reft_jax.model.cache import CACHE_AXES, init_cache
+from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.llama import Block, Llama, LlamaConfig, rms_norm, rope_tables
+
+TOKENS = jax.random.randint(jax.random.key(1), (3, 9), 0, 61)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def forward(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length"))
+def prefill(model, params, tokens, length):
+    cache = init_cache(model.config, tokens.shape[0], length)
+    hidden, cache = model.apply({"params": params}, tokens, None, cache, method="hidden")
+    return model.apply({"params": params}, hidden, method="unembed"), cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "span"))
+def decode(model, params, tokens, positions, cache, span=None):
+    hidden, cache = model.apply({"params": params}, tokens, positions, cache, span, method="hidden")
+    return model.apply({"params": params}, hidden[:, 0], method="unembed"), cache
+
+
+@pytest.mark.parametrize(("tied", "span"), [(False, None), (True, 10)])
+def test_prefill_and_ragged_decode_equal_the_full_forward(tied, span):
+    model, params = tiny_model(tie_embeddings=tied)
+    full = forward(model, params, TOKENS)
+    lengths = np.array(
+        [3, 5, 1]
+    )  # rows are padded on the right to 5; what padding wrote is overwritten before it is seen
+    logits, cache = prefill(model, params, TOKENS[:, :5], length=12)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-5)
+    for _ in range(4):
+        at = lengths[:, None]
+        logits, cache = decode(model, params, jnp.take_along_axis(TOKENS, at, 1), jnp.asarray(at), cache, span)
+        np.testing.assert_allclose(logits, full[np.arange(3), lengths], atol=1e-5)
+        lengths += 1
+
+
+def test_span_hides_the_positions_beyond_it():
+    model, params = tiny_model()
+    _, cache = prefill(model, params, TOKENS, length=12)
+    at = jnp.full((3, 1), 9)
+    wide, _ = decode(model, params, TOKENS[:, :1], at, cache, 12)
+    narrow, _ = decode(model, params, TOKENS[:, :1], at, cache, 4)
+    short, _ = decode(model, params, TOKENS[:, :1], at, jax.tree.map(lambda x: jnp.zeros_like(x), cache), 4)
+    assert np.abs(wide - narrow).max() > 1e-3 and np.abs(narrow - short).max() > 1e-3
+
+
+def test_a_position_outside_the_cache_writes_nothing():
+    model, params = tiny_model()
+    _, cache = prefill(model, params, TOKENS, length=12)
+    _, after = decode(model, params, TOKENS[:, :1], jnp.array([[12], [9], [500]]), cache)
+    for old, new in zip(cache, after, strict=True):
+        np.testing.assert_array_equal(old[:, [0, 2]], new[:, [0, 2]])
+        assert np.any(np.asarray(old[:, 1] != new[:, 1]))
+
+
+def test_a_decode_step_never_copies_the_cache():
+    model, params = tiny_model(num_layers=8)
+    cache = init_cache(model.config, batch=4, length=512)
+    size = cache.k.nbytes + cache.v.nbytes
+    step = jax.jit(functools.partial(decode.__wrapped__, model), donate_argnums=3)
+    memory = step.lower(params, TOKENS[:1].repeat(4, 0)[:, :1], jnp.zeros((4, 1), jnp.int32), cache).compile()
+    memory = memory.memory_analysis()
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size / 2  # one layer and the scores, not the whole
+
+
+def test_positions_without_a_cache_are_refused():
+    model, params = tiny_model()
+    with pytest.raises(ValueError, match="positions are for decoding"):
+        model.apply({"params": params}, TOKENS, TOKENS, method="hidden")
+
+
+def looped_hidden(model, params, tokens):
+    """The slow twin of `hidden`: a Python loop over the layers, no scan, no remat."""
+    index = jnp.arange(tokens.shape[1])
+    tables = rope_tables(model.config, index[None])
+    mask = jnp.tril(jnp.ones((index.size, index.size), bool))[None]
+    carry = (params["embed"][tokens], None, None)
+    for layer in range(model.config.num_layers):
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        carry, _ = Block(model.config, model.dtype).apply({"params": own}, carry, layer, tables, mask, None)
+    return rms_norm(carry[0], params["final_norm"], model.config.rms_norm_eps)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_scan_and_remat_change_no_gradient(remat):
+    model, params = tiny_model()
+    probe = jax.random.normal(jax.random.key(2), (*TOKENS.shape, model.config.hidden_size))
+    twin = jax.jit(jax.grad(lambda p: jnp.sum(probe * looped_hidden(model, p, TOKENS))))(params)
+    ours = model.clone(remat=remat)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(probe * ours.apply({"params": p}, TOKENS, method="hidden")[0])))(params)
+    assert float(jnp.abs(grads["layers"]["q"]).max()) > 1e-3
+    for path, want in jax.tree.leaves_with_path(twin):
+        got = functools.reduce(lambda tree, key: tree[key.key], path, grads)
+        np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-7, err_msg=str(path))
+
+
+def test_rows_and_later_tokens_do_not_leak():
+    model, params = tiny_model()
+    full = forward(model, params, TOKENS)
+    changed = forward(model, params, TOKENS.at[0, 6].add(1).at[1].add(1) % 61)
+    np.testing.assert_array_equal(full[0, :6], changed[0, :6])
+    np.testing.assert_array_equal(full[2], changed[2])
+    assert np.abs(full[0, 6:] - changed[0, 6:]).min() > 0
+
+
+def test_compute_dtype_is_bfloat16_and_logits_are_float32():
+    model, params = tiny_model()
+    half = model.clone(dtype=jnp.bfloat16)
+    hidden, _ = jax.eval_shape(lambda p: half.apply({"params": p}, TOKENS, method="hidden"), params)
+    logits = forward(half, params, TOKENS)
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, forward(model, params, TOKENS), atol=0.15)
+
+
+def test_every_parameter_and_cache_axis_is_named():
+    heads = {"value": ValueHead(), "rerank": RerankHead()}
+    boxed = {name: jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((2, 8))) for name, head in heads.items()}
+    boxed["lm"] = jax.eval_shape(Llama(tiny_config()).init, jax.random.key(0), TOKENS)
+    leaves = jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert len(leaves) == 3 + 12
+    for path, leaf in leaves:
+        assert isinstance(leaf, nn.LogicallyPartitioned), path
+        assert len(leaf.names) == leaf.value.ndim and None not in leaf.names, path
+    assert boxed["lm"]["params"]["layers"]["q"].names == ("layers", "embed", "heads", "head_dim")
+    for array, axes in zip(init_cache(tiny_config(), 3, 5), CACHE_AXES, strict=True):
+        assert array.ndim == len(axes)
+
+
+def test_codellama_7b_has_its_published_size():
+    config = LlamaConfig(32016, 4096, 11008, 32, 32, 32, 128, rope_theta=1e6, max_position_embeddings=16384)
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), TOKENS)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 6_738_546_688
+
+
+def test_value_head_by_hand():
+    head = {"weight": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array(0.25)}
+    hidden = jnp.array([[[2.0, 1.0, 4.0], [0.0, 1.0, 0.0]]], jnp.bfloat16)
+    value = ValueHead().apply({"params": head}, hidden)
+    assert value.dtype == jnp.float32
+    np.testing.assert_array_equal(value, [[2.25, -1.75]])  # 2 - 2 + 2 + 0.25 and -2 + 0.25
+
+
+def test_heads_start_as_the_method_says():
+    hidden = jnp.zeros((2, 400))
+    value = nn.unbox(ValueHead().init(jax.random.key(0), hidden))["params"]
+    assert 0.045 < float(jnp.abs(value["weight"]).max()) <= 0.05 and abs(float(value["bias"])) <= 0.05
+    rerank = nn.unbox(RerankHead().init(jax.random.key(0), hidden))["params"]
+    assert rerank["weight"].shape == (400, 2)
+    np.testing.assert_allclose(jnp.std(rerank["weight"]), 0.02, rtol=0.1)
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, reft_jax; reft_jax.__version__; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

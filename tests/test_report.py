@@ -1,0 +1,181 @@
+"""The result table in its three forms, and the picture of the curves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from reft_jax.runs import curves, report
+from reft_jax.runs.curves import moving_average, plot_curves, series
+from reft_jax.runs.report import markdown_table, print_table, write_report
+from reft_jax.types import InputError
+
+
+def count(correct, total=500):
+    return {"correct": correct, "total": total}
+
+
+def full_report():
+    sampled = {"voting": count(325), "rerank": count(341), "upper_bound": count(450)}
+    return {
+        "title": "Toy word problems",
+        "n": 100,
+        "test_questions": 500,
+        "chosen_on": "third split",
+        "rows": [
+            {"model": "SFT warm-up", "top1": count(298), "voting": None, "rerank": None, "upper_bound": None},
+            {"model": "SFT", "top1": count(309), **sampled},
+            {"model": "ReFT", "top1": count(500), **sampled},
+        ],
+        "notes": ["12 of 2,000 training rows were over the length limit."],
+        "comparison": {"a": "ReFT", "b": "SFT", "difference": 0.382, "low": 0.34, "high": 0.424},
+        "settings": {"seed": 42, "ppo.kl_coef": 0.01},
+        "seconds": {"sft": 75.4, "reft": 3723.0},
+    }
+
+
+def top1_report():
+    rows = [{"model": "SFT", "top1": count(309)}]
+    return {**full_report(), "rows": rows, "comparison": None, "notes": [], "settings": {}, "seconds": {}}
+
+
+def test_markdown_table():
+    assert markdown_table(full_report()) == (
+        "| Model | top-1 | voting@100 | rerank@100 | upper bound |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| SFT warm-up | 59.6 % (298/500) [55.2, 63.8] | – | – | – |\n"
+        "| SFT | 61.8 % (309/500) [57.5, 66.0] | 65.0 % (325/500) [60.7, 69.1] | 68.2 % (341/500) [64.0, 72.1] "
+        "| 90.0 % (450/500) [87.1, 92.3] |\n"
+        "| ReFT | 100.0 % (500/500) [99.2, 100.0] | 65.0 % (325/500) [60.7, 69.1] | 68.2 % (341/500) [64.0, 72.1] "
+        "| 90.0 % (450/500) [87.1, 92.3] |\n"
+    )
+
+
+def test_columns_that_nothing_was_measured_for_are_left_out():
+    table = markdown_table(top1_report())
+    assert table.splitlines()[0] == "| Model | top-1 |"
+
+
+def test_terminal_table_is_aligned_and_fits(capsys):
+    print_table(full_report())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 110
+    head = next(line for line in lines if line.startswith("model"))
+    shares, intervals = lines[lines.index(head) + 4 : lines.index(head) + 6]
+    assert shares.startswith("SFT ")
+    for heading, share, interval in (("top-1", "61.8 % (309/500)", "[57.5, 66.0]"), ("upper bound", "90.0", "[87.1")):
+        at = head.index(heading)
+        assert shares[at:].startswith(share)
+        assert intervals[at:].startswith(interval)
+
+
+def test_terminal_table_of_all_of_gsm8k_fits_too(capsys):
+    rows = [dict.fromkeys(("top1", "voting", "rerank", "upper_bound"), count(1319, 1319))]
+    rows[0]["model"] = "online self-training"
+    print_table({**full_report(), "rows": rows})
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.34, 0.424, "excludes 0"), (-0.01, 0.02, "no difference is shown")]
+)
+def test_comparison_is_told_in_points_with_its_interval(capsys, low, high, verdict):
+    comparison = {"a": "ReFT", "b": "SFT", "difference": 0.005, "low": low, "high": high}
+    print_table({**full_report(), "comparison": comparison})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"ReFT minus SFT, top-1: +0.5 points [{100 * low:+.1f}, {100 * high:+.1f}]" in printed
+    assert verdict in printed
+
+
+def test_files_hold_the_whole_report(tmp_path):
+    write_report(tmp_path, full_report())
+    assert json.loads((tmp_path / "report.json").read_text()) == full_report()
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Toy word problems\n")
+    assert markdown_table(full_report()) in text
+    for part in ("third split", "100 samples each", "over the length limit", "| reft | 1:02:03 |", "| seed | 42 |"):
+        assert part in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_files_leave_out_what_there_is_nothing_to_say_about(tmp_path):
+    write_report(tmp_path, top1_report())
+    text = (tmp_path / "report.md").read_text()
+    assert "##" not in text
+    assert "samples each" not in text
+    assert "\n\n\n" not in text
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    write_report(tmp_path, full_report())
+
+    def crash(source, target):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(report.os, "replace", crash)
+    with pytest.raises(OSError, match="disk gone"):
+        write_report(tmp_path, {**full_report(), "title": "new"})
+    assert json.loads((tmp_path / "report.json").read_text()) == full_report()
+
+
+SFT = [
+    {"step": s, "epoch": s / 10, "loss": 3 / s, **({"dev_top1": s / 100} if s % 10 == 0 else {})} for s in range(1, 51)
+]
+REFT = [{"step": s, "reward": s / 50, "train_correct": 0.5, "kl": None, "dev_top1": 0.3} for s in range(1, 6)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, so that a test can look at their panels."""
+    figures = []
+    save = curves.Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(curves.Figure, "savefig", keep)
+    return figures
+
+
+def test_a_panel_for_every_quantity_that_was_logged(tmp_path, drawn):
+    plot_curves(tmp_path / "run-7", SFT, REFT, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = drawn
+    assert figure.get_suptitle() == "run-7"
+    assert {axes.get_title(loc="left"): axes.get_xlabel() for axes in figure.axes} == {
+        "SFT: training loss": "epoch",
+        "SFT: dev accuracy": "epoch",
+        "ReFT: mean reward": "iteration",
+        "ReFT: correct training samples": "iteration",
+        "ReFT: dev accuracy": "iteration",
+    }
+    dev = figure.axes[1]
+    np.testing.assert_allclose(dev.lines[0].get_xydata(), [[1, 10], [2, 20], [3, 30], [4, 40], [5, 50]])  # percent
+    assert dev.get_title(loc="right") == "best 50.0 % (epoch 5)"
+    assert len(figure.axes[0].lines) == 2  # 50 points: faint, and their moving average
+
+
+def test_one_stage_alone_is_drawn(tmp_path, drawn):
+    plot_curves(tmp_path, [], REFT, tmp_path / "curves.png")
+    assert len(drawn[0].axes) == 3
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no metrics to draw"):
+        plot_curves(tmp_path, [{"step": 1, "loss": 1.0}], [{"step": 1}], tmp_path / "curves.png")
+
+
+def test_lines_of_one_epoch_become_their_mean():
+    metrics = [
+        {"epoch": 2, "loss": 5.0},
+        {"epoch": 1, "loss": 1.0},
+        {"epoch": 1, "loss": 2.0},
+        {"epoch": 3, "loss": None},
+    ]
+    x, y = series(metrics, "epoch", curves.SFT_PANELS[0])
+    assert (x.tolist(), y.tolist()) == ([1.0, 2.0], [1.5, 5.0])
+
+
+def test_moving_average_uses_the_points_there_are_at_the_ends():
+    assert moving_average(np.array([1.0, 2.0, 6.0, 1.0]), 3).tolist() == [1.5, 3.0, 3.0, 3.5]

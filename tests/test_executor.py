@@ -268,7 +268,7 @@ def test_nothing_survives(fresh, namespace):
     assert 1 <= len(before) <= 2
     # The daemon holds the child's pipe open, so without a report only the deadline ends the wait.
     for ending, status in [("return 7", "ok"), ("os._exit(1)", "timeout"), ("time.sleep(600)", "timeout")]:
-        assert run_one(body(*daemon, "time.sleep(0.2)", ending), memory_mb=311).status == status
+        assert run_one(body(*daemon, "time.sleep(0.2)", ending), timeout_s=1, memory_mb=311).status == status
         assert zygotes(311) == before
 
 
@@ -306,7 +306,7 @@ def test_a_hung_zygote_is_replaced(fresh):
     stopped = zygotes(314)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    assert run_one(body("return 3"), memory_mb=314).value == 3
+    assert run_one(body("return 3"), timeout_s=1, memory_mb=314).value == 3
     assert wait_until(lambda: not zygotes(314) & stopped)
 
 

@@ -135,18 +135,18 @@ def test_shards_of_mixed_types(tmp_path):
 
 
 def test_parameters_land_on_their_shardings(saved):
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    model, plain = load_hf(saved)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    _, placed = load_hf(saved, shardings=jax.tree.map(lambda _: device, jax.tree.map(np.zeros_like, plain)))
-    assert jax.tree.structure(abstract, is_leaf=lambda x: hasattr(x, "names")) == jax.tree.structure(plain)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    _, plain = load_hf(saved)
+    _, placed = load_hf(saved, shardings=jax.tree.map(lambda _: sharding, plain))
+    assert {leaf.sharding for leaf in jax.tree.leaves(placed)} == {sharding}
     assert_same(plain, placed)
 
 
 def test_reranker_is_a_sequence_classifier(tmp_path):
     transformers = pytest.importorskip("transformers")
     model, params = tiny_model()
-    head = {"weight": jax.random.normal(jax.random.key(5), (24, 2))}
+    head = {"weight": jnp.asarray(np.random.default_rng(5).normal(size=(24, 2)), jnp.float32)}
     save_hf(tmp_path / "out", model, params, rerank_head=head)
     theirs, info = transformers.LlamaForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True, pad_token_id=0
@@ -159,17 +159,28 @@ def test_reranker_is_a_sequence_classifier(tmp_path):
     np.testing.assert_allclose(logits, torch_logits(theirs), atol=2e-5)
 
 
-def test_value_head_inside_the_model_file_with_wrapper_names(tmp_path, shared):
-    """The golden policies keep the authors' names: `pretrained_model.` before the trunk's, `v_head.weight`."""
+def test_values_and_logprobs_of_the_authors_checkpoint(tmp_path, shared):
+    """The golden policies keep the authors' names: `pretrained_model.` before the trunk's, `v_head.weight`.
+
+    Their rows are padded on the left; entry t of `mask`, `values` and `old_logprobs` is the decision after token t.
+    """
     golden = shared / "golden" / "ppo_0"
     (tmp_path / "config.json").symlink_to(golden / "config.json")
     (tmp_path / "model.safetensors").symlink_to(golden / "policy_before.safetensors")
     model, params = load_hf(tmp_path)
     head = load_value_head(tmp_path)
     step = np.load(golden / "step.npz")
-    hidden, _ = model.apply({"params": params}, jnp.arange(8)[None], method="hidden")
-    assert ValueHead().apply({"params": head}, hidden).shape == (1, 8)
-    assert step.files
+    for row, attended in enumerate(step["attention_mask"]):
+        tokens = jnp.asarray(step["input_ids"][row, attended][None])
+        hidden, _ = model.apply({"params": params}, tokens, method="hidden")
+        actions = step["mask"][row][attended]
+        values = ValueHead().apply({"params": head}, hidden)[0]
+        np.testing.assert_allclose(values[actions], step["values"][row, attended][actions], atol=1e-5)
+        logits = model.apply({"params": params}, hidden, method="unembed")
+        logprobs = np.take_along_axis(jax.nn.log_softmax(logits)[0, :-1], tokens[0, 1:, None], 1)[:, 0]
+        want = np.append(step["old_logprobs"][row], 0)[attended][:-1]
+        np.testing.assert_allclose(logprobs[actions[:-1]], want[actions[:-1]], atol=1e-5)
+        assert actions.sum() >= 1
 
 
 def test_old_config_layouts_mean_the_same():

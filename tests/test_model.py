@@ -15,7 +15,7 @@ from reft_jax.model.cache import CACHE_AXES, init_cache
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, LlamaConfig, rms_norm, rope_tables
 
-TOKENS = jax.random.randint(jax.random.key(1), (3, 9), 0, 61)
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 61, (3, 9)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -94,7 +94,7 @@ def looped_hidden(model, params, tokens):
     index = jnp.arange(tokens.shape[1])
     tables = rope_tables(model.config, index[None])
     mask = jnp.tril(jnp.ones((index.size, index.size), bool))[None]
-    carry = (params["embed"][tokens], None, None)
+    carry = (params["embed"][tokens], None)
     for layer in range(model.config.num_layers):
         own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
         carry, _ = Block(model.config, model.dtype).apply({"params": own}, carry, layer, tables, mask, None)
@@ -104,7 +104,7 @@ def looped_hidden(model, params, tokens):
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scan_and_remat_change_no_gradient(remat):
     model, params = tiny_model()
-    probe = jax.random.normal(jax.random.key(2), (*TOKENS.shape, model.config.hidden_size))
+    probe = np.random.default_rng(2).normal(size=(*TOKENS.shape, model.config.hidden_size)).astype(np.float32)
     twin = jax.jit(jax.grad(lambda p: jnp.sum(probe * looped_hidden(model, p, TOKENS))))(params)
     ours = model.clone(remat=remat)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(probe * ours.apply({"params": p}, TOKENS, method="hidden")[0])))(params)
@@ -130,6 +130,16 @@ def test_compute_dtype_is_bfloat16_and_logits_are_float32():
     logits = forward(half, params, TOKENS)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, forward(model, params, TOKENS), atol=0.15)
+
+
+def test_fresh_parameters_are_small_float32_and_differ_between_layers():
+    model = Llama(tiny_config(hidden_size=64))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    q = np.asarray(params["layers"]["q"])
+    np.testing.assert_allclose(q.std(axis=(1, 2, 3)), 0.02, rtol=0.1)
+    assert np.abs(q[0] - q[1]).mean() > 0.01
+    np.testing.assert_array_equal(params["layers"]["mlp_norm"], np.ones((2, 64)))
 
 
 def test_every_parameter_and_cache_axis_is_named():

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from reft_jax.model.llama import Llama, LlamaConfig
 
@@ -23,7 +24,15 @@ def tiny_config(**overrides) -> LlamaConfig:
 
 
 def tiny_model(seed: int = 0, **overrides) -> tuple[Llama, dict]:
-    """A model and parameters large enough (deviation 0.2) that attention and the MLP matter to the logits."""
+    """A model and float32 parameters, norms included, far enough from their initial values to matter.
+
+    Drawn by NumPy: XLA takes seconds to compile a model's init, which tests of other things need not pay.
+    """
     model = Llama(tiny_config(**overrides))
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return model, jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 2 else leaf, params)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        return jnp.asarray(rng.normal(float("norm" in path[-1].key), 0.2, leaf.shape), jnp.float32)
+
+    return model, jax.tree.map_with_path(draw, shapes)

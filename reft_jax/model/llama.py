@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.model.cache import KVCache, write_prefix, write_rows
 from reft_jax.types import InputError
 
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
@@ -191,7 +192,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, tables, mask, positions):
         c = self.config
-        x, k_cache, v_cache = carry
+        x, cache = carry
 
         def weight(name, shape, *axes):
             return self.param(name, _matrix(*axes), shape).astype(self.dtype)
@@ -210,14 +211,11 @@ class Block(nn.Module):
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
         if positions is not None:
-            rows, at = jnp.arange(x.shape[0]), positions[:, 0]
-            k_cache = k_cache.at[layer, rows, :, :, at].set(k[:, :, :, 0].astype(k_cache.dtype), mode="drop")
-            v_cache = v_cache.at[layer, rows, :, at].set(v[:, :, 0].astype(v_cache.dtype), mode="drop")
+            cache = write_rows(cache, layer, positions[:, 0], k[:, :, :, 0], v[:, :, 0])
             span = mask.shape[-1]
-            k, v = k_cache[layer, :, :, :, :span], v_cache[layer, :, :, :span]
-        elif k_cache is not None:
-            k_cache = jax.lax.dynamic_update_slice(k_cache, k.astype(k_cache.dtype)[None], (layer, 0, 0, 0, 0))
-            v_cache = jax.lax.dynamic_update_slice(v_cache, v.astype(v_cache.dtype)[None], (layer, 0, 0, 0, 0))
+            k, v = cache.k[layer, :, :, :, :span], cache.v[layer, :, :, :span]
+        elif cache is not None:
+            cache = write_prefix(cache, layer, k, v)
         heads = attend(q, k, v, mask)
         o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
         x = _residual(x + jnp.einsum("BTNH,NHD->BTD", heads, o_weight))
@@ -228,7 +226,7 @@ class Block(nn.Module):
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
         down = weight("down", (c.intermediate_size, c.hidden_size), "mlp", "embed")
         x = _residual(x + jnp.einsum("BTF,FD->BTD", y, down))
-        return (x, k_cache, v_cache), None
+        return (x, cache), None
 
 
 class Unembed(nn.Module):
@@ -272,7 +270,13 @@ class Llama(nn.Module):
         """tokens int32[B,T] -> logits float32[B,T,V]. For short inputs: training never builds all logits at once."""
         return self.unembed(self.hidden(tokens)[0])
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array | None = None, cache=None, span: int | None = None):
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+        span: int | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         """tokens int32[B,T] -> (hidden dtype[B,T,D] after the final norm, the cache written to or None).
 
         Without a cache, or with one and without positions (prefill): causal, position = index; a prefill writes
@@ -291,12 +295,9 @@ class Llama(nn.Module):
             mask = jnp.arange(span)[None, None, :] <= positions[:, :, None]
             tables = rope_tables(self.config, positions)
         # The cache rides in the carry: as scan input and output it would exist twice.
-        k_cache, v_cache = (None, None) if cache is None else cache
-        carry = (_residual(self.embed[tokens].astype(self.dtype)), k_cache, v_cache)
-        carry, _ = self.layers(carry, jnp.arange(self.config.num_layers), tables, mask, positions)
-        x, k_cache, v_cache = carry
-        hidden = rms_norm(x, self.final_norm, self.config.rms_norm_eps)
-        return hidden, None if cache is None else cache._replace(k=k_cache, v=v_cache)
+        carry = (_residual(self.embed[tokens].astype(self.dtype)), cache)
+        (x, cache), _ = self.layers(carry, jnp.arange(self.config.num_layers), tables, mask, positions)
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [...,D] -> logits float32[...,V]; the product is in the compute dtype, summed in float32."""

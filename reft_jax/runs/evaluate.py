@@ -6,8 +6,8 @@ import numpy as np
 
 from reft_jax.config import flatten
 from reft_jax.runs.curves import plot_curves
-from reft_jax.runs.rerank import rerank_scores
 from reft_jax.runs.report import print_table, write_report
+from reft_jax.runs.rerank import rerank_scores
 from reft_jax.runs.sample import read_samples, samples_path
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import POLICIES, TITLES, finished, greedy, load_model, model_folder

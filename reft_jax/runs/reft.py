@@ -3,17 +3,16 @@
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from reft_jax.parallel.mesh import abstract_arrays, put_rows
+from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import abstract_policy, finish, finished, greedy, load_model, model_folder, top1
+from reft_jax.runs.stages import Training, abstract_policy, finish, finished, greedy, load_model, model_folder, top1
 from reft_jax.train.batches import in_micro_batches, rollout_rows, rows_at, window_width
-from reft_jax.train.checkpoints import Checkpoints, save_params
-from reft_jax.train.metrics import MetricsWriter, Progress
+from reft_jax.train.checkpoints import save_params
+from reft_jax.train.metrics import Progress
 from reft_jax.train.scoring import CHUNK, make_scorer
-from reft_jax.train.state import TrainState, constant_schedule, make_optimizer, new_state, state_shardings
+from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
 from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
 from reft_jax.types import Example, Rollout
 
@@ -85,42 +84,30 @@ def run_reft(run: Run) -> dict:
     """Trains from models/warmup, saves models/reft (best on dev). Returns {'best_iteration', 'best_dev_top1', …}."""
     if result := finished(run, "reft"):
         return result
-    ppo, folder, questions = run.config.ppo, run.workdir / "reft", run.questions
+    ppo, questions = run.config.ppo, run.questions
     iterations = ppo.iterations or ppo.epochs * len(questions) // ppo.prompts
     schedule = constant_schedule(ppo.learning_rate, ppo.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=ppo.weight_decay, clip_norm=ppo.clip_norm)
-    abstract = abstract_policy(run)
-    where = state_shardings(run.mesh, optimizer, abstract)
-    boxed = TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
-    checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder)
-    one = Iteration(run, optimizer, where)
-    info = {"best_iteration": 0, "best_dev_top1": -1.0, "seconds": 0.0}
-    if restored := checkpoints.restore(abstract_arrays(run.mesh, boxed)):
-        done, state, info = restored
-        print(f"reft: resuming after iteration {done}", flush=True)
-    else:
-        done, state = 0, new_state(run.mesh, optimizer, abstract, load_model(run, "warmup"))
-    metrics.truncate_after(done)
-    started, already = time.monotonic(), info["seconds"]
-    progress = Progress("reft", iterations, "iteration", done0=done)
-    for iteration in range(done + 1, iterations + 1):
-        begun, before = time.monotonic(), dict(run.programs)
+    begin = {"best_iteration": 0, "best_dev_top1": -1.0}
+    training = Training(run, "reft", abstract_policy(run), optimizer, lambda: load_model(run, "warmup"), begin)
+    one, info = Iteration(run, optimizer, training.shardings), training.info
+    progress = Progress("reft", iterations, "iteration", done0=training.done)
+    for iteration in range(training.done + 1, iterations + 1):
+        begun, timeouts = time.monotonic(), run.programs["timeout"]
         chosen = rows_at(run.config.seed, (iteration - 1) * ppo.prompts, ppo.prompts, len(questions))
-        rollout, line = one.rollout(state.params["lm"], [questions[i] for i in chosen], iteration)
-        state, numbers = one.update(state, rollout, iteration)
-        line |= numbers | {"seconds": time.monotonic() - begun}
-        line["programs_timeout"] = run.programs["timeout"] - before.get("timeout", 0)
+        rollout, line = one.rollout(training.state.params["lm"], [questions[i] for i in chosen], iteration)
+        training.state, numbers = one.update(training.state, rollout, iteration)
+        line |= numbers | {"seconds": time.monotonic() - begun, "timeouts": run.programs["timeout"] - timeouts}
         if iteration % ppo.eval_every == 0 or iteration == iterations:
-            line["dev_top1"] = top1(greedy(run, state.params["lm"], run.data.dev, run.config.sample.max_len))
+            params = training.state.params
+            line["dev_top1"] = top1(greedy(run, params["lm"], run.data.dev, run.config.sample.max_len))
             if line["dev_top1"] > info["best_dev_top1"]:
                 info |= {"best_iteration": iteration, "best_dev_top1": line["dev_top1"]}
-                save_params(model_folder(run, "reft"), state.params)
-        metrics.write(iteration, line)
-        info["seconds"] = already + time.monotonic() - started
+                save_params(model_folder(run, "reft"), params)
+        training.metrics.write(iteration, line)
         if iteration % ppo.save_every == 0 or iteration == iterations:
-            checkpoints.save(iteration, state, info)
+            training.save(iteration, iteration)
         progress.update(iteration, reward=line["reward"], kl=line["kl"], dev_top1=max(info["best_dev_top1"], 0.0))
     progress.close()
-    metrics.close()
-    checkpoints.close()
+    training.close()
     return finish(run, "reft", info | {"iterations": iterations, "questions": len(questions)})

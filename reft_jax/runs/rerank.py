@@ -1,31 +1,21 @@
 """The reranker: a model's trunk and two classes, trained on the warm-up model's samples of the training questions."""
 
-import time
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model.heads import RerankHead
-from reft_jax.parallel.mesh import abstract_arrays, put_rows
+from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.sample import run_sample
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import abstract_reranker, finish, finished, load_model, model_folder
+from reft_jax.runs.stages import Training, abstract_reranker, finish, finished, load_model, model_folder
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
 from reft_jax.task.tokenizer import encode
 from reft_jax.task.voting import deduplicate
 from reft_jax.train.batches import epoch_order, in_micro_batches, pad_tokens
-from reft_jax.train.checkpoints import Checkpoints, save_params
-from reft_jax.train.metrics import MetricsWriter, Progress
-from reft_jax.train.state import (
-    TrainState,
-    init_head,
-    linear_schedule,
-    make_optimizer,
-    new_state,
-    state_shardings,
-)
+from reft_jax.train.checkpoints import save_params
+from reft_jax.train.metrics import Progress
+from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
 
 
@@ -44,47 +34,39 @@ def run_rerank(run: Run, name: str) -> dict:
     stage = f"rerank_{name}"
     if result := finished(run, stage):
         return result
-    settings, folder = run.config.rerank, run.workdir / stage
+    settings = run.config.rerank
     rows = rerank_rows(run, run_sample(run, "warmup", "train"))
     steps_per_epoch = -(-len(rows) // settings.batch_size)
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, settings.epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
-    abstract = abstract_reranker(run)
-    where = state_shardings(run.mesh, optimizer, abstract)
-    step_fn = make_rerank_step(run.model, optimizer, where)
-    checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder)
-    boxed = TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
-    info = {"seconds": 0.0, "train_accuracy": 0.0}
-    if restored := checkpoints.restore(abstract_arrays(run.mesh, boxed)):
-        epoch, state, info = restored
-        print(f"{stage}: resuming after epoch {epoch}", flush=True)
-    else:
+
+    def begin():
         head = init_head(run.mesh, RerankHead(), run.model.config.hidden_size, run.config.seed)
-        epoch, params = 0, {"lm": load_model(run, name)["lm"], "rerank_head": head}
-        state = new_state(run.mesh, optimizer, abstract, params)
-    metrics.truncate_after(epoch * steps_per_epoch)
-    started, already = time.monotonic(), info["seconds"]
-    progress = Progress(stage, settings.epochs * steps_per_epoch, done0=epoch * steps_per_epoch)
-    for epoch in range(epoch + 1, settings.epochs + 1):
+        return {"lm": load_model(run, name)["lm"], "rerank_head": head}
+
+    training = Training(run, stage, abstract_reranker(run), optimizer, begin, {})
+    step_fn = make_rerank_step(run.model, optimizer, training.shardings)
+    progress = Progress(stage, settings.epochs * steps_per_epoch, done0=training.done * steps_per_epoch)
+    for epoch in range(training.done + 1, settings.epochs + 1):
         order, lines = epoch_order(run.config.seed, epoch, len(rows)), []
         for i in range(steps_per_epoch):
             chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
             batch = rerank_batch(run, [rows[j] for j in chosen])
-            state, numbers = step_fn(state, put_rows(run.mesh, batch, axis=1))
+            training.state, numbers = step_fn(training.state, put_rows(run.mesh, batch, axis=1))
             lines.append(numbers)
             step = (epoch - 1) * steps_per_epoch + i + 1
             if i % 10 == 9 or i + 1 == steps_per_epoch:
                 progress.update(step, loss=float(numbers["loss"]), accuracy=float(numbers["accuracy"]))
         lines = jax.device_get(lines)
         line = {key: float(np.mean([numbers[key] for numbers in lines])) for key in ("loss", "accuracy")}
-        metrics.write(step, {"epoch": epoch} | line)
-        info = {"seconds": already + time.monotonic() - started, "train_accuracy": line["accuracy"]}
-        checkpoints.save(epoch, state, info)
-    save_params(model_folder(run, stage), state.params)
+        training.metrics.write(step, {"epoch": epoch} | line)
+        training.info["train_accuracy"] = line["accuracy"]
+        training.save(epoch, step)
+    save_params(model_folder(run, stage), training.state.params)
     progress.close()
-    metrics.close()
-    checkpoints.close()
-    return finish(run, stage, info | {"rows": len(rows), "positive": float(np.mean([label for _, label in rows]))})
+    training.close()
+    positive = float(np.mean([label for _, label in rows]))
+    return finish(run, stage, training.info | {"rows": len(rows), "positive": positive})
 
 
 def rerank_batch(run: Run, rows: list[tuple[list[int], int]]) -> RerankBatch:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.config import flatten, to_json
 from reft_jax.task import answers, datasets, prompts
-from reft_jax.task.tokenizer import check_vocabulary, decode, encode, load_tokenizer
+from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt, Verdict
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy", "ml_collections")
@@ -39,7 +38,8 @@ class Data:
 class Run:
     """One work directory with everything in it made ready.
 
-    `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts the executor's outcomes.
+    `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts what became of the
+    programs that the executor ran.
     """
 
     config: object
@@ -55,11 +55,10 @@ class Run:
     programs: Counter = field(default_factory=Counter)
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
-        """n prompts of each example, the forced prefix included, one string tokenized once."""
+        """n prompts of each example, the forced prefix included."""
         made = []
         for example in examples:
-            text = prompts.rollout_prompt(example.question, self.config.data.engine)
-            tokens = np.array(encode(self.tokenizer, text), np.int32)
+            tokens = np.array(encode_rollout(self.tokenizer, example.question, self.config.data.engine), np.int32)
             made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
         return made
 

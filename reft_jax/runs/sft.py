@@ -1,19 +1,16 @@
 """Supervised fine-tuning: one run makes the warm-up model (an early epoch) and the best checkpoint."""
 
-import time
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from reft_jax.parallel.mesh import abstract_arrays, put_rows
+from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import abstract_policy, base_policy, finish, finished, greedy, model_folder, top1
+from reft_jax.runs.stages import Training, abstract_policy, base_policy, finish, finished, greedy, model_folder, top1
 from reft_jax.train.batches import epoch_order, in_micro_batches, token_batch, window_width
-from reft_jax.train.checkpoints import Checkpoints, save_params
-from reft_jax.train.metrics import MetricsWriter, Progress
+from reft_jax.train.checkpoints import save_params
+from reft_jax.train.metrics import Progress
 from reft_jax.train.scoring import CHUNK
-from reft_jax.train.state import TrainState, linear_schedule, make_optimizer, new_state, state_shardings
+from reft_jax.train.state import linear_schedule, make_optimizer
 from reft_jax.train.steps import make_sft_step
 
 
@@ -21,51 +18,39 @@ def run_sft(run: Run) -> dict:
     """Trains, evaluates on dev, saves models/warmup and models/sft. Returns {'best_epoch', 'best_dev_top1', …}."""
     if result := finished(run, "sft"):
         return result
-    settings, folder = run.config.sft, run.workdir / "sft"
-    rows = run.sft
+    settings, rows = run.config.sft, run.sft
     steps_per_epoch = -(-len(rows) // settings.batch_size)
     last_epoch = settings.stop_epoch or settings.epochs
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, settings.epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
-    abstract = abstract_policy(run)
-    where = state_shardings(run.mesh, optimizer, abstract)
-    step_fn = make_sft_step(run.model, optimizer, where)
-    checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder)
-    boxed = TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
-    info = {"best_epoch": 0, "best_dev_top1": -1.0, "seconds": 0.0}
-    if restored := checkpoints.restore(abstract_arrays(run.mesh, boxed)):
-        epoch, state, info = restored
-        print(f"sft: resuming after epoch {epoch}", flush=True)
-    else:
-        epoch, state = 0, new_state(run.mesh, optimizer, abstract, base_policy(run))
-    metrics.truncate_after(epoch * steps_per_epoch)
-    started, already = time.monotonic(), info["seconds"]
-    progress = Progress("sft", last_epoch * steps_per_epoch, done0=epoch * steps_per_epoch)
-    for epoch in range(epoch + 1, last_epoch + 1):
+    begin = {"best_epoch": 0, "best_dev_top1": -1.0}
+    training = Training(run, "sft", abstract_policy(run), optimizer, lambda: base_policy(run), begin)
+    step_fn, info = make_sft_step(run.model, optimizer, training.shardings), training.info
+    progress = Progress("sft", last_epoch * steps_per_epoch, done0=training.done * steps_per_epoch)
+    for epoch in range(training.done + 1, last_epoch + 1):
         order, losses = epoch_order(run.config.seed, epoch, len(rows)), []
         for i in range(steps_per_epoch):
             chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
             batch, width = sft_batch(run, [rows[j] for j in chosen])
-            state, numbers = step_fn(state, put_rows(run.mesh, batch, axis=1), width)
+            training.state, numbers = step_fn(training.state, put_rows(run.mesh, batch, axis=1), width)
             losses.append(numbers["loss"])
             step = (epoch - 1) * steps_per_epoch + i + 1
             if i % 10 == 9 or i + 1 == steps_per_epoch:
                 progress.update(step, loss=float(losses[-1]), dev_top1=max(info["best_dev_top1"], 0.0))
         line = {"epoch": epoch, "loss": float(np.mean(jax.device_get(losses))), "lr": float(schedule(step - 1))}
+        params = training.state.params
         if epoch % settings.eval_every == 0 or epoch in (settings.warmup_epoch, last_epoch):
-            line["dev_top1"] = top1(greedy(run, state.params["lm"], run.data.dev, run.config.sample.max_len))
+            line["dev_top1"] = top1(greedy(run, params["lm"], run.data.dev, run.config.sample.max_len))
             if line["dev_top1"] > info["best_dev_top1"]:
                 info |= {"best_epoch": epoch, "best_dev_top1": line["dev_top1"]}
-                save_params(model_folder(run, "sft"), state.params)
+                save_params(model_folder(run, "sft"), params)
         if epoch == settings.warmup_epoch:
             info["warmup_dev_top1"] = line["dev_top1"]
-            save_params(model_folder(run, "warmup"), state.params)
-        info["seconds"] = already + time.monotonic() - started
-        metrics.write(step, line)
-        checkpoints.save(epoch, state, info)
+            save_params(model_folder(run, "warmup"), params)
+        training.metrics.write(step, line)
+        training.save(epoch, step)
     progress.close()
-    metrics.close()
-    checkpoints.close()
+    training.close()
     return finish(run, "sft", info | {"epochs": last_epoch, "rows": len(rows)})
 
 

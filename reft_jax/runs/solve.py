@@ -4,7 +4,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.task import answers, prompts
-from reft_jax.task.tokenizer import check_vocabulary, decode, encode, load_tokenizer
+from reft_jax.task.tokenizer import check_vocabulary, decode, encode_rollout, load_tokenizer
 from reft_jax.types import Example, Prompt
 
 
@@ -26,7 +26,7 @@ def run_solve(folder: Path, question: str, *, engine: str, max_len: int) -> None
         with on_mesh(mesh):
             model, lm = load_hf(folder)
             rows = Engine(model, mesh, batch=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
-            ids = np.array(encode(tokenizer, prompts.rollout_prompt(question, engine)), np.int32)
+            ids = np.array(encode_rollout(tokenizer, question, engine), np.int32)
             [(_, completion)] = rows.generate(lm, [Prompt("question", 0, ids)], max_len=max_len, temperature=0.0)
         text = prompts.completion_text(decode(tokenizer, [*ids, *completion.tokens]))
         # The right answer is not known here; 0 only stands where grading wants one.

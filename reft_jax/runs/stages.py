@@ -1,6 +1,7 @@
 """What the training stages share: models by name, what a finished stage leaves behind, greedy accuracy."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf
 from reft_jax.parallel.mesh import abstract_arrays, shardings
 from reft_jax.runs.setup import Run
-from reft_jax.train.checkpoints import load_params
-from reft_jax.train.state import abstract_params, init_head
+from reft_jax.train.checkpoints import Checkpoints, load_params
+from reft_jax.train.metrics import MetricsWriter
+from reft_jax.train.state import abstract_params, abstract_state, init_head, new_state, state_shardings
 from reft_jax.types import Example, InputError, Verdict
 
 POLICIES = ("warmup", "sft", "reft")
@@ -56,6 +58,37 @@ def finish(run: Run, stage: str, result: dict) -> dict:
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.rename(path)
     return result
+
+
+class Training:
+    """What a training stage resumes: its state on the mesh, its metrics and its clock.
+
+    `done` is the last epoch or iteration that is saved, `info` the JSON saved with it (results so far, seconds, step).
+    """
+
+    def __init__(self, run: Run, stage: str, abstract, optimizer, make_params, info: dict):
+        """Restores the newest state of the stage, or begins one around `make_params()` with this `info`."""
+        self.optimizer, folder = optimizer, run.workdir / stage
+        self.shardings = state_shardings(run.mesh, optimizer, abstract)
+        self.checkpoints, self.metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder)
+        restored = self.checkpoints.restore(abstract_arrays(run.mesh, abstract_state(optimizer, abstract)))
+        if restored:
+            self.done, self.state, self.info = restored
+            print(f"{stage}: resuming after {self.done}", flush=True)
+        else:
+            self.done, self.info = 0, info | {"seconds": 0.0}
+            self.state = new_state(run.mesh, optimizer, abstract, make_params())
+        self.metrics.truncate_after(self.info.get("step", 0))
+        self._clock = time.monotonic() - self.info["seconds"]
+
+    def save(self, done: int, step: int) -> None:
+        """Everything up to epoch or iteration `done`, whose last metrics line is `step`, is kept from here on."""
+        self.info |= {"seconds": time.monotonic() - self._clock, "step": step}
+        self.checkpoints.save(done, self.state, self.info)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.checkpoints.close()
 
 
 def greedy(run: Run, lm, examples: list[Example], max_len: int) -> list[tuple[str, Verdict]]:

@@ -69,6 +69,20 @@ def encode(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
     )["input_ids"]
 
 
+def encode_rollout(tok: PreTrainedTokenizerFast, question: str, engine: str) -> list[int]:
+    """The ids that a rollout continues: one string, tokenized once, cut where the training rows have a cut too.
+
+    Many byte-level tokenizers make one id of a newline and the indent after it, so that the last newline of the forced
+    prefix is no id that training has seen there: the model then answers with a second `def solution():`. With those the
+    newline is left to the model. Sentencepiece models (CodeLlama) keep it.
+    """
+    text = rollout_prompt(question, engine)
+    ids = encode(tok, text)
+    if engine == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
+        return encode(tok, text[:-1])
+    return ids
+
+
 def decode(tok: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of `ids`, special tokens left out, spaces as they are."""
     return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -45,7 +45,7 @@ def score_rows(model, params, tokens, start, width: int, temperature: float = 1.
 
 
 def make_scorer(model, temperature: float):
-    """Jitted `score(params, tokens [M,b,T], start [M,b], width) -> (logprob, value)`, [M,b,T] each, M rows-groups in turn."""
+    """Jitted `score(params, tokens [M,b,T], start [M,b], width) -> (logprob, value)`, [M,b,T] each, one b at a time."""
 
     def score(params, tokens, start, width):
         return jax.lax.map(lambda xs: score_rows(model, params, *xs, width, temperature), (tokens, start))

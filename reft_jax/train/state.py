@@ -59,10 +59,14 @@ def init_head(mesh, head: ValueHead | RerankHead, hidden_size: int, seed: int):
     return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=where)(key)
 
 
+def abstract_state(optimizer, abstract) -> TrainState:
+    """The shapes of a state around `abstract_params`, with their logical axes."""
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
+
+
 def state_shardings(mesh, optimizer, abstract) -> TrainState:
     """Where every array of a state lies; the moments lie with their parameters."""
-    boxed = TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
-    return shardings(mesh, boxed)
+    return shardings(mesh, abstract_state(optimizer, abstract))
 
 
 def new_state(mesh, optimizer, abstract, params) -> TrainState:

@@ -22,7 +22,7 @@ class ClipSettings(NamedTuple):
 
 
 def sum_over_micro_batches(loss_fn, params, micro_batches):
-    """Summed gradient of `loss_fn(params, micro_batch) -> (loss, aux)` over the leading axis M; losses and aux stacked [M]."""
+    """Gradient of `loss_fn(params, micro_batch) -> (loss, aux)` summed over the leading axis M; losses and aux, [M]."""
     zeros = jax.tree.map(jnp.zeros_like, params)
 
     def step(grads, micro_batch):
@@ -107,7 +107,7 @@ def make_ppo_batch(rollout, logprob, value, ref_logprob, *, kl_coef: float, gamm
 
 
 class RerankBatch(NamedTuple):
-    """tokens int32[M,b,T], total_len int32[M,b], labels int32[M,b] (1 = correct), weight float32[M,b] (0: filler row)."""
+    """tokens int32[M,b,T]; total_len, labels (1 = correct) int32[M,b]; weight float32[M,b], 0 for filler rows."""
 
     tokens: Any
     total_len: Any

@@ -1,6 +1,6 @@
 """The embedded default: a toy that runs the whole chain on a laptop's CPU.
 
-    ./launch/quickstart.sh
+./launch/quickstart.sh
 """
 
 from reft_jax.config import default_config
@@ -11,7 +11,7 @@ def get_config():
     config.name = "reft_jax quickstart (toy)"
     config.model.path = config.data.train = config.data.dev = config.data.test = "toy"
     config.model.dtype = "float32"
-    config.model.remat = "none"
+    config.model.remat = "full"  # recomputing is cheaper than memory traffic on a CPU
     config.mesh.cpu_devices = 2
     config.data.pad_multiple = 32
     config.sft.update(

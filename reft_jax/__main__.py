@@ -18,27 +18,29 @@ from pathlib import Path
 
 from absl import flags
 
-from reft_jax.config import parse_config
+from reft_jax.config import parse_config, parse_flags
 from reft_jax.types import InputError
 
 COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "solve")
 MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
 MODELS["export"] = (*MODELS["sample"], "rerank_sft", "rerank_reft")
+NEEDS = {"reft": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}  # models of earlier stages, beside --model
 
 
 def main() -> None:
     """The console script `reft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         run_command(sys.argv[1:])
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 
 def run_command(argv: list[str]) -> None:
     """Parses the flags of one command and runs it. Raises InputError before anything is compiled or written."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(__doc__)
         return
     command, argv = argv[0], ["reft", *argv[1:]]
@@ -59,9 +61,10 @@ def run_command(argv: list[str]) -> None:
     for name in ("workdir", "model", "out"):
         if name in values and not values[name].value:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
+    needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
     from reft_jax.runs.setup import open_run
 
-    with open_run(config, Path(values.workdir)) as run:
+    with open_run(config, Path(values.workdir), needs) as run:
         dispatch(command, run, values)
 
 
@@ -101,10 +104,7 @@ def solve(argv: list[str]) -> None:
     flags.DEFINE_string("model", None, "Hugging Face folder", flag_values=values)
     flags.DEFINE_enum("engine", "python", ("python", "nl"), "program or text", flag_values=values)
     flags.DEFINE_integer("max_len", 512, "tokens of prompt and answer", lower_bound=1, flag_values=values)
-    try:
-        _, *questions = values(argv)
-    except flags.Error as error:
-        raise InputError(str(error)) from error
+    questions = parse_flags(argv, values)
     if not values.model or len(questions) != 1 or not questions[0].strip():
         raise InputError('solve takes a folder and one question: python -m reft_jax solve --model=DIR "question"')
     from reft_jax.runs.solve import run_solve

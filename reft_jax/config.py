@@ -6,12 +6,15 @@ command line changes single values: `--config.ppo.kl_coef=0.05`. Defaults are th
 
 import difflib
 import json
-from collections.abc import Callable
+import math
+import runpy
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from reft_jax.types import InputError
 
@@ -30,7 +33,7 @@ class Setting(NamedTuple):
 
 
 def at_least(low) -> Rule:
-    return Rule(f"a number >= {low}", lambda v: v >= low)
+    return Rule(f"a number >= {low}", lambda v: low <= v < math.inf)
 
 
 def between(low, high) -> Rule:
@@ -41,8 +44,8 @@ def one_of(*values) -> Rule:
     return Rule("one of " + ", ".join(map(str, values)), lambda v: v in values)
 
 
-POSITIVE = Rule("a number > 0", lambda v: v > 0)
-ANY = Rule("any value of its type", lambda v: True)
+POSITIVE = Rule("a number > 0", lambda v: 0 < v < math.inf)
+ANY = Rule("any", lambda v: True)
 
 SETTINGS = {
     "name": Setting("reft", ANY, "title of the report"),
@@ -140,17 +143,17 @@ SETTINGS = {
 
 
 def default_config() -> ConfigDict:
-    """The paper's settings, every key of SETTINGS, types locked."""
-    config = ConfigDict()
+    """The paper's settings, every key of SETTINGS. Any key and value can be set: `check_config` says what is wrong."""
+    config = ConfigDict(type_safe=False)
     for key, setting in SETTINGS.items():
         *sections, field = key.split(".")
         section = config
         for name in sections:
             if name not in section:
-                section[name] = ConfigDict()
+                section[name] = ConfigDict(type_safe=False)
             section = section[name]
         section[field] = setting.default
-    return config.lock()
+    return config
 
 
 def flatten(config) -> dict[str, Any]:
@@ -164,36 +167,44 @@ def flatten(config) -> dict[str, Any]:
     return flat
 
 
-def nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.0)
-    return close[0]
+def nearest(name: str, names: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
-def check_config(config: ConfigDict) -> FrozenConfigDict:
-    """The frozen config, or InputError that names the key, its value and what is allowed."""
+def check_values(config: ConfigDict, source: str) -> dict[str, Any]:
+    """The flat config, or InputError that names `source`, a key, its value and what is allowed."""
     flat = flatten(config)
     for key in flat:
         if key not in SETTINGS:
-            raise InputError(f"config: unknown key {key!r}; did you mean {nearest(key)!r}?")
+            raise InputError(f"{source}: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
     for key, setting in SETTINGS.items():
         if key not in flat:
-            raise InputError(f"config: key {key!r} is missing; start from reft_jax.config.default_config()")
+            raise InputError(f"{source}: key {key!r} is missing; start from reft_jax.config.default_config()")
         value, kind = flat[key], type(setting.default)
         number = kind is float and type(value) is int
         if type(value) is not kind and not number:
-            raise InputError(f"config: {key}={value!r} must be of type {kind.__name__} ({setting.rule.allowed})")
+            raise InputError(f"{source}: {key}={value!r} must be of type {kind.__name__} ({setting.rule.allowed})")
         if not setting.rule.holds(value):
-            raise InputError(f"config: {key}={value!r} is not allowed; it must be {setting.rule.allowed}")
+            raise InputError(f"{source}: {key}={value!r} is not allowed; it must be {setting.rule.allowed}")
+    return flat
+
+
+def check_config(config: ConfigDict) -> FrozenConfigDict:
+    """The frozen config, every value checked alone and with the others; InputError names the keys."""
+    flat = check_values(config, "config")
     for key in ("model.path", "data.train", "data.test"):
         if not flat[key]:
             raise InputError(f"config: {key} is empty; it must be {SETTINGS[key].doc}")
     if ("toy" == flat["model.path"]) != ("toy" == flat["data.train"] == flat["data.test"]):
         raise InputError('config: "toy" must stand in model.path, data.train and data.test, or in none of them')
-    for section in ("sft", "rerank"):
-        if flat[f"{section}.batch_size"] % flat[f"{section}.micro_batch"]:
-            raise InputError(f"config: {section}.batch_size must be a multiple of {section}.micro_batch")
-    if flat["ppo.prompts"] % (flat["ppo.minibatches"] * flat["ppo.micro_batch"]):
-        raise InputError("config: ppo.prompts must be a multiple of ppo.minibatches * ppo.micro_batch")
+    for whole, *parts in (
+        ("sft.batch_size", "sft.micro_batch"),
+        ("rerank.batch_size", "rerank.micro_batch"),
+        ("ppo.prompts", "ppo.minibatches", "ppo.micro_batch"),
+    ):
+        if flat[whole] % math.prod(flat[part] for part in parts):
+            product = " * ".join(f"{part}={flat[part]}" for part in parts)
+            raise InputError(f"config: {whole}={flat[whole]} must be a multiple of {product}")
     if flat["sft.warmup_epoch"] > (flat["sft.stop_epoch"] or flat["sft.epochs"]):
         raise InputError("config: sft.warmup_epoch must not be later than the last epoch of the run")
     if flat["ppo.max_prompt"] >= flat["ppo.max_len"]:
@@ -201,23 +212,49 @@ def check_config(config: ConfigDict) -> FrozenConfigDict:
     return FrozenConfigDict(config)
 
 
+def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+    """Sets `flag_values` from `argv` (program name first) and returns the arguments that are not flags."""
+    try:
+        return flag_values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        close = nearest(error.flagname, flag_values)
+        raise InputError(f"unknown flag --{error.flagname}; did you mean --{close}?") from error
+    except flags.Error as error:
+        raise InputError(f"{error}; see python -m reft_jax --help and reft_jax/config.py") from error
+
+
 def parse_config(argv: list[str], flag_values: flags.FlagValues) -> FrozenConfigDict:
     """Reads `--config=FILE[:argument]` and its overrides out of `argv`, with the other flags of `flag_values`."""
-    config_flags.DEFINE_config_file("config", None, "config file, as configs/quickstart.py", flag_values, sys_argv=argv)
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path is None:
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    flags.DEFINE_string("config", None, "config file, as configs/quickstart.py", flag_values=flag_values)
+    for key, setting in SETTINGS.items():
+        define[type(setting.default)](f"config.{key}", None, setting.doc, flag_values=flag_values)
+    if extra := parse_flags(argv, flag_values):
+        raise InputError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
+    if not flag_values.config:
         raise InputError("--config=FILE is missing; configs/quickstart.py is the embedded default")
-    if not Path(path.rsplit(":", 1)[0]).is_file() and not Path(path).is_file():
+    config = load_config(flag_values.config)
+    overrides = {key: flag_values[f"config.{key}"].value for key in SETTINGS}
+    config.update_from_flattened_dict({key: value for key, value in overrides.items() if value is not None})
+    return check_config(config)
+
+
+def load_config(source: str) -> ConfigDict:
+    """What `get_config()` of FILE returns, or `get_config("argument")` if `source` is FILE:argument."""
+    path, *argument = source.split(":", 1)
+    if not Path(path).is_file():
         raise InputError(f"--config: there is no file {path}; configs/ holds the ones that come with the project")
-    for arg in argv:
-        key = arg.split("=", 1)[0].removeprefix("--config.").removeprefix("--noconfig.")
-        if arg.startswith(("--config.", "--noconfig.")) and key not in SETTINGS:
-            raise InputError(f"config: unknown key {key!r}; did you mean {nearest(key)!r}?")
     try:
-        flag_values(argv)
-    except (flags.Error, TypeError, AttributeError, KeyError, ValueError, SyntaxError, ImportError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from error
-    return check_config(flag_values.config)
+        names = runpy.run_path(path)
+        config = names["get_config"](*argument) if "get_config" in names else None
+    except Exception as error:  # the file is a program: anything can be raised in it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise InputError(f"{where}: {type(error).__name__}: {error}; correct the file or its argument") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{path}: must define get_config() that changes and returns reft_jax.config.default_config()")
+    check_values(config, path)
+    return ConfigDict(config, type_safe=False)  # a copy: the file's may be frozen
 
 
 def to_json(config) -> str:

@@ -58,7 +58,7 @@ class Verdict(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """SFT and reranker rows: tokens int32[B,T], target_mask bool[B,T] (entry t: is token t+1 trained), total_len int32[B]."""
+    """SFT rows: tokens int32[B,T], target_mask bool[B,T] (entry t: is token t+1 trained), total_len int32[B]."""
 
     tokens: Array
     target_mask: Array
@@ -75,7 +75,7 @@ class Rollout(NamedTuple):
 
 
 class PPOBatch(NamedTuple):
-    """What an update reads: tokens int32[B,T], action_mask bool[B,T], the rest float32[B,T]; `advantage` is whitened."""
+    """What an update reads: tokens int32[B,T], action_mask bool[B,T], else float32[B,T]; `advantage` is whitened."""
 
     tokens: Array
     action_mask: Array

@@ -83,6 +83,15 @@ def test_a_decode_step_never_copies_the_cache():
     assert memory.temp_size_in_bytes < size / 2  # one layer and the scores, not the whole
 
 
+def test_a_cache_of_half_the_size_costs_only_precision():
+    model, params = tiny_model()
+    _, cache = prefill(model, params, TOKENS[:, :8], length=9)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
+    logits, after = decode(model, params, TOKENS[:, 8:], jnp.full((3, 1), 8), half)
+    assert {leaf.dtype for leaf in after} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(logits, forward(model, params, TOKENS)[:, 8], atol=0.1)
+
+
 def test_positions_without_a_cache_are_refused():
     model, params = tiny_model()
     with pytest.raises(ValueError, match="positions are for decoding"):

@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama, LlamaConfig
+from reft_jax.parallel.mesh import make_mesh, unboxed
+from reft_jax.train.state import TrainState, abstract_params, new_state, state_shardings
 
 
 def tiny_config(**overrides) -> LlamaConfig:
@@ -24,15 +27,36 @@ def tiny_config(**overrides) -> LlamaConfig:
 
 
 def tiny_model(seed: int = 0, **overrides) -> tuple[Llama, dict]:
-    """A model and float32 parameters, norms included, far enough from their initial values to matter.
-
-    Drawn by NumPy: XLA takes seconds to compile a model's init, which tests of other things need not pay.
-    """
+    """A model and float32 parameters, norms included, far enough from their initial values to matter."""
     model = Llama(tiny_config(**overrides))
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
+    return model, drawn(shapes, seed)
+
+
+def drawn(shapes, seed: int):
+    """Parameters drawn by NumPy: XLA takes seconds to compile a model's init, which tests of other things need not pay."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         return jnp.asarray(rng.normal(float("norm" in path[-1].key), 0.2, leaf.shape), jnp.float32)
 
-    return model, jax.tree.map_with_path(draw, shapes)
+    return jax.tree.map_with_path(draw, shapes)
+
+
+HEADS = {"value_head": ValueHead(), "rerank_head": RerankHead()}
+
+
+def tiny_policy(head: str = "value_head", **overrides) -> tuple[Llama, dict]:
+    """A model and the parameters {'lm', head} of a policy or a reranker."""
+    model = Llama(tiny_config(**overrides))
+    return model, drawn(unboxed(abstract_params(model, HEADS[head], head)), seed=0)
+
+
+def tiny_state(model, params, optimizer, mesh=None) -> tuple[TrainState, TrainState]:
+    """A state at step 0 around a copy of `params` (a step may take it over), and its shardings."""
+    mesh = mesh or make_mesh(1, 1, 1)
+    (head,) = params.keys() - {"lm"}
+    abstract = abstract_params(model, HEADS[head], head)
+    where = state_shardings(mesh, optimizer, abstract)
+    params = jax.tree.map(lambda x, at: jax.device_put(np.array(x), at), params, where.params)
+    return new_state(mesh, optimizer, abstract, params), where

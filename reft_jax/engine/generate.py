@@ -1,4 +1,4 @@
-"""The rollout engine: prompts in, completions out. One jitted program prefills a batch and decodes until all are done."""
+"""The rollout engine: prompts in, completions out. One jitted program prefills a batch and decodes to its end."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +22,8 @@ def decode_batch(model, lm, tokens, prompt_len, real, keys, max_len, *, eos_id, 
     """Continues each row until EOS or `max_len` tokens in all.
 
     Args: tokens int32[B,P] right-padded prompts; prompt_len int32[B], each < max_len; real bool[B] (False: a filler
-    row, never decoded); keys [B]; max_len int32[]; length, the static size of a cache row, >= max_len. Rows are ragged: each writes at its own position, so no row carries padding inside.
+    row, never decoded); keys [B]; max_len int32[]; length, the static size of a cache row, >= max_len. Rows are
+    ragged: each writes at its own position, so no row carries padding inside.
     Returns: tokens int32[B,length], logprobs float32[B,length] (at the position of the token), total_len int32[B],
     finished bool[B] (ended with EOS).
     """

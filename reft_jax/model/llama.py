@@ -164,11 +164,17 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention: q [B,T,N,H], k [B,K,H,S], v [B,K,S,H], mask bool[1 or B,T,S] -> [B,T,N,H]."""
     batch, length, heads, head_dim = q.shape
-    groups = q.reshape(batch, length, k.shape[1], heads // k.shape[1], head_dim)
-    scores = jnp.einsum("BTKGH,BKHS->BKGTS", groups, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    kv_heads, groups = k.shape[1], heads // k.shape[1]
+    # The queries of a group are the rows of one matrix, always on the left: a batched product with the cache on
+    # the left transposes the cache first, and einsum would choose that order.
+    q = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, groups * length, head_dim)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, groups, length, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(q.shape).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, groups * length, -1)
+    out = jnp.matmul(weights, v).reshape(batch, kv_heads, groups, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
 
 
 def _matrix(*axes: str):
@@ -218,7 +224,7 @@ class Block(nn.Module):
             cache = write_prefix(cache, layer, k, v)
         heads = attend(q, k, v, mask)
         o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
-        x = _residual(x + jnp.einsum("BTNH,NHD->BTD", heads, o_weight))
+        x = _residual(x + jnp.tensordot(heads, o_weight, axes=2))  # einsum would swap N and H and copy the weight
 
         y = norm("mlp_norm", x)
         gate = jnp.einsum("BTD,DF->BTF", y, weight("gate", (c.hidden_size, c.intermediate_size), "embed", "mlp"))

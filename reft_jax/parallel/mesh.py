@@ -25,7 +25,7 @@ RULES = (
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what the others leave. Raises InputError if the product is not theirs."""
+    """A mesh over all devices; `data=-1` takes what the others leave. InputError if the product is not their number."""
     devices = jax.device_count()
     if data == -1:
         data = devices // (fsdp * tensor)
@@ -43,7 +43,7 @@ def on_mesh(mesh: Mesh):
 
 
 def shardings(mesh: Mesh, abstract_params):
-    """NamedShardings of a tree that still carries its logical axes (boxed, as `jax.eval_shape(model.init, …)` gives)."""
+    """NamedShardings of a tree that still carries its logical axes (boxed, as `eval_shape` of `model.init` gives)."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
 
 

@@ -1,10 +1,11 @@
 """What every command needs before its first step: checked settings, data, tokenizer, devices, model, engine.
 
-The order matters: everything cheap that can be wrong is looked at first, programs' workers start before JAX does, and
-only then come weights and compiles.
+The order matters: everything cheap that can be wrong is looked at first, and nothing is written before it was found
+right; programs' workers start before JAX takes its devices, and only then come weights and compiles.
 """
 
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator
@@ -79,27 +80,43 @@ class Run:
         return results
 
 
-def prepare_workdir(config, workdir: Path) -> None:
-    """Creates the work directory and records config and versions; refuses another config's directory."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another folder") from error
+def check_workdir(config, workdir: Path, needs: list[str]) -> None:
+    """Writes nothing. InputError unless `workdir` can be written and, where it was used before, was so with `config`.
+
+    `needs` are the models that earlier stages must have made in it.
+    """
+    there = next(path for path in (workdir, *workdir.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir: cannot write to {workdir} ({there} is no writable folder); choose another")
     path = workdir / "config.json"
     if path.exists():
-        before, now = json.loads(path.read_text()), json.loads(to_json(config))
+        try:
+            before, now = dict(json.loads(path.read_text())), json.loads(to_json(config))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error
         changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)]
         if changed:
             raise InputError(
                 f"--workdir: {workdir} was made with other settings ({'; '.join(changed)}); choose another"
             )
+    for name in needs:
+        if not (workdir / "models" / name).exists():
+            raise InputError(
+                f"--workdir: {workdir} has no model {name!r}; run `pipeline`, or the command that makes it, there first"
+            )
+
+
+def create_workdir(config, workdir: Path) -> None:
+    """Makes the work directory, if it is new, and records config and versions."""
+    if (workdir / "config.json").exists():
         return
-    path.write_text(to_json(config) + "\n")
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    (workdir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+        (workdir / "config.json").write_text(to_json(config) + "\n")  # last: from here on the directory is in use
+    except OSError as error:
+        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another") from error
 
 
 def load_data(config, paths: dict[str, str]) -> Data:
@@ -148,19 +165,20 @@ def tokenized(run: Run) -> Run:
 
 
 @contextmanager
-def open_run(config, workdir: Path) -> Iterator[Run]:
+def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
     workdir = workdir.absolute()
+    check_workdir(config, workdir, needs)
     toy = config.model.path == "toy"
     if not toy:
-        base, paths = Path(config.model.path), {k: config.data[k] for k in ("train", "dev", "test")}
-        data = load_data(config, paths)
-        tokenizer = load_tokenizer(base)
+        base = Path(config.model.path)
+        data = load_data(config, {"train": config.data.train, "dev": config.data.dev, "test": config.data.test})
         from reft_jax.model.hf import check_folder
 
-        check_vocabulary(tokenizer, check_folder(base).vocab_size, base)
+        vocab_size = check_folder(base).vocab_size
+        tokenizer = load_tokenizer(base)
+        check_vocabulary(tokenizer, vocab_size, base)
         run = tokenized(Run(config, workdir, base, tokenizer, data))
-    prepare_workdir(config, workdir)
     executor.start(config.executor.workers, config.executor.memory_mb)
     try:
         import jax
@@ -172,6 +190,11 @@ def open_run(config, workdir: Path) -> Iterator[Run]:
 
         if config.mesh.cpu_devices:
             jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
+            if flatten(config)[key] % row_shards(mesh):
+                raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+        create_workdir(config, workdir)
         if toy:
             from reft_jax.runs.toy import write_data, write_model
 
@@ -179,10 +202,6 @@ def open_run(config, workdir: Path) -> Iterator[Run]:
             base = workdir / "toy" / "model"
             write_model(config, data.train, base)
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
-            if flatten(config)[key] % row_shards(mesh):
-                raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model = mesh, model
         run.engine = Engine(

@@ -81,4 +81,4 @@ def new_state(mesh, optimizer, abstract, params) -> TrainState:
 def apply_gradients(state: TrainState, optimizer, grads) -> tuple[TrainState, Any]:
     """One optimizer update; also the gradient norm before clipping, float32."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), optax.global_norm(grads)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(grads)

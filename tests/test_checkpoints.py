@@ -1,0 +1,67 @@
+"""What is saved comes back, bit for bit, and what cannot be saved says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from reft_jax.parallel.mesh import by_row, make_mesh, replicated
+from reft_jax.train.checkpoints import Checkpoints, load_params, save_params
+from reft_jax.train.state import TrainState
+
+
+def some_state(seed: int) -> TrainState:
+    """Every bit pattern of float32 is allowed: NaNs and denormals too."""
+    mesh, rng = make_mesh(1, 1, 1), np.random.default_rng(seed)
+    bits = {name: rng.integers(0, 2**32, shape, np.uint32) for name, shape in (("w", (4, 3)), ("b", (3,)))}
+    params = {name: jax.device_put(x.view(np.float32), by_row(mesh)) for name, x in bits.items()}
+    moments = ({"mu": jax.device_put(rng.normal(size=(4, 3)).astype(np.float32), replicated(mesh))}, None)
+    return TrainState(jnp.int32(seed), params, moments)
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same_bits(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+def test_parameters_come_back_and_newer_ones_replace_them(tmp_path):
+    old, new = some_state(1).params, some_state(2).params
+    for params in (old, new):
+        save_params(tmp_path / "models" / "sft", params)
+        assert_same_bits(load_params(tmp_path / "models" / "sft", abstract(old)), params)
+
+
+def test_the_newest_state_comes_back_with_its_info(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(abstract(some_state(0))) is None
+    for step in (1, 2, 10):
+        checkpoints.save(step, some_state(step), {"best_dev_top1": step / 4, "best_epoch": step})
+    checkpoints.close()
+    reopened = Checkpoints(tmp_path)
+    step, state, info = reopened.restore(abstract(some_state(0)))
+    reopened.close()
+    assert step == 10 and info == {"best_dev_top1": 2.5, "best_epoch": 10}
+    assert_same_bits(state, some_state(10))
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["10"]
+
+
+def test_a_step_that_is_not_saved_is_an_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, some_state(5), {})
+    with pytest.raises(RuntimeError, match="step 3 was not saved; is a newer step there"):
+        checkpoints.save(3, some_state(3), {})
+    checkpoints.close()
+
+
+def test_a_state_of_another_shape_is_refused(tmp_path):
+    save_params(tmp_path / "models", some_state(1).params)
+    wider = abstract(some_state(1).params)
+    wider["b"] = jax.ShapeDtypeStruct((5,), jnp.float32, sharding=wider["b"].sharding)
+    with pytest.raises(ValueError):
+        load_params(tmp_path / "models", wider)

@@ -1,0 +1,252 @@
+"""Settings: the paper's defaults, what is refused with which words, and that each of them does something."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from reft_jax.config import SETTINGS, check_config, default_config, flatten, parse_config, to_json
+from reft_jax.types import InputError
+
+REPO = Path(__file__).resolve().parent.parent
+
+# RECIPE §4 and §5: the authors' settings for CodeLlama-7B and GSM8K programs.
+PAPER = {
+    "seed": 42,
+    "model.dtype": "bfloat16",
+    "executor.timeout_s": 10.0,
+    "sft.learning_rate": 1e-5,
+    "sft.batch_size": 48,
+    "sft.epochs": 40,
+    "sft.warmup_epoch": 2,
+    "sft.lr_warmup": 0.1,
+    "sft.weight_decay": 0.0,
+    "sft.clip_norm": 1.0,
+    "sft.max_len": 1024,
+    "ppo.learning_rate": 3e-7,
+    "ppo.lr_warmup": 0,
+    "ppo.prompts": 32,
+    "ppo.epochs": 300,
+    "ppo.iterations": 0,
+    "ppo.ppo_epochs": 2,
+    "ppo.minibatches": 1,
+    "ppo.weight_decay": 0.0,
+    "ppo.clip_norm": 1.0,
+    "ppo.kl_coef": 0.01,
+    "ppo.gamma": 1.0,
+    "ppo.lam": 0.95,
+    "ppo.vf_coef": 5.0,
+    "ppo.clip": 0.2,
+    "ppo.value_clip": 0.2,
+    "ppo.temperature": 1.0,
+    "ppo.max_prompt": 300,
+    "ppo.max_len": 700,
+    "rerank.learning_rate": 1e-6,
+    "rerank.batch_size": 24,
+    "rerank.epochs": 3,
+    "rerank.lr_warmup": 0.1,
+    "rerank.weight_decay": 0.0,
+    "rerank.clip_norm": 1.0,
+    "rerank.max_len": 700,
+    "sample.n": 100,
+    "sample.train_n": 100,
+    "sample.temperature": 1.0,
+    "sample.top_k": 50,
+    "sample.max_len": 1024,
+}
+
+GOOD = """
+from reft_jax.config import default_config
+
+def get_config(name="good"):
+    config = default_config()
+    config.name, config.model.path, config.data.train, config.data.test = name, "model", "train.json", "test.json"
+    return config
+"""
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Parses a command line whose config file is `source`; "FILE" stands for its path."""
+
+    def parse(*args: str, source: str = GOOD):
+        path = tmp_path / "settings.py"
+        path.write_text(source)
+        return parse_config(["reft", *(arg.replace("FILE", str(path)) for arg in args)], flags.FlagValues())
+
+    return parse
+
+
+def small() -> ConfigDict:
+    config = default_config()
+    config.model.path = config.data.train = config.data.test = "toy"
+    return config
+
+
+def test_the_defaults_are_the_papers():
+    assert {key: flatten(default_config())[key] for key in PAPER} == PAPER
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_every_config_file_passes(path):
+    parse_config(["reft", f"--config={path}"], flags.FlagValues())
+
+
+def test_a_checked_config_is_frozen():
+    config = check_config(small())
+    with pytest.raises(AttributeError):
+        config.ppo.kl_coef = 0.5
+    with pytest.raises(AttributeError):
+        config.ppo = ConfigDict()
+    assert config.ppo.kl_coef == 0.01
+
+
+def test_the_recorded_text_has_every_value():
+    assert json.loads(to_json(check_config(small()))) == flatten(small())
+    assert flatten(small()).keys() == SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "value"),
+    [
+        (["--config=FILE", "--config.ppo.kl_coef=0.05"], "ppo.kl_coef", 0.05),
+        (["--config=FILE", "--config.ppo.kl_coef=1e-3", "--config.ppo.kl_coef=0"], "ppo.kl_coef", 0.0),
+        (["--config.ppo.kl_coef", "0.05", "--config", "FILE"], "ppo.kl_coef", 0.05),
+        (["-config=FILE", "-config.sft.epochs=7"], "sft.epochs", 7),
+        (["--config=FILE", "--config.data.dev="], "data.dev", ""),
+        (["--config=FILE", "--config.data.dev=a=b c"], "data.dev", "a=b c"),
+        (["--config=FILE", "--config.toy.drop_skipped=true"], "toy.drop_skipped", True),
+        (["--config=FILE", "--config.toy.drop_skipped"], "toy.drop_skipped", True),
+        (["--config=FILE", "--noconfig.toy.drop_skipped"], "toy.drop_skipped", False),
+        (["--config=FILE"], "name", "good"),
+        (["--config=FILE:7b"], "name", "7b"),
+        (["--config=FILE:7b:long", "--config.seed=1"], "name", "7b:long"),
+    ],
+)
+def test_the_command_line_changes_one_value(parse, args, key, value):
+    config = flatten(parse(*args))
+    assert config[key] == value and type(config[key]) is type(value)
+    changed = {k for k in config if config[k] != SETTINGS[k].default}
+    assert changed <= {key, "name", "model.path", "data.train", "data.test", "seed"}
+
+
+def test_values_of_a_file_and_of_the_command_line_are_of_one_kind(parse):
+    """0.5 over a file's whole number for a float, and overrides of a file that returns a frozen config."""
+    source = GOOD.replace("return config", "config.ppo.kl_coef = 1\n    return config")
+    assert parse("--config=FILE", source=source).ppo.kl_coef == 1.0
+    assert parse("--config=FILE", "--config.ppo.kl_coef=0.5", source=source).ppo.kl_coef == 0.5
+    frozen = GOOD.replace("return config", "import ml_collections\n    return ml_collections.FrozenConfigDict(config)")
+    assert parse("--config=FILE", "--config.ppo.kl_coef=0.5", source=frozen).ppo.kl_coef == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--config.ppo.klcoef=1", r"unknown flag --config\.ppo\.klcoef; did you mean --config\.ppo\.kl_coef\?"),
+        ("--config.ppo=1", r"unknown flag --config\.ppo; did you mean --config\.ppo\."),
+        ("--confg.seed=1", r"unknown flag --confg\.seed; did you mean --config\.seed\?"),
+        ("--config.sft.epochs=abc", r"--config\.sft\.epochs=abc: invalid literal for int.*see .*reft_jax/config\.py"),
+        ("--config.sft.epochs=1.5", r"--config\.sft\.epochs=1\.5: invalid literal for int"),
+        ("--config.ppo.kl_coef=", r"--config\.ppo\.kl_coef=: could not convert"),
+        ("--config.toy.drop_skipped=maybe", r"--config\.toy\.drop_skipped=maybe: .*Non-boolean"),
+        ("--config.seed", r"Missing value for flag --config\.seed"),
+        ("sft.epochs=3", r"unexpected argument 'sft\.epochs=3'; flags are written --name=value"),
+        ("--config.sft.batch_size=-8", r"sft\.batch_size=-8 is not allowed; it must be a number > 0"),
+        ("--config.sft.batch_size=50", r"sft\.batch_size=50 must be a multiple of sft\.micro_batch=48"),
+        ("--config.rerank.micro_batch=5", r"rerank\.batch_size=24 must be a multiple of rerank\.micro_batch=5"),
+        ("--config.ppo.minibatches=3", r"ppo\.prompts=32 must be a multiple of ppo\.minibatches=3 \* ppo\.micro_batch"),
+        ("--config.ppo.gamma=1.1", r"ppo\.gamma=1\.1 is not allowed; it must be a number from 0 to 1"),
+        ("--config.ppo.kl_coef=nan", r"ppo\.kl_coef=nan is not allowed; it must be a number >= 0"),
+        ("--config.sft.learning_rate=inf", r"sft\.learning_rate=inf is not allowed; it must be a number > 0"),
+        ("--config.model.remat=some", r"model\.remat='some' is not allowed; it must be one of none, dots, full"),
+        ("--config.model.path=", r"model\.path is empty; it must be folder with config\.json"),
+        ("--config.model.path=toy", r'"toy" must stand in model\.path, data\.train and data\.test'),
+        ("--config.sft.stop_epoch=1", r"sft\.warmup_epoch must not be later than the last epoch"),
+        ("--config.ppo.max_prompt=700", r"ppo\.max_prompt must be smaller than ppo\.max_len"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(parse, arg, message):
+    with pytest.raises(InputError, match=message):
+        parse("--config=FILE", arg)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.ppo.klcoef = 1", r"settings\.py: unknown key 'ppo\.klcoef'; did you mean 'ppo\.kl_coef'\?"),
+        ("config.ppo.update(klcoef=1)", r"settings\.py: unknown key 'ppo\.klcoef'; did you mean 'ppo\.kl_coef'\?"),
+        ("config.ppoo.clip = 1", r"settings\.py, line 7: AttributeError: .*ppoo"),
+        ("config.ppo = 3", r"settings\.py: unknown key 'ppo'; did you mean 'ppo\."),
+        ("del config.ppo.clip", r"settings\.py: key 'ppo\.clip' is missing; start from .*default_config\(\)"),
+        ("config.sft.epochs = 'abc'", r"settings\.py: sft\.epochs='abc' must be of type int \(a number > 0\)"),
+        ("config.sft.epochs = 1.5", r"settings\.py: sft\.epochs=1\.5 must be of type int"),
+        ("config.sft.epochs = True", r"settings\.py: sft\.epochs=True must be of type int"),
+        ("config.data.dev = None", r"settings\.py: data\.dev=None must be of type str"),
+        ("config.sft.batch_size = -8", r"settings\.py: sft\.batch_size=-8 is not allowed"),
+        ("config.name = (", r"settings\.py: SyntaxError: .*line 7.*; correct the file"),
+        ("1 / 0", r"settings\.py, line 7: ZeroDivisionError: division by zero; correct the file"),
+        ("open('/no/file')", r"settings\.py, line 7: FileNotFoundError: .*/no/file"),
+        ("return {}", r"settings\.py: must define get_config\(\) that changes and returns .*default_config\(\)"),
+    ],
+)
+def test_a_wrong_file_is_refused(parse, line, message):
+    with pytest.raises(InputError, match=message):
+        parse("--config=FILE", source=GOOD.replace("return config", f"{line}\n    return config"))
+
+
+def test_a_file_of_another_kind_is_refused(parse, tmp_path):
+    with pytest.raises(InputError, match=r"settings\.py: must define get_config\(\)"):
+        parse("--config=FILE", source="config = 1\n")
+    with pytest.raises(
+        InputError, match=r"settings\.py: TypeError: get_config\(\) takes .*correct the file or its arg"
+    ):
+        parse("--config=FILE:7b", source=GOOD.replace('name="good"', "").replace("= name", '= "x"'))
+    with pytest.raises(InputError, match=r"there is no file .*none\.py; configs/ holds"):
+        parse(f"--config={tmp_path}/none.py")
+    with pytest.raises(InputError, match=r"there is no file"):
+        parse(f"--config={tmp_path}")
+    with pytest.raises(InputError, match=r"--config=FILE is missing"):
+        parse("--config.seed=1")
+
+
+def settings_read(source: str) -> set[str]:
+    """The keys that a module reads: `config.ppo.clip`, or `ppo.clip` after `ppo = run.config.ppo` (tuples too)."""
+    tree, sections = ast.parse(source), {"config": ""}
+
+    def section(node) -> str | None:  # "ppo" for `….config.ppo`, "" for `….config`
+        if isinstance(node, ast.Name):
+            return sections.get(node.id)
+        if isinstance(node, ast.Attribute):
+            return "" if node.attr == "config" else node.attr if section(node.value) == "" else None
+        return None
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            tuples = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts, strict=False) if tuples else [(target, value)]
+            sections |= {t.id: section(v) for t, v in pairs if isinstance(t, ast.Name) and section(v)}
+    found = {
+        (section(node.value), node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and section(node.value) is not None
+    }
+    return {f"{name}.{field}".lstrip(".") for name, field in found}
+
+
+def test_every_setting_is_read():
+    sources = [path for path in (REPO / "reft_jax").rglob("*.py") if path.name != "config.py"]
+    read = set().union(*(settings_read(path.read_text(encoding="utf-8")) for path in sources))
+    assert SETTINGS.keys() - read == set()
+
+
+def test_how_a_read_setting_is_found():
+    source = """
+def run(run, config):
+    ppo, folder, settings = run.config.ppo, run.workdir, config.sft
+    return ppo.clip, settings.epochs, run.config.seed, self.run.config.toy.layers, folder.name, other.kl_coef
+"""
+    assert settings_read(source) - {"ppo", "sft", "toy"} == {"ppo.clip", "sft.epochs", "seed", "toy.layers"}

@@ -1,0 +1,197 @@
+"""The engine: what it draws, and that nothing but the model, the seed and the row's identity has a say in it."""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from reft_jax.engine.generate import Engine
+from reft_jax.engine.sampling import draw, inverse_cdf, item_number, row_keys
+from reft_jax.parallel.mesh import make_mesh
+from reft_jax.types import Completion, Prompt
+
+EOS = 31  # greedy decoding of PROMPTS meets it as the first token, later, and never
+TEMPERATURE = 0.7
+MAX_LEN = 21  # cache rows are 24 long: the next multiple of 8
+MODEL, LM = tiny_model()
+
+
+def prompts_of(lengths, name="toy", sample=0) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, MODEL.config.vocab_size, length).astype(np.int32) for length in lengths]
+    return [Prompt(f"{name}_{i}", sample, row) for i, row in enumerate(rows)]
+
+
+PROMPTS = prompts_of([3, 8, 1, 5, 8, 2, 7, 4])
+
+
+def generate(prompts, *, batch=8, max_len=MAX_LEN, temperature=TEMPERATURE, seed=0, **settings) -> list[Completion]:
+    """The completions in the order of the prompts."""
+    engine = Engine(MODEL, make_mesh(1, 1, 1), batch=batch, pad_multiple=8, eos_id=EOS, seed=seed)
+    pairs = list(engine.generate(LM, prompts, max_len=max_len, temperature=temperature, **settings))
+    assert sorted(i for i, _ in pairs) == list(range(len(prompts)))
+    found = dict(pairs)
+    completions = [found[i] for i in range(len(prompts))]
+    assert [(c.item_id, c.sample) for c in completions] == [(p.item_id, p.sample) for p in prompts]
+    return completions
+
+
+draw_all = jax.jit(draw, static_argnames=("temperature", "top_k"))
+pick = jax.jit(inverse_cdf)
+
+
+def texts(completions) -> list[list[int]]:
+    return [completion.tokens.tolist() for completion in completions]
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def all_logprobs(tokens, temperature=1.0):
+    return jax.nn.log_softmax(MODEL.apply({"params": LM}, tokens) / temperature)
+
+
+def next_logprobs(tokens, temperature=1.0):
+    """Log-softmax at the last of `tokens`, by a full forward of a row padded to 24."""
+    row = np.zeros((1, 24), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.asarray(all_logprobs(row, temperature))[0, len(tokens) - 1]
+
+
+def slow_greedy(prompt) -> tuple[list[int], list[float]]:
+    tokens, logprobs = list(prompt), []
+    while len(tokens) < MAX_LEN and (not logprobs or tokens[-1] != EOS):
+        scores = next_logprobs(tokens)
+        tokens.append(int(scores.argmax()))
+        logprobs.append(scores[tokens[-1]])
+    return tokens[len(prompt) :], logprobs
+
+
+def test_greedy_equals_a_slow_loop_with_the_full_forward():
+    completions = generate(PROMPTS, batch=3, temperature=0.0)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        tokens, logprobs = slow_greedy(prompt.tokens)
+        assert completion.tokens.tolist() == tokens
+        assert completion.finished == (tokens[-1] == EOS)
+        np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-5)
+    assert [len(completion.tokens) for completion in completions if completion.finished] == [4, 10, 1]
+
+
+def test_best_of_one_is_greedy():
+    best_of_one = texts(generate(PROMPTS, top_k=1))
+    assert best_of_one == texts(generate(PROMPTS, batch=3, temperature=0.0))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_row_draws_the_same_tokens_in_any_batch_and_order(batch):
+    expected = generate(PROMPTS)
+    assert len({tuple(text) for text in texts(expected)}) == len(PROMPTS)
+    found = generate(PROMPTS[::-1], batch=batch)[::-1]
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_the_rows_beside_a_row_have_no_say():
+    others = prompts_of([6, 8, 8, 1, 2], name="other")
+    assert texts(generate(others[:2] + PROMPTS[:3] + others[2:]))[2:5] == texts(generate(PROMPTS))[:3]
+
+
+def test_samples_iterations_and_seeds_draw_anew_and_a_repeat_does_not():
+    twice = [prompt._replace(sample=1) for prompt in PROMPTS]
+    runs = [generate(PROMPTS), generate(twice), generate(PROMPTS, iteration=1), generate(PROMPTS, seed=1)]
+    for row in zip(*map(texts, runs), strict=True):
+        assert len({tuple(text) for text in row}) == 4
+    assert texts(generate(twice, iteration=1)) == texts(generate(twice, iteration=1))
+
+
+def test_logprobs_are_those_of_a_full_forward_at_the_temperature():
+    for prompt, completion in zip(PROMPTS, generate(PROMPTS), strict=True):
+        assert completion.logprobs.dtype == np.float32 and completion.tokens.dtype == np.int32
+        row = [*prompt.tokens, *completion.tokens]
+        expected = [next_logprobs(row[:n], TEMPERATURE)[row[n]] for n in range(len(prompt.tokens), len(row))]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-5)
+
+
+def test_a_row_ends_with_its_first_eos_or_at_max_len():
+    prompts = [prompt._replace(sample=sample) for prompt in PROMPTS for sample in range(6)]
+    completions = generate(prompts)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert EOS not in completion.tokens[:-1]
+        assert completion.finished == (completion.tokens[-1] == EOS)
+        if not completion.finished:
+            assert len(prompt.tokens) + len(completion.tokens) == MAX_LEN
+    assert 5 < sum(completion.finished for completion in completions) < 43
+
+
+def test_a_lower_max_len_cuts_the_same_text():
+    for short, long in zip(generate(PROMPTS, max_len=18), generate(PROMPTS), strict=True):
+        np.testing.assert_array_equal(short.tokens, long.tokens[: len(short.tokens)])
+        assert len(short.tokens) == len(long.tokens) or not short.finished
+
+
+def test_a_prompt_that_fills_max_len_gets_an_empty_completion():
+    prompts = prompts_of([5, 4, 3, 8])
+    sizes = [len(completion.tokens) for completion in generate(prompts, max_len=4)]
+    assert sizes == [0, 0, 1, 0]
+    (empty,) = generate(prompts[:1], max_len=5)
+    assert not empty.finished and empty.tokens.dtype == np.int32 and empty.logprobs.dtype == np.float32
+
+
+def test_item_numbers_are_the_first_31_bits_of_sha256():
+    digest = hashlib.sha256(b"gsm8k_0").hexdigest()
+    assert item_number("gsm8k_0") == int(digest[:8], 16) // 2 < 2**31
+
+
+def grid(n: int) -> np.ndarray:
+    """n uniform numbers that cover (0,1] evenly, so that counts are exact but for the ends of each token's share."""
+    return ((np.arange(n) + 0.5) / n).astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab", [7, 256, 600])
+def test_inverse_cdf_gives_each_token_its_share(vocab):
+    logits = np.random.default_rng(vocab).normal(0, 2, vocab).astype(np.float32)
+    tokens = np.asarray(pick(jnp.broadcast_to(logits, (10000, vocab)), grid(10000)))
+    share = np.bincount(tokens, minlength=vocab) / 10000
+    np.testing.assert_allclose(share, np.exp(logits) / np.exp(logits).sum(), atol=1.5e-4)
+
+
+def test_inverse_cdf_never_draws_a_token_of_probability_0():
+    logits = np.full(1300, -np.inf, np.float32)  # blocks 0, 3 and 5 hold nothing
+    possible = [256, 511, 640, 700, 1100]
+    logits[possible] = [0.0, 1.0, -30.0, 2.0, 0.5]
+    uniform = np.concatenate([grid(3000), np.array([2.0**-24, 1 - 2.0**-24, 1.0], np.float32)])
+    tokens = np.asarray(pick(jnp.broadcast_to(logits, (uniform.size, 1300)), uniform))
+    assert set(tokens) <= set(possible)
+    assert tokens[-1] == 1100 and set(tokens) >= {256, 511, 700, 1100}
+
+
+@pytest.mark.parametrize("what", ["item", "sample", "token"])
+def test_draws_of_different_identity_are_independent(what):
+    """Frequencies over many items, samples or positions are those of softmax, within 5 sigma."""
+    n, temperature = 20000, 0.8
+    logits = np.random.default_rng(3).normal(0, 1.5, 300).astype(np.float32)
+    zeros, numbers = np.zeros(n, np.int32), np.arange(n, dtype=np.int32)
+    items, samples, t = (numbers if what == varied else zeros for varied in ("item", "sample", "token"))
+    keys = row_keys(jax.random.key(0), 0, items, samples)
+    tokens, logprobs = draw_all(jnp.broadcast_to(logits, (n, 300)), keys, t, temperature=temperature, top_k=0)
+    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    sigma = np.sqrt(n * p * (1 - p))
+    assert np.all(np.abs(np.bincount(tokens, minlength=300) - n * p) < 5 * sigma + 1)
+    np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)
+
+
+def test_top_k_draws_from_the_k_best_and_reports_the_whole_distribution():
+    n, k = 4000, 5
+    logits = np.random.default_rng(4).normal(0, 1, 61).astype(np.float32)
+    keys = row_keys(jax.random.key(0), 0, np.zeros(n, np.int32), np.arange(n, dtype=np.int32))
+    t = np.zeros(n, np.int32)
+    tokens, logprobs = draw_all(jnp.broadcast_to(logits, (n, 61)), keys, t, temperature=1.0, top_k=k)
+    best = np.argsort(logits)[-k:]
+    p = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)
+    kept = np.where(np.isin(np.arange(61), best), p, 0) / p[best].sum()
+    counts = np.bincount(tokens, minlength=61)
+    assert np.all(np.abs(counts - n * kept) <= 5 * np.sqrt(n * kept * (1 - kept)))  # 0 off the best

@@ -1,0 +1,131 @@
+"""The whole chain as a user runs it, shortened: real processes, one work directory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+toy.train_rows=48 toy.dev_rows=6 toy.test_rows=7 toy.vocab_size=400 toy.layers=1 toy.hidden_size=16 toy.mlp_size=32
+toy.heads=2 sft.epochs=2 sft.warmup_epoch=1 sft.eval_every=1 ppo.iterations=3 ppo.prompts=16 ppo.micro_batch=8
+ppo.minibatches=1 ppo.save_every=1 ppo.eval_every=2 ppo.max_prompt=192 ppo.max_len=224 sft.max_len=224
+sample.max_len=224 sample.n=2 sample.train_n=2 sample.train_limit=8 sample.batch=16 rerank.epochs=1
+rerank.batch_size=16 rerank.micro_batch=8 rerank.max_len=448 data.pad_multiple=224
+""".split()
+
+
+def command(name: str, workdir: Path, *arguments: str) -> list[str]:
+    settings = [f"--config.{setting}" for setting in TINY]
+    config = f"--config={ROOT / 'configs/quickstart.py'}"
+    return [sys.executable, "-m", "reft_jax", name, config, f"--workdir={workdir}", *settings, *arguments]
+
+
+def run(name: str, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(name, workdir, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """One compilation cache for the processes of this file."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    yield
+    del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+
+
+@pytest.fixture(scope="module")
+def finished(compiled_once, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    done = run("pipeline", workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def metrics(workdir: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pipeline_leaves_report_curves_and_table(finished):
+    workdir, done = finished
+    report = json.loads((workdir / "report.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["SFT warm-up", "SFT", "ReFT"]
+    for row in report["rows"]:
+        assert row["top1"]["total"] == 7
+    for row in report["rows"][1:]:
+        assert row["voting"]["total"] == row["rerank"]["total"] == row["upper_bound"]["total"] == 7
+        assert row["voting"]["correct"] <= row["upper_bound"]["correct"]
+    assert "voting@2" in done.stdout and "voting@2" in (workdir / "report.md").read_text()
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "reft" / "tb").glob("events.*"))
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 42
+    assert "jax" in json.loads((workdir / "versions.json").read_text())
+
+
+def test_ppo_starts_at_the_reference(finished):
+    lines = metrics(finished[0], "reft")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0]["kl"] == 0  # policy and reference are the same weights, scored by the same program
+    assert all(line["ratio_max_error_first"] < 1e-5 for line in lines)
+    assert lines[1]["kl"] != 0
+
+
+def test_second_run_does_nothing_again(finished):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "report" not in p.name}
+    again = run("pipeline", workdir)
+    assert again.returncode == 0, again.stderr
+    after = {p: p.stat().st_mtime_ns for p in before}
+    assert {p.name for p in before if before[p] != after[p]} <= {"curves.png"}
+
+
+def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    workdir, _ = finished
+    done = run("export", workdir, "--model=reft", f"--out={tmp_path / 'reft'}")
+    assert done.returncode == 0, done.stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "reft", dtype=torch.float32)
+    tokens = np.arange(12)[None] % 300
+
+    from reft_jax import load_hf
+
+    model, params = load_hf(tmp_path / "reft")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, atol=1e-4)
+    solve = [sys.executable, "-m", "reft_jax", "solve", f"--model={tmp_path / 'reft'}", "Ann has 2 pens. How many?"]
+    solved = subprocess.run(solve, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert solved.returncode == 0, solved.stderr
+    assert solved.stdout.startswith('def solution():\n    """Ann has 2 pens. How many?"""')
+    assert "\nanswer: " in solved.stdout
+
+
+def test_killed_run_goes_on_where_it_was(finished, tmp_path):
+    """SIGKILL once PPO has saved an iteration; the same command ends with the uninterrupted run's metrics."""
+    reference, _ = finished
+    process = subprocess.Popen(
+        command("pipeline", tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    saved = tmp_path / "reft" / "checkpoints" / "1"
+    deadline = time.monotonic() + 300
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert saved.exists()
+    done = run("pipeline", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage in ("sft", "reft"):
+        ours, theirs = metrics(tmp_path, stage), metrics(reference, stage)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        for mine, other in zip(ours, theirs, strict=True):
+            same = [key for key in other if not key.startswith("seconds")]
+            assert [mine[key] for key in same] == [other[key] for key in same]
+    read = [(d / "report.json").read_text() for d in (tmp_path, reference)]
+    assert json.loads(read[0])["rows"] == json.loads(read[1])["rows"]

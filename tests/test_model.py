@@ -110,15 +110,22 @@ def looped_hidden(model, params, tokens):
     return rms_norm(carry[0], params["final_norm"], model.config.rms_norm_eps)
 
 
+PROBE = np.random.default_rng(2).normal(size=(*TOKENS.shape, tiny_config().hidden_size)).astype(np.float32)
+
+
+@functools.cache
+def looped_gradients():
+    model, params = tiny_model()
+    return jax.jit(jax.grad(lambda p: jnp.sum(PROBE * looped_hidden(model, p, TOKENS))))(params)
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scan_and_remat_change_no_gradient(remat):
     model, params = tiny_model()
-    probe = np.random.default_rng(2).normal(size=(*TOKENS.shape, model.config.hidden_size)).astype(np.float32)
-    twin = jax.jit(jax.grad(lambda p: jnp.sum(probe * looped_hidden(model, p, TOKENS))))(params)
     ours = model.clone(remat=remat)
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(probe * ours.apply({"params": p}, TOKENS, method="hidden")[0])))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(PROBE * ours.apply({"params": p}, TOKENS, method="hidden")[0])))(params)
     assert float(jnp.abs(grads["layers"]["q"]).max()) > 1e-3
-    for path, want in jax.tree.leaves_with_path(twin):
+    for path, want in jax.tree.leaves_with_path(looped_gradients()):
         got = functools.reduce(lambda tree, key: tree[key.key], path, grads)
         np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-7, err_msg=str(path))
 

@@ -1,6 +1,8 @@
 """The table: greedy top-1, voting, reranking and upper bound of the models in a work directory."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -15,21 +17,31 @@ from reft_jax.task.intervals import paired_bootstrap, slope_interval
 from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound
 
 
-def run_greedy(run: Run, name: str) -> list[dict]:
-    """Greedy answers of one model to the test questions, kept in evaluations/NAME.jsonl."""
+def kept(run: Run, name: str, make: Callable[[], list[dict]]) -> list[dict]:
+    """The records of evaluations/NAME.jsonl, made now if they are not there."""
     path = run.workdir / "evaluations" / f"{name}.jsonl"
-    if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not path.exists():
+        records = make()
+        path.parent.mkdir(exist_ok=True)
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        whole.rename(path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def greedy_records(run: Run, name: str) -> list[dict]:
+    """Greedy answers of one model to the test questions."""
     graded = greedy(run, load_model(run, name)["lm"], run.data.test, run.config.sample.max_len)
-    records = [
+    return [
         {"item_id": e.item_id, "completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
         for e, (text, verdict) in zip(run.data.test, graded, strict=True)
     ]
-    path.parent.mkdir(exist_ok=True)
-    whole = path.with_suffix(".tmp")
-    whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    whole.rename(path)
-    return records
+
+
+def rerank_records(run: Run, name: str, records: list[dict]) -> list[dict]:
+    """The reranker's probabilities for the distinct completions of each question."""
+    scores = rerank_scores(run, name, records)
+    return [{"item_id": r["item_id"], "probabilities": row} for r, row in zip(records, scores, strict=True)]
 
 
 def count(flags) -> dict:
@@ -48,7 +60,8 @@ def sampled_columns(run: Run, name: str) -> dict:
     }
     if model_folder(run, f"rerank_{name}").exists():
         distinct = [deduplicate(record["predictions"]) for record in records]
-        choices = map(rerank_choice, distinct, rerank_scores(run, name, records))
+        scored = kept(run, f"rerank_{name}", lambda: rerank_records(run, name, records))
+        choices = map(rerank_choice, distinct, (record["probabilities"] for record in scored))
         chosen = zip(distinct, choices, strict=True)
         columns["rerank"] = count(i is not None and predictions[i]["correctness"] for predictions, i in chosen)
     return columns
@@ -62,7 +75,7 @@ def metrics_lines(run: Run, stage: str) -> list[dict]:
 def run_evaluate(run: Run) -> dict:
     """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
     names = [name for name in POLICIES if model_folder(run, name).exists()]
-    answers = {name: run_greedy(run, name) for name in names}
+    answers = {name: kept(run, name, partial(greedy_records, run, name)) for name in names}
     rows = [
         {"model": TITLES[name], "top1": count(r["correctness"] for r in answers[name])} | sampled_columns(run, name)
         for name in names

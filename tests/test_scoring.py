@@ -18,12 +18,12 @@ START = np.array([0, 3, 50], np.int32)  # the last row's window passes the end
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature"))
 def both_ways(model, tokens, temperature):
-    """Windowed log-probabilities [B,T] and log-softmax [B,T,V], from the same hidden states."""
+    """Windowed log-probabilities [B,T], log-softmax [B,T,V] and the hidden states of both."""
     lm = PARAMS["lm"]
     hidden, _ = model.apply({"params": lm}, tokens, method="hidden")
     windowed = next_token_logprobs(model, lm, hidden, tokens, START, WIDTH, temperature)
     logits = model.apply({"params": lm}, hidden, method="unembed")
-    return windowed, jax.nn.log_softmax(logits / temperature)
+    return windowed, jax.nn.log_softmax(logits / temperature), hidden
 
 
 def gathered(full) -> np.ndarray:
@@ -37,7 +37,7 @@ def gathered(full) -> np.ndarray:
 
 @pytest.mark.parametrize(("dtype", "temperature"), [(jnp.float32, 0.7), (jnp.bfloat16, 1.0)])
 def test_the_window_equals_the_full_log_softmax(dtype, temperature):
-    windowed, full = both_ways(MODEL.clone(dtype=dtype), TOKENS, temperature)
+    windowed, full, _ = both_ways(MODEL.clone(dtype=dtype), TOKENS, temperature)
     assert windowed.dtype == jnp.float32
     np.testing.assert_allclose(windowed, gathered(np.asarray(full)), atol=2e-5)
     assert np.count_nonzero(windowed) == 64 + 64 + 21  # the third row's targets are tokens 51 to 71
@@ -57,11 +57,10 @@ def test_the_scorer_returns_values_where_there_is_a_value_head():
     groups, starts = np.stack([TOKENS, TOKENS[::-1]]), np.stack([START, START[::-1]])
     scorer = make_scorer(MODEL, temperature=0.7)
     logprob, value = scorer(PARAMS, groups, starts, width=WIDTH)
-    windowed, _ = both_ways(MODEL, TOKENS, 0.7)
+    windowed, _, hidden = both_ways(MODEL, TOKENS, 0.7)
     np.testing.assert_allclose(logprob[0], windowed, atol=2e-5)
     np.testing.assert_allclose(logprob[1], logprob[0][::-1], atol=2e-5)
 
-    hidden, _ = MODEL.apply({"params": PARAMS["lm"]}, TOKENS, method="hidden")
     head = PARAMS["value_head"]
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value[0], np.asarray(hidden) @ np.asarray(head["weight"]) + head["bias"], atol=2e-5)

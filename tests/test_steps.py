@@ -1,8 +1,4 @@
-"""The three updates and the PPO batch against slow twins written apart from them.
-
-Most tests update by plain gradient descent with rate 1: the difference of the parameters is then the gradient, which
-the first step of Adam would reduce to its sign.
-"""
+"""The three updates and the PPO batch against slow twins written apart from them."""
 
 import functools
 
@@ -13,7 +9,7 @@ import optax
 import pytest
 from tiny import tiny_policy, tiny_state
 
-from reft_jax.train.batches import in_micro_batches, token_batch
+from reft_jax.train.batches import in_micro_batches, pad_tokens, token_batch
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import constant_schedule, linear_schedule, make_optimizer
 from reft_jax.train.steps import (
@@ -36,6 +32,7 @@ PROMPT_LEN = np.array([9, 20, 1, 3, 5, 7, 2, 6], np.int32)
 TOTAL_LEN = np.array([10, 40, 12, 35, 20, 30, 9, 18], np.int32)
 ACTIONS = [range(p - 1, n - 1) for p, n in zip(PROMPT_LEN, TOTAL_LEN, strict=True)]
 MASK = np.array([[t in actions for t in range(LENGTH)] for actions in ACTIONS])
+B, T = np.nonzero(MASK)  # row and place of every action, for the slow twins
 
 
 def numbers(metrics) -> dict[str, float]:
@@ -51,23 +48,23 @@ ROWS = [row[:n].tolist() for row, n in zip(TOKENS, TOTAL_LEN, strict=True)]
 
 
 @functools.cache
-def prepared(kind: str, model=MODEL, adam: bool = False):
+def prepared(kind: str, model=MODEL):
     """(jitted step, function that makes a state at step 0 around PARAMS)."""
-    optimizer = optax.sgd(1.0)
-    if adam:
-        optimizer = make_optimizer(optax.constant_schedule(RATE), weight_decay=0.0, clip_norm=1.0)
+    optimizer = make_optimizer(optax.constant_schedule(RATE), weight_decay=0.0, clip_norm=1.0)
+    make_step = {
+        "sft": make_sft_step,
+        "ppo": functools.partial(make_ppo_step, settings=SETTINGS),
+        "rerank": make_rerank_step,
+    }[kind]
     params = RERANK_PARAMS if kind == "rerank" else PARAMS
     _, where = tiny_state(model, params, optimizer)
-    if kind == "ppo":
-        step = make_ppo_step(model, optimizer, SETTINGS, where)
-    else:
-        step = {"sft": make_sft_step, "rerank": make_rerank_step}[kind](model, optimizer, where)
-    return step, lambda: tiny_state(model, params, optimizer)[0]
+    return make_step(model, optimizer, shardings=where), lambda: tiny_state(model, params, optimizer)[0]
 
 
-def gradient(before, state):
-    """The gradient that a step of `optax.sgd(1.0)` took."""
-    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, state.params)
+def gradient(state, metrics):
+    """The gradient of a first step: Adam's first moment is (1 - 0.9) times the gradient clipped to norm 1."""
+    scale = max(1.0, float(metrics["grad_norm"])) / (1 - 0.9)
+    return jax.tree.map(lambda moment: np.asarray(moment) * scale, optax.tree.get(state.opt_state, "mu"))
 
 
 def assert_same(found, expected, atol: float):
@@ -87,26 +84,25 @@ def run_sft(rows, prompt_lens, micro_batch: int, pad_multiple: int = 8):
     """(gradient, metrics) of one step."""
     step, fresh = prepared("sft")
     state, metrics = step(fresh(), in_micro_batches(token_batch(rows, prompt_lens, pad_multiple), micro_batch), WIDTH)
-    return gradient(PARAMS, state), numbers(metrics)
+    return gradient(state, metrics), numbers(metrics)
 
 
-@functools.partial(jax.jit, static_argnames="real")
-def slow_sft(params, real: int = 8):
-    """Loss and gradient over the first rows: log-softmax of all logits, token by token."""
+@jax.jit
+def slow_sft(params, real):
+    """Loss and gradient over the first `real` rows: log-softmax of all logits, target by target."""
 
     def loss(params):
-        logprobs = jax.nn.log_softmax(MODEL.apply({"params": params["lm"]}, TOKENS))
-        return -jnp.mean(jnp.stack([logprobs[b, t, TOKENS[b, t + 1]] for b in range(real) for t in ACTIONS[b]]))
+        logprobs = jax.nn.log_softmax(MODEL.apply({"params": params["lm"]}, TOKENS))[B, T, TOKENS[B, T + 1]]
+        return -jnp.mean(logprobs, where=B < real)
 
     return jax.value_and_grad(loss)(params)
 
 
 def test_sft_loss_is_the_mean_over_target_tokens_whatever_the_micro_batch():
-    loss, expected = slow_sft(PARAMS)
+    loss, expected = slow_sft(PARAMS, 8)
     for micro_batch in (8, 4, 2):
         found, metrics = run_sft(ROWS, PROMPT_LEN, micro_batch)
-        assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-        assert metrics["grad_norm"] == pytest.approx(global_norm(expected), rel=1e-5)
+        assert metrics == pytest.approx({"loss": float(loss), "grad_norm": global_norm(expected)}, rel=1e-5)
         assert_same(found, expected, atol=1e-6)
     assert not np.any(found["value_head"]["weight"])  # SFT leaves the value head alone
 
@@ -122,7 +118,7 @@ def test_order_and_padding_of_sft_rows_change_nothing():
 
 
 def test_filler_rows_change_nothing_even_where_they_fill_a_micro_batch():
-    loss, expected = slow_sft(PARAMS, real=5)
+    loss, expected = slow_sft(PARAMS, 5)
     found, metrics = run_sft(ROWS[:5] + [[]] * 3, np.append(PROMPT_LEN[:5], [1, 1, 1]), 2)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert_same(found, expected, atol=1e-6)
@@ -135,11 +131,12 @@ def off_mask_garbage(x, seed: int) -> np.ndarray:
     return np.where(MASK, x, rng(seed).normal(0, 100, x.shape)).astype(np.float32)
 
 
-@functools.cache
-def scores(params_of: str = "value_head") -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and values [8,T] of the rows under PARAMS."""
-    start = in_micro_batches(PROMPT_LEN - 1, 4)
-    scored = make_scorer(MODEL, SETTINGS.temperature)(PARAMS, in_micro_batches(TOKENS, 4), start, width=WIDTH)
+scorer = make_scorer(MODEL, SETTINGS.temperature)
+
+
+def scores(params=PARAMS) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities and values [8,T] of the rows."""
+    scored = scorer(params, in_micro_batches(TOKENS, 4), in_micro_batches(PROMPT_LEN - 1, 4), width=WIDTH)
     return tuple(np.asarray(x).reshape(8, LENGTH) for x in scored)
 
 
@@ -155,33 +152,31 @@ def run_ppo(batch: PPOBatch):
     """(gradient, metrics) of one step in two micro-batches."""
     step, fresh = prepared("ppo")
     state, metrics = step(fresh(), in_micro_batches(batch, 4), WIDTH)
-    return gradient(PARAMS, state), numbers(metrics)
+    return gradient(state, metrics), numbers(metrics)
 
 
 @jax.jit
 def slow_ppo(params, batch: PPOBatch):
-    """(loss, metrics), gradient: RECIPE §4 row by row, from all logits."""
+    """(loss, metrics), gradient: RECIPE §4 from all logits, action by action.
+
+    In a mean over each row's actions and then over rows an action weighs 1 / (rows · actions of its row).
+    """
+    weight = 1 / (8 * MASK.sum(1)[B])
 
     def loss(params):
         hidden, _ = MODEL.apply({"params": params["lm"]}, batch.tokens, method="hidden")
         logits = MODEL.apply({"params": params["lm"]}, hidden, method="unembed")
-        logprobs = jax.nn.log_softmax(logits / SETTINGS.temperature)
-        values = (hidden * params["value_head"]["weight"][None, None]).sum(-1) + params["value_head"]["bias"]
-        policy, critic, ratios = [], [], []
-        for b, actions in enumerate(ACTIONS):
-            t = np.array(actions)
-            _, _, old_logprob, old_value, advantage, return_ = (x[b, t] for x in batch)
-            ratio = jnp.exp(logprobs[b, t, batch.tokens[b, t + 1]] - old_logprob)
-            clipped_ratio = jnp.minimum(jnp.maximum(ratio, 1 - SETTINGS.clip), 1 + SETTINGS.clip)
-            policy.append(jnp.mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio)))
-            moved = jnp.minimum(jnp.maximum(values[b, t] - old_value, -SETTINGS.value_clip), SETTINGS.value_clip)
-            errors = (values[b, t] - return_) ** 2, (old_value + moved - return_) ** 2
-            critic.append(jnp.mean(jnp.maximum(*errors)) / 2)
-            ratios.append(ratio)
-        policy, critic, change = sum(policy) / 8, sum(critic) / 8, jnp.abs(jnp.concatenate(ratios) - 1)
-        total = policy + SETTINGS.vf_coef * critic
-        parts = {"policy_loss": policy, "value_loss": critic, "loss": total}
-        return total, parts | {"clip_share": jnp.mean(change > SETTINGS.clip), "ratio_max_error": change.max()}
+        logprob = jax.nn.log_softmax(logits / SETTINGS.temperature)[B, T, batch.tokens[B, T + 1]]
+        value = (hidden[B, T] * params["value_head"]["weight"][None]).sum(-1) + params["value_head"]["bias"]
+        old_logprob, old_value, advantage, return_ = (x[B, T] for x in batch[2:])
+        ratio = jnp.exp(logprob - old_logprob)
+        clipped_ratio = jnp.minimum(jnp.maximum(ratio, 1 - SETTINGS.clip), 1 + SETTINGS.clip)
+        policy = (weight * jnp.maximum(-advantage * ratio, -advantage * clipped_ratio)).sum()
+        moved = jnp.minimum(jnp.maximum(value - old_value, -SETTINGS.value_clip), SETTINGS.value_clip)
+        critic = (weight * jnp.maximum((value - return_) ** 2, (old_value + moved - return_) ** 2)).sum() / 2
+        parts = {"policy_loss": policy, "value_loss": critic, "loss": policy + SETTINGS.vf_coef * critic}
+        outside = (ratio > 1 + SETTINGS.clip) | (ratio < 1 - SETTINGS.clip)
+        return parts["loss"], parts | {"clip_share": outside.mean(), "ratio_max_error": jnp.abs(ratio - 1).max()}
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -197,21 +192,19 @@ def test_a_ppo_step_equals_its_slow_twin():
     assert abs(found["value_head"]["bias"]) > 0.1  # the bias of the value head is trained too
 
 
-def test_an_adam_step_is_clipped_and_donated_and_compiles_once():
-    step, fresh = prepared("ppo", adam=True)
+def test_a_step_is_adam_donates_its_state_and_compiles_once():
+    step, fresh = prepared("ppo")
     batch, state = in_micro_batches(ppo_batch(), 4), fresh()
     before = state.params
     state, metrics = step(state, batch, WIDTH)
     assert before["lm"]["embed"].is_deleted()
     assert metrics["grad_norm"] > 1
 
-    # Adam's first moments are (1 - β1) times the clipped gradient; its step is g / (|g| + eps), both moments unbiased.
-    plain, _ = run_ppo(ppo_batch())
-    clipped = jax.tree.map(lambda x: np.asarray(x) / 0.1, optax.tree.get(state.opt_state, "mu"))
-    assert_same(clipped, jax.tree.map(lambda g: g / global_norm(plain), plain), atol=1e-6)
-    expected = jax.tree.map(lambda p, g: np.asarray(p) - RATE * g / (np.abs(g) + 1e-8), PARAMS, clipped)
-    assert_same(state.params, expected, atol=2e-6)
+    def first_adam_step(p, g):  # bias correction makes the moments g and g²
+        g = g / metrics["grad_norm"]
+        return np.asarray(p) - RATE * g / (np.abs(g) + 1e-8)
 
+    assert_same(state.params, jax.tree.map(first_adam_step, PARAMS, gradient(state, metrics)), atol=1e-6)
     for _ in range(2):
         state, _ = step(state, batch, WIDTH)
     assert int(state.step) == 3
@@ -298,12 +291,8 @@ def test_the_decision_to_stop_is_trained_and_nothing_after_it():
     size = [global_norm(run_ppo(batch._replace(advantage=x))[0]) for x in (stop, after)]
     assert size[0] > 0.01 and size[1] < 1e-5
     found, _ = run_ppo(batch._replace(advantage=stop))
-    better = jax.tree.map(lambda p, g: p - 0.01 * g, PARAMS["lm"], found["lm"])
-    row, t = TOKENS[4:5], int(TOTAL_LEN[4]) - 2
-    chance = [
-        jax.nn.log_softmax(MODEL.apply({"params": lm}, row))[0, t, row[0, t + 1]] for lm in (PARAMS["lm"], better)
-    ]
-    assert chance[1] > chance[0]
+    better, _ = scores(jax.tree.map(lambda p, g: p - 0.1 * g, PARAMS, found))
+    assert better[4, TOTAL_LEN[4] - 2] > logprob[4, TOTAL_LEN[4] - 2]
 
 
 def test_rows_without_actions_count_as_rows_and_leave_the_gradient_finite():
@@ -316,24 +305,18 @@ def test_rows_without_actions_count_as_rows_and_leave_the_gradient_finite():
     assert_same(found, jax.tree.map(lambda x: x / 2, expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sft", "ppo"])
-def test_bfloat16_compute_keeps_losses_and_parameters_in_float32(kind):
-    step, fresh = prepared(kind, model=MODEL.clone(dtype=jnp.bfloat16))
-    batch = token_batch(ROWS, PROMPT_LEN, 8) if kind == "sft" else ppo_batch()
-    state, metrics = step(fresh(), in_micro_batches(batch, 4), WIDTH)
-    exact = run_sft(ROWS, PROMPT_LEN, 4)[1] if kind == "sft" else run_ppo(batch)[1]
-    for name, value in metrics.items():
-        assert value.dtype == jnp.float32 and np.isfinite(value), name
-    assert metrics["loss"] == pytest.approx(exact["loss"], rel=0.05)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
-    assert global_norm(gradient(PARAMS, state)) == pytest.approx(exact["grad_norm"], rel=0.1)
+def test_bfloat16_compute_keeps_losses_and_parameters_in_float32():
+    step, fresh = prepared("ppo", model=MODEL.clone(dtype=jnp.bfloat16))
+    state, metrics = step(fresh(), in_micro_batches(ppo_batch(), 4), WIDTH)
+    _, exact = run_ppo(ppo_batch())
+    assert {leaf.dtype for leaf in jax.tree.leaves((metrics, state.params))} == {jnp.dtype(jnp.float32)}
+    assert numbers(metrics) == pytest.approx(exact, rel=0.1, abs=0.01)
 
 
 # --- the reranker
 
 LABELS = np.array([1, 0, 1, 1, 0, 0, 1, 0], np.int32)
 REAL = np.array([0, 1, 2, 4, 6])  # the other rows have weight 0
-score_rerank = make_rerank_scorer(RERANKER)
 
 
 @jax.jit
@@ -356,17 +339,15 @@ def test_a_rerank_step_equals_its_slow_twin():
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(float(np.mean(np.argmax(logits, -1)[REAL] == LABELS[REAL])))
     assert 0 < metrics["accuracy"] < 1
-    assert_same(gradient(RERANK_PARAMS, state), expected, atol=1e-6)
+    assert_same(gradient(state, metrics), expected, atol=1e-6)
 
 
 def test_rerank_scores_are_read_at_the_last_real_token_whatever_the_padding():
     (_, logits), _ = slow_rerank(RERANK_PARAMS)
     expected = np.exp(logits[:, 1]) / np.exp(logits).sum(-1)
-    padded = np.zeros((8, 48), np.int32)
-    for row, ids in zip(padded, ROWS, strict=True):
-        row[: len(ids)] = ids
-    for tokens in (TOKENS, padded):
-        np.testing.assert_allclose(score_rerank(RERANK_PARAMS, tokens, TOTAL_LEN), expected, atol=1e-5)
+    padded, _ = pad_tokens(ROWS, 48)  # the twin's rows are shorter and padded with other ids
+    scored = make_rerank_scorer(RERANKER)(RERANK_PARAMS, padded, TOTAL_LEN)
+    np.testing.assert_allclose(scored, expected, atol=1e-5)
 
 
 # --- learning rates

@@ -34,7 +34,7 @@ def tiny_model(seed: int = 0, **overrides) -> tuple[Llama, dict]:
 
 
 def drawn(shapes, seed: int):
-    """Parameters drawn by NumPy: XLA takes seconds to compile a model's init, which tests of other things need not pay."""
+    """Parameters drawn by NumPy: XLA takes seconds to compile an init, which tests of other things need not pay."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -104,6 +104,7 @@ SETTINGS = {
     "ppo.gamma": Setting(1.0, between(0, 1), "discount"),
     "ppo.lam": Setting(0.95, between(0, 1), "λ of GAE"),
     "ppo.vf_coef": Setting(5.0, at_least(0), "weight of the value loss"),
+    "ppo.value_init": Setting(1.0, at_least(0), "scale of the value head's initial weights; 0 begins with V = 0"),
     "ppo.clip": Setting(0.2, POSITIVE, "policy ratio"),
     "ppo.value_clip": Setting(0.2, POSITIVE, "value change"),
     "ppo.temperature": Setting(1.0, POSITIVE, "of sampling and of every log-probability"),

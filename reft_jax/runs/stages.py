@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from reft_jax.model.heads import RerankHead, ValueHead
@@ -31,7 +32,8 @@ def base_policy(run: Run):
     """The base model's weights, float32, and a new value head, on the mesh."""
     where = shardings(run.mesh, abstract_policy(run))["lm"]
     _, lm = load_hf(run.base, shardings=where)
-    return {"lm": lm, "value_head": init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)}
+    head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
+    return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.ppo.value_init * x, head)}
 
 
 def model_folder(run: Run, name: str) -> Path:

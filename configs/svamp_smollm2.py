@@ -4,10 +4,10 @@
         --config.model.path=$MODEL_DIR/SmolLM2-135M --config.data.train=$DATA_DIR/svamp_python_sdp.json \
         --config.data.test=$DATA_DIR/svamp_test_set.json
 
-Shortened, against the paper: the short questions among 900 training rows (60 of them choose checkpoints), 2 epochs of SFT
-at a small model's learning rate, 30 PPO iterations of 24 questions with one pass of two updates each, 60 test questions,
-4 samples for voting. The value head begins at 0: with so few updates a random one would be noise to the policy until the
-end. docs/results.md has what came out.
+Shortened, against the paper: the short questions among 900 training rows (60 of them choose checkpoints), 2 epochs of
+SFT at a small model's learning rate, 30 PPO iterations of 24 questions with one pass of two updates each, 60 test
+questions, 4 samples for voting. The value head begins at 0: with so few updates a random one would be noise to the
+policy until the end. docs/results.md has what came out.
 """
 
 from reft_jax.config import default_config

@@ -60,23 +60,39 @@ def next_logprobs(tokens, temperature=1.0):
     return np.asarray(all_logprobs(row, temperature))[0, len(tokens) - 1]
 
 
-def slow_greedy(prompt) -> tuple[list[int], list[float]]:
-    tokens, logprobs = list(prompt), []
+def slow_text(prompt, choose) -> tuple[list[int], list[float]]:
+    """Response and its log-probabilities, one full forward a token; `choose(logprobs [V], t)` picks token t of it."""
+    tokens, logprobs = list(prompt.tokens), []
     while len(tokens) < MAX_LEN and (not logprobs or tokens[-1] != EOS):
         scores = next_logprobs(tokens)
-        tokens.append(int(scores.argmax()))
+        tokens.append(int(choose(scores, len(logprobs))))
         logprobs.append(scores[tokens[-1]])
-    return tokens[len(prompt) :], logprobs
+    return tokens[len(prompt.tokens) :], logprobs
 
 
 def test_greedy_equals_a_slow_loop_with_the_full_forward():
     completions = generate(PROMPTS, batch=3, temperature=0.0)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        tokens, logprobs = slow_greedy(prompt.tokens)
+        tokens, logprobs = slow_text(prompt, lambda scores, t: scores.argmax())
         assert completion.tokens.tolist() == tokens
         assert completion.finished == (tokens[-1] == EOS)
         np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-5)
     assert [len(completion.tokens) for completion in completions if completion.finished] == [4, 10, 1]
+
+
+def test_a_draw_follows_from_seed_iteration_item_sample_and_place_alone():
+    seed, iteration, sample = 3, 5, 2
+    prompts = [prompt._replace(sample=sample) for prompt in PROMPTS[:3]]
+    for prompt, completion in zip(prompts, generate(prompts, seed=seed, iteration=iteration), strict=True):
+
+        def choose(scores, t, item=item_number(prompt.item_id)):
+            key = jax.random.key(seed)
+            for part in (iteration, item, sample, t):
+                key = jax.random.fold_in(key, part)
+            shares = np.exp(scores / TEMPERATURE).cumsum()
+            return np.searchsorted(shares, (1 - jax.random.uniform(key)) * shares[-1])
+
+        assert completion.tokens.tolist() == slow_text(prompt, choose)[0]
 
 
 def test_best_of_one_is_greedy():
@@ -159,13 +175,18 @@ def test_inverse_cdf_gives_each_token_its_share(vocab):
 
 
 def test_inverse_cdf_never_draws_a_token_of_probability_0():
-    logits = np.full(1300, -np.inf, np.float32)  # blocks 0, 3 and 5 hold nothing
-    possible = [256, 511, 640, 700, 1100]
-    logits[possible] = [0.0, 1.0, -30.0, 2.0, 0.5]
-    uniform = np.concatenate([grid(3000), np.array([2.0**-24, 1 - 2.0**-24, 1.0], np.float32)])
-    tokens = np.asarray(pick(jnp.broadcast_to(logits, (uniform.size, 1300)), uniform))
-    assert set(tokens) <= set(possible)
-    assert tokens[-1] == 1100 and set(tokens) >= {256, 511, 700, 1100}
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 3, (9000, 1300)).astype(np.float32)
+    logits[generator.random(logits.shape) < 0.95] = -np.inf
+    logits[:, 256:512] = -np.inf
+    extremes = np.array([1.0, 1 - 2.0**-24, 2.0**-24], np.float32)
+    uniform = np.concatenate([np.repeat(extremes, 2000), grid(3000)])
+    tokens = np.asarray(pick(logits, uniform))
+    assert np.isfinite(logits[np.arange(9000), tokens]).all()
+    possible = np.isfinite(logits)
+    np.testing.assert_array_equal(tokens[4000:6000], possible[4000:6000].argmax(-1))  # almost 0: the first possible
+    last = 1299 - possible[:2000, ::-1].argmax(-1)
+    assert (tokens[:2000] == last).mean() > 0.9  # 1: the last one, or one before it where that has a tiny share
 
 
 @pytest.mark.parametrize("what", ["item", "sample", "token"])

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 from tiny import tiny_policy, tiny_state
 
 from reft_jax.engine.generate import Engine
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put_rows
 from reft_jax.train.batches import in_micro_batches, token_batch
+from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_sft_step
 from reft_jax.types import InputError, Prompt
 
@@ -94,6 +96,14 @@ def test_a_mesh_of_another_size_is_an_input_error(shape):
 
 def test_data_minus_one_takes_what_is_left():
     assert dict(make_mesh(-1, 1, 1).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_weights_and_their_moments_lie_on_the_axes_of_the_rules():
+    optimizer = make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.0, clip_norm=1.0)
+    _, where = tiny_state(MODEL, PARAMS, optimizer)
+    assert where.params["lm"]["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert where.params["lm"]["embed"].spec == PartitionSpec("tensor", "fsdp")
+    assert optax.tree.get(where.opt_state, "mu") == optax.tree.get(where.opt_state, "nu") == where.params
 
 
 @pytest.mark.parametrize("bound", [True, False])

@@ -317,12 +317,15 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             header = json.loads(file.read(start - 8))
         except ValueError as error:
             raise InputError(f"{path}: not a safetensors file ({error}); fetch it again") from None
-    header.pop("__metadata__", None)
     stored = {}
-    for name, info in header.items():
-        begin, end = info["data_offsets"]
-        name = name.removeprefix(_WRAPPER)
-        stored[name] = _Stored(path, info["dtype"], tuple(info["shape"]), start + begin, end - begin)
+    try:
+        for name, info in header.items():
+            if name != "__metadata__":
+                begin, end = info["data_offsets"]
+                shape = tuple(map(int, info["shape"]))
+                stored[name.removeprefix(_WRAPPER)] = _Stored(path, info["dtype"], shape, start + begin, end - begin)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a safetensors header ({error!r}); fetch it again") from None
     promised = max((s.start + s.nbytes for s in stored.values()), default=start)
     if size != promised:
         raise InputError(f"{path}: {size} bytes, its header promises {promised}; the file is cut, fetch it again")

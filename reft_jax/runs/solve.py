@@ -5,15 +5,19 @@ from pathlib import Path
 from reft_jax import executor
 from reft_jax.task import answers, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode_rollout, load_tokenizer
-from reft_jax.types import Example, Prompt
+from reft_jax.types import Example, InputError, Prompt
 
 
 def run_solve(folder: Path, question: str, *, engine: str, max_len: int) -> None:
     """Decodes greedily in float32, prints the completion and its executed answer."""
-    tokenizer = load_tokenizer(folder)
     from reft_jax.model.hf import check_folder
 
-    check_vocabulary(tokenizer, check_folder(folder).vocab_size, folder)
+    vocab_size = check_folder(folder).vocab_size
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size, folder)
+    prompt = encode_rollout(tokenizer, question, engine)
+    if len(prompt) >= max_len:
+        raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
     executor.start(1, 1024)
     try:
         import numpy as np
@@ -26,9 +30,9 @@ def run_solve(folder: Path, question: str, *, engine: str, max_len: int) -> None
         with on_mesh(mesh):
             model, lm = load_hf(folder)
             rows = Engine(model, mesh, batch=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
-            ids = np.array(encode_rollout(tokenizer, question, engine), np.int32)
-            [(_, completion)] = rows.generate(lm, [Prompt("question", 0, ids)], max_len=max_len, temperature=0.0)
-        text = prompts.completion_text(decode(tokenizer, [*ids, *completion.tokens]))
+            asked = [Prompt("question", 0, np.array(prompt, np.int32))]
+            [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
+        text = prompts.completion_text(decode(tokenizer, [*prompt, *completion.tokens]))
         # The right answer is not known here; 0 only stands where grading wants one.
         [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
         print(text)

@@ -80,7 +80,7 @@ def four_devices() -> list[dict]:
 
 @pytest.mark.parametrize("i", range(len(MESHES)), ids=["data2-tensor2", "fsdp4"])
 def test_four_devices_train_and_sample_as_one(i, one_device, four_devices):
-    found, (data, fsdp, tensor) = four_devices[i], MESHES[i]
+    found, (_, fsdp, tensor) = four_devices[i], MESHES[i]
     np.testing.assert_allclose(found["losses"], one_device["losses"], rtol=1e-5)
     np.testing.assert_allclose(found["norms"], one_device["norms"], rtol=1e-4)
     assert found["losses"][1] < found["losses"][0] - 0.01

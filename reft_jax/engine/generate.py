@@ -9,7 +9,7 @@ import numpy as np
 
 from reft_jax.engine.sampling import draw, item_numbers, row_keys
 from reft_jax.model.cache import init_cache
-from reft_jax.parallel.mesh import put_rows
+from reft_jax.parallel.mesh import put_rows, row_shards
 from reft_jax.types import Completion, Prompt
 
 
@@ -58,7 +58,7 @@ def decode_batch(model, lm, tokens, prompt_len, real, keys, max_len, *, eos_id, 
 
 
 class Engine:
-    """Decodes prompts in batches of a fixed number of rows, prompts of like length together."""
+    """Decodes prompts in batches of `batch` rows, prompts of like length together."""
 
     def __init__(self, model, mesh, *, batch: int, pad_multiple: int, eos_id: int, seed: int):
         """`batch` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`."""
@@ -84,16 +84,18 @@ class Engine:
             yield from zip(chosen, completions, strict=True)
 
     def _batch(self, lm, prompts, max_len, temperature, top_k, iteration) -> list[Completion]:
-        lengths = np.array([len(p.tokens) for p in prompts] + [1] * (self.batch - len(prompts)), np.int32)
+        # Few prompts make a smaller batch: the next power of two, so that few shapes compile.
+        rows = min(self.batch, round_up(1 << (len(prompts) - 1).bit_length(), row_shards(self.mesh)))
+        filler = [0] * (rows - len(prompts))
+        lengths = np.array([len(p.tokens) for p in prompts] + [1] * len(filler), np.int32)
         width = min(round_up(int(lengths.max()), self.pad_multiple), round_up(max_len, self.pad_multiple))
-        tokens = np.zeros((self.batch, width), np.int32)
+        tokens = np.zeros((rows, width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt.tokens)] = prompt.tokens
-        filler = [0] * (self.batch - len(prompts))
         items = np.concatenate([item_numbers(p.item_id for p in prompts), filler]).astype(np.int32)
         samples = np.array([p.sample for p in prompts] + filler, np.int32)
         keys = row_keys(self.key, iteration, items, samples)
-        real = np.arange(self.batch) < len(prompts)
+        real = np.arange(rows) < len(prompts)
         tokens, lengths_on_device, real = put_rows(self.mesh, (tokens, lengths, real))
         tokens, logprobs, total_len, finished = jax.device_get(
             decode_batch(

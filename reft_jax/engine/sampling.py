@@ -20,6 +20,19 @@ def row_keys(key, iteration: int, items, samples):
     return jax.vmap(lambda item, sample: jax.random.fold_in(jax.random.fold_in(key, item), sample))(items, samples)
 
 
+def reach(weights, goal):
+    """Where the running sum of weights float32[B,N] reaches goal float32[B]: index int32[B], what it lacked before it.
+
+    The sums round, so a goal near the end may lie past it or on an entry of weight 0; the heaviest is drawn then.
+    """
+    ends = jnp.cumsum(weights, -1)
+    index = jnp.minimum((ends < goal[:, None]).sum(-1), weights.shape[-1] - 1)
+    weight = jnp.take_along_axis(weights, index[:, None], 1)[:, 0]
+    index = jnp.where(weight > 0, index, weights.argmax(-1))
+    before = jnp.take_along_axis(ends, jnp.maximum(index - 1, 0)[:, None], 1)[:, 0]
+    return index, goal - jnp.where(index > 0, before, 0.0)
+
+
 def inverse_cdf(logits, uniform):
     """Tokens drawn from softmax(logits) with one uniform number a row, int32[B].
 
@@ -29,15 +42,9 @@ def inverse_cdf(logits, uniform):
     rows, vocab = logits.shape
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
-    ends = jnp.cumsum(weights.sum(-1), -1)
-    goal = uniform[:, None] * ends[:, -1:]
-    block = (ends < goal).sum(-1)
-    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
-    weights = jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0]
-    inside = (jnp.cumsum(weights, -1) < goal - before[:, None]).sum(-1)
-    # The sum inside the block may round to less than the block's own; never draw a token of weight 0 for that.
-    picked = jnp.take_along_axis(weights, jnp.minimum(inside, BLOCK - 1)[:, None], 1)[:, 0]
-    inside = jnp.where(picked > 0, inside, weights.argmax(-1))
+    sums = weights.sum(-1)
+    block, left = reach(sums, uniform * sums.sum(-1))
+    inside, _ = reach(jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0], left)
     return (block * BLOCK + inside).astype(jnp.int32)
 
 

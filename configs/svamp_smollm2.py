@@ -21,7 +21,7 @@ def get_config():
     config.model.remat = "full"  # recomputing is cheaper than memory traffic on a CPU
     config.data.train = "data/svamp_python_sdp.json"
     config.data.test = "data/svamp_test_set.json"
-    config.data.update(dev_rows=40, train_limit=700, test_limit=40, max_dropped=0.75, pad_multiple=32)
+    config.data.update(dev_rows=40, train_limit=700, test_limit=40, max_dropped=0.8, pad_multiple=32)
     config.sft.update(epochs=2, warmup_epoch=1, batch_size=16, micro_batch=8, learning_rate=5e-5, max_len=128)
     config.ppo.update(iterations=30, prompts=16, micro_batch=8, ppo_epochs=1, minibatches=2, learning_rate=2e-5)
     config.ppo.update(vf_coef=0.1, value_init=0.0, max_prompt=80, max_len=128, eval_every=15, save_every=5)

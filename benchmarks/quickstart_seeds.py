@@ -10,6 +10,7 @@ is faster in sum than two virtual devices a run.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,15 +45,16 @@ def run(condition: str, seed: str, cores: Queue) -> dict | None:
     workdir = folder(condition, seed)
     arguments = ["--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.seed={seed}", *settings]
     core = cores.get()
-    if not (workdir / "report.json").exists():
+    try:
         with open(f"{workdir}.log", "a") as log:
-            for command in commands:
+            for command in commands if not (workdir / "report.json").exists() else []:
                 print(f"{condition}, seed {seed}: {command}", flush=True)
                 line = ["taskset", "-c", str(core), sys.executable, "-m", "reft_jax", command, *arguments]
                 if subprocess.run([*line, "--config.mesh.cpu_devices=1"], stdout=log, stderr=log).returncode:
                     print(f"{condition}, seed {seed}: {command} FAILED, see {log.name}", flush=True)
                     break
-    cores.put(core)
+    finally:
+        cores.put(core)
     report = workdir / "report.json"
     return json.loads(report.read_text()) if report.exists() else None
 
@@ -77,9 +79,9 @@ def top1_table(reports: dict) -> list[str]:
             continue
         cells = {row["model"]: percent(row["top1"]) for row in report["rows"]}
         sft, reft, comparison = report["stages"]["sft"], report["stages"]["reft"], report["comparison"]
-        reft_cell = f"{cells['ReFT']} ({reft['best_iteration']})" if reft else ""
+        reft_cell = f"{cells['ReFT']} ({reft['best']})" if reft else ""
         gap = f"{100 * comparison['difference']:+.1f}" if comparison else ""
-        best = f"{cells['SFT']} ({sft['best_epoch']} of {sft['epochs']})"
+        best = f"{cells['SFT']} ({sft['best']} of {sft['epochs']})"
         lines.append(f"| {condition} | {seed} | {cells['SFT warm-up']} | {best} | {reft_cell} | {gap} |")
     return lines
 
@@ -107,14 +109,15 @@ def sampled_table(reports: dict) -> list[str]:
     return lines
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     Path(FLAGS.workdir).mkdir(parents=True, exist_ok=True)
     cores, runs = Queue(), [(condition, seed) for condition in FLAGS.conditions for seed in FLAGS.seeds]
     for core in range(FLAGS.jobs):
         cores.put(core)
     with ThreadPoolExecutor(FLAGS.jobs) as pool:
         reports = dict(zip(runs, pool.map(lambda one: run(*one, cores), runs), strict=True))
-    lines = [f"`python {' '.join(argv)}` on {platform.machine()}, {platform.system()}", "", *top1_table(reports), ""]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    lines = [f"`python {' '.join(sys.argv)}` on {machine}", "", *top1_table(reports), ""]
     lines += [f"- {pooled(reports, c, FLAGS.seeds)}" for c in FLAGS.conditions if c != "good only"]
     lines += ["", *sampled_table(reports)]
     text = "\n".join(lines) + "\n"

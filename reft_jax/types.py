@@ -38,7 +38,8 @@ class Prompt(NamedTuple):
 class Completion(NamedTuple):
     """Sampled ids, trained on as they are, never tokenized again.
 
-    tokens int32[n] (EOS included when `finished`), logprobs float32[n] of the sampled tokens under the sampler.
+    tokens int32[n] (EOS included when `finished`), logprobs float32[n] of them at the sampling temperature, over the
+    whole vocabulary.
     """
 
     item_id: str

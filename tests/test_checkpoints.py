@@ -1,11 +1,17 @@
 """What is saved comes back, bit for bit, and what cannot be saved says so."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from reft_jax.parallel.mesh import by_row, make_mesh, replicated
+from reft_jax.parallel.mesh import by_row, make_mesh
 from reft_jax.train.checkpoints import Checkpoints, load_params, save_params
 from reft_jax.train.state import TrainState
 
@@ -15,7 +21,10 @@ def some_state(seed: int) -> TrainState:
     mesh, rng = make_mesh(1, 1, 1), np.random.default_rng(seed)
     bits = {name: rng.integers(0, 2**32, shape, np.uint32) for name, shape in (("w", (4, 3)), ("b", (3,)))}
     params = {name: jax.device_put(x.view(np.float32), by_row(mesh)) for name, x in bits.items()}
-    moments = ({"mu": jax.device_put(rng.normal(size=(4, 3)).astype(np.float32), replicated(mesh))}, None)
+    moments = (
+        {"mu": jax.device_put(rng.normal(size=(4, 3)).astype(np.float32), NamedSharding(mesh, PartitionSpec()))},
+        None,
+    )
     return TrainState(jnp.int32(seed), params, moments)
 
 
@@ -35,6 +44,32 @@ def test_parameters_come_back_and_newer_ones_replace_them(tmp_path):
     for params in (old, new):
         save_params(tmp_path / "models" / "sft", params)
         assert_same_bits(load_params(tmp_path / "models" / "sft", abstract(old)), params)
+
+
+def test_a_process_that_dies_while_saving_leaves_the_older_parameters(tmp_path):
+    folder, old, new = tmp_path / "sft", some_state(1).params, some_state(2).params
+    save_params(folder, old)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", DIES_WHILE_SAVING, folder], env=environment, check=False)
+    assert done.returncode == 9
+    assert_same_bits(load_params(folder, abstract(old)), old)
+    save_params(folder, new)  # what the dead process left is no obstacle
+    assert_same_bits(load_params(folder, abstract(new)), new)
+
+
+DIES_WHILE_SAVING = """
+import os, pathlib, sys
+import orbax.checkpoint
+import reft_jax.train.checkpoints, test_checkpoints
+
+class Dies(orbax.checkpoint.StandardCheckpointer):
+    def save(self, *args, **kwargs):
+        super().save(*args, **kwargs)  # returns while files are still being written
+        os._exit(9)
+
+orbax.checkpoint.StandardCheckpointer = Dies
+reft_jax.train.checkpoints.save_params(pathlib.Path(sys.argv[1]), test_checkpoints.some_state(2).params)
+"""
 
 
 def test_the_newest_state_comes_back_with_its_info(tmp_path):

@@ -9,12 +9,8 @@ import numpy as np
 
 from reft_jax.engine.sampling import draw, item_numbers, row_keys
 from reft_jax.model.cache import init_cache
-from reft_jax.parallel.mesh import put_rows, row_shards
+from reft_jax.parallel.mesh import put_rows, round_up, row_shards
 from reft_jax.types import Completion, Prompt
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 @partial(jax.jit, static_argnames=("model", "eos_id", "length", "temperature", "top_k"))

@@ -57,6 +57,8 @@ class _Stored(NamedTuple):
 
 def read_config(folder: str | Path) -> LlamaConfig:
     """The folder's config.json; InputError where it is missing, unreadable or asks for what Llama does not compute."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder on disk")
     path = Path(folder) / "config.json"
     return LlamaConfig.from_hf(_read_json(path), str(path))
 

@@ -47,10 +47,6 @@ def shardings(mesh: Mesh, abstract_params):
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def by_row(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Rows (dimension `axis`) spread over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(*([None] * axis), ("data", "fsdp")))
@@ -59,6 +55,11 @@ def by_row(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """Row counts must be a multiple of this."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The size that `n` is padded to, so that it shards evenly and few shapes compile."""
+    return -(-n // multiple) * multiple
 
 
 def put_rows(mesh: Mesh, tree, axis: int = 0):

@@ -61,9 +61,14 @@ def sampled_columns(run: Run, name: str) -> dict:
     if model_folder(run, f"rerank_{name}").exists():
         distinct = [deduplicate(record["predictions"]) for record in records]
         scored = kept(run, f"rerank_{name}", lambda: rerank_records(run, name, records))
-        choices = map(rerank_choice, distinct, (record["probabilities"] for record in scored))
-        chosen = zip(distinct, choices, strict=True)
+        probabilities = [record["probabilities"] for record in scored]
+        chosen = zip(distinct, map(rerank_choice, distinct, probabilities), strict=True)
         columns["rerank"] = count(i is not None and predictions[i]["correctness"] for predictions, i in chosen)
+        columns["classification_accuracy"] = count(
+            (probability > 0.5) == prediction["correctness"]
+            for predictions, row in zip(distinct, probabilities, strict=True)
+            for prediction, probability in zip(predictions, row, strict=True)
+        )
     return columns
 
 
@@ -93,7 +98,7 @@ def run_evaluate(run: Run) -> dict:
         "chosen_on": run.data.chosen_on,
         "rows": rows,
         "comparison": comparison,
-        "notes": notes(run, stages),
+        "notes": notes(run, stages, rows),
         "settings": flatten(run.config),
         "seconds": {stage: result["seconds"] for stage, result in stages.items() if result},
         "stages": stages,
@@ -106,29 +111,31 @@ def run_evaluate(run: Run) -> dict:
     return report
 
 
-def notes(run: Run, stages: dict) -> list[str]:
+def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
     """What a reader of the table must know."""
     lines = []
     if run.config.model.path == "toy":
         lines.append(
             "A toy: generated word problems and a tiny Llama trained from scratch, to show that the machinery works. "
-            f"{run.config.toy.skipped_share:.0%} of the annotations skip steps and write a value down."
+            f"{run.config.toy.skipped_share:.0%} of the annotations skip steps and write a value down"
+            f"{', and are left out' if run.config.toy.drop_skipped else ''}."
         )
     if sft := stages["sft"]:
-        lines.append(
-            f"SFT: best epoch {sft['best_epoch']} of {sft['epochs']}, warm-up epoch {run.config.sft.warmup_epoch}."
-        )
+        lines.append(f"SFT: best epoch {sft['best']} of {sft['epochs']}, warm-up epoch {run.config.sft.warmup_epoch}.")
     if reft := stages["reft"]:
         rewards = [line["reward"] for line in metrics_lines(run, "reft")]
-        line = f"ReFT: best iteration {reft['best_iteration']} of {reft['iterations']}"
+        line = f"ReFT: best iteration {reft['best']} of {reft['iterations']}"
         if len(rewards) >= 3:
-            slope, low, high = (1000 * x for x in slope_interval(np.array(rewards), run.config.seed))
-            line += f"; slope of the mean reward {slope:+.2f} per 1,000 iterations [{low:+.2f}, {high:+.2f}]"
+            slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
+            line += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
         lines.append(line + ".")
     for name in ("sft", "reft"):
-        if result := stages[f"rerank_{name}"]:
+        row = next((row for row in rows if row["model"] == TITLES[name]), {})
+        if judged := row.get("classification_accuracy"):
+            result = stages[f"rerank_{name}"]
             lines.append(
-                f"{TITLES[name]} reranker: {result['rows']} distinct samples of the warm-up model, "
-                f"{result['positive']:.0%} correct; training accuracy {result['train_accuracy']:.3f}."
+                f"{TITLES[name]} reranker: trained on {result['rows']} distinct samples of the warm-up model, "
+                f"{result['positive']:.0%} correct; judges {judged['correct'] / judged['total']:.1%} of the "
+                f"{judged['total']} distinct test samples rightly."
             )
     return lines

@@ -7,13 +7,12 @@ from reft_jax.model.heads import RerankHead
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.sample import run_sample
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import Training, abstract_reranker, finish, finished, load_model, model_folder
+from reft_jax.runs.stages import Training, abstract_reranker, finished, load_model, model_folder
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
 from reft_jax.task.tokenizer import encode
 from reft_jax.task.voting import deduplicate
 from reft_jax.train.batches import epoch_order, in_micro_batches, pad_tokens
-from reft_jax.train.checkpoints import save_params
 from reft_jax.train.metrics import Progress
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
@@ -59,14 +58,13 @@ def run_rerank(run: Run, name: str) -> dict:
                 progress.update(step, loss=float(numbers["loss"]), accuracy=float(numbers["accuracy"]))
         lines = jax.device_get(lines)
         line = {key: float(np.mean([numbers[key] for numbers in lines])) for key in ("loss", "accuracy")}
+        training.check_finite(epoch, line)
         training.metrics.write(step, {"epoch": epoch} | line)
         training.info["train_accuracy"] = line["accuracy"]
         training.save(epoch, step)
-    save_params(model_folder(run, stage), training.state.params)
     progress.close()
-    training.close()
     positive = float(np.mean([label for _, label in rows]))
-    return finish(run, stage, training.info | {"rows": len(rows), "positive": positive})
+    return training.finish(model_folder(run, stage), {"rows": len(rows), "positive": positive})
 
 
 def rerank_batch(run: Run, rows: list[tuple[list[int], int]]) -> RerankBatch:
@@ -96,10 +94,13 @@ def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]
     flat.sort(key=lambda at: len(ids[at[0]][at[1]]))
     scores = [[0.0] * len(rows) for rows in ids]
     batch = run.config.sample.batch
+    progress = Progress(f"score samples of {name}", len(flat), "completion")
     for start in range(0, len(flat), batch):
         chosen = flat[start : start + batch]
         rows = [ids[q][i] for q, i in chosen] + [[0]] * (batch - len(chosen))
         probabilities = score(params, *put_rows(run.mesh, pad_tokens(rows, run.config.data.pad_multiple)))
         for (q, i), probability in zip(chosen, np.asarray(probabilities), strict=False):
             scores[q][i] = float(probability)
+        progress.update(start + len(chosen))
+    progress.close()
     return scores

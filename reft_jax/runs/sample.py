@@ -1,9 +1,10 @@
 """n completions a question from one model, executed and graded, one question a line in samples/NAME_SPLIT.jsonl."""
 
 import json
+import os
 from pathlib import Path
 
-from reft_jax.runs.setup import Run
+from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import load_model
 from reft_jax.task.voting import vote, voted_correct
 from reft_jax.train.metrics import Progress
@@ -25,9 +26,10 @@ def read_samples(path: Path) -> list[dict]:
 def run_sample(run: Run, name: str, split: str) -> list[dict]:
     """Question records (see task.voting) of model `name` on "test", or on "train" for the reranker; resumes."""
     settings = run.config.sample
-    examples, n = (run.data.test, settings.n) if split == "test" else (run.questions, settings.train_n)
-    if split == "train" and settings.train_limit:
-        examples = examples[: settings.train_limit]
+    if split == "test":
+        examples, n = run.data.test, settings.n
+    else:
+        examples, n = shorten(run.data.train, settings.train_limit, run.config.seed), settings.train_n
     path = samples_path(run, name, split)
     records = read_samples(path)
     done = {record["item_id"] for record in records}
@@ -35,10 +37,11 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
     if not left:
         return records
     path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     lm = load_model(run, name)["lm"]
     progress = Progress(f"sample {name} on {split}", len(examples) * n, "completion", done0=len(records) * n)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as file:
         group = max(1, 4 * settings.batch // n)
         for start in range(0, len(left), group):
             for record in sample_questions(run, lm, left[start : start + group], n):

@@ -7,6 +7,7 @@ right; programs' workers start before JAX takes its devices, and only then come 
 import json
 import os
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from reft_jax.task import answers, datasets, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt, Verdict
 
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy", "ml_collections")
+PACKAGES = "reft_jax jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
 
 @dataclass
@@ -124,6 +125,8 @@ def load_data(config, paths: dict[str, str]) -> Data:
     data = config.data
     train = shorten(datasets.load_examples(paths["train"], need_cot=True), data.train_limit, config.seed)
     test = shorten(datasets.load_examples(paths["test"], need_cot=False), data.test_limit, config.seed)
+    if shared := datasets.shared_questions(train, test):
+        print(f"{shared} training questions are test questions too", flush=True)
     if paths["dev"]:
         return Data(train, datasets.load_examples(paths["dev"], need_cot=False), test, "a third split")
     if data.dev_rows:
@@ -194,14 +197,16 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
             if flatten(config)[key] % row_shards(mesh):
                 raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
-        create_workdir(config, workdir)
         if toy:
             from reft_jax.runs.toy import write_data, write_model
 
+            if not (workdir / "config.json").exists():  # what a start with other settings may have left
+                shutil.rmtree(workdir / "toy", ignore_errors=True)
             data = load_data(config, write_data(config, workdir / "toy"))
             base = workdir / "toy" / "model"
             write_model(config, data.train, base)
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
+        create_workdir(config, workdir)
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model = mesh, model
         run.engine = Engine(

@@ -5,17 +5,25 @@ import numpy as np
 
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import Training, abstract_policy, base_policy, finish, finished, greedy, model_folder, top1
+from reft_jax.runs.stages import (
+    Training,
+    abstract_policy,
+    base_policy,
+    best_so_far,
+    finished,
+    greedy,
+    model_folder,
+    top1,
+)
 from reft_jax.train.batches import epoch_order, in_micro_batches, token_batch, window_width
 from reft_jax.train.checkpoints import save_params
 from reft_jax.train.metrics import Progress
-from reft_jax.train.scoring import CHUNK
 from reft_jax.train.state import linear_schedule, make_optimizer
 from reft_jax.train.steps import make_sft_step
 
 
 def run_sft(run: Run) -> dict:
-    """Trains, evaluates on dev, saves models/warmup and models/sft. Returns {'best_epoch', 'best_dev_top1', …}."""
+    """Trains, evaluates on dev, saves models/warmup and models/sft. Returns {'best': epoch, 'best_dev_top1', …}."""
     if result := finished(run, "sft"):
         return result
     settings, rows = run.config.sft, run.sft
@@ -23,7 +31,7 @@ def run_sft(run: Run) -> dict:
     last_epoch = settings.stop_epoch or settings.epochs
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, settings.epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
-    begin = {"best_epoch": 0, "best_dev_top1": -1.0}
+    begin = {"best": 0, "best_dev_top1": -1.0}
     training = Training(run, "sft", abstract_policy(run), optimizer, lambda: base_policy(run), begin)
     step_fn, info = make_sft_step(run.model, optimizer, training.shardings), training.info
     progress = Progress("sft", last_epoch * steps_per_epoch, done0=training.done * steps_per_epoch)
@@ -36,26 +44,26 @@ def run_sft(run: Run) -> dict:
             losses.append(numbers["loss"])
             step = (epoch - 1) * steps_per_epoch + i + 1
             if i % 10 == 9 or i + 1 == steps_per_epoch:
-                progress.update(step, loss=float(losses[-1]), dev_top1=max(info["best_dev_top1"], 0.0))
+                progress.update(step, loss=float(losses[-1]), **best_so_far(info))
         line = {"epoch": epoch, "loss": float(np.mean(jax.device_get(losses))), "lr": float(schedule(step - 1))}
+        training.check_finite(epoch, line)
         params = training.state.params
         if epoch % settings.eval_every == 0 or epoch in (settings.warmup_epoch, last_epoch):
             line["dev_top1"] = top1(greedy(run, params["lm"], run.data.dev, run.config.sample.max_len))
-            if line["dev_top1"] > info["best_dev_top1"]:
-                info |= {"best_epoch": epoch, "best_dev_top1": line["dev_top1"]}
-                save_params(model_folder(run, "sft"), params)
+            training.keep_if_best(epoch, line["dev_top1"])
         if epoch == settings.warmup_epoch:
             info["warmup_dev_top1"] = line["dev_top1"]
             save_params(model_folder(run, "warmup"), params)
         training.metrics.write(step, line)
         training.save(epoch, step)
     progress.close()
-    training.close()
-    return finish(run, "sft", info | {"epochs": last_epoch, "rows": len(rows)})
+    return training.finish(model_folder(run, "sft"), {"epochs": last_epoch, "rows": len(rows)})
 
 
 def sft_batch(run: Run, rows: list[tuple[list[int], int]]):
     """TokenBatch [M,b,T], filled up with empty rows, and the window of its targets."""
     ids, prompt_lens = zip(*rows + [([], 1)] * (run.config.sft.batch_size - len(rows)), strict=True)
     batch = token_batch(ids, prompt_lens, run.config.data.pad_multiple)
-    return in_micro_batches(batch, run.config.sft.micro_batch), window_width(batch.target_mask, CHUNK)
+    return in_micro_batches(batch, run.config.sft.micro_batch), window_width(
+        batch.target_mask, run.config.data.pad_multiple
+    )

@@ -3,11 +3,8 @@
 import jax
 import numpy as np
 
+from reft_jax.parallel.mesh import round_up
 from reft_jax.types import Completion, Prompt, Rollout, TokenBatch
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:

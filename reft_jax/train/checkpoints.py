@@ -1,14 +1,18 @@
 """Orbax, in one place: parameters that a stage hands on, and the resumable state inside a stage."""
 
+import shutil
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 
 
 def save_params(folder: Path, params) -> None:
-    """Writes a parameter tree; replaces what was there only once the new one is complete."""
+    """Writes a parameter tree; an older one goes only once this is complete (Orbax's own `force` deletes first)."""
+    whole = folder.with_name(folder.name + ".new").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), params, force=True)
+        checkpointer.save(whole, params, force=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    whole.rename(folder)
 
 
 def load_params(folder: Path, abstract):

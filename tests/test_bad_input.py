@@ -143,7 +143,7 @@ CASES = MAIN | {
     "another model flag": Case(f"sample {RUN} --model=best", ("--model=best", "warmup|sft|reft")),
     "unknown command": Case("train", ("unknown command 'train'; commands: pipeline, sft, reft",)),
     "unknown flag": Case(f"{SFT} --wokdir=x", ("unknown flag --wokdir; did you mean --workdir?",)),
-    "missing model folder": Case(f"{SFT} --config.model.path={{tmp}}/no", ("/no/config.json: the file is missing",)),
+    "missing model folder": Case(f"{SFT} --config.model.path={{tmp}}/no", ("/no: no such folder; give",)),
     "sample before sft": Case(f"sample {RUN} --model=reft", ("/run has no model 'reft'",)),
     "rerank before sft": Case(f"rerank {RUN} --model=sft", ("/run has no model 'warmup'",)),
     "evaluate before sft": Case(f"evaluate {RUN}", ("/run has no model 'sft'",)),

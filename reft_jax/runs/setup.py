@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from reft_jax import executor
+from reft_jax import __version__, executor
 from reft_jax.config import flatten, to_json
 from reft_jax.task import answers, datasets, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt, Verdict
 
-PACKAGES = "reft_jax jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
 
 @dataclass
@@ -111,7 +111,9 @@ def create_workdir(config, workdir: Path) -> None:
     """Makes the work directory, if it is new, and records config and versions."""
     if (workdir / "config.json").exists():
         return
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    versions = {"reft_jax": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in PACKAGES
+    }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")

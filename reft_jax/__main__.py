@@ -61,6 +61,8 @@ def run_command(argv: list[str]) -> None:
     for name in ("workdir", "model", "out"):
         if name in values and not values[name].value:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
+    if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
+        raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
     from reft_jax.runs.setup import open_run
 

@@ -195,6 +195,8 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
 
         if config.mesh.cpu_devices:
             jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        if jax.process_count() > 1:
+            raise InputError("several processes in one run are not supported; start it on one host")
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
             if flatten(config)[key] % row_shards(mesh):

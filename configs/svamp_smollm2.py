@@ -6,8 +6,8 @@
 
 Shortened, against the paper: the short questions among 1,000 training rows (60 of them choose checkpoints), 3 epochs of
 SFT at a small model's learning rate with the second as warm-up, 50 PPO iterations of 32 questions with one pass of two
-updates each, 60 test questions, 4 samples for voting. The value head begins at 0: with so few updates a random one would
-be noise to the policy until the end. docs/results.md lists every run.
+updates each, 60 test questions, 4 samples for voting. The value head begins at 0: with so few updates a random one
+would be noise to the policy until the end. docs/results.md lists every run.
 """
 
 from reft_jax.config import default_config

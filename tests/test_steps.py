@@ -35,6 +35,14 @@ MASK = np.array([[t in actions for t in range(LENGTH)] for actions in ACTIONS])
 B, T = np.nonzero(MASK)  # row and place of every action, for the slow twins
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """The time of these tests is compiling, most of it spent on optimizing code that runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def numbers(metrics) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
@@ -325,8 +333,8 @@ def slow_rerank(params):
 
     def loss(params):
         hidden, _ = RERANKER.apply({"params": params["lm"]}, TOKENS, method="hidden")
-        logits = jnp.stack([hidden[b, TOTAL_LEN[b] - 1] for b in range(8)]) @ params["rerank_head"]["weight"]
-        return -sum(jax.nn.log_softmax(logits[b])[LABELS[b]] for b in REAL) / len(REAL), logits
+        logits = hidden[np.arange(8), TOTAL_LEN - 1] @ params["rerank_head"]["weight"]
+        return -jax.nn.log_softmax(logits)[REAL, LABELS[REAL]].mean(), logits
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 

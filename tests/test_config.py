@@ -13,7 +13,7 @@ from reft_jax.types import InputError
 
 REPO = Path(__file__).resolve().parent.parent
 
-# RECIPE §4 and §5: the authors' settings for CodeLlama-7B and GSM8K programs.
+# The authors' settings for CodeLlama-7B and GSM8K programs.
 PAPER = {
     "seed": 42,
     "model.dtype": "bfloat16",

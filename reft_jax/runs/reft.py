@@ -1,4 +1,4 @@
-"""ReFT: PPO on the training questions, with the executed program's answer as the reward (RECIPE §4)."""
+"""ReFT: PPO on the training questions, with the executed program's answer as the reward (arXiv 2401.08967, §3)."""
 
 import time
 from collections import Counter

@@ -147,7 +147,7 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
 
 
 def sft_rows(run: Run) -> list[tuple[list[int], int]]:
-    """Training rows that fit: (ids of prompt + target + EOS, prompt length). Tokenized apart, as RECIPE §2 says."""
+    """Training rows that fit: (ids of prompt + target + EOS, prompt length). Tokenized apart, as the authors do."""
     rows, config = [], run.config
     for example in run.data.train:
         prompt = encode(run.tokenizer, prompts.prompt_text(example.question))

@@ -21,7 +21,7 @@ from reft_jax.types import Example
 
 
 def write_data(config, folder: Path) -> dict[str, str]:
-    """Writes train.json, dev.json and test.json in the format of RECIPE §2 and returns their paths by split.
+    """Writes train.json, dev.json and test.json in the format of real data files and returns their paths by split.
 
     `toy.drop_skipped` leaves only the good annotations in train.json. Files that are there are kept.
     """

@@ -11,8 +11,11 @@ def save_params(folder: Path, params) -> None:
     whole = folder.with_name(folder.name + ".new").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(whole, params, force=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        folder.rename(old)
     whole.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_params(folder: Path, abstract):

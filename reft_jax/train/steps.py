@@ -13,7 +13,7 @@ from reft_jax.types import PPOBatch, TokenBatch
 
 
 class ClipSettings(NamedTuple):
-    """The numbers of the PPO loss (RECIPE: clip 0.2, value_clip 0.2, vf_coef 5, temperature 1)."""
+    """The numbers of the PPO loss (the paper: clip 0.2, value_clip 0.2, vf_coef 5, temperature 1)."""
 
     clip: float
     value_clip: float

@@ -13,6 +13,7 @@ def save_params(folder: Path, params) -> None:
         checkpointer.save(whole, params, force=True)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     whole.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -6,10 +6,11 @@
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_hf", "save_hf"]
+_HF = ("load_hf", "load_value_head", "load_rerank_head", "save_hf")
+__all__ = ["__version__", *_HF]
 
 
 def __getattr__(name: str):
-    if name in ("load_hf", "save_hf"):
+    if name in _HF:
         return getattr(importlib.import_module("reft_jax.model.hf"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

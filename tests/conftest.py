@@ -6,6 +6,8 @@ program of its own with `JAX_NUM_CPU_DEVICES` set.
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,8 +42,19 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """A Hugging Face folder of SmolLM2-135M: real weights and a real tokenizer."""
-    if "REFT_SMOLLM2" not in os.environ:
-        pytest.skip("set REFT_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
-    return Path(os.environ["REFT_SMOLLM2"])
+def smollm2(request: pytest.FixtureRequest, shared: Path) -> Path:
+    """A Hugging Face folder of SmolLM2-135M: real weights and a real tokenizer, made once from a package.
+
+
+    It lies in pytest's cache, or where REFT_SMOLLM2 says.
+    """
+    if given := os.environ.get("REFT_SMOLLM2"):
+        return Path(given)
+    pytest.importorskip("torch", reason="making SmolLM2-135M needs torch: pip install -e .[test]")
+    folder = request.config.cache.mkdir("smollm2") / "model"
+    made = subprocess.run(
+        [sys.executable, shared / "tools" / "make_smollm2.py", folder], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"SmolLM2-135M could not be made (a package index is needed): {made.stderr[-300:]}")
+    return folder

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.hf import load_hf
+from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.parallel.mesh import abstract_arrays, shardings
 from reft_jax.runs.setup import Run
 from reft_jax.train.checkpoints import Checkpoints, load_params, save_params
@@ -30,9 +30,12 @@ def abstract_reranker(run: Run):
 
 
 def base_policy(run: Run):
-    """The base model's weights, float32, and a new value head, on the mesh."""
-    where = shardings(run.mesh, abstract_policy(run))["lm"]
-    _, lm = load_hf(run.base, shardings=where)
+    """The base model's weights, float32, on the mesh, with the value head of its folder or a new one."""
+    where = shardings(run.mesh, abstract_policy(run))
+    _, lm = load_hf(run.base, shardings=where["lm"])
+    if head := load_value_head(run.base):
+        print(f"the value head is that of {run.base}", flush=True)
+        return {"lm": lm, "value_head": jax.device_put(head, where["value_head"])}
     head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
     return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.ppo.value_init * x, head)}
 

@@ -7,9 +7,11 @@
   rerank     the reranker of a model:   --model=sft|reft
   evaluate   the table of what is in the work directory
   export     a Hugging Face folder:     --model=warmup|sft|reft|rerank_sft|rerank_reft --out=DIR
+  check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
 
-Every setting, its default and its meaning stand in reft_jax/config.py. Exit codes: 0 done, 2 wrong input.
+Every setting, its default and its meaning stand in reft_jax/config.py.
+Exit codes: 0 done, 1 a check failed, 2 wrong input.
 """
 
 import os
@@ -21,7 +23,7 @@ from absl import flags
 from reft_jax.config import parse_config, parse_flags
 from reft_jax.types import InputError
 
-COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "solve")
+COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "solve")
 MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
 MODELS["export"] = (*MODELS["sample"], "rerank_sft", "rerank_reft")
 NEEDS = {"reft": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}  # models of earlier stages, beside --model
@@ -48,6 +50,9 @@ def run_command(argv: list[str]) -> None:
         raise InputError(f"unknown command {command!r}; commands: {', '.join(COMMANDS)}")
     if command == "solve":
         solve(argv)
+        return
+    if command == "check":
+        check(argv)
         return
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
@@ -99,6 +104,17 @@ def dispatch(command: str, run, values: flags.FlagValues) -> None:
         from reft_jax.runs.export import run_export
 
         run_export(run, values.model, Path(values.out))
+
+
+def check(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", None, "Hugging Face folder", flag_values=values)
+    config = parse_config(argv, values)
+    if not values.model:
+        raise InputError("--model=DIR is missing; see python -m reft_jax --help")
+    from reft_jax.runs.check import run_check
+
+    sys.exit(0 if run_check(Path(values.model), config) else 1)
 
 
 def solve(argv: list[str]) -> None:

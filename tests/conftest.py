@@ -45,7 +45,6 @@ def shared() -> Path:
 def smollm2(request: pytest.FixtureRequest, shared: Path) -> Path:
     """A Hugging Face folder of SmolLM2-135M: real weights and a real tokenizer, made once from a package.
 
-
     It lies in pytest's cache, or where REFT_SMOLLM2 says.
     """
     if given := os.environ.get("REFT_SMOLLM2"):

@@ -72,6 +72,15 @@ def test_gae_equals_its_slow_twin(rows, gamma, lam):
     np.testing.assert_allclose(returns, advantage + np.where(mask, x["values"], 0), atol=1e-6)
 
 
+def test_lambda_zero_gives_the_one_step_error(rows):
+    prompt_len, total_len, score, x = rows
+    mask = np.asarray(advantages.action_mask(prompt_len, total_len, 9))
+    rewards, values = np.where(mask, x["old"], 0), np.where(mask, x["values"], 0)
+    advantage, _ = advantages.gae(rewards, x["values"], mask, gamma=0.9, lam=0.0)
+    following = np.pad(values[:, 1:], ((0, 0), (0, 1)))
+    np.testing.assert_allclose(advantage, np.where(mask, rewards + 0.9 * following - values, 0), atol=1e-6)
+
+
 def test_lambda_one_gives_the_plain_return(rows):
     prompt_len, total_len, score, x = rows
     mask = np.asarray(advantages.action_mask(prompt_len, total_len, 9))

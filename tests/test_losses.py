@@ -30,6 +30,24 @@ def test_rows_count_alike_whatever_their_length():
     np.testing.assert_array_equal(losses.row_means(x, mask), [1, 5])
 
 
+def test_a_row_without_actions_has_loss_0():
+    x, mask = np.full((2, 3), 7.0, np.float32), np.array([[True, False, False], [False, False, False]])
+    np.testing.assert_array_equal(losses.row_means(x, mask), [7, 0])
+
+
+def test_a_subset_of_the_rows_and_places_is_its_mask():
+    """Masking entries out is the same as never having had them."""
+    rng = np.random.default_rng(1)
+    x = [rng.normal(size=(3, 7)).astype(np.float32) for _ in range(3)]
+    mask = np.zeros((3, 7), bool)
+    mask[1, 2:5] = True
+    cut = [a[1:2, 2:5] for a in x]
+    for loss in (losses.policy_loss, losses.value_loss):
+        masked, alone = loss(*x, mask, clip=0.2), loss(*cut, np.ones((1, 3), bool), clip=0.2)
+        np.testing.assert_allclose(masked, [0, alone[0], 0], rtol=1e-6)
+    np.testing.assert_allclose(losses.token_loss(x[0], mask), losses.token_loss(cut[0], cut[0] == cut[0]), rtol=1e-6)
+
+
 def test_masked_entries_change_nothing():
     rng = np.random.default_rng(0)
     x = [rng.normal(size=(2, 7)).astype(np.float32) for _ in range(3)]

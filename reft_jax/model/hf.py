@@ -66,7 +66,7 @@ def check_folder(folder: str | Path) -> LlamaConfig:
     tensor of the model is there once, with its shape, in float32, float16 or bfloat16, and no unknown one.
     """
     config = read_config(folder)
-    _check_tensors(folder, config, _stored_in(folder))
+    _check_tensors(folder, config, stored_in(folder))
     return config
 
 
@@ -78,7 +78,7 @@ def load_hf(folder: str | Path, *, dtype=jnp.float32, shardings: Any = None) -> 
     A sequence-classification folder without an output matrix gives parameters without "lm_head": `hidden` works.
     """
     config = read_config(folder)
-    stored = _stored_in(folder)
+    stored = stored_in(folder)
     shapes = _check_tensors(folder, config, stored)
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
@@ -100,7 +100,7 @@ def load_value_head(folder: str | Path) -> dict | None:
     """ValueHead's parameters, or None where the folder has no value head (TRL's names; beside or in the model)."""
     folder = Path(folder)
     path = folder / _VALUE_HEAD_FILE
-    stored = read_header(path) if path.exists() else _stored_in(folder)
+    stored = read_header(path) if path.exists() else stored_in(folder)
     for prefix in ("v_head.summary.", "v_head."):
         if prefix + "weight" in stored:
             width = read_config(folder).hidden_size
@@ -112,7 +112,7 @@ def load_value_head(folder: str | Path) -> dict | None:
 
 def load_rerank_head(folder: str | Path) -> dict | None:
     """RerankHead's parameters, or None where the folder has no `score.weight`; InputError unless it has 2 classes."""
-    stored = _stored_in(folder)
+    stored = stored_in(folder)
     if "score.weight" not in stored:
         return None
     weight = _read_checked(folder, stored, "score.weight", (2, read_config(folder).hidden_size))
@@ -270,7 +270,7 @@ def _check_tensors(folder: str | Path, config: LlamaConfig, stored: dict[str, St
     return shapes
 
 
-def _stored_in(folder: str | Path) -> dict[str, Stored]:
+def stored_in(folder: str | Path) -> dict[str, Stored]:
     """The tensors of a model folder by their plain names."""
     return {name.removeprefix(WRAPPER): stored for name, stored in read_headers(Path(folder)).items()}
 

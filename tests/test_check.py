@@ -1,0 +1,198 @@
+"""`check`: a sound model passes, and every line of its table can fail."""
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny_policy, tiny_state
+
+from reft_jax import executor, save_hf
+from reft_jax.config import check_config, load_config
+from reft_jax.parallel.mesh import make_mesh, on_mesh
+from reft_jax.runs import check
+from reft_jax.task import prompts, synthetic
+from reft_jax.task.tokenizer import encode, train_bpe
+from reft_jax.train.batches import in_micro_batches, token_batch
+from reft_jax.train.state import make_optimizer
+from reft_jax.train.steps import make_sft_step
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = synthetic.make_split(42, "train", 16, engine="python", skipped_share=0.0)
+TEXTS = [prompts.prompt_text(example.question) + prompts.sft_target(example, "python") for example in EXAMPLES]
+LINES = (
+    "tokenizer round trip",
+    "executor",
+    "rewards 1, 0.1 and 0",
+    "weights round trip",
+    "weights are numbers",
+    "the model knows language",
+    "every layer does no harm",
+    "sampler and trainer agree",
+    "KL to the reference is 0",
+    "rewards are conserved",
+    "ratio 1 on the first pass",
+    "an update is finite",
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return check_config(load_config(str(ROOT / "configs" / "quickstart.py")))
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """(model, {'lm', 'value_head'}, tokenizer): tiny, after 40 updates on the generated texts."""
+    tokenizer = train_bpe(TEXTS, 400)
+    model, params = tiny_policy(vocab_size=len(tokenizer))
+    optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
+    state, where = tiny_state(model, params, optimizer)
+    step = make_sft_step(model, optimizer, where)
+    rows = [encode(tokenizer, text) for text in TEXTS]
+    batch = in_micro_batches(token_batch(rows, [1] * len(rows), 64), len(rows))
+    for _ in range(40):
+        state, metrics = step(state, batch, batch.tokens.shape[-1])
+    assert metrics["loss"] < 0.7 * np.log(len(tokenizer))
+    return model, state.params, tokenizer
+
+
+def saved(taught, folder, change=lambda lm: lm):
+    model, params, tokenizer = taught
+    save_hf(folder, model, change(params["lm"]), tokenizer=tokenizer)
+    return folder
+
+
+def table(folder, config) -> tuple[bool, dict[str, str], str]:
+    """(passed, {name: 'pass' or 'FAIL'}, all that was printed)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        passed = check.run_check(folder, config)
+    rows = [line.split("  ") for line in said.getvalue().splitlines() if line[:6] in ("pass  ", "FAIL  ")]
+    return passed, {name: mark for mark, name, *_ in rows}, said.getvalue()
+
+
+def failed(marks: dict[str, str]) -> set[str]:
+    assert tuple(marks) == LINES
+    return {name for name, mark in marks.items() if mark == "FAIL"}
+
+
+def test_a_sound_model_passes(taught, config, tmp_path):
+    passed, marks, said = table(saved(taught, tmp_path / "model"), config)
+    assert passed and not failed(marks), said
+
+
+def test_a_layer_of_noise_is_named(taught, config, tmp_path):
+    def noise(lm):
+        down = lm["layers"]["down"]
+        wild = down.at[1].set(3 * jax.random.normal(jax.random.key(0), down[1].shape))
+        return lm | {"layers": lm["layers"] | {"down": wild}}
+
+    folder = saved(taught, tmp_path / "model", noise)
+    command = [sys.executable, "-m", "reft_jax", "check", "--config=configs/quickstart.py", f"--model={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "FAIL  every layer does no harm" in done.stdout and "layer 1 the loss" in done.stdout
+    assert "NOT READY" in done.stdout
+
+
+def test_a_tensor_that_is_no_number_is_named(taught, config, tmp_path):
+    def spoil(lm):
+        return lm | {"layers": lm["layers"] | {"q": lm["layers"]["q"].at[1, 0, 0, 0].set(jnp.nan)}}
+
+    passed, marks, said = table(saved(taught, tmp_path / "model", spoil), config)
+    assert not passed
+    assert "model.layers.1.self_attn.q_proj.weight has 1 numbers that are NaN" in said
+    assert {"weights are numbers", "the model knows language", "an update is finite"} <= failed(marks)
+
+
+def test_an_untrained_model_does_not_know_language(config, tmp_path):
+    tokenizer = train_bpe(TEXTS, 400)
+    model, params = tiny_policy(vocab_size=len(tokenizer))
+    save_hf(tmp_path / "model", model, params["lm"], tokenizer=tokenizer)
+    passed, marks, _ = table(tmp_path / "model", config)
+    assert not passed and "the model knows language" in failed(marks)
+
+
+@pytest.fixture(scope="module")
+def machine(taught, config):
+    model, params, tokenizer = taught
+    mesh = make_mesh(1, 1, 1)
+    with on_mesh(mesh):
+        params = jax.tree.map(jnp.array, params)
+        yield check.roll_out(config, mesh, model, params, tokenizer, EXAMPLES[:4])
+
+
+def wrong_temperature(monkeypatch, machine):
+    halved = [c._replace(logprobs=c.logprobs / 2) for c in machine.completions]
+    monkeypatch.setattr(machine, "completions", halved)
+
+
+def truncated_scores(monkeypatch, machine):
+    import reft_jax.algo.advantages as advantages
+
+    sound = advantages.token_rewards
+    monkeypatch.setattr(advantages, "token_rewards", lambda score, *rest, **kw: sound(score.astype(int), *rest, **kw))
+
+
+def reference_without_its_last_layer(monkeypatch, machine):
+    import reft_jax.train.scoring as scoring
+
+    sound = scoring.make_scorer
+
+    def make(model, temperature):
+        score = sound(model, temperature)
+
+        def cut(params, *rest, **kw):
+            logprob, value = score(params, *rest, **kw)
+            return (logprob, value) if "value_head" in params else (logprob * 1.01, value)
+
+        return cut
+
+    monkeypatch.setattr(scoring, "make_scorer", make)
+
+
+@pytest.mark.parametrize(
+    ("plant", "line"),
+    [
+        (wrong_temperature, "sampler and trainer agree"),
+        (truncated_scores, "rewards are conserved"),
+        (reference_without_its_last_layer, "KL to the reference is 0"),
+    ],
+)
+def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, machine, plant, line):
+    with monkeypatch.context() as patch:
+        plant(patch, machine)
+        for finding in check.check_iteration(machine):  # stops at the line: an update would use the policy up
+            if finding.name == line:
+                assert not finding.passed, finding
+                return
+    raise AssertionError(f"no line {line}")
+
+
+def test_faults_of_tokenizer_executor_and_grading_are_found(monkeypatch, taught, config):
+    monkeypatch.setitem(check.PROGRAMS, "def solution():\n    return 6 * 7", 43.0)
+    found = check.check_executor(config)
+    assert not found.passed and "gave 42.0, not 43.0" in found.figure
+    sound = check.answers.grade
+    monkeypatch.setattr(
+        check.answers, "grade", lambda *a, **kw: [v._replace(reward=int(v.reward)) for v in sound(*a, **kw)]
+    )
+    found = check.check_grading(config, EXAMPLES[:4])
+    assert not found.passed and found.figure.startswith("8 of 12")
+    monkeypatch.setattr(check, "decode", lambda tok, ids: taught[2].decode(ids).replace("\n    ", "\n"))
+    assert not check.check_tokenizer(taught[2], EXAMPLES[:4], "python").passed
+    executor.shutdown()
+
+
+@pytest.mark.long
+def test_smollm2_passes_and_a_damaged_layer_of_it_is_named(smollm2, config, tmp_path):
+    config = check_config(load_config(str(ROOT / "configs" / "svamp_smollm2.py")))
+    passed, marks, said = table(smollm2, config)
+    assert passed and not failed(marks), said

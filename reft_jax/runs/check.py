@@ -23,7 +23,7 @@ PAD_MULTIPLE = 64
 # Differences that rounding alone makes between two compiled programs, in nats.
 MEAN_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 MAX_GAP = {"float32": 2e-3, "bfloat16": 1.0}
-HARM = 0.1  # nats a token: a layer whose absence improves the model by more is damaged
+HARM = 0.15  # nats a token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
 PROGRAMS = {  # program: what must become of it
     "def solution():\n    return 6 * 7": 42.0,
     "def solution():\n    return '1e3'": 1000.0,

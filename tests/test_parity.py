@@ -96,6 +96,19 @@ def test_parity_of_a_folder_we_write(tmp_path):
         np.testing.assert_allclose(torch_logits(theirs), logits, atol=2e-5)
 
 
+def test_parity_of_a_tied_model_stored_with_and_without_its_output_matrix(tmp_path):
+    theirs = random_torch_model(tiny_config(tie_embeddings=True))
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors_torch.load_file(path)
+    assert "lm_head.weight" not in tensors
+    _, without = load_hf(tmp_path)
+    safetensors_torch.save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    model, params = load_hf(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, without)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, TOKENS), torch_logits(theirs), atol=2e-5)
+
+
 def test_parity_of_mixed_types_in_one_file_and_in_shards(tmp_path):
     theirs = random_torch_model(tiny_config())
     kinds = [torch.bfloat16, torch.float16, torch.float32]

@@ -5,7 +5,8 @@
   reft       PPO from "warmup": makes "reft"
   sample     n completions a question:  --model=warmup|sft|reft --split=test|train
   rerank     the reranker of a model:   --model=sft|reft
-  evaluate   the table of what is in the work directory
+  evaluate   the table of what is in the work directory; with --replay nothing is run: every logged execution is
+             graded again from its outcome
   export     a Hugging Face folder:     --model=warmup|sft|reft|rerank_sft|rerank_reft --out=DIR
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
@@ -60,6 +61,8 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_enum("model", None, MODELS[command], "which model of the work directory", flag_values=values)
     if command == "sample":
         flags.DEFINE_enum("split", "test", ("test", "train"), "which questions", flag_values=values)
+    if command == "evaluate":
+        flags.DEFINE_bool("replay", False, "grade executions.jsonl.gz again, without a model", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
     config = parse_config(argv, values)
@@ -68,6 +71,10 @@ def run_command(argv: list[str]) -> None:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
     if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
         raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
+    if command == "evaluate" and values.replay:
+        from reft_jax.runs.executions import replay
+
+        sys.exit(0 if replay(Path(values.workdir)) else 1)
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
     from reft_jax.runs.setup import open_run
 

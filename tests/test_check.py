@@ -13,12 +13,12 @@ import optax
 import pytest
 from tiny import tiny_policy, tiny_state
 
-from reft_jax import executor, save_hf
+from reft_jax import executor, load_hf, save_hf
 from reft_jax.config import check_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
 from reft_jax.runs import check
 from reft_jax.task import prompts, synthetic
-from reft_jax.task.tokenizer import encode, train_bpe
+from reft_jax.task.tokenizer import encode, load_tokenizer, train_bpe
 from reft_jax.train.batches import in_micro_batches, token_batch
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_sft_step
@@ -192,7 +192,16 @@ def test_faults_of_tokenizer_executor_and_grading_are_found(monkeypatch, taught,
 
 
 @pytest.mark.long
-def test_smollm2_passes_and_a_damaged_layer_of_it_is_named(smollm2, config, tmp_path):
+def test_smollm2_passes_and_a_damaged_layer_of_it_is_named(smollm2, tmp_path):
     config = check_config(load_config(str(ROOT / "configs" / "svamp_smollm2.py")))
     passed, marks, said = table(smollm2, config)
     assert passed and not failed(marks), said
+
+    model, lm = load_hf(smollm2)
+    rng, layers = np.random.default_rng(0), {name: np.array(leaf) for name, leaf in lm["layers"].items()}
+    for leaf in layers.values():
+        leaf[11] = rng.permutation(leaf[11].ravel()).reshape(leaf[11].shape)
+    save_hf(tmp_path / "model", model, lm | {"layers": layers}, tokenizer=load_tokenizer(smollm2))
+    passed, marks, said = table(tmp_path / "model", config)
+    assert not passed and failed(marks) == {"every layer does no harm"}
+    assert "without layer 11 the loss" in said

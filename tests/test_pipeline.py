@@ -85,6 +85,16 @@ def test_second_run_does_nothing_again(finished):
     assert {p.name for p in before if before[p] != after[p]} <= {"curves.png"}
 
 
+def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
+    workdir, _ = finished
+    done = run("evaluate", workdir, "--replay")
+    assert done.returncode == 0, done.stderr
+    assert "reft rollout: 48," in done.stdout and "sft samples on test: 14," in done.stdout
+    logged = 2 * 6 + 3 * 16 + 2 * 6 + 3 * 7 + 2 * 14 + 16  # SFT dev, rollouts, ReFT dev, top-1, samples: test, train
+    assert f"{logged} of {logged} verdicts are what the log says" in done.stdout
+    assert all(line["seconds_program_p99"] >= line["seconds_program_p50"] > 0 for line in metrics(workdir, "reft"))
+
+
 def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     workdir, _ = finished

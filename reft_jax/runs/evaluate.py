@@ -31,7 +31,7 @@ def kept(run: Run, name: str, make: Callable[[], list[dict]]) -> list[dict]:
 
 def greedy_records(run: Run, name: str) -> list[dict]:
     """Greedy answers of one model to the test questions."""
-    graded = greedy(run, load_model(run, name)["lm"], run.data.test, run.config.sample.max_len)
+    graded = greedy(run, load_model(run, name)["lm"], run.data.test, f"{name} top-1 on test")
     return [
         {"item_id": e.item_id, "completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
         for e, (text, verdict) in zip(run.data.test, graded, strict=True)

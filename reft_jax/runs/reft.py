@@ -56,11 +56,13 @@ class Iteration:
             completions[i] = completion
         sampled = time.monotonic()
         texts = [run.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        verdicts = run.grade(texts, examples)
+        verdicts = run.grade(texts, examples, "reft rollout")
         metrics = {
             "train_correct": np.mean([verdict.correct for verdict in verdicts]),
             "no_answer": np.mean([verdict.value is None for verdict in verdicts]),
             "finished": np.mean([completion.finished for completion in completions]),
+            "seconds_program_p50": np.percentile(run.program_ms or [0.0], 50) / 1000,
+            "seconds_program_p99": np.percentile(run.program_ms or [0.0], 99) / 1000,
             "seconds_rollout": sampled - started,
             "seconds_reward": time.monotonic() - sampled,
         }
@@ -119,7 +121,7 @@ def run_reft(run: Run) -> dict:
         training.check_finite(iteration, line)
         if iteration % eval_every == 0 or iteration == iterations:
             lm = training.state.params["lm"]
-            line["dev_top1"] = top1(greedy(run, lm, run.data.dev, run.config.sample.max_len))
+            line["dev_top1"] = top1(greedy(run, lm, run.data.dev, "reft dev"))
             training.keep_if_best(iteration, line["dev_top1"])
         training.metrics.write(iteration, line)
         if iteration % save_every == 0 or iteration == iterations:

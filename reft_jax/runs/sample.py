@@ -44,7 +44,7 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
     with path.open("a", encoding="utf-8") as file:
         group = max(1, 4 * settings.batch // n)
         for start in range(0, len(left), group):
-            for record in sample_questions(run, lm, left[start : start + group], n):
+            for record in sample_questions(run, lm, left[start : start + group], n, f"{name} samples on {split}"):
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -54,7 +54,7 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
     return records
 
 
-def sample_questions(run: Run, lm, examples: list[Example], n: int) -> list[dict]:
+def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str) -> list[dict]:
     settings = run.config.sample
     prompts = run.prompts(examples, n)
     texts = [""] * len(prompts)
@@ -62,7 +62,7 @@ def sample_questions(run: Run, lm, examples: list[Example], n: int) -> list[dict
         lm, prompts, max_len=settings.max_len, temperature=settings.temperature, top_k=settings.top_k
     ):
         texts[i] = run.text(prompts[i], completion)
-    verdicts = run.grade(texts, [example for example in examples for _ in range(n)])
+    verdicts = run.grade(texts, [example for example in examples for _ in range(n)], purpose)
     records = []
     for q, example in enumerate(examples):
         predictions = [

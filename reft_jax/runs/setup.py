@@ -19,6 +19,7 @@ import numpy as np
 
 from reft_jax import __version__, executor
 from reft_jax.config import flatten, to_json
+from reft_jax.runs.executions import ExecutionLog, execution
 from reft_jax.task import answers, datasets, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt, Verdict
@@ -41,7 +42,7 @@ class Run:
     """One work directory with everything in it made ready.
 
     `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts what became of the
-    programs that the executor ran.
+    programs that the executor ran, `program_ms` are the times of those of the last `grade`.
     """
 
     config: object
@@ -54,7 +55,9 @@ class Run:
     mesh: object = None
     model: object = None
     engine: object = None
+    executions: ExecutionLog | None = None
     programs: Counter = field(default_factory=Counter)
+    program_ms: list[float] = field(default_factory=list)
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts of each example, the forced prefix included."""
@@ -68,8 +71,20 @@ class Run:
         """The completion as text. Prompt and response are decoded together (see prompts.completion_text)."""
         return prompts.completion_text(decode(self.tokenizer, [*prompt.tokens, *completion.tokens]))
 
-    def grade(self, texts: list[str], examples: list[Example]) -> list[Verdict]:
-        return answers.grade(texts, examples, self.config.data.engine, run_programs=self.run_programs)
+    def grade(self, texts: list[str], examples: list[Example], purpose: str) -> list[Verdict]:
+        """Runs and grades completions; `purpose` says in the audit log what they were for."""
+        took = {}
+
+        def run_programs(programs, want):
+            results = self.run_programs(programs, want)
+            took.update((program, result.ms) for program, result in zip(programs, results, strict=True))
+            return results
+
+        verdicts = answers.grade(texts, examples, self.config.data.engine, run_programs=run_programs)
+        self.program_ms = list(took.values())
+        graded = zip(examples, texts, verdicts, strict=True)
+        self.executions.append(execution(purpose, e, text, v, took.get(text, 0.0)) for e, text, v in graded)
+        return verdicts
 
     def run_programs(self, programs: list[str], want: str) -> list[executor.ExecResult]:
         limits = self.config.executor
@@ -212,7 +227,7 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
         create_workdir(config, workdir)
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
-        run.mesh, run.model = mesh, model
+        run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
         run.engine = Engine(
             model,
             mesh,

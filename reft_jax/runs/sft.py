@@ -49,7 +49,7 @@ def run_sft(run: Run) -> dict:
         training.check_finite(epoch, line)
         params = training.state.params
         if epoch % settings.eval_every == 0 or epoch in (settings.warmup_epoch, last_epoch):
-            line["dev_top1"] = top1(greedy(run, params["lm"], run.data.dev, run.config.sample.max_len))
+            line["dev_top1"] = top1(greedy(run, params["lm"], run.data.dev, "sft dev"))
             training.keep_if_best(epoch, line["dev_top1"])
         if epoch == settings.warmup_epoch:
             info["warmup_dev_top1"] = line["dev_top1"]

@@ -128,12 +128,12 @@ def best_so_far(info: dict) -> dict:
     return {"best_dev_top1": info["best_dev_top1"]} if info["best"] else {}
 
 
-def greedy(run: Run, lm, examples: list[Example], max_len: int) -> list[tuple[str, Verdict]]:
-    """The greedy completion of each example, continued from the forced prefix, and its verdict."""
+def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[tuple[str, Verdict]]:
+    """The greedy completion of each example, continued from the forced prefix, and its verdict (see `Run.grade`)."""
     prompts, texts = run.prompts(examples), [""] * len(examples)
-    for i, completion in run.engine.generate(lm, prompts, max_len=max_len, temperature=0.0):
+    for i, completion in run.engine.generate(lm, prompts, max_len=run.config.sample.max_len, temperature=0.0):
         texts[i] = run.text(prompts[i], completion)
-    return list(zip(texts, run.grade(texts, examples), strict=True))
+    return list(zip(texts, run.grade(texts, examples, purpose), strict=True))
 
 
 def top1(graded: list[tuple[str, Verdict]]) -> float:

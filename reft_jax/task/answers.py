@@ -81,10 +81,7 @@ def grade(
         answers = _run(completions, datasets, run_programs)
     else:
         answers = list(map(_stated, completions, datasets))
-    return [
-        _verdict(value, status, dataset, example)
-        for (value, status), dataset, example in zip(answers, datasets, examples, strict=True)
-    ]
+    return [judge(value, status, example) for (value, status), example in zip(answers, examples, strict=True)]
 
 
 def _run(programs: Sequence[str], datasets: Sequence[str], run_programs: RunPrograms) -> list[Answer]:
@@ -113,7 +110,8 @@ def _stated(text: str, dataset: str) -> Answer:
     return value, "no_answer" if value is None else "ok"
 
 
-def _verdict(value: float | str | None, status: str, dataset: str, example: Example) -> Verdict:
-    correct = is_correct(dataset, value, example.answer_value)
+def judge(value: float | str | None, status: str, example: Example) -> Verdict:
+    """The verdict on an answer that `read_answer` returned: reward 1 if right, 0.1 if wrong, 0 if None."""
+    correct = is_correct(dataset_of(example.item_id), value, example.answer_value)
     reward = 1.0 if correct else 0.0 if value is None else 0.1
     return Verdict(value, correct, reward, status)

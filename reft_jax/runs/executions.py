@@ -1,0 +1,119 @@
+"""The audit log of a work directory: every graded completion, what became of its program, and what it earned.
+
+`executions.jsonl.gz` is only ever appended to, one gzip member a batch: a crash can tear the last member, which the
+next start cuts off. A batch that a resumed run repeats is logged again, for it was executed again.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from reft_jax.task.answers import judge
+from reft_jax.types import Example, InputError, Verdict
+
+LOG_NAME = "executions.jsonl.gz"
+
+
+def program_hash(text: str) -> str:
+    """The first 16 hex digits of the completion's sha256."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+
+
+def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: float) -> dict:
+    """One line of the log. `purpose` says what the completion was for ("reft rollout"), `ms` is its program's time."""
+    return {
+        "purpose": purpose,
+        "item_id": example.item_id,
+        "answer_value": example.answer_value,
+        "program": program_hash(text),
+        "outcome": verdict.status,
+        "ms": round(ms, 2),
+        "value": verdict.value,
+        "correct": verdict.correct,
+        "reward": verdict.reward,
+    }
+
+
+class ExecutionLog:
+    """Appends to the log of one work directory."""
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / LOG_NAME
+        if self.path.exists() and (whole := whole_bytes(self.path)) < self.path.stat().st_size:
+            os.truncate(self.path, whole)
+
+    def append(self, executions: Iterable[dict]) -> None:
+        """Writes one batch; it is on its way to the disk when this returns."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in executions)
+        with self.path.open("ab") as file:
+            file.write(gzip.compress(text.encode()))
+
+
+def whole_bytes(path: Path) -> int:
+    """Length of the file up to the end of its last whole gzip member."""
+    whole = 0
+    with path.open("rb") as file:
+        member, data = zlib.decompressobj(wbits=31), file.read(1 << 20)
+        while data:
+            try:
+                member.decompress(data)
+            except zlib.error:
+                return whole
+            if not member.eof:
+                data = file.read(1 << 20)
+                continue
+            data = member.unused_data
+            whole = file.tell() - len(data)
+            member = zlib.decompressobj(wbits=31)
+            data = data or file.read(1 << 20)
+    return whole
+
+
+def read_executions(path: Path) -> Iterator[dict]:
+    """The lines of the log; a torn end is left out. InputError if there is no log or a line is not one."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; nothing has been executed in this work directory yet")
+    with path.open("rb") as file:
+        whole = io.BytesIO(file.read(whole_bytes(path)))
+    with gzip.open(whole, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}: line {number} is not JSON ({error}); restore it from a copy") from None
+
+
+def replay(workdir: Path) -> bool:
+    """Grades every logged outcome again, prints what was executed for what, and says whether the log's verdicts hold.
+
+    Needs the log alone: no model, no data, no program, no accelerator.
+    """
+    outcomes, times, correct = defaultdict(Counter), defaultdict(list), Counter()
+    different = []
+    for line in read_executions(workdir / LOG_NAME):
+        purpose = line["purpose"]
+        outcomes[purpose][line["outcome"]] += 1
+        times[purpose].append(line["ms"])
+        correct[purpose] += line["correct"]
+        again = judge(line["value"], line["outcome"], Example(line["item_id"], "", line["answer_value"]))
+        if (again.correct, again.reward) != (line["correct"], line["reward"]):
+            different.append(f"{line['item_id']} ({purpose}): logged reward {line['reward']}, graded {again.reward}")
+    for purpose, counted in outcomes.items():
+        total, (p50, p99) = counted.total(), np.percentile(times[purpose], (50, 99))
+        ended = ", ".join(f"{name} {number}" for name, number in counted.most_common())
+        print(
+            f"{purpose}: {total}, {correct[purpose] / total:.1%} correct, p50 {p50:.1f} ms, p99 {p99:.1f} ms; {ended}"
+        )
+    total = sum(counted.total() for counted in outcomes.values())
+    print(f"{total - len(different)} of {total} verdicts are what the log says")
+    for line in different[:5]:
+        print(f"  {line}")
+    return not different

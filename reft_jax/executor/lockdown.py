@@ -168,6 +168,14 @@ def shared_libraries(folders: list[str]) -> list[str]:
     return [path for path in paths if os.path.isfile(path)]
 
 
+def possible_limit(name: str, limit: int) -> tuple[int, tuple[int, int]]:
+    """What to give to `setrlimit`: a limit can be lowered only."""
+    which = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(which)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    return which, (limit, limit)
+
+
 class Lockdown:
     """What every child of this zygote does to itself, built once.
 
@@ -177,13 +185,14 @@ class Lockdown:
     def __init__(self, memory_mb: int):
         """memory_mb: MiB of address space for a child beyond this process's own."""
         self.protections = ["rlimits"]
-        self.limits = {"FSIZE": 0, "CORE": 0, "NOFILE": 32, "NPROC": 0}
+        limits = {"FSIZE": 0, "CORE": 0, "NOFILE": 32, "NPROC": 0}
         self.filter = self.scopes = None
-        if not LINUX:
-            return
-        with open("/proc/self/statm") as statm:
-            self.limits["AS"] = int(statm.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
-        if code := seccomp_filter(platform.machine()):
+        if LINUX:
+            with open("/proc/self/statm") as statm:
+                limits["AS"] = int(statm.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
+            self.capabilities = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()  # header, none
+        self.limits = [possible_limit(name, limit) for name, limit in limits.items()]
+        if LINUX and (code := seccomp_filter(platform.machine())):
             self.code = ctypes.create_string_buffer(code)
             self.filter = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(self.code)))
             if self.filter_works():
@@ -235,21 +244,12 @@ class Lockdown:
                 except PermissionError:
                     if not self.filter:
                         raise
-            no_capabilities = ctypes.create_string_buffer(24)
-            header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-            check(LIBC.capset(header, no_capabilities), "capset")
+            check(LIBC.capset(*self.capabilities), "capset")
             prctl(PR_SET_NO_NEW_PRIVS, 1)
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after setresuid, which resets it
-        for name, limit in self.limits.items():
-            set_limit(name, limit)
+        for which, limit in self.limits:
+            resource.setrlimit(which, limit)
         if self.scopes is not None:
             check(LIBC.syscall(LANDLOCK_RESTRICT_SELF, self.scopes, 0), "landlock_restrict_self")
         if self.filter:
             prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self.filter))
-
-
-def set_limit(name: str, limit: int) -> None:
-    which = getattr(resource, f"RLIMIT_{name}")
-    hard = resource.getrlimit(which)[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(which, (limit, limit))

@@ -151,23 +151,23 @@ class Stream:
     def _run(self, program: str) -> ExecResult:
         """On a zygote that waits, or a new one; once more on a new one if that zygote is lost."""
         kind = _kind(program, self.memory_mb)
-        zygote = _take(kind)
-        try:
-            result = self._ask(zygote, program)
-        except InfrastructureError as error:
-            zygote = _replace(zygote, kind, error)
+        zygote, lost = _take(kind), 0
+        for last in (False, True):
             try:
-                result = self._ask(zygote, program)
-            except InfrastructureError as again:
-                _bury(zygote)
-                raise InfrastructureError(f"a program could not be run on two executors in a row: {again}") from error
+                zygote = zygote or _new(kind, lost)
+                result = zygote.ask(program, self.timeout_s, self.want, more=not self._queue.empty())
+                break
+            except UnprotectedError:
+                raise
+            except InfrastructureError as error:
+                lost = _bury(zygote, lost)
+                if last or lost >= LOST_IN_A_ROW:
+                    raise InfrastructureError(f"{lost} program executors in a row failed; the last: {error}") from error
+                zygote = None
         with _state.lock:
             _state.counts.update(("programs", result.status))
             _state.idle[kind].append(zygote)
         return result
-
-    def _ask(self, zygote: Zygote, program: str) -> ExecResult:
-        return zygote.ask(program, self.timeout_s, self.want, more=not self._queue.empty())
 
 
 def _kind(program: str, memory_mb: int) -> Kind:
@@ -186,25 +186,19 @@ def _new(kind: Kind, lost: int = 0) -> Zygote:
     return zygote
 
 
-def _take(kind: Kind) -> Zygote:
+def _take(kind: Kind) -> Zygote | None:
     with _state.lock:
-        if _state.idle[kind]:
-            return _state.idle[kind].pop()
-    return _new(kind)
+        return _state.idle[kind].pop() if _state.idle[kind] else None
 
 
-def _bury(zygote: Zygote) -> None:
-    zygote.kill()
+def _bury(zygote: Zygote | None, lost: int) -> int:
+    """Ends a zygote that failed, or None for one that did not start; returns how many in a row have failed now."""
+    if zygote:
+        zygote.kill()
+        lost = zygote.lost if zygote.programs < SETTLED else 0
     with _state.lock:
         _state.counts["retries"] += 1
-
-
-def _replace(zygote: Zygote, kind: Kind, error: InfrastructureError) -> Zygote:
-    _bury(zygote)
-    lost = 1 + (zygote.lost if zygote.programs < SETTLED else 0)
-    if lost >= LOST_IN_A_ROW:
-        raise InfrastructureError(f"{lost} program executors in a row were lost, the last so: {error}") from error
-    return _new(kind, lost)
+    return lost + 1
 
 
 def _keep_spares(kind: Kind, workers: int, number: int) -> None:
@@ -215,7 +209,7 @@ def _keep_spares(kind: Kind, workers: int, number: int) -> None:
         try:
             zygote.keep_spares(-(-number // len(zygotes)))
         except InfrastructureError:
-            _bury(zygote)
+            _bury(zygote, 0)
         else:
             with _state.lock:
                 _state.idle[kind].append(zygote)

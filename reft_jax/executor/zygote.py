@@ -20,6 +20,7 @@ import gc
 import json
 import math
 import os
+import resource
 import select
 import signal
 import socket
@@ -174,7 +175,7 @@ def run_child(link: int, namespace: dict, warm: bool) -> None:
             return  # the zygote is gone
         line += chunk
     request = json.loads(line)
-    lockdown.set_limit("CPU", math.ceil(request["timeout_s"]) + 2)
+    resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(request["timeout_s"]) + 2))
     write(LINK, inside.solve(request["program"], request["want"], namespace))
 
 

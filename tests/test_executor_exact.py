@@ -20,8 +20,11 @@ def test_every_svamp_program_gives_its_answer(shared):
     rows = json.loads((shared / "data" / "svamp_python_sdp.json").read_text())
     results = run_programs([row["answer_cot"] for row in rows])
     assert len(rows) == 3043
-    wrong = [r["item_id"] for r, x in zip(rows, results, strict=True) if x.value != float(r["answer_value"])]
-    assert not wrong
+    for row, result in zip(rows, results, strict=True):
+        namespace: dict = {}
+        exec(row["answer_cot"], namespace)
+        assert repr(result.value) == repr(float(namespace["solution"]())), row["item_id"]
+        assert abs(result.value - float(row["answer_value"])) < 0.01, row["item_id"]  # some are given rounded
 
 
 def expressions(rng: random.Random) -> list[str]:

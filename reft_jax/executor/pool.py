@@ -181,7 +181,7 @@ def _new(kind: Kind, lost: int = 0) -> Zygote:
         raise UnprotectedError(
             "this machine guards against a model's programs with limits only: no namespaces, Landlock or seccomp, "
             "so they could read and delete what you can. Use another machine or container, or, if you accept that, "
-            "set executor.allow_unsandboxed=true"
+            "set executor.allow_unsandboxed=true (with solve: --allow_unsandboxed)"
         )
     return zygote
 

@@ -83,7 +83,7 @@ def test_without_protection_nothing_runs_unless_allowed(fresh):
 
 
 CONNECT = ["import socket", "socket.create_connection(('127.0.0.1', {port}), timeout=1)", "return 1"]
-ABSTRACT = ["import socket", "socket.socket(socket.AF_UNIX).connect('\0{name}')", "return 1"]
+ABSTRACT = ["import socket", "socket.socket(socket.AF_UNIX).connect(chr(0) + 'reft_test_{pid}')", "return 1"]
 PTRACE = ["import ctypes, os", "libc = ctypes.CDLL(None, use_errno=True)"]
 PTRACE += ["code = libc.ptrace(16, os.getppid(), 0, 0)", "raise OSError(ctypes.get_errno(), 'ptrace')"]
 
@@ -102,7 +102,9 @@ FORBIDDEN = {
     "send a datagram": (["import socket", "socket.socket(2, 2).sendto(b'x', ('127.0.0.1', 9))"], ["seccomp"]),
     "make a process": (["import os", "os.fork()", "return 1"], ["seccomp"]),
     "run a command": (["import os", "os.execv('/bin/sh', ['sh', '-c', 'true'])"], ["Landlock", "seccomp"]),
-    "signal its zygote": (["import os", "os.kill(os.getppid(), 0)", "return 1"], ["Landlock", "seccomp"]),
+    "signal the trainer": (["import os", "os.kill({pid}, 0)", "return 1"], ["Landlock", "seccomp"]),
+    "signal its zygote": (["import os", "os.kill(os.getppid(), 0)", "return 1"], ["seccomp"]),
+    "an abstract socket": (ABSTRACT, ["Landlock", "seccomp"]),
     "signal itself": (["import os", "os.kill(os.getpid(), 15)"], ["seccomp"]),
     "signal everybody": (["import os", "os.kill(-1, 0)", "return 1"], ["seccomp"]),
     "trace its zygote": (PTRACE, ["seccomp"]),
@@ -124,7 +126,9 @@ def victim(tmp_path):
 
 def attempt(what: str, victim: Path) -> executor.ExecResult:
     lines, _ = FORBIDDEN[what]
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0reft_test_{os.getpid()}")
+        abstract.listen()
         words = {"victim": str(victim), "package": pytest.__file__, "pid": os.getpid(), "port": server.getsockname()[1]}
         return run_one(body(*(line.format(**words) for line in lines)), memory_mb=332)
 

@@ -1,8 +1,8 @@
 """What the kernel takes away from a process that runs a program nobody has read. Imported by the zygote only.
 
-Some of it a zygote does to itself, once, for a fork inherits it: namespaces (`isolate`) and Landlock's rules on files
-and TCP (`restrict_files`). The rest is each child's own (`Lockdown.enter`): limits, no capabilities, the seccomp
-filter. What can be built beforehand is built in the zygote. On macOS only the limits remain.
+What a fork inherits at no cost a zygote does once to itself: namespaces (`isolate`) and Landlock (`restrict_files`; in
+a domain of its own every child would copy some 250 rules). The rest is each child's own (`Lockdown.enter`): limits, no
+capabilities, the seccomp filter, built beforehand. On macOS only the limits remain.
 
 System calls are made with ctypes. docs/executor.md says why not with a library.
 """
@@ -118,13 +118,13 @@ def isolate() -> bool:
     return LINUX and (LIBC.unshare(flags) == 0 or LIBC.unshare(flags | CLONE_NEWUSER) == 0)
 
 
-def landlock_ruleset(abi: int, files: bool) -> int:
-    """The fd of a ruleset that forbids all use of files and TCP, or else signals and abstract sockets to outsiders."""
-    fields = [(1 << FILE_RIGHTS.get(abi, 16)) - 1 if files else 0]
+def landlock_ruleset(abi: int) -> int:
+    """The fd of a ruleset that forbids all this ABI can: files, TCP, signals and abstract sockets to the outside."""
+    fields = [(1 << FILE_RIGHTS.get(abi, 16)) - 1]
     if abi >= 4:
-        fields.append(TCP_RIGHTS if files else 0)
+        fields.append(TCP_RIGHTS)
     if abi >= 6:
-        fields.append(0 if files else SCOPES)
+        fields.append(SCOPES)
     attributes = struct.pack(f"{len(fields)}Q", *fields)
     return check(LIBC.syscall(LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
 
@@ -186,7 +186,7 @@ class Lockdown:
         """memory_mb: MiB of address space for a child beyond this process's own."""
         self.protections = ["rlimits"]
         limits = {"FSIZE": 0, "CORE": 0, "NOFILE": 32, "NPROC": 0}
-        self.filter = self.scopes = None
+        self.filter = None
         if LINUX:
             with open("/proc/self/statm") as statm:
                 limits["AS"] = int(statm.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
@@ -217,20 +217,19 @@ class Lockdown:
 
     def restrict_files(self, packages: list[str]) -> int:
         """From here on this process and its forks read the standard library and the folders `packages`, no other file,
-        and use no TCP. Returns the ABI of Landlock, or 0 where that does not work and nothing has changed."""
+        use no TCP and signal only each other. Returns Landlock's ABI, or 0 where it does not work: nothing has changed.
+        """
         abi = max(0, LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)) if LINUX else 0
         if not abi:
             return 0
         readable, listable = library_files()
-        ruleset = landlock_ruleset(abi, files=True)
+        ruleset = landlock_ruleset(abi)
         allow(ruleset, READ_FILE | READ_DIR, [*readable, *packages])
         allow(ruleset, READ_DIR, [listable])
-        scopes = landlock_ruleset(abi, files=False) if abi >= 6 else None
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if LIBC.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
             return 0
         os.close(ruleset)
-        self.scopes = scopes
         return abi
 
     def enter(self) -> None:
@@ -249,7 +248,5 @@ class Lockdown:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after setresuid, which resets it
         for which, limit in self.limits:
             resource.setrlimit(which, limit)
-        if self.scopes is not None:
-            check(LIBC.syscall(LANDLOCK_RESTRICT_SELF, self.scopes, 0), "landlock_restrict_self")
         if self.filter:
             prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self.filter))

@@ -35,7 +35,7 @@ class ExecResult(NamedTuple):
     value: the number (finite float) or text that `solution()` returned if status is "ok", else None.
     status: ok | wrong_type | not_finite | no_solution | syntax_error | exception | timeout | memory | killed | refused.
     detail: the class of the exception or of the unfit result, or the exit code (-n for signal n).
-    ms: wall time in milliseconds, from the zygote's request for it to the child's report.
+    ms: wall time in milliseconds from when a zygote has the program to its report, the wait for a child included.
     cut: the program compiled only after it was cut at its first blank line.
     """
 

@@ -33,6 +33,7 @@ import lockdown
 
 CONTROL, NULL, LINK = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its socket
 REPORT_BYTES = 4096
+LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
 
 
@@ -97,38 +98,43 @@ class Zygote:
         theirs.close()
         return child, ours.detach()
 
-    def run(self, line: bytes, request: dict) -> None:
-        """One program, from the request to our answer. Raises RuntimeError if no child can be locked down."""
-        start = time.monotonic()
-        raw = b""
-        while not raw:
+    def take(self) -> tuple[int, int]:
+        """A child that is locked down, warm if one is there. Raises RuntimeError if a new one cannot be locked down."""
+        while True:
             waited = bool(self.spares)
             child, link = self.spares.pop() if waited else self.fork(warm=False)
+            if wait_for(link, time.monotonic() + LOCK_S) and os.read(link, 1) == b"+":
+                return child, link
+            code = self.bury(child, link)
+            if not waited:
+                raise RuntimeError(f"a child could not be locked down (exit code {code})")
+
+    def run(self, line: bytes, request: dict) -> None:
+        """One program, from the request to our answer."""
+        start = time.monotonic()
+        while True:
+            child, link = self.take()
+            deadline = time.monotonic() + request["timeout_s"]
             try:
                 write(link, line)
                 if request["more"] and not self.spares and self.rules.filter:
                     self.spares.append(self.fork(warm=False))  # for the next program, while this one is at work
-                raw, late = read_report(link, start + request["timeout_s"])
-            except ConnectionError:
-                pass  # it ended before it had read the program, which therefore never ran
-            if not raw:
-                code = self.bury(child, link)
-                if not waited:
-                    raise RuntimeError(f"a child could not be locked down (exit code {code})")
-        ms = 1000 * (time.monotonic() - start)
-        answer = checked(raw[1:], request["want"]) if raw.endswith(b"\n") else None
-        if answer is None or not self.rules.filter:
-            code = self.bury(child, link)
-        if answer is None:
+                raw, late = read_report(link, deadline)
+                break
+            except ConnectionError:  # it ended before it had read the program, which therefore never ran
+                self.bury(child, link)
+        took = {"ms": 1000 * (time.monotonic() - start)}
+        answer = checked(raw, request["want"]) if raw.endswith(b"\n") else None
+        if answer and self.rules.filter:
+            os.kill(child, signal.SIGKILL)
+            send(answer | took)  # before we wait for its end, so that the pool works meanwhile
+            self.bury(child, link)
+            return
+        code = self.bury(child, link)
+        if not answer:
             status = "timeout" if late else "refused" if code == -signal.SIGSYS else "killed"
             answer = {"status": status, "value": None, "detail": "" if late else f"exit code {code}", "cut": False}
-            send(answer | {"ms": ms})
-        elif not self.rules.filter:
-            send(answer | {"ms": ms})
-        else:
-            os.kill(child, signal.SIGKILL)
-            send(answer | {"ms": ms})  # before the wait for its end, so that the pool works meanwhile
-            self.bury(child, link)
+        send(answer | took)
 
     def bury(self, child: int, link: int) -> int:
         """Kills and reaps the child, and what it may have started; returns its exit code (-n for signal n)."""
@@ -179,6 +185,14 @@ def run_child(link: int, namespace: dict, warm: bool) -> None:
     write(LINK, inside.solve(request["program"], request["want"], namespace))
 
 
+def wait_for(link: int, deadline: float) -> bool:
+    """Whether there is something to read, or the end, before the deadline. Raises EOFError if the pool is gone."""
+    ready, _, _ = select.select([link, CONTROL], [], [], max(0.0, deadline - time.monotonic()))
+    if CONTROL in ready:
+        raise EOFError("the pool closed its socket during a program")
+    return bool(ready)
+
+
 def read_report(link: int, deadline: float) -> tuple[bytes, bool]:
     """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
 
@@ -186,10 +200,7 @@ def read_report(link: int, deadline: float) -> tuple[bytes, bool]:
     """
     raw = b""
     while not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES:
-        ready, _, _ = select.select([link, CONTROL], [], [], max(0.0, deadline - time.monotonic()))
-        if CONTROL in ready:
-            raise EOFError("the pool closed its socket during a program")
-        if not ready:
+        if not wait_for(link, deadline):
             return raw, True
         chunk = os.read(link, REPORT_BYTES)
         if not chunk:
@@ -263,6 +274,8 @@ def main(folders: str, kind: str, memory_mb: int) -> None:
     zygote = Zygote(namespace, rules)
     if abi := rules.restrict_files(packages):
         protections.append(f"Landlock ABI {abi}")
+    for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
+        inside.solve(inside.WARM_UP, "number", dict(namespace))
     gc.collect()
     gc.freeze()  # the children's collections leave these pages shared
     send({"error": None, "protections": protections + rules.protections})

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 # -S: nothing of site-packages runs or is found in a zygote. FOLDERS, kind and memory follow.
 COMMAND = [sys.executable, "-S", str(Path(__file__).with_name("zygote.py"))]
-# All that a zygote sees of an environment. With one hash seed the order of a set is the same on every zygote.
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+# All that a zygote sees of an environment. With one hash seed the order of a set is the same on every zygote. What is
+# bound at the start need not be bound in every child.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"}
 START_S = 60.0  # to import sympy from a cold disk
 GRACE_S = 10.0  # beyond the program's own timeout, before a zygote counts as hung
 END_S = 5.0  # to end by itself

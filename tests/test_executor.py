@@ -203,6 +203,8 @@ def test_a_stream_gives_results_while_programs_still_come(asked):
         quick = batch.submit(body("return 'c'"))
         assert again is first and quick.result(timeout=20).value == "c" and not slow.done()
     assert slow.result(timeout=0).value == "b"  # the end of the stream waited for it
+    with pytest.raises(RuntimeError, match="has ended"):
+        batch.submit(body("return 'd'"))
     assert len(asked) == 3
 
 
@@ -374,15 +376,17 @@ def test_zygotes_end_with_their_parent(missing, ending):
         f"from reft_jax.executor import pool, process; process.COMMAND = {patched_zygote(missing)!r}\n"
         "pool.start(2, 316)\n"
         "pool.run_programs([f'def solution(): return {i}' for i in range(6)], memory_mb=316)\n"
+        "print('up', flush=True)\n"
         "pool.run_programs(['import time; time.sleep(600)'], timeout_s=600, memory_mb=316)\n"
     )
-    trainer = subprocess.Popen([sys.executable, "-c", trainer], cwd=Path(ZYGOTE_FOLDER).parents[1])
-    try:
-        assert wait_until(lambda: len(zygotes(316)) >= 3)
-        time.sleep(0.2)
-    finally:
-        trainer.send_signal(ending)
-        trainer.wait()
+    command = [sys.executable, "-c", trainer]
+    with subprocess.Popen(command, cwd=Path(ZYGOTE_FOLDER).parents[1], stdout=subprocess.PIPE) as trainer:
+        try:
+            assert trainer.stdout.readline() == b"up\n"
+            time.sleep(0.3)
+            assert len(zygotes(316)) >= 3
+        finally:
+            trainer.send_signal(ending)
     assert wait_until(lambda: not zygotes(316))
 
 

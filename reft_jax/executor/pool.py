@@ -64,7 +64,7 @@ def run_programs(
             if len(under_way) >= WINDOW:
                 first, future = under_way.popleft()
                 results[first] = future.result()
-            under_way.append((program, batch.run(program)))
+            under_way.append((program, batch._submit(program)))
         results |= {program: future.result() for program, future in under_way}
     return [results[program] for program in programs]
 
@@ -103,16 +103,22 @@ class Stream:
         self._threads: list[threading.Thread] = []
         self._asked: Counter[Kind] = Counter()
         self._broken: InfrastructureError | None = None
+        self._closed = False
 
     def submit(self, program: str) -> Future:
-        """A future of the program's ExecResult; one and the same for equal programs. It may raise as `run_programs`."""
+        """A future of the program's ExecResult, the same one for equal programs; it may raise what `run_programs` does.
+
+        From any thread. Raises RuntimeError after the end of the stream.
+        """
         with self._lock:
+            if self._closed:
+                raise RuntimeError("this stream of programs has ended")
             if program not in self._futures:
-                self._futures[program] = self.run(program)
+                self._futures[program] = self._submit(program)
             return self._futures[program]
 
-    def run(self, program: str) -> Future:
-        """`submit` without a look at, or a memory of, the programs before."""
+    def _submit(self, program: str) -> Future:
+        """For one thread and programs that differ: nothing is kept of one that has ended."""
         future: Future[ExecResult] = Future()
         self._asked[_kind(program, self.memory_mb)] += 1
         self._queue.put((program, future))
@@ -122,11 +128,15 @@ class Stream:
         return future
 
     def cancel(self) -> None:
+        """Forgets the programs that nothing runs yet."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()[1].cancel()
 
     def close(self) -> None:
+        """Waits for the programs and has children forked for the next call."""
+        with self._lock:
+            self._closed = True
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -155,7 +165,7 @@ class Stream:
         for last in (False, True):
             try:
                 zygote = zygote or _new(kind, lost)
-                result = zygote.ask(program, self.timeout_s, self.want, more=not self._queue.empty())
+                result = zygote.ask(program, self.timeout_s, self.want, self._queue.qsize())
                 break
             except UnprotectedError:
                 raise

@@ -81,8 +81,8 @@ class Zygote:
             raise
         self.protections: list[str] = greeting["protections"]
 
-    def ask(self, program: str, timeout_s: float, want: str, more: bool) -> ExecResult:
-        """Runs a program; `more`: others wait, so a child may be forked meanwhile. Raises InfrastructureError."""
+    def ask(self, program: str, timeout_s: float, want: str, more: int) -> ExecResult:
+        """Runs a program; `more` others wait, so children may be forked meanwhile. Raises InfrastructureError."""
         self._send({"program": program, "timeout_s": timeout_s, "want": want, "more": more}, timeout_s + GRACE_S)
         answer = self._receive(timeout_s + GRACE_S)
         if want == "number" and answer["value"] is not None:

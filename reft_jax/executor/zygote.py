@@ -33,7 +33,7 @@ import lockdown
 
 CONTROL, NULL, LINK = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its socket
 REPORT_BYTES = 4096
-LITTER = 4  # children forked at once
+LITTER = 4  # children forked at once, at most
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
 
@@ -118,10 +118,10 @@ class Zygote:
             deadline = time.monotonic() + request["timeout_s"]
             try:
                 write(link, line)
-                if request["more"] and not self.spares and self.rules.filter:
+                if not self.spares and self.rules.filter:
                     # For the next programs, while this one is at work; several, for after each fork the zygote must
                     # copy all pages that its other work writes to.
-                    self.spares += [self.fork(warm=False) for _ in range(LITTER)]
+                    self.spares += [self.fork(warm=False) for _ in range(min(request["more"], LITTER))]
                 raw, late = read_report(link, deadline)
                 break
             except ConnectionError:  # it ended before it had read the program, which therefore never ran

@@ -18,6 +18,7 @@ nothing in it before `checked`.
 import contextlib
 import gc
 import json
+import marshal
 import math
 import os
 import resource
@@ -33,7 +34,9 @@ import lockdown
 
 CONTROL, NULL, LINK = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its socket
 REPORT_BYTES = 4096
-LITTER = 4  # children forked at once, at most
+IDLE_S = 0.002  # without a request: the time to end children
+STOPPED = 32  # of them at once, at most
+LITTER = 8  # children forked at once, at most
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
 
@@ -44,8 +47,8 @@ class Lines:
     def __init__(self):
         self.data = b""
 
-    def waiting(self) -> bool:
-        return b"\n" in self.data or bool(select.select([CONTROL], [], [], 0)[0])
+    def waiting(self, timeout_s: float = 0.0) -> bool:
+        return b"\n" in self.data or bool(select.select([CONTROL], [], [], timeout_s)[0])
 
     def next(self) -> bytes:
         """One line with its end. Raises EOFError when the pool closes its socket."""
@@ -62,6 +65,7 @@ class Zygote:
     def __init__(self, namespace: dict, rules: lockdown.Lockdown):
         self.namespace, self.rules = namespace, rules
         self.spares: list[tuple[int, int]] = []  # (process id, our end of its socket)
+        self.stopped: list[tuple[int, int]] = []  # have reported; their end takes longer than most programs
         self.children_file = None
         if os.getpid() != 1:
             with contextlib.suppress(FileNotFoundError):
@@ -71,16 +75,18 @@ class Zygote:
         """Answers until the pool is gone."""
         wanted, refill = 0, False
         while True:
+            if self.stopped and not requests.waiting(IDLE_S):
+                while self.stopped and not requests.waiting():
+                    self.bury(*self.stopped.pop())
             while refill and len(self.spares) < wanted and not requests.waiting():
                 self.spares.append(self.fork(warm=True))
-            line = requests.next()
-            request = json.loads(line)
+            request = json.loads(requests.next())
             if refill := "spares" in request:
                 wanted = request["spares"] if self.rules.filter else 0
                 while len(self.spares) > wanted:
                     self.bury(*self.spares.pop())
             else:
-                self.run(line, request)
+                self.run(request)
 
     def fork(self, warm: bool) -> tuple[int, int]:
         """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
@@ -110,14 +116,16 @@ class Zygote:
             if not waited:
                 raise RuntimeError(f"a child could not be locked down (exit code {code})")
 
-    def run(self, line: bytes, request: dict) -> None:
+    def run(self, request: dict) -> None:
         """One program, from the request to our answer."""
         start = time.monotonic()
+        # marshal is a third of what JSON costs a child; it goes this way only.
+        message = marshal.dumps((request["program"], request["timeout_s"], request["want"]))
         while True:
             child, link = self.take()
             deadline = time.monotonic() + request["timeout_s"]
             try:
-                write(link, line)
+                write(link, len(message).to_bytes(8, "little") + message)
                 if not self.spares and self.rules.filter:
                     # For the next programs, while this one is at work; several, for after each fork the zygote must
                     # copy all pages that its other work writes to.
@@ -129,9 +137,11 @@ class Zygote:
         took = {"ms": 1000 * (time.monotonic() - start)}
         answer = checked(raw, request["want"]) if raw.endswith(b"\n") else None
         if answer and self.rules.filter:
-            os.kill(child, signal.SIGKILL)
-            send(answer | took)  # before we wait for its end, so that the pool works meanwhile
-            self.bury(child, link)
+            os.kill(child, signal.SIGSTOP)
+            self.stopped.append((child, link))
+            send(answer | took)
+            if len(self.stopped) > STOPPED:
+                self.bury(*self.stopped.pop(0))
             return
         code = self.bury(child, link)
         if not answer:
@@ -177,15 +187,15 @@ def run_child(link: int, namespace: dict, warm: bool) -> None:
         inside.solve(inside.WARM_UP, "number", dict(namespace))
     os.write(LINK, b"+")
     os.dup2(NULL, 2)
-    line = b""
-    while not line.endswith(b"\n"):
+    message = os.read(LINK, 1 << 16)
+    while message and len(message) < 8 + int.from_bytes(message[:8], "little"):
         chunk = os.read(LINK, 1 << 20)
-        if not chunk:
-            return  # the zygote is gone
-        line += chunk
-    request = json.loads(line)
-    resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(request["timeout_s"]) + 2))
-    write(LINK, inside.solve(request["program"], request["want"], namespace))
+        message = message + chunk if chunk else b""
+    if not message:
+        return  # the zygote is gone
+    program, timeout_s, want = marshal.loads(message[8:])
+    resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
+    write(LINK, inside.solve(program, want, namespace))
 
 
 def wait_for(link: int, deadline: float) -> bool:
@@ -277,6 +287,7 @@ def main(folders: str, kind: str, memory_mb: int) -> None:
     zygote = Zygote(namespace, rules)
     if abi := rules.restrict_files(packages):
         protections.append(f"Landlock ABI {abi}")
+    rules.renounce()
     for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
         inside.solve(inside.WARM_UP, "number", dict(namespace))
     gc.collect()
@@ -284,8 +295,8 @@ def main(folders: str, kind: str, memory_mb: int) -> None:
     send({"error": None, "protections": protections + rules.protections})
     with contextlib.suppress(EOFError):
         zygote.serve(Lines())
-    for spare in zygote.spares:
-        zygote.bury(*spare)
+    for child in zygote.spares + zygote.stopped:
+        zygote.bury(*child)
 
 
 if __name__ == "__main__":

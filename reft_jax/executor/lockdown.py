@@ -103,7 +103,7 @@ def seccomp_filter(machine: str) -> bytes | None:
         answer[name] += [(BPF_IF_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
         answer[name] += [*answer["no"], *answer["yes"]]
     # Runs of numbers with one answer. The kernel tries every number there is when a child takes the filter on, so a
-    # binary search saves each of them what a list of comparisons costs, 70 of 120 us.
+    # binary search saves it half of the 0.12 ms that a list of comparisons takes.
     runs = [(number, names.get(number, "no")) for number in range(max(filter(None, names)) + 2)]
     runs = [run for before, run in zip([(-1, ""), *runs], runs, strict=False) if run[1] != before[1]]
     code = [(BPF_LOAD, 0, 0, 4), (BPF_IF_EQUAL, 1, 0, AUDIT_ARCH[machine]), (BPF_RETURN, 0, 0, SECCOMP_KILL)]

@@ -129,12 +129,19 @@ def solve(argv: list[str]) -> None:
     flags.DEFINE_string("model", None, "Hugging Face folder", flag_values=values)
     flags.DEFINE_enum("engine", "python", ("python", "nl"), "program or text", flag_values=values)
     flags.DEFINE_integer("max_len", 512, "tokens of prompt and answer", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
     questions = parse_flags(argv, values)
     if not values.model or len(questions) != 1 or not questions[0].strip():
         raise InputError('solve takes a folder and one question: python -m reft_jax solve --model=DIR "question"')
     from reft_jax.runs.solve import run_solve
 
-    run_solve(Path(values.model), questions[0], engine=values.engine, max_len=values.max_len)
+    run_solve(
+        Path(values.model),
+        questions[0],
+        engine=values.engine,
+        max_len=values.max_len,
+        allow_unsandboxed=values.allow_unsandboxed,
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tiny import tiny_model
 from reft_jax import __main__, executor
 from reft_jax.config import parse_config, to_json
 from reft_jax.model.hf import save_hf
+from reft_jax.runs.setup import start_executor
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import InputError
 
@@ -319,3 +320,16 @@ def processor_seconds() -> float:
     """Of the children that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return children.ru_utime + children.ru_stime
+
+
+def test_a_machine_without_protection_is_wrong_input_unless_allowed(monkeypatch, capsys):
+    def start(workers, memory_mb, allow_unsandboxed):
+        if not allow_unsandboxed:
+            raise executor.UnprotectedError("set executor.allow_unsandboxed=true")
+        return "programs run with: rlimits"
+
+    monkeypatch.setattr(executor, "start", start)
+    with pytest.raises(InputError, match="executor.allow_unsandboxed=true"):
+        start_executor(2, 1024, False)
+    start_executor(2, 1024, True)
+    assert capsys.readouterr().out == "programs run with: rlimits\n"

@@ -1,106 +1,43 @@
-"""The trainer's side: feeds each zygote one program at a time and tells a bad program from a broken machine."""
+"""The trainer's side: spreads programs over zygotes and tells a bad program from a broken machine."""
 
 import atexit
 import contextlib
-import functools
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+import queue
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
-# -P: the script's folder is not importable.
-COMMAND = [sys.executable, "-P", str(Path(__file__).with_name("zygote.py"))]
-# All that a program sees of an environment. With one hash seed the order of a set is the same on every zygote; NumPy
-# must not try to start threads, which programs may not have.
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-START_S = 60.0  # to import sympy from a cold disk
-GRACE_S = 10.0  # beyond the program's own timeout, before a zygote counts as hung
+from .process import ExecResult, InfrastructureError, UnprotectedError, Zygote
+
+SPARES = 64  # children that wait for the next call, at most, over the zygotes of one kind
+WINDOW = 256  # programs that `run_programs` has under way: each costs the trainer about 2 kB
+LOST_IN_A_ROW = 3  # zygotes, each started because the one before it was lost
+SETTLED = 1000  # programs after which a zygote's predecessors are forgotten
+
+Kind = tuple[bool, int]  # with sympy, memory_mb
 
 
-class InfrastructureError(RuntimeError):
-    """Programs could not be run. It says nothing about the programs and must never become a score."""
+class _State:
+    """What all calls of this process share."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.idle: defaultdict[Kind, list[Zygote]] = defaultdict(list)
+        self.counts: Counter[str] = Counter()
+        self.allow_unsandboxed = False
 
 
-class ExecResult(NamedTuple):
-    """What became of one program.
-
-    value: the number (finite float) or text that `solution()` returned if status is "ok", else None.
-    status: ok | wrong_type | not_finite | no_solution | syntax_error | exception | timeout | memory | killed.
-    detail: the class of the exception or of the unfit result, or the exit code (-n for signal n).
-    ms: wall time in milliseconds, fork and clean-up included.
-    cut: the program compiled only after it was cut at its first blank line.
-    """
-
-    value: float | str | None
-    status: str
-    detail: str = ""
-    ms: float = 0.0
-    cut: bool = False
+_state = _State()
 
 
-class Zygote:
-    """A running `zygote.py` and the socket to it."""
-
-    def __init__(self, sympy: bool, memory_mb: int):
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [*COMMAND, "sympy" if sympy else "plain", str(memory_mb)],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                cwd="/",
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-        try:
-            if error := self._receive(START_S)["error"]:
-                raise InfrastructureError(f"the program executor cannot start: {error}")
-        except InfrastructureError:
-            self.kill()
-            raise
-
-    def ask(self, program: str, timeout_s: float, want: str) -> ExecResult:
-        request = {"program": program, "timeout_s": timeout_s, "want": want}
-        try:
-            self.socket.settimeout(timeout_s + GRACE_S)
-            self.socket.sendall(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            raise InfrastructureError(f"program executor {self.process.pid} does not listen: {error}") from error
-        answer = self._receive(timeout_s + GRACE_S)
-        if want == "number" and answer["value"] is not None:
-            answer["value"] = float.fromhex(answer["value"])
-        return ExecResult(**answer)
-
-    def _receive(self, timeout_s: float) -> dict:
-        self.socket.settimeout(timeout_s)
-        data = b""
-        try:
-            while not data.endswith(b"\n"):
-                chunk = self.socket.recv(65536)
-                if not chunk:
-                    raise ConnectionError("it has ended")
-                data += chunk
-        except OSError as error:
-            raise InfrastructureError(f"program executor {self.process.pid} does not answer: {error}") from error
-        return json.loads(data)
-
-    def kill(self) -> None:
-        self.socket.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+def _forget() -> None:
+    global _state
+    _state = _State()
 
 
-# Zygotes that wait, by kind (sympy, memory_mb). Append and pop of a list are atomic, so threads need no lock.
-_idle: defaultdict[tuple[bool, int], list[Zygote]] = defaultdict(list)
-os.register_at_fork(after_in_child=_idle.clear)  # two processes must not talk to one zygote
+os.register_at_fork(after_in_child=_forget)  # two processes must not talk to one zygote
 
 
 def run_programs(
@@ -117,49 +54,206 @@ def run_programs(
     want: "number" is `float(solution())`; "text" is `str(solution())`, at most 256 characters.
     timeout_s: wall seconds for one program, compiling and converting included. memory_mb: MiB of address space for one
     program, above the interpreter's own. workers: programs at a time. May be called from several threads at once.
-    Raises InfrastructureError if a program could not be run on two zygotes, ValueError on a bad argument.
+    Raises InfrastructureError if a program could not be run on two zygotes, or if three in a row were lost;
+    UnprotectedError if the kernel gives no protection (see `start`); ValueError on a bad argument.
+    """
+    results: dict[str, ExecResult] = {}
+    under_way: deque[tuple[str, Future]] = deque()
+    with stream(timeout_s=timeout_s, workers=workers, want=want, memory_mb=memory_mb) as batch:
+        for program in dict.fromkeys(programs):
+            if len(under_way) >= WINDOW:
+                first, future = under_way.popleft()
+                results[first] = future.result()
+            under_way.append((program, batch._submit(program)))
+        results |= {program: future.result() for program, future in under_way}
+    return [results[program] for program in programs]
+
+
+@contextlib.contextmanager
+def stream(
+    *, timeout_s: float = 10.0, workers: int = 2, want: str = "number", memory_mb: int = 1024
+) -> Iterator["Stream"]:
+    """Takes programs one by one and runs them meanwhile; the arguments are those of `run_programs`.
+
+    At its end it waits for all programs; if left by an exception, only for those that run (`timeout_s` at most), and
+    the others' futures are cancelled. Raises ValueError on a bad argument.
     """
     if want not in ("number", "text"):
         raise ValueError(f"want is {want!r}; it must be 'number' or 'text'")
     if not (timeout_s > 0 and workers > 0 and memory_mb > 0):
         raise ValueError(f"timeout_s {timeout_s}, workers {workers} and memory_mb {memory_mb} must be above 0")
-    distinct = list(dict.fromkeys(programs))
-    run = functools.partial(_run, timeout_s=timeout_s, want=want, memory_mb=memory_mb)
-    with ThreadPoolExecutor(workers) as threads:
-        results = dict(zip(distinct, threads.map(run, distinct), strict=True))
-    return [results[program] for program in programs]
+    batch = Stream(timeout_s, workers, want, memory_mb)
+    try:
+        yield batch
+    except BaseException:
+        batch.cancel()
+        raise
+    finally:
+        batch.close()
 
 
-def _run(program: str, timeout_s: float, want: str, memory_mb: int) -> ExecResult:
-    """One program on a zygote that waits, or a new one; once more on a new one if that zygote is lost."""
-    kind = ("sympy" in program, memory_mb)
-    try:
-        zygote = _idle[kind].pop()
-    except IndexError:
-        zygote = Zygote(*kind)
-    try:
-        result = zygote.ask(program, timeout_s, want)
-    except InfrastructureError:
+class Stream:
+    """Programs of one call; made by `stream`."""
+
+    def __init__(self, timeout_s: float, workers: int, want: str, memory_mb: int):
+        self.timeout_s, self.workers, self.want, self.memory_mb = timeout_s, workers, want, memory_mb
+        self._lock = threading.Lock()
+        self._futures: dict[str, Future] = {}
+        self._queue: queue.SimpleQueue[tuple[str, Future] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._asked: Counter[Kind] = Counter()
+        self._broken: InfrastructureError | None = None
+        self._closed = False
+
+    def submit(self, program: str) -> Future:
+        """A future of the program's ExecResult, the same one for equal programs; it may raise what `run_programs` does.
+
+        From any thread. Raises RuntimeError after the end of the stream.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this stream of programs has ended")
+            if program not in self._futures:
+                self._futures[program] = self._submit(program)
+            return self._futures[program]
+
+    def _submit(self, program: str) -> Future:
+        """For one thread and programs that differ: nothing is kept of one that has ended."""
+        future: Future[ExecResult] = Future()
+        self._asked[_kind(program, self.memory_mb)] += 1
+        self._queue.put((program, future))
+        if len(self._threads) < self.workers:
+            self._threads.append(threading.Thread(target=self._work, name="reft-executor", daemon=True))
+            self._threads[-1].start()
+        return future
+
+    def cancel(self) -> None:
+        """Forgets the programs that nothing runs yet."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()[1].cancel()
+
+    def close(self) -> None:
+        """Waits for the programs and has children forked for the next call."""
+        with self._lock:
+            self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        for kind, number in self._asked.items():
+            _keep_spares(kind, self.workers, min(number, SPARES))
+
+    def _work(self) -> None:
+        while item := self._queue.get():
+            program, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if self._broken:  # one failure is enough to know; each may take a minute
+                    raise self._broken
+                future.set_result(self._run(program))
+            except BaseException as error:  # whatever it is, somebody waits for this future
+                if isinstance(error, InfrastructureError):
+                    self._broken = error
+                future.set_exception(error)
+
+    def _run(self, program: str) -> ExecResult:
+        """On a zygote that waits, or a new one; once more on a new one if that zygote is lost."""
+        kind = _kind(program, self.memory_mb)
+        zygote, lost = _take(kind), 0
+        for last in (False, True):
+            try:
+                zygote = zygote or _new(kind, lost)
+                result = zygote.ask(program, self.timeout_s, self.want, self._queue.qsize())
+                break
+            except UnprotectedError:
+                raise
+            except InfrastructureError as error:
+                lost = _bury(zygote, lost)
+                if last or lost >= LOST_IN_A_ROW:
+                    raise InfrastructureError(f"{lost} program executors in a row failed; the last: {error}") from error
+                zygote = None
+        with _state.lock:
+            _state.counts.update(("programs", result.status))
+            _state.idle[kind].append(zygote)
+        return result
+
+
+def _kind(program: str, memory_mb: int) -> Kind:
+    return "sympy" in program or "mpmath" in program, memory_mb
+
+
+def _new(kind: Kind, lost: int = 0) -> Zygote:
+    zygote = Zygote(*kind, lost)
+    if zygote.protections == ["rlimits"] and not _state.allow_unsandboxed:
+        zygote.end()
+        raise UnprotectedError(
+            "this machine guards against a model's programs with limits only: no namespaces, Landlock or seccomp, "
+            "so they could read and delete what you can. Use another machine or container, or, if you accept that, "
+            "set executor.allow_unsandboxed=true (with solve: --allow_unsandboxed)"
+        )
+    return zygote
+
+
+def _take(kind: Kind) -> Zygote | None:
+    with _state.lock:
+        return _state.idle[kind].pop() if _state.idle[kind] else None
+
+
+def _bury(zygote: Zygote | None, lost: int) -> int:
+    """Ends a zygote that failed, or None for one that did not start; returns how many in a row have failed now."""
+    if zygote:
         zygote.kill()
-        zygote = Zygote(*kind)
+        lost = zygote.lost if zygote.programs < SETTLED else 0
+    with _state.lock:
+        _state.counts["retries"] += 1
+    return lost + 1
+
+
+def _keep_spares(kind: Kind, workers: int, number: int) -> None:
+    """Divides `number` spare children among the zygotes that a call with `workers` used."""
+    with _state.lock:
+        zygotes = [_state.idle[kind].pop() for _ in range(min(workers, len(_state.idle[kind])))]
+    for zygote in zygotes:
         try:
-            result = zygote.ask(program, timeout_s, want)
+            zygote.keep_spares(-(-number // len(zygotes)))
         except InfrastructureError:
-            zygote.kill()
-            raise
-    _idle[kind].append(zygote)
-    return result
+            _bury(zygote, 0)
+        else:
+            with _state.lock:
+                _state.idle[kind].append(zygote)
 
 
-def start(workers: int, memory_mb: int) -> None:
-    """Starts `workers` zygotes (without sympy) ahead of the first program. Raises InfrastructureError."""
-    for _ in range(workers - len(_idle[False, memory_mb])):
-        _idle[False, memory_mb].append(Zygote(False, memory_mb))
+def counts() -> dict[str, int]:
+    """Since this process began: "programs" run, how many ended with each status, and "retries": zygotes lost at work,
+    whose program was given to another."""
+    with _state.lock:
+        return {"programs": 0, "retries": 0} | _state.counts
+
+
+def start(workers: int, memory_mb: int, allow_unsandboxed: bool = False) -> str:
+    """Starts `workers` zygotes (without sympy) ahead of the first program; says in one line what guards a program.
+
+    allow_unsandboxed: from here on run programs even where the kernel offers nothing but limits.
+    Raises InfrastructureError, and UnprotectedError where it offers nothing else and that is not allowed.
+    """
+    kind = (False, memory_mb)
+    _state.allow_unsandboxed = allow_unsandboxed
+    while len(_state.idle[kind]) < workers:
+        zygote = _new(kind)
+        with _state.lock:
+            _state.idle[kind].append(zygote)
+    return "programs run with: " + ", ".join(_state.idle[kind][-1].protections)
 
 
 @atexit.register
 def shutdown() -> None:
     """Ends the zygotes that wait; a zygote at work stays until this process ends. A later call starts new ones."""
-    for waiting in list(_idle.values()):
-        while waiting:
-            waiting.pop().kill()
+    with _state.lock:
+        zygotes = [zygote for waiting in _state.idle.values() for zygote in waiting]
+        _state.idle.clear()
+    for zygote in zygotes:
+        zygote.socket.close()  # all at once, then one by one
+    for zygote in zygotes:
+        zygote.end()

@@ -1,155 +1,221 @@
 """A small program of its own that runs untrusted programs: one fork each, from a process that is already warm.
 
-`python -P zygote.py {plain|sympy} MEMORY_MB` speaks JSON lines over the socket on its fd 0: first a greeting, then one
-answer per request, one at a time, until the socket closes. It is exec'd, never forked from the trainer: a fork of a
-process with JAX's threads deadlocks, and this way no program can find the trainer's memory in its own.
+`python -S zygote.py FOLDERS {plain|sympy} MEMORY_MB` speaks JSON lines over the socket on its fd 0: first a greeting,
+then one answer per program, one at a time, until the socket closes. It is exec'd, never forked from the trainer: a fork
+of a process with JAX's threads deadlocks, and this way no program can find the trainer's memory in its own. FOLDERS
+hold sympy and mpmath; no program finds anything else that is installed.
 
 Three processes take part. The *launcher* holds a namespace open and waits. The *zygote* is process 1 of that namespace:
-it forks, keeps the time, and kills everything else there after each program. The *child* runs one program and reports
-on its own pipe. Where the kernel refuses namespaces the launcher is the zygote and kills what it can find; on macOS
-that is the child's process group only, and memory is not limited.
+it forks, keeps the time and kills. A *child* runs one program and ends. Children are forked and locked down ahead of
+time (`spares`), when the pool says so; with its seccomp filter on, a child can make no process, so to kill it is
+enough. Where the kernel has no seccomp there are no spares, and after each program everything that could stem from it
+is killed (`sweep`). Where it refuses namespaces the launcher is the zygote.
 
-A report is one byte (`lock_down` is done, what follows is the program's doing) and one line of JSON
-`[status, value, detail, cut]`; a number is a `float.hex` string. The zygote believes nothing in it before `checked`.
+A child sends one byte when it is locked down and, after its program, one line (see child.py). The zygote believes
+nothing in it before `checked`.
 """
 
 import contextlib
-import ctypes
 import gc
-import itertools
 import json
+import marshal
 import math
 import os
 import resource
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
 
-CONTROL, NULL, REPORT = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its pipe
-REPORT_BYTES = 4096  # within PIPE_BUF, so a report arrives whole
-TEXT_CHARS, DETAIL_CHARS = 256, 80
-STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory"}
-UNCOMPILABLE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
+import child as inside
+import lockdown
 
-LINUX = sys.platform == "linux"
-LIBC = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
-CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
-CAPABILITY_VERSION_3 = 0x20080522
-NOBODY = 65534
+CONTROL, NULL, LINK = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its socket
+REPORT_BYTES = 4096
+IDLE_S = 0.002  # without a request: the time to end children
+STOPPED = 32  # of them at once, at most
+LITTER = 8  # children forked at once, at most
+LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
+STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
 
 
-def prctl(option: int, value: int) -> None:
-    if LIBC.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl {option}")
+class Lines:
+    """The pool's requests."""
+
+    def __init__(self):
+        self.data = b""
+
+    def waiting(self, timeout_s: float = 0.0) -> bool:
+        return b"\n" in self.data or bool(select.select([CONTROL], [], [], timeout_s)[0])
+
+    def next(self) -> bytes:
+        """One line with its end. Raises EOFError when the pool closes its socket."""
+        while b"\n" not in self.data:
+            chunk = os.read(CONTROL, 1 << 16)
+            if not chunk:
+                raise EOFError
+            self.data += chunk
+        line, _, self.data = self.data.partition(b"\n")
+        return line + b"\n"
 
 
-def isolate() -> None:
-    """Continues as process 1 of new PID, network and IPC namespaces, or else as the one who inherits orphans."""
-    user = 0 if os.geteuid() == 0 else CLONE_NEWUSER  # who is not root needs a user namespace to make the others
-    if LIBC.unshare(CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | user) != 0:
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        return
-    if zygote := os.fork():
-        os.close(CONTROL)
-        os.waitpid(zygote, 0)
-        os._exit(0)
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+class Zygote:
+    def __init__(self, namespace: dict, rules: lockdown.Lockdown):
+        self.namespace, self.rules = namespace, rules
+        self.spares: list[tuple[int, int]] = []  # (process id, our end of its socket)
+        self.stopped: list[tuple[int, int]] = []  # have reported; their end takes longer than most programs
+        self.children_file = None
+        if os.getpid() != 1:
+            with contextlib.suppress(FileNotFoundError):
+                self.children_file = os.open("/proc/thread-self/children", os.O_RDONLY)
+
+    def serve(self, requests: Lines) -> None:
+        """Answers until the pool is gone."""
+        wanted, refill = 0, False
+        while True:
+            if self.stopped and not requests.waiting(IDLE_S):
+                while self.stopped and not requests.waiting():
+                    self.bury(*self.stopped.pop())
+            while refill and len(self.spares) < wanted and not requests.waiting():
+                self.spares.append(self.fork(warm=True))
+            request = json.loads(requests.next())
+            if refill := "spares" in request:
+                wanted = request["spares"] if self.rules.filter else 0
+                while len(self.spares) > wanted:
+                    self.bury(*self.spares.pop())
+            else:
+                self.run(request)
+
+    def fork(self, warm: bool) -> tuple[int, int]:
+        """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
+        ours, theirs = socket.socketpair()
+        zygote = os.getpid()
+        child = os.fork()
+        if child == 0:
+            try:
+                self.rules.enter()
+                if os.getppid() == zygote:  # else it died before `enter` asked to be told
+                    run_child(theirs.fileno(), self.namespace, warm)
+            except BaseException:
+                traceback.print_exc()  # seen if `enter` failed; what the program raises goes to /dev/null
+            finally:
+                os._exit(0)
+        theirs.close()
+        return child, ours.detach()
+
+    def take(self) -> tuple[int, int]:
+        """A child that is locked down, warm if one is there. Raises RuntimeError if a new one cannot be locked down."""
+        while True:
+            waited = bool(self.spares)
+            child, link = self.spares.pop() if waited else self.fork(warm=False)
+            if wait_for(link, time.monotonic() + LOCK_S) and os.read(link, 1) == b"+":
+                return child, link
+            code = self.bury(child, link)
+            if not waited:
+                raise RuntimeError(f"a child could not be locked down (exit code {code})")
+
+    def run(self, request: dict) -> None:
+        """One program, from the request to our answer."""
+        start = time.monotonic()
+        # marshal is a third of what JSON costs a child; it goes this way only.
+        message = marshal.dumps((request["program"], request["timeout_s"], request["want"]))
+        while True:
+            child, link = self.take()
+            deadline = time.monotonic() + request["timeout_s"]
+            try:
+                write(link, len(message).to_bytes(8, "little") + message)
+                if not self.spares and self.rules.filter:
+                    # For the next programs, while this one is at work; several, for after each fork the zygote must
+                    # copy all pages that its other work writes to.
+                    self.spares += [self.fork(warm=False) for _ in range(min(request["more"], LITTER))]
+                raw, late = read_report(link, deadline)
+                break
+            except ConnectionError:  # it ended before it had read the program, which therefore never ran
+                self.bury(child, link)
+        took = {"ms": 1000 * (time.monotonic() - start)}
+        answer = checked(raw, request["want"]) if raw.endswith(b"\n") else None
+        if answer and self.rules.filter:
+            os.kill(child, signal.SIGSTOP)
+            self.stopped.append((child, link))
+            send(answer | took)
+            if len(self.stopped) > STOPPED:
+                self.bury(*self.stopped.pop(0))
+            return
+        code = self.bury(child, link)
+        if not answer:
+            status = "timeout" if late else "refused" if code == -signal.SIGSYS else "killed"
+            answer = {"status": status, "value": None, "detail": "" if late else f"exit code {code}", "cut": False}
+        send(answer | took)
+
+    def bury(self, child: int, link: int) -> int:
+        """Kills and reaps the child, and what it may have started; returns its exit code (-n for signal n)."""
+        os.close(link)
+        if not self.rules.filter:
+            return self.sweep(child)
+        os.kill(child, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def sweep(self, child: int) -> int:
+        """`bury` where a child could start others: nothing else that this zygote started may be alive."""
+        code = None
+        while True:
+            if os.getpid() == 1:  # -1 means everything in our namespace but us
+                targets = [-1]
+            else:
+                targets = [-child, child] if code is None else []  # a reaped id may soon be another's
+                if self.children_file is not None:
+                    targets += map(int, os.pread(self.children_file, 1 << 16, 0).split())
+            for target in targets:
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids to kill a zombie's group
+                    os.kill(target, signal.SIGKILL)
+            try:
+                pid, status = os.waitpid(-1, 0)
+            except ChildProcessError:
+                return code
+            if pid == child:
+                code = os.waitstatus_to_exitcode(status)
 
 
-def lock_down(memory_mb: int, cpu_s: int) -> None:
-    """Takes from the child what a program that computes a number does not need. Raises OSError or ValueError.
-
-    No process and no thread beyond this one, no byte to a file, no core dump, few fds.
-    """
-    os.setsid()
-    limits = {"CPU": cpu_s, "FSIZE": 0, "CORE": 0, "NOFILE": 32, "NPROC": 0}
-    if LINUX:
-        with open("/proc/self/statm") as statm:
-            limits["AS"] = int(statm.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
-        if os.getuid() == 0:
-            # NPROC does not bind a real uid of 0. The effective one stays: the interpreter's files may be root's alone.
-            os.setresuid(NOBODY, -1, -1)
-        no_capabilities = ctypes.create_string_buffer(24)
-        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-        if LIBC.capset(header, no_capabilities) != 0:
-            raise OSError(ctypes.get_errno(), "capset")
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last, for a change of credentials may reset it
-    for name, limit in limits.items():
-        which = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(which)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(which, (limit, limit))
-
-
-def report(status: str, value: str | None = None, detail: str = "", cut: bool = False) -> bytes:
-    return json.dumps([status, value, detail[:DETAIL_CHARS], cut]).encode() + b"\n"
-
-
-def solve(program: str, want: str, namespace: dict) -> bytes:
-    """Compiles and runs `program`, calls its `solution()` and converts the result; anything may be raised."""
-    cut = False
-    try:
-        code = compile(program, "<program>", "exec", dont_inherit=True)
-    except UNCOMPILABLE as error:
-        head = "\n".join(itertools.takewhile(str.strip, program.split("\n")))
-        try:
-            code = compile(head, "<program>", "exec", dont_inherit=True)
-        except UNCOMPILABLE:
-            return report("syntax_error", detail=type(error).__name__)
-        cut = True
-    out_of_memory = report("memory", detail="MemoryError", cut=cut)  # made while there is memory to make it
-    try:
-        exec(code, namespace)
-        if "solution" not in namespace:
-            return report("no_solution", cut=cut)
-        status, value, detail = convert(namespace["solution"](), want)
-    except MemoryError:
-        return out_of_memory
-    except BaseException as error:
-        return report("exception", detail=type(error).__name__, cut=cut)
-    return report(status, value, detail, cut)
-
-
-def convert(result: object, want: str) -> tuple[str, str | None, str]:
-    """(status, value, detail) of what `solution()` returned."""
-    kind = type(result).__name__
-    if want == "text":
-        text = str(result).encode(errors="replace").decode()  # a lone surrogate would break who writes it to a file
-        return ("ok", text, "") if len(text) <= TEXT_CHARS else ("wrong_type", None, f"long {kind}")
-    try:
-        number = float(result)
-    except (TypeError, ValueError):
-        return "wrong_type", None, kind
-    except OverflowError:
-        return "not_finite", None, kind
-    return ("ok", number.hex(), "") if math.isfinite(number) else ("not_finite", None, kind)
-
-
-def run_child(request: dict, pipe: int, namespace: dict, memory_mb: int) -> None:
-    """The child's whole life. What fails before the first byte is written is our failure, not the program's."""
-    os.dup2(pipe, REPORT, inheritable=False)
-    os.closerange(REPORT + 1, 1024)
+def run_child(link: int, namespace: dict, warm: bool) -> None:
+    """A child's life once it is locked down. What fails before the first byte is written is our failure."""
+    os.dup2(link, LINK, inheritable=False)
+    os.closerange(LINK + 1, 1024)
     os.dup2(NULL, CONTROL)
-    lock_down(memory_mb, cpu_s=math.ceil(request["timeout_s"]) + 2)
-    os.write(REPORT, b"+")
+    if warm:
+        inside.solve(inside.WARM_UP, "number", dict(namespace))
+    os.write(LINK, b"+")
     os.dup2(NULL, 2)
-    os.write(REPORT, solve(request["program"], request["want"], namespace))
+    message = os.read(LINK, 1 << 16)
+    while message and len(message) < 8 + int.from_bytes(message[:8], "little"):
+        chunk = os.read(LINK, 1 << 20)
+        message = message + chunk if chunk else b""
+    if not message:
+        return  # the zygote is gone
+    program, timeout_s, want = marshal.loads(message[8:])
+    resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
+    write(LINK, inside.solve(program, want, namespace))
 
 
-def read_report(pipe: int, deadline: float) -> tuple[bytes, bool]:
-    """What the child wrote up to a line's end, its death or the deadline, and whether it was the deadline."""
+def wait_for(link: int, deadline: float) -> bool:
+    """Whether there is something to read, or the end, before the deadline. Raises EOFError if the pool is gone."""
+    ready, _, _ = select.select([link, CONTROL], [], [], max(0.0, deadline - time.monotonic()))
+    if CONTROL in ready:
+        raise EOFError("the pool closed its socket during a program")
+    return bool(ready)
+
+
+def read_report(link: int, deadline: float) -> tuple[bytes, bool]:
+    """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
+
+    Raises ConnectionError if it died before it had read its program.
+    """
     raw = b""
     while not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES:
-        ready, _, _ = select.select([pipe, CONTROL], [], [], max(0.0, deadline - time.monotonic()))
-        if CONTROL in ready:
-            raise EOFError("the pool closed its socket during a program")
-        if not ready:
+        if not wait_for(link, deadline):
             return raw, True
-        chunk = os.read(pipe, REPORT_BYTES)
+        chunk = os.read(link, REPORT_BYTES)
         if not chunk:
             break
         raw += chunk
@@ -157,7 +223,7 @@ def read_report(pipe: int, deadline: float) -> tuple[bytes, bool]:
 
 
 def checked(line: bytes, want: str) -> dict | None:
-    """The child's report as an answer, or None: the program can write to the pipe whatever it likes."""
+    """The child's report as an answer, or None: the program can write to the socket whatever it likes."""
     try:
         status, value, detail, cut = json.loads(line)
         if status != "ok":
@@ -165,86 +231,73 @@ def checked(line: bytes, want: str) -> dict | None:
         elif want == "number":
             valid = math.isfinite(float.fromhex(value))
         else:
-            valid = len(value.encode()) <= 4 * TEXT_CHARS  # bytes in UTF-8, which a lone surrogate has not
-        valid = valid and len(detail.encode()) <= 4 * DETAIL_CHARS and isinstance(cut, bool)
+            valid = len(value.encode()) <= 4 * inside.TEXT_CHARS  # bytes in UTF-8, which a lone surrogate has not
+        valid = valid and len(detail.encode()) <= 4 * inside.DETAIL_CHARS and isinstance(cut, bool)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return {"status": status, "value": value, "detail": detail, "cut": cut} if valid else None
 
 
-def sweep(child: int) -> int:
-    """Kills and reaps the child and everything it started; returns the child's exit code (-n for signal n)."""
-    code = None
-    while True:
-        if os.getpid() == 1:  # -1 means everything in our namespace but us
-            targets = [-1]
-        else:
-            targets = [-child, child] if code is None else []  # a reaped id may soon be another's
-            with contextlib.suppress(FileNotFoundError), open("/proc/thread-self/children") as children:
-                targets += map(int, children.read().split())
-        for target in targets:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids to kill a zombie's group
-                os.kill(target, signal.SIGKILL)
-        try:
-            pid, status = os.waitpid(-1, 0)
-        except ChildProcessError:
-            return code
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-
-
-def run(request: dict, namespace: dict, memory_mb: int) -> dict:
-    """One program, from fork to verdict. Raises RuntimeError if the child never came as far as the program."""
-    start = time.monotonic()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            run_child(request, writer, namespace, memory_mb)
-        except BaseException:
-            traceback.print_exc()  # seen if `lock_down` failed; what the program raises goes to /dev/null
-        finally:
-            os._exit(0)
-    os.close(writer)
-    try:
-        raw, late = read_report(reader, start + request["timeout_s"])
-    finally:
-        os.close(reader)
-        code = sweep(child)
-    if not raw:
-        raise RuntimeError(f"the child could not be locked down (exit code {code})")
-    answer = checked(raw[1:], request["want"]) if raw.endswith(b"\n") else None
-    if answer is None:
-        status, detail = ("timeout", "") if late else ("killed", f"exit code {code}")
-        answer = {"status": status, "value": None, "detail": detail, "cut": False}
-    return answer | {"ms": 1000 * (time.monotonic() - start)}
+def write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def send(message: dict) -> None:
-    data = json.dumps(message).encode() + b"\n"
-    while data:
-        data = data[os.write(CONTROL, data) :]
+    write(CONTROL, json.dumps(message).encode() + b"\n")
 
 
-def main(kind: str, memory_mb: int) -> None:
+def launch() -> bool:
+    """Continues as process 1 of new namespaces, or else as the one who inherits orphans; whether it is the former."""
+    if not lockdown.isolate():
+        if lockdown.LINUX:
+            lockdown.prctl(lockdown.PR_SET_CHILD_SUBREAPER, 1)
+        return False
+    if zygote := os.fork():
+        os.close(CONTROL)
+        os.waitpid(zygote, 0)
+        os._exit(0)
+    lockdown.prctl(lockdown.PR_SET_PDEATHSIG, signal.SIGKILL)
+    return True
+
+
+def main(folders: str, kind: str, memory_mb: int) -> None:
     namespace = {"__name__": "__main__", "math": math}
+    library = [path for path in sys.path if path not in ("", os.path.dirname(__file__))]
+    packages = []
     if kind == "sympy":
+        sys.path[:] = [*library, *folders.split(os.pathsep)]
         try:
+            import mpmath
             import sympy
         except ImportError as error:
             return send({"error": str(error)})
         namespace["sympy"] = sympy
-    if LINUX:
+        packages = [os.path.dirname(module.__file__) for module in (sympy, mpmath)]
+    sys.path[:] = library
+    sys.argv, sys.dont_write_bytecode = [""], True
+    os.environ.clear()
+    protections = []
+    if lockdown.LINUX:
         with open("/proc/self/oom_score_adj", "w") as score:
             score.write("1000")  # when the host runs out of memory, not the trainer
-        isolate()
-    sys.dont_write_bytecode = True
+    if launch():
+        protections.append("pid+net+ipc namespaces")
+    rules = lockdown.Lockdown(memory_mb)
+    zygote = Zygote(namespace, rules)
+    if abi := rules.restrict_files(packages):
+        protections.append(f"Landlock ABI {abi}")
+    rules.renounce()
+    for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
+        inside.solve(inside.WARM_UP, "number", dict(namespace))
+    gc.collect()
     gc.freeze()  # the children's collections leave these pages shared
-    send({"error": None})
-    with open(CONTROL, closefd=False) as requests, contextlib.suppress(EOFError):
-        for line in requests:
-            send(run(json.loads(line), namespace, memory_mb))
+    send({"error": None, "protections": protections + rules.protections})
+    with contextlib.suppress(EOFError):
+        zygote.serve(Lines())
+    for child in zygote.spares + zygote.stopped:
+        zygote.bury(*child)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

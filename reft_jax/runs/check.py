@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reft_jax import executor
+from reft_jax.runs.setup import start_executor
 from reft_jax.task import answers, prompts, synthetic
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, Prompt
@@ -67,7 +68,7 @@ def run_check(folder: Path, config) -> bool:
     vocab_size = check_folder(folder).vocab_size
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
-    executor.start(config.executor.workers, config.executor.memory_mb)
+    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     examples = synthetic.make_split(config.seed, "train", QUESTIONS, engine=config.data.engine, skipped_share=0.0)
     passed = True
     try:

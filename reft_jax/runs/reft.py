@@ -6,6 +6,7 @@ from collections import Counter
 import jax
 import numpy as np
 
+from reft_jax import executor
 from reft_jax.algo.advantages import action_mask
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.setup import Run
@@ -63,6 +64,7 @@ class Iteration:
             "finished": np.mean([completion.finished for completion in completions]),
             "seconds_program_p50": np.percentile(run.program_ms or [0.0], 50) / 1000,
             "seconds_program_p99": np.percentile(run.program_ms or [0.0], 99) / 1000,
+            "executor_retries": executor.counts()["retries"],
             "seconds_rollout": sampled - started,
             "seconds_reward": time.monotonic() - sampled,
         }

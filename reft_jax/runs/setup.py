@@ -184,6 +184,14 @@ def tokenized(run: Run) -> Run:
     return run
 
 
+def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
+    """To be done before JAX; prints what guards a program. InputError if nothing does and that is not allowed."""
+    try:
+        print(executor.start(workers, memory_mb, allow_unsandboxed), flush=True)
+    except executor.UnprotectedError as error:
+        raise InputError(str(error)) from error
+
+
 @contextmanager
 def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
@@ -199,7 +207,7 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         tokenizer = load_tokenizer(base)
         check_vocabulary(tokenizer, vocab_size, base)
         run = tokenized(Run(config, workdir, base, tokenizer, data))
-    executor.start(config.executor.workers, config.executor.memory_mb)
+    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         import jax
 

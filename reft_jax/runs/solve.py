@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from reft_jax import executor
+from reft_jax.runs.setup import start_executor
 from reft_jax.task import answers, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode_rollout, load_tokenizer
 from reft_jax.types import Example, InputError, Prompt
 
 
-def run_solve(folder: Path, question: str, *, engine: str, max_len: int) -> None:
+def run_solve(folder: Path, question: str, *, engine: str, max_len: int, allow_unsandboxed: bool) -> None:
     """Decodes greedily in float32, prints the completion and its executed answer."""
     from reft_jax.model.hf import check_folder
 
@@ -18,7 +19,7 @@ def run_solve(folder: Path, question: str, *, engine: str, max_len: int) -> None
     prompt = encode_rollout(tokenizer, question, engine)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
-    executor.start(1, 1024)
+    start_executor(1, 1024, allow_unsandboxed)
     try:
         import numpy as np
 

@@ -332,4 +332,4 @@ def test_a_machine_without_protection_is_wrong_input_unless_allowed(monkeypatch,
     with pytest.raises(InputError, match="executor.allow_unsandboxed=true"):
         start_executor(2, 1024, False)
     start_executor(2, 1024, True)
-    assert capsys.readouterr().out == "programs run with: rlimits\n"
+    assert capsys.readouterr().err == "programs run with: rlimits\n"

@@ -290,7 +290,7 @@ def test_a_zygote_killed_in_the_middle_of_a_thousand_programs(fresh):
 
 def living(memory_mb: int) -> list[process.Zygote]:
     """Zygotes of this process, at work or not."""
-    found = [z for z in gc.get_objects() if isinstance(z, process.Zygote) and str(memory_mb) in z.process.args]
+    found = [z for z in gc.get_objects() if type(z) is process.Zygote and str(memory_mb) in z.process.args]
     return [zygote for zygote in found if zygote.process.returncode is None]
 
 

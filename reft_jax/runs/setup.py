@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,9 +186,9 @@ def tokenized(run: Run) -> Run:
 
 
 def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
-    """To be done before JAX; prints what guards a program. InputError if nothing does and that is not allowed."""
+    """Before JAX; says on stderr what guards a program. InputError if nothing does and that is not allowed."""
     try:
-        print(executor.start(workers, memory_mb, allow_unsandboxed), flush=True)
+        print(executor.start(workers, memory_mb, allow_unsandboxed), file=sys.stderr, flush=True)
     except executor.UnprotectedError as error:
         raise InputError(str(error)) from error
 

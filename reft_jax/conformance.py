@@ -173,8 +173,9 @@ def _under_names(names, config, params) -> dict[str, np.ndarray]:
     """Our parameters under the names of a case, which are those of TRL's value-head wrapper."""
     ours = dict(hf_tensors(config, params["lm"], value_head=params["value_head"]))
     ours.setdefault("lm_head.weight", ours["model.embed_tokens.weight"])  # tied: one matrix, sometimes stored twice
-    plain = {name: name.removeprefix(WRAPPER) for name in names}
-    return {name: ours.get(plain[name], ours.get(plain[name].replace("v_head.", "v_head.summary."))) for name in names}
+    plain = {name: name.removeprefix(WRAPPER).replace("v_head.summary.", "v_head.") for name in names}
+    plain = {name: short.replace("v_head.", "v_head.summary.") for name, short in plain.items()}
+    return {name: ours[plain[name]] for name in names if plain[name] in ours}  # rotary constants are no parameters
 
 
 def _check_case(path: Path, case: dict, rows: int) -> None:

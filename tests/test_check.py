@@ -14,11 +14,14 @@ import pytest
 from tiny import tiny_policy, tiny_state
 
 from reft_jax import executor, load_hf, save_hf
+from reft_jax.algo import advantages
 from reft_jax.config import check_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
 from reft_jax.runs import check
+from reft_jax.runs.setup import Data, Run
 from reft_jax.task import prompts, synthetic
 from reft_jax.task.tokenizer import encode, load_tokenizer, train_bpe
+from reft_jax.train import scoring
 from reft_jax.train.batches import in_micro_batches, token_batch
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_sft_step
@@ -44,7 +47,9 @@ LINES = (
 
 @pytest.fixture(scope="module")
 def config():
-    return check_config(load_config(str(ROOT / "configs" / "quickstart.py")))
+    config = load_config(str(ROOT / "configs" / "quickstart.py"))
+    config.mesh.cpu_devices = 0  # this process has its one device already; the real command below gets two
+    return check_config(config)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,7 @@ def test_a_layer_of_noise_is_named(taught, config, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stderr
     assert "FAIL  every layer does no harm" in done.stdout and "layer 1 the loss" in done.stdout
-    assert "NOT READY" in done.stdout
+    assert "NOT READY" in done.stdout and "'data': 2" in done.stdout  # the config's mesh, as a run has it
 
 
 def test_a_tensor_that_is_no_number_is_named(taught, config, tmp_path):
@@ -121,73 +126,71 @@ def test_an_untrained_model_does_not_know_language(config, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def machine(taught, config):
+def rolled_out(taught, config):
+    """(run, policy, prompts, completions), as `findings` has them."""
     model, params, tokenizer = taught
-    mesh = make_mesh(1, 1, 1)
-    with on_mesh(mesh):
-        params = jax.tree.map(jnp.array, params)
-        yield check.roll_out(config, mesh, model, params, tokenizer, EXAMPLES[:4])
+    run = Run(config, None, None, tokenizer, Data(EXAMPLES[:4], [], [], ""), mesh=make_mesh(1, 1, 1), model=model)
+    with on_mesh(run.mesh):
+        policy = jax.tree.map(jnp.array, params)
+        yield run, policy, *check.roll_out(run, policy["lm"])
 
 
-def wrong_temperature(monkeypatch, machine):
-    halved = [c._replace(logprobs=c.logprobs / 2) for c in machine.completions]
-    monkeypatch.setattr(machine, "completions", halved)
+def halved_sampler(monkeypatch, completions):
+    return [completion._replace(logprobs=completion.logprobs / 2) for completion in completions]
 
 
-def truncated_scores(monkeypatch, machine):
-    import reft_jax.algo.advantages as advantages
-
+def truncated_scores(monkeypatch, completions):
     sound = advantages.token_rewards
     monkeypatch.setattr(advantages, "token_rewards", lambda score, *rest, **kw: sound(score.astype(int), *rest, **kw))
+    return completions
 
 
-def reference_without_its_last_layer(monkeypatch, machine):
-    import reft_jax.train.scoring as scoring
-
+def another_reference(monkeypatch, completions):
     sound = scoring.make_scorer
 
     def make(model, temperature):
         score = sound(model, temperature)
 
-        def cut(params, *rest, **kw):
+        def scaled(params, *rest, **kw):
             logprob, value = score(params, *rest, **kw)
-            return (logprob, value) if "value_head" in params else (logprob * 1.01, value)
+            return (logprob, value) if "value_head" in params else (1.01 * logprob, value)
 
-        return cut
+        return scaled
 
     monkeypatch.setattr(scoring, "make_scorer", make)
+    return completions
 
 
 @pytest.mark.parametrize(
     ("plant", "line"),
     [
-        (wrong_temperature, "sampler and trainer agree"),
+        (halved_sampler, "sampler and trainer agree"),
         (truncated_scores, "rewards are conserved"),
-        (reference_without_its_last_layer, "KL to the reference is 0"),
+        (another_reference, "KL to the reference is 0"),
     ],
 )
-def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, machine, plant, line):
-    with monkeypatch.context() as patch:
-        plant(patch, machine)
-        for finding in check.check_iteration(machine):  # stops at the line: an update would use the policy up
-            if finding.name == line:
-                assert not finding.passed, finding
-                return
+def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, rolled_out, plant, line):
+    run, policy, asked, completions = rolled_out
+    for finding in check.check_iteration(run, policy, asked, plant(monkeypatch, completions)):
+        if finding.name == line:  # it stops here: an update would use the policy up
+            assert not finding.passed, finding
+            return
     raise AssertionError(f"no line {line}")
 
 
-def test_faults_of_tokenizer_executor_and_grading_are_found(monkeypatch, taught, config):
+def test_faults_of_tokenizer_executor_and_grading_are_found(monkeypatch, rolled_out, taught):
+    run = rolled_out[0]
     monkeypatch.setitem(check.PROGRAMS, "def solution():\n    return 6 * 7", 43.0)
-    found = check.check_executor(config)
+    found = check.check_executor(run)
     assert not found.passed and "gave 42.0, not 43.0" in found.figure
     sound = check.answers.grade
     monkeypatch.setattr(
         check.answers, "grade", lambda *a, **kw: [v._replace(reward=int(v.reward)) for v in sound(*a, **kw)]
     )
-    found = check.check_grading(config, EXAMPLES[:4])
+    found = check.check_grading(run)
     assert not found.passed and found.figure.startswith("8 of 12")
     monkeypatch.setattr(check, "decode", lambda tok, ids: taught[2].decode(ids).replace("\n    ", "\n"))
-    assert not check.check_tokenizer(taught[2], EXAMPLES[:4], "python").passed
+    assert not check.check_tokenizer(run).passed
     executor.shutdown()
 
 

@@ -193,6 +193,29 @@ def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> Non
         raise InputError(str(error)) from error
 
 
+def checked_tokenizer(folder: Path):
+    """The tokenizer of a model folder, after its tensors' headers and its vocabulary were looked at. InputError."""
+    from reft_jax.model.hf import check_folder
+
+    vocab_size = check_folder(folder).vocab_size
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size, folder)
+    return tokenizer
+
+
+def open_mesh(config):
+    """The config's mesh over this process's devices; JAX takes them here. InputError."""
+    import jax
+
+    from reft_jax.parallel.mesh import make_mesh
+
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    if jax.process_count() > 1:
+        raise InputError("several processes in one run are not supported; start it on one host")
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
 @contextmanager
 def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
@@ -202,12 +225,7 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     if not toy:
         base = Path(config.model.path)
         data = load_data(config, {"train": config.data.train, "dev": config.data.dev, "test": config.data.test})
-        from reft_jax.model.hf import check_folder
-
-        vocab_size = check_folder(base).vocab_size
-        tokenizer = load_tokenizer(base)
-        check_vocabulary(tokenizer, vocab_size, base)
-        run = tokenized(Run(config, workdir, base, tokenizer, data))
+        run = tokenized(Run(config, workdir, base, checked_tokenizer(base), data))
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         import jax
@@ -215,13 +233,9 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         from reft_jax.engine.generate import Engine
         from reft_jax.model.hf import read_config
         from reft_jax.model.llama import Llama
-        from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
+        from reft_jax.parallel.mesh import on_mesh, row_shards
 
-        if config.mesh.cpu_devices:
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-        if jax.process_count() > 1:
-            raise InputError("several processes in one run are not supported; start it on one host")
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = open_mesh(config)
         for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
             if flatten(config)[key] % row_shards(mesh):
                 raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")

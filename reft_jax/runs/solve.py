@@ -3,19 +3,15 @@
 from pathlib import Path
 
 from reft_jax import executor
-from reft_jax.runs.setup import start_executor
+from reft_jax.runs.setup import checked_tokenizer, start_executor
 from reft_jax.task import answers, prompts
-from reft_jax.task.tokenizer import check_vocabulary, decode, encode_rollout, load_tokenizer
+from reft_jax.task.tokenizer import decode, encode_rollout
 from reft_jax.types import Example, InputError, Prompt
 
 
 def run_solve(folder: Path, question: str, *, engine: str, max_len: int, allow_unsandboxed: bool) -> None:
     """Decodes greedily in float32, prints the completion and its executed answer."""
-    from reft_jax.model.hf import check_folder
-
-    vocab_size = check_folder(folder).vocab_size
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, vocab_size, folder)
+    tokenizer = checked_tokenizer(folder)
     prompt = encode_rollout(tokenizer, question, engine)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")

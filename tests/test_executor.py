@@ -153,17 +153,32 @@ def test_cut_at_first_blank_line_only_if_needed(program, value, status, cut):
 @pytest.fixture
 def asked(monkeypatch):
     """The programs that zygotes are asked to run."""
-    seen, ask = [], process.Zygote.ask
-    monkeypatch.setattr(process.Zygote, "ask", lambda self, *a, **k: seen.append(a[0]) or ask(self, *a, **k))
+    seen, send = [], process.Zygote.send
+    monkeypatch.setattr(process.Zygote, "send", lambda self, *a, **k: seen.append(a[0]) or send(self, *a, **k))
+    return seen
+
+
+@pytest.fixture
+def handed_back(monkeypatch):
+    """One entry for each program that a zygote gave back unrun."""
+    seen, receive = [], process.Zygote.receive
+
+    def recording(self, *a, **k):
+        if (result := receive(self, *a, **k)) is None:
+            seen.append(self)
+        return result
+
+    monkeypatch.setattr(process.Zygote, "receive", recording)
     return seen
 
 
 def test_order_is_kept_and_equal_programs_run_once(asked):
     programs = [body("import time", f"time.sleep({0.2 - 0.02 * i})", f"return {i}") for i in range(8)]
+    before = executor.counts()["programs"]
     results = run_programs([*programs, programs[3], programs[0]], workers=4)
     assert [r.value for r in results] == [*range(8), 3, 0]
     assert results[8] == results[3]
-    assert sorted(asked) == sorted(programs)
+    assert set(asked) == set(programs) and executor.counts()["programs"] - before == len(programs)
 
 
 def test_more_programs_than_are_kept_under_way(monkeypatch):
@@ -195,7 +210,33 @@ def test_a_stream_left_by_an_exception_runs_no_more_programs(asked):
         assert wait_until(futures[0].running)
         raise KeyboardInterrupt
     assert futures[0].result(timeout=0).value == 0
-    assert all(future.cancelled() for future in futures[1:]) and asked == slow[:1]
+    assert all(future.cancelled() for future in futures[1:])
+    assert asked in (slow[:1], slow[:2])  # the second may have been sent ahead; it came back
+
+
+def test_nothing_waits_behind_a_slow_program(fresh, handed_back):
+    """Also when the stream has ended: every program but the slow one is done long before it."""
+    slow = body("import time", "time.sleep(3)", "return -1")
+    quick = [body(f"return {i}") for i in range(9)]
+    begin = time.monotonic()
+    with executor.stream(workers=2, memory_mb=339) as batch:  # sent only when a zygote has started
+        first, *others = [batch.submit(program) for program in (slow, *quick)]
+        ended = threading.Thread(target=batch.close)
+        ended.start()
+        assert [future.result(timeout=20).value for future in others] == list(range(9))
+        assert not first.done()
+    ended.join()
+    assert first.result().value == -1 and time.monotonic() - begin < 20
+    assert handed_back
+
+
+def test_a_program_sent_ahead_can_be_cancelled(fresh):
+    programs = [body("import time", "time.sleep(0.3)", f"return {i}") for i in range(4)]
+    with executor.stream(workers=1, memory_mb=339) as batch:
+        futures = [batch.submit(program) for program in programs]
+        assert wait_until(lambda: batch._ahead or batch._waiting and futures[0].done())
+        assert futures[1].cancel()
+    assert [future.cancelled() or future.result().value for future in futures] == [0, True, 2, 3]
 
 
 def test_counts():

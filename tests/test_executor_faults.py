@@ -82,18 +82,56 @@ def test_zygotes_that_keep_dying_are_an_error_that_says_so(fresh):
         killer.join()
 
 
-def test_three_losses_in_a_row_are_an_error_even_with_other_programs_between(fresh):
-    losses = iter([False, True, False, True, False, True])
-    ask = process.Zygote.ask
+def lose(fresh, patience_s: float, *when: int) -> list:
+    """Kills a zygote each time that so many programs have been answered since the last time, until all were.
 
-    def lose_every_second(self, *a, **k):
-        if next(losses):
+    Returns the list to which every program is added that is sent, and "lost" for each loss.
+    """
+    command = patched_zygote(f"zygote.PATIENCE_S = {patience_s}")
+    fresh.setattr(process, "COMMAND", command)
+    send, receive = process.Zygote.send, process.Zygote.receive
+    sent, answered, left = [], 0, [*when]
+
+    def losing(self, *a):
+        nonlocal answered
+        if left and answered == left[0]:
             os.killpg(self.process.pid, signal.SIGKILL)
-        return ask(self, *a, **k)
+            sent.append("lost")
+            answered = 0 * left.pop(0)
+        result = receive(self, *a)
+        answered += result is not None
+        return result
 
-    fresh.setattr(process.Zygote, "ask", lose_every_second)
+    fresh.setattr(process.Zygote, "send", lambda self, *a: sent.append(a[0]) or send(self, *a))
+    fresh.setattr(process.Zygote, "receive", losing)
+    return sent
+
+
+def slow_programs(count: int) -> list[str]:
+    return [body("import time", "time.sleep(0.1)", f"return {i}") for i in range(count)]
+
+
+def test_three_losses_in_a_row_are_an_error_even_with_other_programs_between(fresh):
+    lose(fresh, 0.02, 1, 1, 1)
     with pytest.raises(InfrastructureError, match="3 program executors in a row failed"):
-        run_programs([body(f"return {i}") for i in range(5)], workers=1)
+        run_programs(slow_programs(5), workers=1)
+
+
+def test_a_program_sent_ahead_is_not_lost_with_the_one_before_it(fresh):
+    """The second one's zygote is lost twice, the first time before it ran: it is not given up."""
+    sent = lose(fresh, 60, 0, 1)
+    programs = slow_programs(4)
+    retries = executor.counts()["retries"]
+    assert [r.value for r in run_programs(programs, workers=1)] == list(range(4))
+    assert executor.counts()["retries"] == retries + 2
+    names = [program if program == "lost" else programs.index(program) for program in sent]
+    assert names == [0, 1, "lost", 0, 1, 2, "lost", 1, 2, 3]
+
+
+def test_a_program_whose_zygotes_are_lost_twice_is_an_error(fresh):
+    lose(fresh, 60, 1, 0)
+    with pytest.raises(InfrastructureError, match="2 program executors in a row failed"):
+        run_programs(slow_programs(4), workers=1)
 
 
 @linux
@@ -138,13 +176,14 @@ def test_start_shutdown_and_reuse(fresh):
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("missing", ["", NO_NAMESPACE, NO_SECCOMP], ids=["all", "no namespace", "no seccomp"])
 def test_zygotes_end_with_their_parent(missing, ending):
-    """With a program at work and, where there may be any, spare children."""
+    """With programs at work, others waiting and, where there may be any, spare children."""
     trainer = (
         f"from reft_jax.executor import pool, process; process.COMMAND = {patched_zygote(missing)!r}\n"
         "pool.start(2, 316)\n"
         "pool.run_programs([f'def solution(): return {i}' for i in range(6)], memory_mb=316)\n"
         "print('up', flush=True)\n"
-        "pool.run_programs(['import time; time.sleep(600)'], timeout_s=600, memory_mb=316)\n"
+        "slow = [f'import time; time.sleep(60{i})' for i in range(6)]\n"
+        "pool.run_programs(slow, timeout_s=600, memory_mb=316)\n"
     )
     command = [sys.executable, "-c", trainer]
     with subprocess.Popen(command, cwd=Path(ZYGOTE_FOLDER).parents[1], stdout=subprocess.PIPE) as trainer:

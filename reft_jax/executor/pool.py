@@ -2,21 +2,31 @@
 
 import atexit
 import contextlib
+import math
 import os
-import queue
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from .process import ExecResult, InfrastructureError, UnprotectedError, Zygote
 
-SPARES = 64  # children that wait for the next call, at most, over the zygotes of one kind
+SPARES = 384  # children that wait for the next call, at most, over the zygotes of one kind; each takes about 1 MiB
+MARGIN = 1.25  # spare children for each program of the last call: a zygote may get more than its share of the next
 WINDOW = 256  # programs that `run_programs` has under way: each costs the trainer about 2 kB
 LOST_IN_A_ROW = 3  # zygotes, each started because the one before it was lost
 SETTLED = 1000  # programs after which a zygote's predecessors are forgotten
 
 Kind = tuple[bool, int]  # with sympy, memory_mb
+
+
+class Item(NamedTuple):
+    """A program on its way to a zygote."""
+
+    kind: Kind
+    program: str
+    future: Future
 
 
 class _State:
@@ -97,9 +107,10 @@ class Stream:
 
     def __init__(self, timeout_s: float, workers: int, want: str, memory_mb: int):
         self.timeout_s, self.workers, self.want, self.memory_mb = timeout_s, workers, want, memory_mb
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # guards what follows
         self._futures: dict[str, Future] = {}
-        self._queue: queue.SimpleQueue[tuple[str, Future] | None] = queue.SimpleQueue()
+        self._waiting: deque[Item] = deque()
+        self._ahead: set[Item] = set()  # sent to a zygote that runs another; may come back
         self._threads: list[threading.Thread] = []
         self._asked: Counter[Kind] = Counter()
         self._broken: InfrastructureError | None = None
@@ -110,7 +121,7 @@ class Stream:
 
         From any thread. Raises RuntimeError after the end of the stream.
         """
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise RuntimeError("this stream of programs has ended")
             if program not in self._futures:
@@ -118,66 +129,117 @@ class Stream:
             return self._futures[program]
 
     def _submit(self, program: str) -> Future:
-        """For one thread and programs that differ: nothing is kept of one that has ended."""
-        future: Future[ExecResult] = Future()
-        self._asked[_kind(program, self.memory_mb)] += 1
-        self._queue.put((program, future))
+        """For programs that differ: nothing is kept of one that has ended."""
+        item = Item(_kind(program, self.memory_mb), program, Future())
+        with self._changed:
+            self._asked[item.kind] += 1
+            self._waiting.append(item)
+            self._changed.notify()
         if len(self._threads) < self.workers:
             self._threads.append(threading.Thread(target=self._work, name="reft-executor", daemon=True))
             self._threads[-1].start()
-        return future
+        return item.future
 
     def cancel(self) -> None:
         """Forgets the programs that nothing runs yet."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()[1].cancel()
+        with self._changed:
+            for item in (*self._waiting, *self._ahead):
+                item.future.cancel()
 
     def close(self) -> None:
         """Waits for the programs and has children forked for the next call."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-        for _ in self._threads:
-            self._queue.put(None)
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         for kind, number in self._asked.items():
-            _keep_spares(kind, self.workers, min(number, SPARES))
+            _keep_spares(kind, self.workers, min(MARGIN * number, SPARES))
 
     def _work(self) -> None:
-        while item := self._queue.get():
-            program, future = item
-            if not future.set_running_or_notify_cancel():
+        while item := self._next():
+            if not item.future.set_running_or_notify_cancel():
                 continue
+            under_way = deque([item])  # the first is running; those after it are in `_ahead`
             try:
                 if self._broken:  # one failure is enough to know; each may take a minute
                     raise self._broken
-                future.set_result(self._run(program))
+                self._run(under_way)
             except BaseException as error:  # whatever it is, somebody waits for this future
                 if isinstance(error, InfrastructureError):
                     self._broken = error
-                future.set_exception(error)
+                if not (first := under_way.popleft().future).cancelled():
+                    first.set_exception(error)
+                while under_way:
+                    self._put_back(under_way.pop())
 
-    def _run(self, program: str) -> ExecResult:
-        """On a zygote that waits, or a new one; once more on a new one if that zygote is lost."""
-        kind = _kind(program, self.memory_mb)
-        zygote, lost = _take(kind), 0
-        for last in (False, True):
+    def _next(self) -> Item | None:
+        """The next program; waits for one. None when the stream has ended and none can come back."""
+        with self._changed:
+            while not self._waiting and not (self._closed and not self._ahead):
+                self._changed.wait()
+            return self._waiting.popleft() if self._waiting else None
+
+    def _next_ahead(self, kind: Kind) -> Item | None:
+        """One more for a zygote of this kind that is at work, if every worker could have one."""
+        with self._changed:
+            if len(self._waiting) < self.workers or self._waiting[0].kind != kind:
+                return None
+            self._ahead.add(item := self._waiting.popleft())
+            return item
+
+    def _put_back(self, item: Item) -> None:
+        with self._changed:
+            self._ahead.discard(item)
+            self._waiting.appendleft(item)
+            self._changed.notify_all()
+
+    def _begin(self, item: Item) -> None:
+        """The zygote that has it turns to it now."""
+        with self._changed:
+            self._ahead.discard(item)
+            item.future.set_running_or_notify_cancel()
+            if self._closed and not self._ahead:
+                self._changed.notify_all()
+
+    def _run(self, under_way: deque[Item]) -> None:
+        """Runs the program, and others of its kind as long as some wait, on one zygote, where the next one is sent
+        before the former is answered. If the zygote is lost all go to a new one; the first may be lost once.
+        """
+        kind = under_way[0].kind
+        zygote, sent, lost, again, ahead = _take(kind), 0, 0, None, True
+        while under_way:
             try:
                 zygote = zygote or _new(kind, lost)
-                result = zygote.ask(program, self.timeout_s, self.want, self._queue.qsize())
-                break
+                for item in list(under_way)[sent:]:
+                    more = math.ceil(len(self._waiting) / self.workers)
+                    zygote.send(item.program, self.timeout_s, self.want, more)
+                    sent += 1
+                if ahead and sent < 2 and (item := self._next_ahead(kind)):
+                    under_way.append(item)
+                    continue
+                result = zygote.receive(self.timeout_s, self.want)
             except UnprotectedError:
                 raise
             except InfrastructureError as error:
                 lost = _bury(zygote, lost)
-                if last or lost >= LOST_IN_A_ROW:
+                if under_way[0] is again or lost >= LOST_IN_A_ROW:
                     raise InfrastructureError(f"{lost} program executors in a row failed; the last: {error}") from error
-                zygote = None
+                again, zygote, sent = under_way[0], None, 0  # the others never ran
+                continue
+            sent -= 1
+            if ahead := result is not None:
+                with _state.lock:
+                    _state.counts.update(("programs", result.status))
+                first = under_way.popleft().future
+                if under_way:
+                    self._begin(under_way[0])
+                if not first.cancelled():
+                    first.set_result(result)
+            else:
+                self._put_back(under_way.pop())
         with _state.lock:
-            _state.counts.update(("programs", result.status))
             _state.idle[kind].append(zygote)
-        return result
 
 
 def _kind(program: str, memory_mb: int) -> Kind:
@@ -211,13 +273,13 @@ def _bury(zygote: Zygote | None, lost: int) -> int:
     return lost + 1
 
 
-def _keep_spares(kind: Kind, workers: int, number: int) -> None:
+def _keep_spares(kind: Kind, workers: int, number: float) -> None:
     """Divides `number` spare children among the zygotes that a call with `workers` used."""
     with _state.lock:
         zygotes = [_state.idle[kind].pop() for _ in range(min(workers, len(_state.idle[kind])))]
     for zygote in zygotes:
         try:
-            zygote.keep_spares(-(-number // len(zygotes)))
+            zygote.keep_spares(math.ceil(number / len(zygotes)))
         except InfrastructureError:
             _bury(zygote, 0)
         else:

@@ -61,7 +61,7 @@ class Zygote:
     """
 
     def __init__(self, sympy: bool, memory_mb: int, lost: int = 0):
-        self.lost, self.programs = lost, 0
+        self.lost, self.programs, self.received = lost, 0, b""
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -81,10 +81,23 @@ class Zygote:
             raise
         self.protections: list[str] = greeting["protections"]
 
-    def ask(self, program: str, timeout_s: float, want: str, more: int) -> ExecResult:
-        """Runs a program; `more` others wait, so children may be forked meanwhile. Raises InfrastructureError."""
-        self._send({"program": program, "timeout_s": timeout_s, "want": want, "more": more}, timeout_s + GRACE_S)
+    def send(self, program: str, timeout_s: float, want: str, more: int) -> None:
+        """Gives it a program, to run after those it has; `more` others wait, so it may fork children meanwhile.
+
+        Raises InfrastructureError if it hangs. If it has died `receive` says so, after the answers it gave.
+        """
+        request = {"program": program, "timeout_s": timeout_s, "want": want, "more": more}
+        with contextlib.suppress(ConnectionError):
+            self._send(request, timeout_s + GRACE_S)
+
+    def receive(self, timeout_s: float, want: str) -> ExecResult | None:
+        """The result of the first program it has; or None: it hands the last one back, for the first takes its time.
+
+        Raises InfrastructureError.
+        """
         answer = self._receive(timeout_s + GRACE_S)
+        if answer is None:
+            return None
         if want == "number" and answer["value"] is not None:
             answer["value"] = float.fromhex(answer["value"])
         self.programs += 1
@@ -92,27 +105,30 @@ class Zygote:
 
     def keep_spares(self, number: int) -> None:
         """Lets it fork and lock down so many children for the next programs; returns at once."""
-        self._send({"spares": number}, GRACE_S)
+        try:
+            self._send({"spares": number}, GRACE_S)
+        except ConnectionError as error:
+            raise InfrastructureError(f"program executor {self.process.pid} has ended: {error}") from error
 
     def _send(self, message: dict, timeout_s: float) -> None:
         try:
             self.socket.settimeout(timeout_s)
             self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError as error:
+        except TimeoutError as error:
             raise InfrastructureError(f"program executor {self.process.pid} does not listen: {error}") from error
 
-    def _receive(self, timeout_s: float) -> dict:
+    def _receive(self, timeout_s: float) -> dict | None:
         self.socket.settimeout(timeout_s)
-        data = b""
         try:
-            while not data.endswith(b"\n"):
+            while b"\n" not in self.received:
                 chunk = self.socket.recv(65536)
                 if not chunk:
                     raise ConnectionError("it has ended")
-                data += chunk
+                self.received += chunk
         except OSError as error:
             raise InfrastructureError(f"program executor {self.process.pid} does not answer: {error}") from error
-        return json.loads(data)
+        line, _, self.received = self.received.partition(b"\n")
+        return json.loads(line)
 
     def kill(self) -> None:
         """For one that is lost."""

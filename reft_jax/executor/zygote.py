@@ -34,8 +34,9 @@ import lockdown
 
 CONTROL, NULL, LINK = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its socket
 REPORT_BYTES = 4096
+PATIENCE_S = 0.02  # for a program, before the one sent after it goes to another zygote
 IDLE_S = 0.002  # without a request: the time to end children
-STOPPED = 32  # of them at once, at most
+STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
 LITTER = 8  # children forked at once, at most
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
@@ -51,42 +52,70 @@ class Lines:
         return b"\n" in self.data or bool(select.select([CONTROL], [], [], timeout_s)[0])
 
     def next(self) -> bytes:
-        """One line with its end. Raises EOFError when the pool closes its socket."""
+        """One line. Raises EOFError when the pool closes its socket."""
         while b"\n" not in self.data:
-            chunk = os.read(CONTROL, 1 << 16)
-            if not chunk:
-                raise EOFError
-            self.data += chunk
+            self.read()
         line, _, self.data = self.data.partition(b"\n")
-        return line + b"\n"
+        return line
+
+    def read(self) -> None:
+        """What has come, a part of a line perhaps; waits for something. Raises EOFError."""
+        chunk = os.read(CONTROL, 1 << 16)
+        if not chunk:
+            raise EOFError
+        self.data += chunk
+
+    def wait_beside(self, link: int, deadline: float) -> bool:
+        """`wait_for` while a program takes its time: what comes for after it goes back to the pool, for another zygote.
+
+        Raises EOFError when the pool closes its socket.
+        """
+        while True:
+            while b"\n" in self.data:
+                self.next()
+                send(None)
+            ready = wait_for([link, CONTROL], deadline)
+            if CONTROL not in ready:
+                return bool(ready)
+            self.read()
 
 
 class Zygote:
     def __init__(self, namespace: dict, rules: lockdown.Lockdown):
-        self.namespace, self.rules = namespace, rules
-        self.spares: list[tuple[int, int]] = []  # (process id, our end of its socket)
+        self.namespace, self.rules, self.requests = namespace, rules, Lines()
+        self.wanted = 0
+        self.spares: list[tuple[int, int]] = []  # as many as wanted: (process id, our end of its socket)
         self.stopped: list[tuple[int, int]] = []  # have reported; their end takes longer than most programs
         self.children_file = None
         if os.getpid() != 1:
             with contextlib.suppress(FileNotFoundError):
                 self.children_file = os.open("/proc/thread-self/children", os.O_RDONLY)
 
-    def serve(self, requests: Lines) -> None:
+    def serve(self) -> None:
         """Answers until the pool is gone."""
-        wanted, refill = 0, False
+        settle = False  # whether to see to it that there are as many spares as wanted
         while True:
-            if self.stopped and not requests.waiting(IDLE_S):
-                while self.stopped and not requests.waiting():
+            if self.stopped and not self.requests.waiting(IDLE_S):
+                while self.stopped and not self.requests.waiting():
                     self.bury(*self.stopped.pop())
-            while refill and len(self.spares) < wanted and not requests.waiting():
-                self.spares.append(self.fork(warm=True))
-            request = json.loads(requests.next())
-            if refill := "spares" in request:
-                wanted = request["spares"] if self.rules.filter else 0
-                while len(self.spares) > wanted:
+            while settle and len(self.spares) != self.wanted and not self.requests.waiting():
+                if len(self.spares) > self.wanted:
                     self.bury(*self.spares.pop())
+                elif not self.spare(warm=True):
+                    break
+            request = json.loads(self.requests.next())
+            if settle := "spares" in request:
+                self.wanted = request["spares"] if self.rules.filter else 0
             else:
                 self.run(request)
+
+    def spare(self, warm: bool) -> bool:
+        """Forks a child for later; returns whether this machine could."""
+        try:
+            self.spares.append(self.fork(warm))
+        except OSError:  # no more processes, memory or descriptors
+            return False
+        return True
 
     def fork(self, warm: bool) -> tuple[int, int]:
         """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
@@ -110,7 +139,7 @@ class Zygote:
         while True:
             waited = bool(self.spares)
             child, link = self.spares.pop() if waited else self.fork(warm=False)
-            if wait_for(link, time.monotonic() + LOCK_S) and os.read(link, 1) == b"+":
+            if wait_for([link], time.monotonic() + LOCK_S) and os.read(link, 1) == b"+":
                 return child, link
             code = self.bury(child, link)
             if not waited:
@@ -129,8 +158,8 @@ class Zygote:
                 if not self.spares and self.rules.filter:
                     # For the next programs, while this one is at work; several, for after each fork the zygote must
                     # copy all pages that its other work writes to.
-                    self.spares += [self.fork(warm=False) for _ in range(min(request["more"], LITTER))]
-                raw, late = read_report(link, deadline)
+                    all(self.spare(warm=False) for _ in range(min(request["more"], LITTER)))
+                raw, late = read_report(link, deadline, self.requests)
                 break
             except ConnectionError:  # it ended before it had read the program, which therefore never ran
                 self.bury(child, link)
@@ -140,7 +169,7 @@ class Zygote:
             os.kill(child, signal.SIGSTOP)
             self.stopped.append((child, link))
             send(answer | took)
-            if len(self.stopped) > STOPPED:
+            if len(self.stopped) + len(self.spares) > max(self.wanted, STOPPED):
                 self.bury(*self.stopped.pop(0))
             return
         code = self.bury(child, link)
@@ -198,22 +227,19 @@ def run_child(link: int, namespace: dict, warm: bool) -> None:
     write(LINK, inside.solve(program, want, namespace))
 
 
-def wait_for(link: int, deadline: float) -> bool:
-    """Whether there is something to read, or the end, before the deadline. Raises EOFError if the pool is gone."""
-    ready, _, _ = select.select([link, CONTROL], [], [], max(0.0, deadline - time.monotonic()))
-    if CONTROL in ready:
-        raise EOFError("the pool closed its socket during a program")
-    return bool(ready)
+def wait_for(fds: list[int], deadline: float) -> list[int]:
+    """Those where there is something to read, or the end, before the deadline."""
+    return select.select(fds, [], [], max(0.0, deadline - time.monotonic()))[0]
 
 
-def read_report(link: int, deadline: float) -> tuple[bytes, bool]:
+def read_report(link: int, deadline: float, requests: Lines) -> tuple[bytes, bool]:
     """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
 
-    Raises ConnectionError if it died before it had read its program.
+    Raises ConnectionError if it died before it had read its program; EOFError when the pool is gone.
     """
-    raw = b""
+    raw, patience = b"", min(deadline, time.monotonic() + PATIENCE_S)
     while not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES:
-        if not wait_for(link, deadline):
+        if not wait_for([link], patience) and not requests.wait_beside(link, deadline):
             return raw, True
         chunk = os.read(link, REPORT_BYTES)
         if not chunk:
@@ -243,7 +269,7 @@ def write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def send(message: dict) -> None:
+def send(message: dict | None) -> None:
     write(CONTROL, json.dumps(message).encode() + b"\n")
 
 
@@ -294,7 +320,7 @@ def main(folders: str, kind: str, memory_mb: int) -> None:
     gc.freeze()  # the children's collections leave these pages shared
     send({"error": None, "protections": protections + rules.protections})
     with contextlib.suppress(EOFError):
-        zygote.serve(Lines())
+        zygote.serve()
     for child in zygote.spares + zygote.stopped:
         zygote.bury(*child)
 

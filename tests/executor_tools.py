@@ -66,5 +66,5 @@ def wait_until(condition, seconds: float = 15) -> bool:
 def patched_zygote(*lines: str) -> list[str]:
     """A command for a zygote with some of its parts replaced."""
     setup = [f"import sys; sys.path.insert(0, {ZYGOTE_FOLDER!r})", "import zygote", *lines]
-    start = "zygote.main(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    start = "zygote.main(*sys.argv[1:])"
     return [sys.executable, "-S", "-c", "\n".join([*setup, start])]

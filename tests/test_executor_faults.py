@@ -87,8 +87,7 @@ def lose(fresh, patience_s: float, *when: int) -> list:
 
     Returns the list to which every program is added that is sent, and "lost" for each loss.
     """
-    command = patched_zygote(f"zygote.PATIENCE_S = {patience_s}")
-    fresh.setattr(process, "COMMAND", command)
+    fresh.setattr(process, "COMMAND", patched_zygote(f"zygote.PATIENCE_S = {patience_s}"))
     send, receive = process.Zygote.send, process.Zygote.receive
     sent, answered, left = [], 0, [*when]
 
@@ -97,7 +96,8 @@ def lose(fresh, patience_s: float, *when: int) -> list:
         if left and answered == left[0]:
             os.killpg(self.process.pid, signal.SIGKILL)
             sent.append("lost")
-            answered = 0 * left.pop(0)
+            left.pop(0)
+            answered = 0
         result = receive(self, *a)
         answered += result is not None
         return result

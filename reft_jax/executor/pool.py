@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -35,6 +36,7 @@ class _State:
     def __init__(self):
         self.lock = threading.Lock()
         self.idle: defaultdict[Kind, list[Zygote]] = defaultdict(list)
+        self.numbers: defaultdict[Kind, set[int]] = defaultdict(set)  # of the zygotes that there are
         self.counts: Counter[str] = Counter()
         self.allow_unsandboxed = False
 
@@ -222,7 +224,7 @@ class Stream:
             except UnprotectedError:
                 raise
             except InfrastructureError as error:
-                lost = _bury(zygote, lost)
+                lost = _bury(kind, zygote, lost)
                 if under_way[0] is again or lost >= LOST_IN_A_ROW:
                     raise InfrastructureError(f"{lost} program executors in a row failed; the last: {error}") from error
                 again, zygote, sent = under_way[0], None, 0  # the others never ran
@@ -247,7 +249,10 @@ def _kind(program: str, memory_mb: int) -> Kind:
 
 
 def _new(kind: Kind, lost: int = 0) -> Zygote:
-    zygote = Zygote(*kind, lost)
+    with _state.lock:
+        number = next(number for number in itertools.count() if number not in _state.numbers[kind])
+        _state.numbers[kind].add(number)
+    zygote = Zygote(*kind, number, lost)
     if zygote.protections == ["rlimits"] and not _state.allow_unsandboxed:
         zygote.end()
         raise UnprotectedError(
@@ -263,13 +268,15 @@ def _take(kind: Kind) -> Zygote | None:
         return _state.idle[kind].pop() if _state.idle[kind] else None
 
 
-def _bury(zygote: Zygote | None, lost: int) -> int:
+def _bury(kind: Kind, zygote: Zygote | None, lost: int) -> int:
     """Ends a zygote that failed, or None for one that did not start; returns how many in a row have failed now."""
     if zygote:
         zygote.kill()
         lost = zygote.lost if zygote.programs < SETTLED else 0
     with _state.lock:
         _state.counts["retries"] += 1
+        if zygote:
+            _state.numbers[kind].discard(zygote.number)
     return lost + 1
 
 
@@ -281,7 +288,7 @@ def _keep_spares(kind: Kind, workers: int, number: float) -> None:
         try:
             zygote.keep_spares(math.ceil(number / len(zygotes)))
         except InfrastructureError:
-            _bury(zygote, 0)
+            _bury(kind, zygote, 0)
         else:
             with _state.lock:
                 _state.idle[kind].append(zygote)
@@ -315,6 +322,7 @@ def shutdown() -> None:
     with _state.lock:
         zygotes = [zygote for waiting in _state.idle.values() for zygote in waiting]
         _state.idle.clear()
+        _state.numbers.clear()
     for zygote in zygotes:
         zygote.socket.close()  # all at once, then one by one
     for zygote in zygotes:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# -S: nothing of site-packages runs or is found in a zygote. FOLDERS, kind and memory follow.
+# -S: nothing of site-packages runs or is found in a zygote. A number, FOLDERS, kind and memory follow.
 COMMAND = [sys.executable, "-S", str(Path(__file__).with_name("zygote.py"))]
 # All that a zygote sees of an environment. With one hash seed the order of a set is the same on every zygote. What is
 # bound at the start need not be bound in every child.
@@ -57,15 +57,17 @@ def package_folders() -> str:
 class Zygote:
     """A running `zygote.py` and the socket to it.
 
-    protections: what guards a child of it, in words. lost: how many zygotes in a row were lost before it.
+    number: of those there are of its kind; each settles on another CPU. protections: what guards a child of it, in
+    words. lost: how many zygotes in a row were lost before it.
     """
 
-    def __init__(self, sympy: bool, memory_mb: int, lost: int = 0):
-        self.lost, self.programs, self.received = lost, 0, b""
+    def __init__(self, sympy: bool, memory_mb: int, number: int, lost: int = 0):
+        self.number, self.lost, self.programs, self.received = number, lost, 0, b""
         self.socket, theirs = socket.socketpair()
         with theirs:
+            place = os.getpid() + number  # another trainer on this machine begins elsewhere
             self.process = subprocess.Popen(
-                [*COMMAND, package_folders(), "sympy" if sympy else "plain", str(memory_mb)],
+                [*COMMAND, str(place), package_folders(), "sympy" if sympy else "plain", str(memory_mb)],
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 cwd="/",

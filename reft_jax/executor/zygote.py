@@ -1,9 +1,10 @@
 """A small program of its own that runs untrusted programs: one fork each, from a process that is already warm.
 
-`python -S zygote.py FOLDERS {plain|sympy} MEMORY_MB` speaks JSON lines over the socket on its fd 0: first a greeting,
-then one answer per program, one at a time, until the socket closes. It is exec'd, never forked from the trainer: a fork
-of a process with JAX's threads deadlocks, and this way no program can find the trainer's memory in its own. FOLDERS
-hold sympy and mpmath; no program finds anything else that is installed.
+`python -S zygote.py NUMBER FOLDERS {plain|sympy} MEMORY_MB` speaks JSON lines over the socket on its fd 0: first a
+greeting, then an answer for each program, which run one at a time in the order they come, until the socket closes. It
+is exec'd, never forked from the trainer: a fork of a process with JAX's threads deadlocks, and this way no program can
+find the trainer's memory in its own. FOLDERS hold sympy and mpmath; no program finds anything else that is installed.
+NUMBER says which CPU is its own.
 
 Three processes take part. The *launcher* holds a namespace open and waits. The *zygote* is process 1 of that namespace:
 it forks, keeps the time and kills. A *child* runs one program and ends. Children are forked and locked down ahead of
@@ -12,7 +13,7 @@ enough. Where the kernel has no seccomp there are no spares, and after each prog
 is killed (`sweep`). Where it refuses namespaces the launcher is the zygote.
 
 A child sends one byte when it is locked down and, after its program, one line (see child.py). The zygote believes
-nothing in it before `checked`.
+nothing in it before `checked` (see wire.py).
 """
 
 import contextlib
@@ -22,7 +23,6 @@ import marshal
 import math
 import os
 import resource
-import select
 import signal
 import socket
 import sys
@@ -31,58 +31,20 @@ import traceback
 
 import child as inside
 import lockdown
+from wire import CONTROL, Lines, checked, send, wait_for, write
 
-CONTROL, NULL, LINK = 0, 1, 3  # fds: the pool's socket, /dev/null (the zygote's stdout), the child's end of its socket
+NULL, LINK = 1, 3  # fds: /dev/null (the zygote's stdout), the child's end of its socket
 REPORT_BYTES = 4096
-PATIENCE_S = 0.02  # for a program, before the one sent after it goes to another zygote
+PATIENCE_S = 0.02  # a program that takes longer is slow: the one sent after it goes to another zygote
 IDLE_S = 0.002  # without a request: the time to end children
 STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
 LITTER = 8  # children forked at once, at most
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
-STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
-
-
-class Lines:
-    """The pool's requests."""
-
-    def __init__(self):
-        self.data = b""
-
-    def waiting(self, timeout_s: float = 0.0) -> bool:
-        return b"\n" in self.data or bool(select.select([CONTROL], [], [], timeout_s)[0])
-
-    def next(self) -> bytes:
-        """One line. Raises EOFError when the pool closes its socket."""
-        while b"\n" not in self.data:
-            self.read()
-        line, _, self.data = self.data.partition(b"\n")
-        return line
-
-    def read(self) -> None:
-        """What has come, a part of a line perhaps; waits for something. Raises EOFError."""
-        chunk = os.read(CONTROL, 1 << 16)
-        if not chunk:
-            raise EOFError
-        self.data += chunk
-
-    def wait_beside(self, link: int, deadline: float) -> bool:
-        """`wait_for` while a program takes its time: what comes for after it goes back to the pool, for another zygote.
-
-        Raises EOFError when the pool closes its socket.
-        """
-        while True:
-            while b"\n" in self.data:
-                self.next()
-                send(None)
-            ready = wait_for([link, CONTROL], deadline)
-            if CONTROL not in ready:
-                return bool(ready)
-            self.read()
 
 
 class Zygote:
-    def __init__(self, namespace: dict, rules: lockdown.Lockdown):
-        self.namespace, self.rules, self.requests = namespace, rules, Lines()
+    def __init__(self, namespace: dict, rules: lockdown.Lockdown, cpus: set[int]):
+        self.namespace, self.rules, self.cpus, self.requests = namespace, rules, cpus, Lines()
         self.wanted = 0
         self.spares: list[tuple[int, int]] = []  # as many as wanted: (process id, our end of its socket)
         self.stopped: list[tuple[int, int]] = []  # have reported; their end takes longer than most programs
@@ -124,6 +86,8 @@ class Zygote:
         child = os.fork()
         if child == 0:
             try:
+                if not warm:
+                    self.roam(0)
                 self.rules.enter()
                 if os.getppid() == zygote:  # else it died before `enter` asked to be told
                     run_child(theirs.fileno(), self.namespace, warm)
@@ -159,13 +123,13 @@ class Zygote:
                     # For the next programs, while this one is at work; several, for after each fork the zygote must
                     # copy all pages that its other work writes to.
                     all(self.spare(warm=False) for _ in range(min(request["more"], LITTER)))
-                raw, late = read_report(link, deadline, self.requests)
+                raw, late = self.read_report(child, link, deadline)
                 break
             except ConnectionError:  # it ended before it had read the program, which therefore never ran
                 self.bury(child, link)
         took = {"ms": 1000 * (time.monotonic() - start)}
         answer = checked(raw, request["want"]) if raw.endswith(b"\n") else None
-        if answer and self.rules.filter:
+        if answer and self.rules.filter and took["ms"] < 1000 * PATIENCE_S:  # else it may hold much memory
             os.kill(child, signal.SIGSTOP)
             self.stopped.append((child, link))
             send(answer | took)
@@ -177,6 +141,45 @@ class Zygote:
             status = "timeout" if late else "refused" if code == -signal.SIGSYS else "killed"
             answer = {"status": status, "value": None, "detail": "" if late else f"exit code {code}", "cut": False}
         send(answer | took)
+
+    def read_report(self, child: int, link: int, deadline: float) -> tuple[bytes, bool]:
+        """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
+
+        Raises ConnectionError if it died before it had read its program; EOFError when the pool is gone.
+        """
+        raw, patience = b"", min(deadline, time.monotonic() + PATIENCE_S)
+        while not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES:
+            if not wait_for([link], patience) and not self.wait_long(child, link, deadline):
+                return raw, True
+            chunk = os.read(link, REPORT_BYTES)
+            if not chunk:
+                break
+            raw += chunk
+        return raw, False
+
+    def wait_long(self, child: int, link: int, deadline: float) -> bool:
+        """`wait_for` when a program takes its time: what comes for after it goes back to the pool, for another zygote.
+
+        Raises EOFError when the pool closes its socket.
+        """
+        self.roam(child)
+        while True:
+            while self.requests.complete():
+                self.requests.next()
+                send(None)
+            ready = wait_for([link, CONTROL], deadline)
+            if CONTROL not in ready:
+                return bool(ready)
+            self.requests.read()
+
+    def roam(self, child: int) -> None:
+        """Lets a child, or with 0 this process, run on every CPU that we may use.
+
+        A zygote and its spare children have one for them: to wake the other there costs half of what it does elsewhere.
+        """
+        if lockdown.LINUX:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(child, self.cpus)
 
     def bury(self, child: int, link: int) -> int:
         """Kills and reaps the child, and what it may have started; returns its exit code (-n for signal n)."""
@@ -227,52 +230,6 @@ def run_child(link: int, namespace: dict, warm: bool) -> None:
     write(LINK, inside.solve(program, want, namespace))
 
 
-def wait_for(fds: list[int], deadline: float) -> list[int]:
-    """Those where there is something to read, or the end, before the deadline."""
-    return select.select(fds, [], [], max(0.0, deadline - time.monotonic()))[0]
-
-
-def read_report(link: int, deadline: float, requests: Lines) -> tuple[bytes, bool]:
-    """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
-
-    Raises ConnectionError if it died before it had read its program; EOFError when the pool is gone.
-    """
-    raw, patience = b"", min(deadline, time.monotonic() + PATIENCE_S)
-    while not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES:
-        if not wait_for([link], patience) and not requests.wait_beside(link, deadline):
-            return raw, True
-        chunk = os.read(link, REPORT_BYTES)
-        if not chunk:
-            break
-        raw += chunk
-    return raw, False
-
-
-def checked(line: bytes, want: str) -> dict | None:
-    """The child's report as an answer, or None: the program can write to the socket whatever it likes."""
-    try:
-        status, value, detail, cut = json.loads(line)
-        if status != "ok":
-            valid = status in STATUSES and value is None
-        elif want == "number":
-            valid = math.isfinite(float.fromhex(value))
-        else:
-            valid = len(value.encode()) <= 4 * inside.TEXT_CHARS  # bytes in UTF-8, which a lone surrogate has not
-        valid = valid and len(detail.encode()) <= 4 * inside.DETAIL_CHARS and isinstance(cut, bool)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-    return {"status": status, "value": value, "detail": detail, "cut": cut} if valid else None
-
-
-def write(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def send(message: dict | None) -> None:
-    write(CONTROL, json.dumps(message).encode() + b"\n")
-
-
 def launch() -> bool:
     """Continues as process 1 of new namespaces, or else as the one who inherits orphans; whether it is the former."""
     if not lockdown.isolate():
@@ -287,7 +244,18 @@ def launch() -> bool:
     return True
 
 
-def main(folders: str, kind: str, memory_mb: int) -> None:
+def settle_on_a_cpu(number: int) -> set[int]:
+    """Returns those that we may use; zygotes whose numbers follow each other settle on different ones."""
+    if not lockdown.LINUX:
+        return set()
+    cpus = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {sorted(cpus)[number % len(cpus)]})
+    return cpus
+
+
+def main(number: str, folders: str, kind: str, memory_mb: str) -> None:
+    cpus = settle_on_a_cpu(int(number))
     namespace = {"__name__": "__main__", "math": math}
     library = [path for path in sys.path if path not in ("", os.path.dirname(__file__))]
     packages = []
@@ -309,8 +277,8 @@ def main(folders: str, kind: str, memory_mb: int) -> None:
             score.write("1000")  # when the host runs out of memory, not the trainer
     if launch():
         protections.append("pid+net+ipc namespaces")
-    rules = lockdown.Lockdown(memory_mb)
-    zygote = Zygote(namespace, rules)
+    rules = lockdown.Lockdown(int(memory_mb))
+    zygote = Zygote(namespace, rules, cpus)
     if abi := rules.restrict_files(packages):
         protections.append(f"Landlock ABI {abi}")
     rules.renounce()
@@ -326,4 +294,4 @@ def main(folders: str, kind: str, memory_mb: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ from executor_tools import (
 )
 
 from reft_jax import executor
-from reft_jax.executor import pool, process, run_programs
+from reft_jax.executor import calls, process, run_programs
 
 # name: program, value, status, detail
 PROGRAMS = {
@@ -182,7 +182,7 @@ def test_order_is_kept_and_equal_programs_run_once(asked):
 
 
 def test_more_programs_than_are_kept_under_way(monkeypatch):
-    monkeypatch.setattr(pool, "WINDOW", 3)
+    monkeypatch.setattr(calls, "WINDOW", 3)
     programs = [body(f"return {i % 7}") for i in range(20)]
     assert [r.value for r in run_programs(programs)] == [i % 7 for i in range(20)]
 

@@ -178,12 +178,12 @@ def test_start_shutdown_and_reuse(fresh):
 def test_zygotes_end_with_their_parent(missing, ending):
     """With programs at work, others waiting and, where there may be any, spare children."""
     trainer = (
-        f"from reft_jax.executor import pool, process; process.COMMAND = {patched_zygote(missing)!r}\n"
+        f"from reft_jax.executor import calls, pool, process; process.COMMAND = {patched_zygote(missing)!r}\n"
         "pool.start(2, 316)\n"
-        "pool.run_programs([f'def solution(): return {i}' for i in range(6)], memory_mb=316)\n"
+        "calls.run_programs([f'def solution(): return {i}' for i in range(6)], memory_mb=316)\n"
         "print('up', flush=True)\n"
         "slow = [f'import time; time.sleep(60{i})' for i in range(6)]\n"
-        "pool.run_programs(slow, timeout_s=600, memory_mb=316)\n"
+        "calls.run_programs(slow, timeout_s=600, memory_mb=316)\n"
     )
     command = [sys.executable, "-c", trainer]
     with subprocess.Popen(command, cwd=Path(ZYGOTE_FOLDER).parents[1], stdout=subprocess.PIPE) as trainer:
@@ -200,12 +200,12 @@ def test_zygotes_end_with_their_parent(missing, ending):
 def test_a_forked_copy_of_the_trainer_leaves_the_zygotes_alone():
     trainer = (
         "import os, sys\n"
-        "from reft_jax.executor import pool\n"
+        "from reft_jax.executor import calls, pool\n"
         "pool.start(1, 317)\n"
         "mine = pool._state.idle[False, 317][0]\n"
         "if os.fork() == 0: sys.exit()\n"  # runs atexit
         "os.wait()\n"
-        "assert pool.run_programs(['def solution(): return 1'], memory_mb=317)[0].value == 1\n"
+        "assert calls.run_programs(['def solution(): return 1'], memory_mb=317)[0].value == 1\n"
         "assert pool._state.idle[False, 317] == [mine]\n"
     )
     subprocess.run([sys.executable, "-c", trainer], cwd=Path(ZYGOTE_FOLDER).parents[1], check=True, timeout=60)

@@ -1,16 +1,8 @@
 """Runs programs that a model wrote, outside the training process. Imports nothing of this project."""
 
-from .pool import (
-    ExecResult,
-    InfrastructureError,
-    Stream,
-    UnprotectedError,
-    counts,
-    run_programs,
-    shutdown,
-    start,
-    stream,
-)
+from .calls import Stream, run_programs, stream
+from .pool import counts, shutdown, start
+from .process import ExecResult, InfrastructureError, UnprotectedError
 
 __all__ = [
     "ExecResult",

@@ -195,8 +195,9 @@ def main(_: list[str]) -> None:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release().split('-')[0]}"
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
     command = f"`python {' '.join(sys.argv)}`"
-    text = "\n".join([f"{command} on {machine}, Python {platform.python_version()}; {said}.", "", *lines])
-    print(f"load at the end: {load}")
+    head = f"{command} on {machine}, Python {platform.python_version()}, load average at the end {load}; {said}."
+    text = "\n".join([head, "", *lines])
+    print(head)
     if FLAGS.write:
         before, rest = README.read_text().split(BEGIN)
         README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")

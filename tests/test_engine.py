@@ -31,7 +31,7 @@ PROMPTS = prompts_of([3, 8, 1, 5, 8, 2])  # in a batch of 8, the two rows left o
 
 def generate(prompts, *, batch=8, max_len=MAX_LEN, temperature=TEMPERATURE, seed=0, **settings) -> list[Completion]:
     """The completions in the order of the prompts."""
-    engine = Engine(MODEL, make_mesh(1, 1, 1), batch=batch, pad_multiple=8, eos_id=EOS, seed=seed)
+    engine = Engine(MODEL, make_mesh(1, 1, 1), slots=batch, pad_multiple=8, eos_id=EOS, seed=seed)
     pairs = list(engine.generate(LM, prompts, max_len=max_len, temperature=temperature, **settings))
     assert sorted(i for i, _ in pairs) == list(range(len(prompts)))
     found = dict(pairs)

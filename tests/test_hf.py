@@ -10,7 +10,7 @@ from tiny import tiny_config, tiny_model
 
 from reft_jax import load_hf, save_hf
 from reft_jax.model.hf import check_folder, load_rerank_head, load_value_head, read_config
-from reft_jax.model.llama import LlamaConfig
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.types import InputError
 
 LLAMA3 = {

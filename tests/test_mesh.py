@@ -50,7 +50,7 @@ def sample(mesh) -> list[list[int]]:
     """Drawn completions of four prompts."""
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
     lm = jax.device_put(PARAMS["lm"], where.params["lm"])
-    engine = Engine(MODEL, mesh, batch=4, pad_multiple=8, eos_id=7, seed=0)
+    engine = Engine(MODEL, mesh, slots=4, pad_multiple=8, eos_id=7, seed=0)
     rng = np.random.default_rng(1)
     prompts = [Prompt(f"toy_{i}", 0, rng.integers(0, 64, 3 + i).astype(np.int32)) for i in range(4)]
     completions = dict(engine.generate(lm, prompts, max_len=16, temperature=1.0))

@@ -13,7 +13,8 @@ from tiny import tiny_config, tiny_model
 
 from reft_jax.model.cache import CACHE_AXES, init_cache
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.llama import Block, Llama, LlamaConfig, rms_norm, rope_tables
+from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables, unstack
+from reft_jax.model.llama_config import LlamaConfig
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 61, (3, 9)))
 

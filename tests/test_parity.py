@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_model, tiny_policy, tiny_state
 from reft_jax import load_hf, save_hf
 from reft_jax.engine.generate import Engine
 from reft_jax.model.hf import load_rerank_head, load_value_head
-from reft_jax.model.llama import LlamaConfig
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.task.tokenizer import encode_rollout, load_tokenizer
 from reft_jax.train.batches import in_micro_batches, pad_tokens, token_batch

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from reft_jax.model.hf import check_folder
-from reft_jax.model.llama import Llama, LlamaConfig
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.types import InputError
 
 # Of the published config.json files: layers, hidden, mlp, heads, kv heads, vocabulary; then the published size.

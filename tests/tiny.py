@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.llama import Llama, LlamaConfig
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import make_mesh, unboxed
 from reft_jax.train.state import TrainState, abstract_params, new_state, state_shardings
 

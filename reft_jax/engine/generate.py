@@ -1,114 +1,191 @@
-"""The rollout engine: prompts in, completions out. One jitted program prefills a batch and decodes to its end."""
+"""The rollout engine: prompts in, completions out as they finish. Continuous batching over a fixed number of slots.
 
-from collections.abc import Iterator
-from functools import partial
+A prompt is prefilled once for all its samples; a chunk of decode steps runs over all slots and stops early when enough
+rows have ended; their slots go to the next requests at once. When no request waits any more the rows that are left
+move into fewer slots (halves, quarters, …), so that the last ones do not pay for empty slots. Every shape comes from a
+short list: slots in halves, cache lengths in sixths of the limit, prompt lengths in multiples of `pad_multiple`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from reft_jax.engine.sampling import draw, item_numbers, row_keys
-from reft_jax.model.cache import init_cache
+from reft_jax.engine import slots as programs
+from reft_jax.engine.sampling import item_number
+from reft_jax.engine.schedule import Group, Schedule, group_prompts
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards
 from reft_jax.types import Completion, Prompt
 
-
-@partial(jax.jit, static_argnames=("model", "eos_id", "length", "temperature", "top_k"))
-def decode_batch(model, lm, tokens, prompt_len, real, keys, max_len, *, eos_id, length, temperature, top_k):
-    """Continues each row until EOS or `max_len` tokens in all.
-
-    Args: tokens int32[B,P] right-padded prompts; prompt_len int32[B], each < max_len; real bool[B] (False: a filler
-    row, never decoded); keys [B]; max_len int32[]; length, the static size of a cache row, >= max_len. Rows are
-    ragged: each writes at its own position, so no row carries padding inside.
-    Returns: tokens int32[B,length], logprobs float32[B,length] (at the position of the token), total_len int32[B],
-    finished bool[B] (ended with EOS).
-    """
-    rows, width = tokens.shape
-    cache = init_cache(model.config, rows, length, model.dtype)
-    hidden, cache = model.apply({"params": lm}, tokens, cache=cache, method="hidden")
-    last = jnp.take_along_axis(hidden, (prompt_len - 1)[:, None, None], 1)[:, 0]
-    row = jnp.arange(rows)
-
-    def choose(hidden, tokens, logprobs, total_len, done, finished):
-        logits = model.apply({"params": lm}, hidden, method="unembed")
-        token, logprob = draw(logits, keys, total_len - prompt_len, temperature=temperature, top_k=top_k)
-        position = jnp.where(done, length, total_len)
-        tokens = tokens.at[row, position].set(token, mode="drop")
-        logprobs = logprobs.at[row, position].set(logprob, mode="drop")
-        finished = finished | (~done & (token == eos_id))
-        total_len = jnp.where(done, total_len, total_len + 1)
-        return tokens, logprobs, total_len, done | finished | (total_len >= max_len), finished
-
-    def step(carry):
-        cache, tokens, logprobs, total_len, done, finished = carry
-        position = (total_len - 1)[:, None]
-        token = jnp.take_along_axis(tokens, position, 1)
-        hidden, cache = model.apply({"params": lm}, token, position, cache, method="hidden")
-        return cache, *choose(hidden[:, 0], tokens, logprobs, total_len, done, finished)
-
-    tokens = jnp.pad(tokens, ((0, 0), (0, length - width)))
-    logprobs = jnp.zeros((rows, length), jnp.float32)
-    state = choose(last, tokens, logprobs, prompt_len, ~real, jnp.zeros(rows, bool))
-    _, tokens, logprobs, total_len, _, finished = jax.lax.while_loop(lambda c: ~c[4].all(), step, (cache, *state))
-    return tokens, logprobs, total_len, finished
+CHUNK = 16  # decode steps between two looks at who has ended
+FEWEST_ROWS = 8  # fewer are not worth a program of their own: below, a step costs what reading the weights costs
+PREFILL_ROWS = 8  # prompts a prefill
+LENGTHS = 6  # cache lengths on the way to the limit
 
 
 class Engine:
-    """Decodes prompts in batches of `batch` rows, prompts of like length together."""
+    """Decodes on at most `slots` slots."""
 
-    def __init__(self, model, mesh, *, batch: int, pad_multiple: int, eos_id: int, seed: int):
-        """`batch` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`."""
-        self.model, self.mesh, self.batch, self.pad_multiple, self.eos_id = model, mesh, batch, pad_multiple, eos_id
+    def __init__(self, model, mesh, *, slots: int, pad_multiple: int, eos_id: int, seed: int):
+        """`slots` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`.
+
+        `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
+        (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,
+        queue_tokens.
+        """
+        self.model, self.mesh, self.pad_multiple, self.eos_id = model.clone(unrolled=True), mesh, pad_multiple, eos_id
+        self.shards = row_shards(mesh)
+        self.sizes = [slots // self.shards]  # slots a shard
+        while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:
+            self.sizes.append(self.sizes[-1] // 2)
         self.key = jax.random.key(seed)
+        self.counts: Counter[str] = Counter()
 
     def generate(
-        self, lm, prompts: list[Prompt], *, max_len: int, temperature: float, top_k: int = 0, iteration: int = 0
+        self,
+        lm,
+        prompts: list[Prompt],
+        *,
+        max_len: int | Sequence[int],
+        temperature: float,
+        top_k: int = 0,
+        iteration: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
-        """Yields (index of the prompt, its completion) as batches finish.
+        """Yields (index of the prompt, its completion) as rows end; the device decodes on meanwhile.
 
-        Args: lm, the model's parameters; max_len, tokens of prompt and response together (a prompt that fills it
-        yields an empty, unfinished completion); temperature 0 is greedy; iteration is part of the sampling key.
+        Args: lm, the model's parameters as training has them; max_len, tokens of prompt and response together, for all
+        or for each prompt (one that fills it yields an empty, unfinished completion); temperature 0 is greedy;
+        iteration is part of the sampling key.
         """
-        short = [i for i, prompt in enumerate(prompts) if len(prompt.tokens) < max_len]
-        for i in set(range(len(prompts))) - set(short):
+        limits = np.broadcast_to(np.asarray(max_len, np.int32), len(prompts))
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt.tokens) < limits[i]]
+        for i in sorted(set(range(len(prompts))) - set(fits)):
             empty = np.zeros(0, np.int32)
             yield i, Completion(prompts[i].item_id, prompts[i].sample, empty, empty.astype(np.float32), False)
-        order = sorted(short, key=lambda i: len(prompts[i].tokens))
-        for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            completions = self._batch(lm, [prompts[i] for i in chosen], max_len, temperature, top_k, iteration)
-            yield from zip(chosen, completions, strict=True)
+        if fits:
+            settings = {"eos_id": self.eos_id, "temperature": temperature, "top_k": top_k}
+            yield from _Rollout(self, lm, prompts, limits, fits, iteration, settings).run()
 
-    def _batch(self, lm, prompts, max_len, temperature, top_k, iteration) -> list[Completion]:
-        # Few prompts make a smaller batch: the next power of two, so that few shapes compile.
-        rows = min(self.batch, round_up(1 << (len(prompts) - 1).bit_length(), row_shards(self.mesh)))
-        filler = [0] * (rows - len(prompts))
-        lengths = np.array([len(p.tokens) for p in prompts] + [1] * len(filler), np.int32)
-        width = min(round_up(int(lengths.max()), self.pad_multiple), round_up(max_len, self.pad_multiple))
-        tokens = np.zeros((rows, width), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            row[: len(prompt.tokens)] = prompt.tokens
-        items = np.concatenate([item_numbers(p.item_id for p in prompts), filler]).astype(np.int32)
-        samples = np.array([p.sample for p in prompts] + filler, np.int32)
-        keys = row_keys(self.key, iteration, items, samples)
-        real = np.arange(rows) < len(prompts)
-        tokens, lengths_on_device, real = put_rows(self.mesh, (tokens, lengths, real))
-        tokens, logprobs, total_len, finished = jax.device_get(
-            decode_batch(
-                self.model,
-                lm,
-                tokens,
-                lengths_on_device,
-                real,
-                keys,
-                max_len,
-                eos_id=self.eos_id,
-                length=round_up(max_len, self.pad_multiple),
-                temperature=temperature,
-                top_k=top_k,
+
+class _Rollout:
+    """One call of `generate`: the slots, and who sits in them."""
+
+    def __init__(self, engine: Engine, lm, prompts, limits, fits: list[int], iteration: int, settings: dict):
+        self.engine, self.prompts, self.limits = engine, prompts, limits
+        self.iteration, self.settings = iteration, settings
+        self.width = round_up(int(limits.max()), engine.pad_multiple)
+        self.lengths = range(step := round_up(-(-self.width // LENGTHS), engine.pad_multiple), self.width + step, step)
+        groups, wanted = group_prompts(prompts, fits), -(-len(fits) // engine.shards)
+        size = min((size for size in engine.sizes if size >= wanted), default=engine.sizes[0])
+        self.seats_at_once = max(1, size // 8)
+        prefill_rows = min(size, -(-PREFILL_ROWS // engine.shards))
+        self.schedule = Schedule(groups, shards=engine.shards, slots=size, rows=prefill_rows)
+        self.weights = programs.rollout_weights(lm, dtype=engine.model.dtype)
+        self.slots = programs.empty_slots(engine.model, size * engine.shards, self.width, self.lengths[0])
+        self.prefixes: dict[int, programs.Prefix] = {}
+
+    def run(self) -> Iterator[tuple[int, Completion]]:
+        engine, schedule = self.engine, self.schedule
+        total_len, ended = np.ones(schedule.owner.size, np.int32), []
+        while schedule.queued or schedule.most_taken():
+            total_len = self.fill(total_len)
+            if not schedule.queued:
+                total_len = self.pack(total_len)
+            queued, size = schedule.queued, schedule.owner.shape[1]
+            longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
+            self.make_room(longest + 1)
+            steps = min(CHUNK, self.slots.cache[0].k.shape[-1] + 1 - longest)
+            taken = int((schedule.owner >= 0).sum())
+            enough = max(1, taken // 16) if queued else max(1, taken - self.next_size() * engine.shards)
+            self.slots = programs.decode(
+                engine.model, self.weights, self.slots, engine.key, self.iteration, steps, enough, **self.settings
             )
-        )
-        return [
-            Completion(p.item_id, p.sample, tokens[b, start:end], logprobs[b, start:end], bool(finished[b]))
-            for b, (p, start, end) in enumerate(zip(prompts, lengths, total_len, strict=False))
-        ]
+            yield from ended  # while the device works
+            before = total_len
+            total_len, limit = jax.device_get((self.slots.total_len, self.slots.limit))
+            self.count(total_len - before, schedule.owner.size, queued)
+            rows = schedule.leave(total_len < limit)
+            ended = list(self.completions(rows, total_len)) if rows else []
+        yield from ended
+
+    def fill(self, total_len: np.ndarray) -> np.ndarray:
+        """Seats whom there is a slot for; returns total_len with the new rows'."""
+        schedule, total_len = self.schedule, total_len.copy()
+        while True:
+            if found := schedule.next_seats(self.seats_at_once):
+                prefill, taken = found
+                shape = (len(taken), self.seats_at_once)
+                seats = programs.Seats(*(np.zeros(shape, np.int32) for _ in programs.Seats._fields))
+                seats.slot[:] = schedule.owner.shape[1]  # does not exist
+                for shard, pairs in enumerate(taken):
+                    for place, (slot, seat) in enumerate(pairs):
+                        prompt = self.prompts[seat.request]
+                        one = (slot, seat.row, item_number(prompt.item_id), prompt.sample, self.limits[seat.request])
+                        for field, value in zip(seats, one, strict=True):
+                            field[shard, place] = value
+                        total_len[shard * schedule.owner.shape[1] + slot] = len(prompt.tokens)
+                prefix = self.prefixes[prefill]
+                self.make_room(prefix.tokens.shape[1])
+                self.slots = programs.seat(self.slots, prefix, put_rows(self.engine.mesh, seats))
+                if schedule.is_exhausted(prefill):
+                    del self.prefixes[prefill]
+            elif schedule.needs_prefill():
+                number, shares = schedule.next_prefill()
+                self.prefixes[number] = self.prefill(shares)
+            else:
+                return total_len
+
+    def prefill(self, shares: list[list[Group]]) -> programs.Prefix:
+        engine, rows = self.engine, self.schedule.rows
+        longest = max(len(group.tokens) for share in shares for group in share)
+        tokens = np.zeros((len(shares) * rows, round_up(longest, engine.pad_multiple)), np.int32)
+        length = np.ones(len(tokens), np.int32)
+        for shard, share in enumerate(shares):
+            for row, group in enumerate(share, shard * rows):
+                tokens[row, : len(group.tokens)] = group.tokens
+                length[row] = len(group.tokens)
+                engine.counts.update(prompts=1, prompt_tokens=len(group.tokens))
+        return programs.prefill(engine.model, self.weights, *put_rows(engine.mesh, (tokens, length)))
+
+    def make_room(self, positions: int) -> None:
+        """Lengthens the cache to the next length that holds `positions`."""
+        length = next(length for length in self.lengths if length >= min(positions, self.lengths[-1]))
+        if length > self.slots.cache[0].k.shape[-1]:
+            layers = list(self.slots.cache)
+            self.slots = self.slots._replace(cache=())
+            for i, layer in enumerate(layers):
+                layers[i] = programs.grow_layer(layer, length)
+            self.slots = self.slots._replace(cache=tuple(layers))
+
+    def next_size(self) -> int:
+        """Slots a shard of the next smaller program, or 0."""
+        return max((size for size in self.engine.sizes if size < self.schedule.owner.shape[1]), default=0)
+
+    def pack(self, total_len: np.ndarray) -> np.ndarray:
+        """Moves the rows that are left into the fewest slots that hold them; returns their total_len."""
+        taken, size = self.schedule.most_taken(), self.schedule.owner.shape[1]
+        smaller = min((size for size in self.engine.sizes if size >= taken), default=size)
+        if smaller >= size:
+            return total_len
+        kept = self.schedule.shrink(smaller)
+        self.slots = programs.keep(self.slots, put_rows(self.engine.mesh, kept))
+        return np.take_along_axis(total_len.reshape(-1, size), np.minimum(kept, size - 1), 1).reshape(-1)
+
+    def count(self, drawn: np.ndarray, slots: int, queued: bool) -> None:
+        steps = int(drawn.max())
+        counted = {"slot_steps": slots * steps, "tokens": int(drawn.sum())}
+        self.engine.counts.update(steps=steps, **counted)
+        if queued:
+            self.engine.counts.update({f"queue_{name}": number for name, number in counted.items()})
+
+    def completions(self, rows: list[tuple[int, int]], total_len: np.ndarray) -> Iterator[tuple[int, Completion]]:
+        tokens, logprobs = jax.device_get((self.slots.tokens, self.slots.logprobs))
+        for row, request in rows:
+            prompt = self.prompts[request]
+            response = slice(len(prompt.tokens), total_len[row])
+            finished = bool(tokens[row, total_len[row] - 1] == self.engine.eos_id)
+            yield (
+                request,
+                Completion(prompt.item_id, prompt.sample, tokens[row, response], logprobs[row, response], finished),
+            )

@@ -18,7 +18,8 @@ import numpy as np
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from reft_jax.model.llama import Llama, LlamaConfig
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import (
     DTYPES,
     Stored,

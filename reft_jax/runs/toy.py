@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model.hf import save_hf
-from reft_jax.model.llama import Llama, LlamaConfig
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.task import prompts, synthetic
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import Example

@@ -1,0 +1,185 @@
+"""The device side of a rollout: slots that hold one row each, and the jitted programs that fill, decode and pack them.
+
+Rows are spread over the mesh's row shards, and no program moves a row between shards: the slots and prompts that the
+host names are counted within each shard. So none of these programs gathers a cache over the network.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from reft_jax.engine.sampling import draw, row_keys
+from reft_jax.model import cache as kv
+from reft_jax.model.llama import unstack
+
+
+class Slots(NamedTuple):
+    """One row a slot; a row decodes while total_len < limit, and a slot is free when it does not.
+
+    cache: a KVCache a layer, as long as the longest row needs. tokens int32[B,S], logprobs float32[B,S] (at the place of
+    the token), total_len, limit int32[B]; item, sample int32[B], prompt_len int32[B]: whose row it is and where its
+    response begins, from which its random numbers follow.
+    """
+
+    cache: tuple[kv.KVCache, ...]
+    tokens: jax.Array
+    logprobs: jax.Array
+    prompt_len: jax.Array
+    total_len: jax.Array
+    limit: jax.Array
+    item: jax.Array
+    sample: jax.Array
+
+
+class Prefix(NamedTuple):
+    """Prompts that were prefilled: a KVCache of P positions a layer, tokens int32[R,P], length int32[R]."""
+
+    cache: tuple[kv.KVCache, ...]
+    tokens: jax.Array
+    length: jax.Array
+
+
+class Seats(NamedTuple):
+    """Who goes where, int32[D,M] each, D row shards: slot and row of the Prefix within the shard; a slot that does not
+    exist stands for nobody."""
+
+    slot: jax.Array
+    source: jax.Array
+    item: jax.Array
+    sample: jax.Array
+    limit: jax.Array
+
+
+def _placed(slots: Slots) -> Slots:
+    """The slots with their places on the mesh written down; where nothing is said, XLA might choose others."""
+    cache = tuple(kv.KVCache(*map(nn.with_logical_constraint, layer, kv.CACHE_AXES)) for layer in slots.cache)
+    rows = (
+        nn.with_logical_constraint(x, ("batch", "length")[: x.ndim]) for name, x in slots._asdict().items() if name != "cache"
+    )
+    return Slots(cache, *rows)
+
+
+rollout_weights = jax.jit(unstack, static_argnames="dtype")
+
+
+@partial(jax.jit, static_argnames=("model", "rows", "width", "length"))
+def empty_slots(model, rows: int, width: int, length: int) -> Slots:
+    """Free slots for rows of at most `width` tokens, with a cache of `length` positions to begin with."""
+    zeros = jnp.zeros(rows, jnp.int32)
+    cache = kv.init_cache(model.config, rows, length, model.dtype)
+    tokens = jnp.zeros((rows, width), jnp.int32)
+    return _placed(Slots(cache, tokens, tokens.astype(jnp.float32), zeros + 1, zeros + 1, zeros, zeros, zeros))
+
+
+@partial(jax.jit, static_argnames="model")
+def prefill(model, weights, tokens, length) -> Prefix:
+    """tokens int32[R,P], padded on the right; length int32[R]. What padding adds to the cache is overwritten unread."""
+    return Prefix(model.apply({"params": weights}, tokens, method="prefill"), tokens, length)
+
+
+def _by_shard(x, shards: int):
+    return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+
+
+@partial(jax.jit, donate_argnums=0)
+def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
+    """Puts prompts into free slots, each with its identity and limit; one prompt may go into many.
+
+    The next decode step reads the prompt's last token once more, so that every token is drawn by `decode`.
+    """
+    shards = seats.slot.shape[0]
+
+    def put(old, new, position_axis=None):
+        """old [B,…] takes the picked rows of new [R,…], which may be shorter along one axis."""
+
+        def one_shard(old, new, slot, source):
+            where = [slot] + [slice(None)] * (old.ndim - 1)
+            if position_axis:
+                where[position_axis] = slice(new.shape[position_axis])
+            return old.at[tuple(where)].set(new[source], mode="drop")
+
+        old_shape = old.shape
+        filled = jax.vmap(one_shard)(_by_shard(old, shards), _by_shard(new, shards), seats.slot, seats.source)
+        return filled.reshape(old_shape)
+
+    def mark(old, new):
+        filled = jax.vmap(lambda o, n, slot: o.at[slot].set(n, mode="drop"))(_by_shard(old, shards), new, seats.slot)
+        return filled.reshape(old.shape)
+
+    return _placed(
+        slots._replace(
+            cache=tuple(
+                kv.KVCache(put(old.k, new.k, 3), put(old.v, new.v, 2))
+                for old, new in zip(slots.cache, prefix.cache, strict=True)
+            ),
+            tokens=put(slots.tokens, prefix.tokens, 1),
+            prompt_len=put(slots.prompt_len, prefix.length),
+            total_len=put(slots.total_len, prefix.length),
+            limit=mark(slots.limit, seats.limit),
+            item=mark(slots.item, seats.item),
+            sample=mark(slots.sample, seats.sample),
+        )
+    )
+
+
+@jax.jit
+def keep(slots: Slots, kept) -> Slots:
+    """The rows `kept` int32[D,M] of each shard, in fewer slots; a row that does not exist leaves its slot free."""
+    shards, rows = kept.shape
+
+    def pick(x):
+        chosen = jax.vmap(lambda x, kept: x[jnp.minimum(kept, x.shape[0] - 1)])(_by_shard(x, shards), kept)
+        return chosen.reshape(shards * rows, *x.shape[1:])
+
+    there = (kept < slots.limit.shape[0] // shards).reshape(-1)
+    picked = jax.tree.map(pick, slots)
+    return _placed(picked._replace(limit=jnp.where(there, picked.limit, 0)))
+
+
+@partial(jax.jit, static_argnames="length")
+def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
+    """Layer by layer, so that there is never more than one layer twice."""
+    return kv.KVCache(*map(nn.with_logical_constraint, kv.grow(layer, length), kv.CACHE_AXES))
+
+
+@partial(jax.jit, static_argnames=("model", "eos_id", "temperature", "top_k"), donate_argnums=2)
+def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_id, temperature, top_k) -> Slots:
+    """At most `steps` steps over all slots, fewer if `enough` of the rows that decode now have ended.
+
+    Each row draws until EOS or its limit. `steps` must not lead a row past the cache.
+    """
+    index = jnp.arange(slots.tokens.shape[1])[None]
+    keys = row_keys(key, iteration, slots.item, slots.sample)
+    begun = (slots.total_len < slots.limit).sum()
+
+    def undecided(carry):
+        step, slots = carry
+        left = (slots.total_len < slots.limit).sum()
+        return (step < steps) & (begun - left < enough) & (left > 0)
+
+    def one_step(carry):
+        step, slots = carry
+        active = slots.total_len < slots.limit
+        last = slots.total_len - 1
+        token = jnp.take_along_axis(slots.tokens, last[:, None], 1)[:, 0]
+        beyond = slots.cache[0].k.shape[-1]
+        position = jnp.where(active, last, beyond)
+        hidden, cache = model.apply({"params": weights}, token, position, slots.cache, method="decode")
+        logits = model.apply({"params": weights}, hidden, method="unembed")
+        response = slots.total_len - slots.prompt_len
+        token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
+        here = active[:, None] & (index == slots.total_len[:, None])
+        total_len = jnp.where(active, slots.total_len + 1, slots.total_len)
+        return step + 1, slots._replace(
+            cache=cache,
+            tokens=jnp.where(here, token[:, None], slots.tokens),
+            logprobs=jnp.where(here, logprob[:, None], slots.logprobs),
+            total_len=total_len,
+            limit=jnp.where(active & (token == eos_id), total_len, slots.limit),
+        )
+
+    _, slots = jax.lax.while_loop(undecided, one_step, (0, slots))
+    return _placed(slots)

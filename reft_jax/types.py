@@ -58,14 +58,6 @@ class Verdict(NamedTuple):
     status: str
 
 
-class TokenBatch(NamedTuple):
-    """SFT rows: tokens int32[B,T], target_mask bool[B,T] (entry t: is token t+1 trained), total_len int32[B]."""
-
-    tokens: Array
-    target_mask: Array
-    total_len: Array
-
-
 class Rollout(NamedTuple):
     """Sampled rows with their scores: tokens int32[B,T], prompt_len int32[B], total_len int32[B], score float32[B]."""
 
@@ -76,10 +68,12 @@ class Rollout(NamedTuple):
 
 
 class PPOBatch(NamedTuple):
-    """What an update reads: tokens int32[B,T], action_mask bool[B,T], else float32[B,T]; `advantage` is whitened."""
+    """What an update reads about decisions, float32, [B,T] or packed; `advantage` is whitened, 0 off the actions.
 
-    tokens: Array
-    action_mask: Array
+    weight: 1 / (actions of the row · rows of the minibatch) on actions, 0 elsewhere.
+    """
+
+    weight: Array
     old_logprob: Array
     old_value: Array
     advantage: Array

@@ -81,6 +81,27 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
 
 
+@jax.custom_vjp
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype."""
+    return x @ weight
+
+
+def _project_forward(x, weight):
+    return x @ weight, (x, weight)
+
+
+def _project_backward(kept, y):
+    # Rows as one axis, behind a barrier: else XLA's CPU backend fuses the transposes that the weight's gradient needs
+    # into what made x and y, which writes them column by column.
+    x, weight = kept
+    rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
+    return y @ weight.T, rows.T @ outs
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 def _matrix(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
 
@@ -114,13 +135,14 @@ class Block(nn.Module):
             scale = self.param(name, _scale("embed"), (c.hidden_size,))
             return rms_norm(x, scale, c.rms_norm_eps)
 
-        head_axes = ("embed", "kv_heads", "head_dim")
-        kv_shape = (c.hidden_size, c.num_kv_heads, c.head_dim)
+        def heads_of(name, y, count, axis):
+            matrix = weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
+            return project(y, matrix.reshape(c.hidden_size, -1)).reshape(*y.shape[:2], count, c.head_dim)
+
         y = norm("attention_norm", x)
-        q_weight = weight("q", (c.hidden_size, c.num_heads, c.head_dim), "embed", "heads", "head_dim")
-        q = rotate(jnp.einsum("BTD,DNH->BTNH", y, q_weight), tables)
-        k = rotate(jnp.einsum("BTD,DKH->BTKH", y, weight("k", kv_shape, *head_axes)), tables)
-        v = jnp.einsum("BTD,DKH->BTKH", y, weight("v", kv_shape, *head_axes))
+        q = rotate(heads_of("q", y, c.num_heads, "heads"), tables)
+        k = rotate(heads_of("k", y, c.num_kv_heads, "kv_heads"), tables)
+        v = heads_of("v", y, c.num_kv_heads, "kv_heads")
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
         if cache is not None:
@@ -128,16 +150,15 @@ class Block(nn.Module):
             k, v = cache
         elif keep:
             cache = KVCache(k, v)
-        heads = attend(q, k, v, mask)
+        heads = attend(q, k, v, mask).reshape(*x.shape[:2], -1)
         o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
-        x = _residual(x + jnp.tensordot(heads, o_weight, axes=2))  # einsum would swap N and H and copy the weight
+        x = _residual(x + project(heads, o_weight.reshape(-1, c.hidden_size)))
 
         y = norm("mlp_norm", x)
-        gate = jnp.einsum("BTD,DF->BTF", y, weight("gate", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
-        up = jnp.einsum("BTD,DF->BTF", y, weight("up", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
+        gate = project(y, weight("gate", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
+        up = project(y, weight("up", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
-        down = weight("down", (c.intermediate_size, c.hidden_size), "mlp", "embed")
-        x = _residual(x + jnp.einsum("BTF,FD->BTD", y, down))
+        x = _residual(x + project(y, weight("down", (c.intermediate_size, c.hidden_size), "mlp", "embed")))
         return x, cache
 
 

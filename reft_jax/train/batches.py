@@ -1,10 +1,9 @@
 """Host side: token lists into padded numpy rows, and the order in which rows are visited."""
 
-import jax
 import numpy as np
 
 from reft_jax.parallel.mesh import round_up
-from reft_jax.types import Completion, Prompt, Rollout, TokenBatch
+from reft_jax.types import Completion, Prompt, Rollout
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
@@ -28,27 +27,9 @@ def pad_tokens(rows, pad_multiple: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def token_batch(rows, prompt_lens, pad_multiple: int) -> TokenBatch:
-    """Rows whose tokens after `prompt_lens` are trained; an empty row is filler without a target."""
-    tokens, total_len = pad_tokens(rows, pad_multiple)
-    t = np.arange(tokens.shape[1])[None]
-    mask = (t >= np.asarray(prompt_lens)[:, None] - 1) & (t <= total_len[:, None] - 2)
-    return TokenBatch(tokens, mask, total_len)
-
-
 def rollout_rows(prompts: list[Prompt], completions: list[Completion], scores, pad_multiple: int) -> Rollout:
     """Prompts and their completions (same order) as one Rollout [B,T]."""
     rows = [np.concatenate([p.tokens, c.tokens]) for p, c in zip(prompts, completions, strict=True)]
     tokens, total_len = pad_tokens(rows, pad_multiple)
     prompt_len = np.array([len(p.tokens) for p in prompts], np.int32)
     return Rollout(tokens, prompt_len, total_len, np.asarray(scores, np.float32))
-
-
-def window_width(mask: np.ndarray, multiple: int) -> int:
-    """Static width that holds the longest run of masked positions of any row."""
-    return round_up(max(int(mask.sum(1).max()), 1), multiple)
-
-
-def in_micro_batches(tree, micro_batch: int):
-    """[B,…] arrays as [B/micro_batch, micro_batch, …]."""
-    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, micro_batch, *x.shape[1:]), tree)

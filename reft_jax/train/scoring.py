@@ -4,23 +4,25 @@ import jax
 import jax.numpy as jnp
 
 from reft_jax.model.heads import ValueHead
+from reft_jax.train.packing import CHUNK, Lines
 
-CHUNK = 32  # positions whose logits exist at once
+
+def at_decisions(x, decisions):
+    """x [b,T,…] at the places int32[b,W]: [b,W,…]."""
+    return jnp.take_along_axis(x, decisions.reshape(*decisions.shape, *[1] * (x.ndim - 2)), 1)
 
 
-def next_token_logprobs(model, lm, hidden, tokens, start, width: int, temperature: float = 1.0):
-    """Log-probability of token t+1 for the window `start <= t < start+width` of each row, 0 elsewhere.
+def hidden_states(model, lm, lines: Lines):
+    """Hidden states dtype[b,W,D] at the decisions of one micro-batch."""
+    hidden = model.apply({"params": lm}, lines.tokens, lines.positions, lines.segments, method="hidden")
+    return at_decisions(hidden, lines.decisions)
 
-    Args: hidden dtype[B,T,D], tokens int32[B,T], start int32[B], width static, a multiple of CHUNK.
-    Returns: float32[B,T]. Positions of the window past T-2 are dropped.
-    """
-    rows, length = tokens.shape
-    index = start[:, None] + jnp.arange(width)[None, :]
-    inside = jnp.minimum(index, length - 2)
-    window = jnp.take_along_axis(hidden, inside[..., None], 1)
-    targets = jnp.take_along_axis(tokens, inside + 1, 1)
 
-    def chunked(x):  # [B,W,…] -> [W/CHUNK,B,CHUNK,…]
+def next_token_logprobs(model, lm, hidden, targets, temperature: float = 1.0):
+    """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden [b,W,D]; CHUNK divides W."""
+    rows, width = targets.shape
+
+    def chunked(x):  # [b,W,…] -> [W/CHUNK,b,CHUNK,…]
         return jnp.moveaxis(x.reshape(rows, width // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
@@ -29,25 +31,29 @@ def next_token_logprobs(model, lm, hidden, tokens, start, width: int, temperatur
         picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return picked - jax.nn.logsumexp(logits, -1)
 
-    picked = jax.lax.map(lambda xs: logprobs(*xs), (chunked(window), chunked(targets)))
-    picked = jnp.moveaxis(picked, 0, 1).reshape(rows, width)
-    index = jnp.where(index <= length - 2, index, length)
-    return jnp.zeros((rows, length), jnp.float32).at[jnp.arange(rows)[:, None], index].set(picked, mode="drop")
+    picked = jax.lax.map(lambda xs: logprobs(*xs), (chunked(hidden), chunked(targets)))
+    return jnp.moveaxis(picked, 0, 1).reshape(rows, width)
 
 
-def score_rows(model, params, tokens, start, width: int, temperature: float = 1.0):
-    """Log-probabilities and, where `params` has a value head, values: float32[B,T] each (or None)."""
-    hidden, _ = model.apply({"params": params["lm"]}, tokens, method="hidden")
-    logprob = next_token_logprobs(model, params["lm"], hidden, tokens, start, width, temperature)
+def score_lines(model, params, lines: Lines, temperature: float = 1.0):
+    """Log-probabilities and, where `params` has a value head, values of the decisions: float32[b,W] each (or None)."""
+    hidden = hidden_states(model, params["lm"], lines)
+    targets = at_decisions(lines.tokens, lines.decisions + 1)
+    logprob = next_token_logprobs(model, params["lm"], hidden, targets, temperature)
     if "value_head" not in params:
         return logprob, None
     return logprob, ValueHead().apply({"params": params["value_head"]}, hidden)
 
 
 def make_scorer(model, temperature: float):
-    """Jitted `score(params, tokens [M,b,T], start [M,b], width) -> (logprob, value)`, [M,b,T] each, one b at a time."""
+    """Jitted `score(params, Lines [M,b,…], count) -> (logprob, value)`, [M,b,W] each, the first `count` of M."""
 
-    def score(params, tokens, start, width):
-        return jax.lax.map(lambda xs: score_rows(model, params, *xs, width, temperature), (tokens, start))
+    def score(params, lines: Lines, count):
+        def one(i, scored):
+            new = score_lines(model, params, jax.tree.map(lambda x: x[i], lines), temperature)
+            return jax.tree.map(lambda old, new: old.at[i].set(new), scored, new)
 
-    return jax.jit(score, static_argnames="width")
+        zeros = jnp.zeros(lines.decisions.shape, jnp.float32)
+        return jax.lax.fori_loop(0, count, one, (zeros, zeros if "value_head" in params else None))
+
+    return jax.jit(score)

@@ -1,4 +1,4 @@
-"""The three jitted, donated updates: SFT, PPO, reranker. Micro-batches [M,b,…] are scanned, their gradients summed."""
+"""The three jitted, donated updates: SFT, PPO, reranker. Micro-batches [M,b,…] one after another, gradients summed."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from reft_jax.algo import advantages, losses
 from reft_jax.model.heads import RerankHead
-from reft_jax.train.scoring import next_token_logprobs, score_rows
+from reft_jax.train.packing import Lines
+from reft_jax.train.scoring import hidden_states, score_lines
 from reft_jax.train.state import TrainState, apply_gradients
-from reft_jax.types import PPOBatch, TokenBatch
+from reft_jax.types import PPOBatch
 
 
 class ClipSettings(NamedTuple):
@@ -21,70 +22,70 @@ class ClipSettings(NamedTuple):
     temperature: float
 
 
-def sum_over_micro_batches(loss_fn, params, micro_batches):
-    """Gradient of `loss_fn(params, micro_batch) -> (loss, aux)` summed over the leading axis M; losses and aux, [M]."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
+def over_micro_batches(loss_fn, params, batch, count):
+    """Gradient, loss, sums and largest of `loss_fn(params, micro_batch) -> (loss, (sums, largest))` over the first
+    `count` micro-batches of the leading axis M: added up, `largest` (a scalar) by its maximum."""
 
-    def step(grads, micro_batch):
-        (loss, aux), new = jax.value_and_grad(loss_fn, has_aux=True)(params, micro_batch)
-        return jax.tree.map(jnp.add, grads, new), (loss, aux)
+    def one(i):
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, jax.tree.map(lambda x: x[i], batch))
 
-    return jax.lax.scan(step, zeros, micro_batches)
+    def step(i, total):
+        ((loss, (sums, largest)), grads), ((more, (others, larger)), new) = total, one(i)
+        sums = jax.tree.map(jnp.add, sums, others)
+        return (loss + more, (sums, jnp.maximum(largest, larger))), jax.tree.map(jnp.add, grads, new)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+    (loss, (sums, largest)), grads = jax.lax.fori_loop(0, count, step, zeros)
+    return grads, loss, sums, largest
 
 
 def make_sft_step(model, optimizer, shardings):
-    """`step(state, TokenBatch [M,b,T], width) -> (state, {'loss', 'grad_norm'})`.
+    """`step(state, (Lines, weight float32[M,b,W]), count) -> (state, {'loss', 'grad_norm'})`: cross-entropy of the
+    decisions, each times its weight; `count` micro-batches hold rows."""
 
-    Loss: cross-entropy, the mean over all target tokens of the batch.
-    """
+    def step(state: TrainState, batch, count):
+        def loss_fn(params, rows):
+            lines, weight = rows
+            logprob, _ = score_lines(model, {"lm": params["lm"]}, lines)
+            return losses.token_loss(logprob, weight), ((), jnp.zeros(()))
 
-    def step(state: TrainState, batch: TokenBatch, width: int):
-        count = batch.target_mask.sum()
-
-        def loss_fn(params, rows: TokenBatch):
-            hidden, _ = model.apply({"params": params["lm"]}, rows.tokens, method="hidden")
-            start = jnp.argmax(rows.target_mask, 1)
-            logprob = next_token_logprobs(model, params["lm"], hidden, rows.tokens, start, width)
-            return losses.token_loss(logprob, rows.target_mask) / count, None
-
-        grads, (loss, _) = sum_over_micro_batches(loss_fn, state.params, batch)
+        grads, loss, _, _ = over_micro_batches(loss_fn, state.params, batch, count)
         state, grad_norm = apply_gradients(state, optimizer, grads)
-        return state, {"loss": loss.sum(), "grad_norm": grad_norm}
+        return state, {"loss": loss, "grad_norm": grad_norm}
 
-    return jax.jit(step, static_argnames="width", donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_ppo_step(model, optimizer, settings: ClipSettings, shardings):
-    """`step(state, PPOBatch [M,b,T], width) -> (state, metrics)`: loss = policy + vf_coef · value, a mean over rows.
+    """`step(state, (Lines, PPOBatch [M,b,W]), count) -> (state, metrics)`: loss = policy + vf_coef · value.
 
     Metrics, float32 scalars: loss, policy_loss, value_loss, grad_norm, clip_share (actions whose ratio left the clip
     range), ratio_max_error (largest |ρ−1|; 0 on the first pass up to rounding).
     """
 
-    def step(state: TrainState, batch: PPOBatch, width: int):
-        rows_in_batch = batch.tokens.shape[0] * batch.tokens.shape[1]
-        actions_in_batch = batch.action_mask.sum()
+    def step(state: TrainState, batch, count):
+        def loss_fn(params, rows):
+            lines, old = rows
+            logprob, value = score_lines(model, params, lines, settings.temperature)
+            policy = losses.policy_loss(logprob, old.old_logprob, old.advantage, old.weight, clip=settings.clip)
+            critic = losses.value_loss(value, old.old_value, old.return_, old.weight, clip=settings.value_clip)
+            error = jnp.abs(jnp.exp(jnp.where(old.weight > 0, logprob - old.old_logprob, 0.0)) - 1)
+            sums = policy, critic, (error > settings.clip).sum()
+            return policy + settings.vf_coef * critic, (sums, error.max())
 
-        def loss_fn(params, rows: PPOBatch):
-            mask, start = rows.action_mask, jnp.argmax(rows.action_mask, 1)
-            logprob, value = score_rows(model, params, rows.tokens, start, width, settings.temperature)
-            policy = losses.policy_loss(logprob, rows.old_logprob, rows.advantage, mask, clip=settings.clip)
-            critic = losses.value_loss(value, rows.old_value, rows.return_, mask, clip=settings.value_clip)
-            policy, critic = policy.sum() / rows_in_batch, critic.sum() / rows_in_batch
-            error = jnp.abs(jnp.exp(jnp.where(mask, logprob - rows.old_logprob, 0.0)) - 1)
-            clipped = (error > settings.clip).sum() / actions_in_batch
-            return policy + settings.vf_coef * critic, (policy, critic, clipped, error.max())
-
-        grads, (loss, (policy, critic, clipped, error)) = sum_over_micro_batches(loss_fn, state.params, batch)
+        grads, loss, (policy, critic, clipped), error = over_micro_batches(loss_fn, state.params, batch, count)
+        actions = (batch[1].weight > 0).sum()
         state, grad_norm = apply_gradients(state, optimizer, grads)
-        metrics = {"loss": loss.sum(), "policy_loss": policy.sum(), "value_loss": critic.sum(), "grad_norm": grad_norm}
-        return state, metrics | {"clip_share": clipped.sum(), "ratio_max_error": error.max()}
+        metrics = {"loss": loss, "policy_loss": policy, "value_loss": critic, "grad_norm": grad_norm}
+        return state, metrics | {"clip_share": clipped / actions, "ratio_max_error": error}
 
-    return jax.jit(step, static_argnames="width", donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_ppo_batch(rollout, logprob, value, ref_logprob, *, kl_coef: float, gamma: float, lam: float):
-    """What an update reads, and the iteration's metrics, from a Rollout [B,T] and its scores float32[B,T].
+def make_ppo_batch(
+    rollout, logprob, value, ref_logprob, *, kl_coef: float, gamma: float, lam: float, minibatches: int = 1
+):
+    """What the updates read, and the iteration's metrics, from a Rollout [B,T] and its scores float32[B,T].
 
     Metrics: reward (mean score), kl (log π − log π_ref summed over a row's actions, mean over rows, nats),
     response_length (tokens), vf_expl_var, advantage_std (before whitening), return_mean.
@@ -103,43 +104,47 @@ def make_ppo_batch(rollout, logprob, value, ref_logprob, *, kl_coef: float, gamm
         "return_mean": advantages.masked_moments(return_, mask)[0],
     }
     logprob = jnp.where(mask, logprob, 0.0)
-    return PPOBatch(rollout.tokens, mask, logprob, value, advantages.whiten(advantage, mask), return_), metrics
+    weight = losses.row_weights(mask) * minibatches
+    return PPOBatch(weight, logprob, value, advantages.whiten(advantage, mask), return_), metrics
 
 
 class RerankBatch(NamedTuple):
-    """tokens int32[M,b,T]; total_len, labels (1 = correct) int32[M,b]; weight float32[M,b], 0 for filler rows."""
+    """At the last token of each row: labels (1 = correct) int32[M,b,W], weight float32[M,b,W], 1 / rows of the batch."""
 
-    tokens: Any
-    total_len: Any
     labels: Any
     weight: Any
 
 
-def rerank_logits(model, params, tokens, total_len):
-    """Class logits float32[B,2] read at the last real token."""
-    hidden, _ = model.apply({"params": params["lm"]}, tokens, method="hidden")
-    last = jnp.take_along_axis(hidden, (total_len - 1)[:, None, None], 1)[:, 0]
-    return RerankHead().apply({"params": params["rerank_head"]}, last)
+def rerank_logits(model, params, lines: Lines):
+    """Class logits float32[b,W,2] at the decisions of one micro-batch."""
+    return RerankHead().apply({"params": params["rerank_head"]}, hidden_states(model, params["lm"], lines))
 
 
 def make_rerank_step(model, optimizer, shardings):
-    """`step(state, RerankBatch) -> (state, {'loss', 'accuracy', 'grad_norm'})`; both means over the real rows."""
+    """`step(state, (Lines, RerankBatch), count) -> (state, {'loss', 'accuracy', 'grad_norm'})`, means over the rows."""
 
-    def step(state: TrainState, batch: RerankBatch):
-        count = batch.weight.sum()
+    def step(state: TrainState, batch, count):
+        def loss_fn(params, rows):
+            lines, judged = rows
+            logits = rerank_logits(model, params, lines)
+            right = ((logits.argmax(-1) == judged.labels) * judged.weight).sum()
+            return losses.class_loss(logits, judged.labels, judged.weight), (right, jnp.zeros(()))
 
-        def loss_fn(params, rows: RerankBatch):
-            logits = rerank_logits(model, params, rows.tokens, rows.total_len)
-            right = (logits.argmax(-1) == rows.labels) * rows.weight
-            return (losses.class_loss(logits, rows.labels) * rows.weight).sum() / count, right.sum() / count
-
-        grads, (loss, accuracy) = sum_over_micro_batches(loss_fn, state.params, batch)
+        grads, loss, accuracy, _ = over_micro_batches(loss_fn, state.params, batch, count)
         state, grad_norm = apply_gradients(state, optimizer, grads)
-        return state, {"loss": loss.sum(), "accuracy": accuracy.sum(), "grad_norm": grad_norm}
+        return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_rerank_scorer(model):
-    """Jitted `score(params, tokens [B,T], total_len [B]) -> float32[B]`, the probability of class 1."""
-    return jax.jit(lambda params, tokens, n: jax.nn.softmax(rerank_logits(model, params, tokens, n), -1)[:, 1])
+    """Jitted `score(params, Lines [M,b,…], count) -> float32[M,b,W]`, the probability of class 1."""
+
+    def score(params, lines: Lines, count):
+        def one(i, scored):
+            logits = rerank_logits(model, params, jax.tree.map(lambda x: x[i], lines))
+            return scored.at[i].set(jax.nn.softmax(logits, -1)[..., 1])
+
+        return jax.lax.fori_loop(0, count, one, jnp.zeros(lines.decisions.shape, jnp.float32))
+
+    return jax.jit(score)

@@ -1,0 +1,105 @@
+"""Rows of many lengths in arrays of few shapes: laid end to end in lines, so that little is padding (host side).
+
+What is trained or scored of a row are its *decisions*: places t whose next token was a choice (types.py). A line has an
+array of the decisions of all its rows, and everything about decisions is kept in that form, [M,b,W], instead of [B,T].
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from reft_jax.parallel.mesh import round_up
+from reft_jax.types import Array
+
+QUARTERS = 4  # lines, and their decisions, are a few quarters of the longest there may be
+CHUNK = 32  # decisions whose logits exist at once; a line has a multiple of it
+
+
+class Lines(NamedTuple):
+    """M micro-batches of b lines of T places with W decisions, all int32.
+
+    tokens, positions [M,b,T]; segments [M,b,T]: the number of the row in its line, from 1, and 0 for padding; decisions
+    [M,b,W]: places in the line, 0 where there is none.
+    """
+
+    tokens: Array
+    positions: Array
+    segments: Array
+    decisions: Array
+
+
+def quarters(longest: int, multiple: int) -> list[int]:
+    """The sizes that are used up to `longest`, all multiples of `multiple`."""
+    return sorted({round_up(-(-longest * part // QUARTERS), multiple) for part in range(1, QUARTERS + 1)})
+
+
+def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Line and offset of each row, int[B]: the longest placed first, each in the first line that has room."""
+    line, offset, used = np.zeros(len(lengths), int), np.zeros(len(lengths), int), []
+    for row in np.argsort(-lengths, kind="stable"):
+        at = next((at for at, there in enumerate(used) if there + lengths[row] <= capacity), len(used))
+        if at == len(used):
+            used.append(0)
+        line[row], offset[row] = at, used[at]
+        used[at] += lengths[row]
+    return line, offset
+
+
+class Packing:
+    """Where each row of a batch lies, and where its decisions do.
+
+    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. count: the
+    micro-batches that hold rows. padding: share of the places of these that hold none.
+    """
+
+    def __init__(
+        self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int, chunk=CHUNK
+    ):
+        """rows: token ids, at most max_len each; row i decides at its `decisions[i]` places from first[i] on.
+
+        The arrays have room for `micro_batches` of `micro_batch` lines, enough for a row a line, whatever they hold; and
+        lines the length, of few (multiples of `multiple`), that leaves the least padding. `chunk` divides W.
+        """
+        lengths = np.array([len(row) for row in rows])
+        choices = []
+        for length in quarters(max_len, multiple):
+            if length >= lengths.max():
+                line, offset = first_fit(lengths, length)
+                count = int(line.max()) // micro_batch + 1
+                choices.append((count * length, length, count, line, offset))
+        _, self.length, self.count, self.line, offset = min(choices, key=lambda choice: choice[:2])
+        self.shape = (micro_batches, micro_batch)
+        self.padding = 1 - lengths.sum() / (self.count * micro_batch * self.length)
+        self.at = np.repeat(np.arange(len(rows)), decisions), _ranges(first, decisions)
+
+        used, begin = np.zeros(np.prod(self.shape), int), np.zeros(len(rows), int)
+        for row, line in enumerate(self.line):
+            begin[row] = used[line]
+            used[line] += decisions[row]
+        self.width = next(width for width in quarters(self.length, chunk) if width >= used.max())
+        self.slot = self.line[self.at[0]], _ranges(begin, decisions)
+
+        places = (np.prod(self.shape), self.length)
+        tokens, positions, segments = (np.zeros(places, np.int32) for _ in range(3))
+        for row, line, begin in zip(rows, self.line, offset, strict=True):
+            here = np.s_[line, begin : begin + len(row)]
+            tokens[here], positions[here], segments[here] = row, np.arange(len(row)), segments[line].max() + 1
+        shaped = (x.reshape(*self.shape, self.length) for x in (tokens, positions, segments))
+        self.lines = Lines(*shaped, self.spread(offset[self.at[0]] + self.at[1], np.int32))
+
+    def spread(self, values, dtype=np.float32) -> np.ndarray:
+        """dtype[M,b,W], 0 where no decision is, of values [N]."""
+        out = np.zeros((np.prod(self.shape), self.width), dtype)
+        out[self.slot] = values
+        return out.reshape(*self.shape, self.width)
+
+    def collect(self, values, length: int) -> np.ndarray:
+        """float32[B,length], 0 where no decision is, of values [M,b,W]: the way back from `spread(x[packing.at])`."""
+        out = np.zeros((len(self.line), length), np.float32)
+        out[self.at] = np.asarray(values).reshape(-1, self.width)[self.slot]
+        return out
+
+
+def _ranges(first, count) -> np.ndarray:
+    """first[i] … first[i]+count[i]-1 of every i, one after another."""
+    return np.concatenate([np.arange(begin, begin + n) for begin, n in zip(first, count, strict=True)])

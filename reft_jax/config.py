@@ -51,6 +51,7 @@ ANY = Rule("any", lambda v: True)
 SETTINGS = {
     "name": Setting("reft", ANY, "title of the report"),
     "seed": Setting(42, at_least(0), "initial heads, data order and sampling are functions of it"),
+    "compiled": Setting("", ANY, "folder that keeps compiled programs; empty: compiled/ in the work directory"),
     # Model: a folder in Hugging Face format, or "toy": a tiny Llama made from the seed.
     "model.path": Setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"'),
     "model.dtype": Setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32"),
@@ -124,7 +125,8 @@ SETTINGS = {
     "sample.temperature": Setting(1.0, POSITIVE, "of sampling for voting and reranking"),
     "sample.top_k": Setting(50, at_least(0), "0: the whole vocabulary"),
     "sample.max_len": Setting(1024, POSITIVE, "tokens of prompt and response, also of greedy evaluation"),
-    "sample.batch": Setting(128, POSITIVE, "completions decoded at once"),
+    # Rollout engine
+    "engine.slots": Setting(128, POSITIVE, "completions decoded at once, in rollouts, evaluation and sampling"),
     # Reranker
     "rerank.epochs": Setting(3, POSITIVE, "passes over the deduplicated samples"),
     "rerank.batch_size": Setting(24, POSITIVE, "rows an update"),

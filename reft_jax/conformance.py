@@ -21,11 +21,12 @@ from reft_jax.model.hf import WRAPPER, hf_tensors, load_hf, load_value_head
 from reft_jax.model.safetensors import read_header, read_json
 from reft_jax.task.answers import grade
 from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, voted_correct
-from reft_jax.train.batches import pad_tokens, window_width
-from reft_jax.train.scoring import CHUNK, make_scorer
+from reft_jax.train.batches import pad_tokens
+from reft_jax.train.packing import Packing
+from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import TrainState, make_optimizer
 from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-from reft_jax.types import Example, InputError, Rollout
+from reft_jax.types import Example, InputError, PPOBatch, Rollout
 
 _NEEDED = (
     "programs gold kl_coef gamma lam vf_coef clip value_clip lr weight_decay max_grad_norm ppo_epochs minibatch".split()
@@ -62,13 +63,23 @@ def replay_ppo(case_dir: str | Path) -> dict:
 
 def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[dict, dict]:
     """What `replay_ppo` returns but for the weights, and the parameters after the updates."""
-    mask = np.asarray(advantages.action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-    width, scorer = window_width(mask, CHUNK), make_scorer(model, 1.0)
+    length, rows = rollout.tokens.shape[1], len(rollout.tokens)
+    mask = np.asarray(advantages.action_mask(rollout.prompt_len, rollout.total_len, length))
+    packing = Packing(
+        [tokens[:n] for tokens, n in zip(rollout.tokens, rollout.total_len, strict=True)],
+        rollout.prompt_len - 1,
+        rollout.total_len - rollout.prompt_len,
+        max_len=2 * length,
+        micro_batch=rows,
+        micro_batches=1,
+        multiple=8,
+    )
+    scorer = make_scorer(model, 1.0)
 
     def score(params):
-        return jax.tree.map(lambda x: x[0], scorer(params, *rows, width=width))
+        logprob, value = scorer(params, packing.lines, packing.count)
+        return packing.collect(logprob, length), None if value is None else packing.collect(value, length)
 
-    rows = rollout.tokens[None], rollout.prompt_len[None] - 1
     logprob, value = score(policy)
     ref_logprob, _ = score(reference)
     scored = (rollout, logprob, value, ref_logprob)
@@ -78,10 +89,10 @@ def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[
     clip = ClipSettings(case["clip"], case["value_clip"], case["vf_coef"], temperature=1.0)
     step = make_ppo_step(model, optimizer, clip, shardings=None)
     state = TrainState(jnp.zeros((), jnp.int32), policy, jax.jit(optimizer.init)(policy))
-    micro_batches, updates = jax.tree.map(lambda x: x[None], batch), []
+    old, updates = PPOBatch(*(packing.spread(np.asarray(x)[packing.at]) for x in batch)), []
     for _ in range(case["ppo_epochs"]):
         _, value = score(state.params)
-        state, metrics = step(state, micro_batches, width)
+        state, metrics = step(state, (packing.lines, old), packing.count)
         updates.append(metrics | {"vf_expl_var": jax.jit(advantages.explained_variance)(value, batch.return_, mask)})
     updates = jax.device_get(updates)
     last = {
@@ -98,7 +109,8 @@ def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[
 def _prepare(rollout: Rollout, logprob, value, ref_logprob, *, kl_coef: float, gamma: float, lam: float):
     """What an update reads, and every array on the way to it."""
     batch, _ = make_ppo_batch(rollout, logprob, value, ref_logprob, kl_coef=kl_coef, gamma=gamma, lam=lam)
-    paid = (rollout.score, logprob, ref_logprob, batch.action_mask)
+    mask = batch.weight > 0
+    paid = (rollout.score, logprob, ref_logprob, mask)
     rewards, score_rewards, _ = advantages.token_rewards(*paid, kl_coef=kl_coef)
     return batch, {
         "rewards": rewards,
@@ -106,11 +118,11 @@ def _prepare(rollout: Rollout, logprob, value, ref_logprob, *, kl_coef: float, g
         "kl_rewards": advantages.token_rewards(*paid, kl_coef=1.0)[2],
         "values": batch.old_value,
         "old_logprobs": batch.old_logprob,
-        "ref_logprobs": jnp.where(batch.action_mask, ref_logprob, 0.0),
-        "advantages": advantages.gae(rewards, batch.old_value, batch.action_mask, gamma=gamma, lam=lam)[0],
+        "ref_logprobs": jnp.where(mask, ref_logprob, 0.0),
+        "advantages": advantages.gae(rewards, batch.old_value, mask, gamma=gamma, lam=lam)[0],
         "advantages_whitened": batch.advantage,
         "returns": batch.return_,
-        "action_mask": batch.action_mask,
+        "action_mask": mask,
         "prompt_len": rollout.prompt_len,
         "total_len": rollout.total_len,
         "scores": rollout.score,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_model
 
-from reft_jax.model.cache import CACHE_AXES, init_cache
+from reft_jax.model.cache import CACHE_AXES, grow, init_cache
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables, unstack
 from reft_jax.model.llama_config import LlamaConfig
@@ -26,77 +26,72 @@ def forward(model, params, tokens):
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def prefill(model, params, tokens, length):
-    cache = init_cache(model.config, tokens.shape[0], length)
-    hidden, cache = model.apply({"params": params}, tokens, None, cache, method="hidden")
+    """The cache of `length` positions after the tokens; `model` and `params` are unrolled."""
+    cache = model.apply({"params": params}, tokens, method="prefill")
+    return tuple(grow(layer, length) for layer in cache)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def decode(model, params, tokens, positions, cache):
+    hidden, cache = model.apply({"params": params}, tokens, positions, cache, method="decode")
     return model.apply({"params": params}, hidden, method="unembed"), cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "span"))
-def decode(model, params, tokens, positions, cache, span=None):
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache, span, method="hidden")
-    return model.apply({"params": params}, hidden[:, 0], method="unembed"), cache
+def unrolled(model, params):
+    return model.clone(unrolled=True), unstack(params, model.dtype)
 
 
-@pytest.mark.parametrize(("tied", "span"), [(False, None), (True, 10)])
-def test_prefill_and_ragged_decode_equal_the_full_forward(tied, span):
+@pytest.mark.parametrize(("tied", "room"), [(False, 12), (True, 9)])
+def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
     model, params = tiny_model(tie_embeddings=tied)
     full = forward(model, params, TOKENS)
-    lengths = np.array(
-        [3, 5, 1]
-    )  # rows are padded on the right to 5; what padding wrote is overwritten before it is seen
-    logits, cache = prefill(model, params, TOKENS[:, :5], length=12)
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-5)
+    lengths = np.array([3, 5, 1])  # rows are padded on the right to 5; what padding wrote is overwritten unseen
+    rollout = unrolled(model, params)
+    cache = prefill(*rollout, TOKENS[:, :5], length=room)
     for _ in range(4):
-        at = lengths[:, None]
-        logits, cache = decode(model, params, jnp.take_along_axis(TOKENS, at, 1), jnp.asarray(at), cache, span)
+        logits, cache = decode(*rollout, TOKENS[np.arange(3), lengths], jnp.asarray(lengths), cache)
         np.testing.assert_allclose(logits, full[np.arange(3), lengths], atol=1e-5)
         lengths += 1
 
 
-def test_span_hides_the_positions_beyond_it():
-    model, params = tiny_model()
-    _, cache = prefill(model, params, TOKENS, length=12)
-    at = jnp.full((3, 1), 9)
-    wide, _ = decode(model, params, TOKENS[:, :1], at, cache, 12)
-    narrow, _ = decode(model, params, TOKENS[:, :1], at, cache, 4)
-    short, _ = decode(model, params, TOKENS[:, :1], at, jax.tree.map(lambda x: jnp.zeros_like(x), cache), 4)
-    assert np.abs(wide - narrow).max() > 1e-3 and np.abs(narrow - short).max() > 1e-3
-
-
 def test_a_position_outside_the_cache_writes_nothing():
-    model, params = tiny_model()
-    _, cache = prefill(model, params, TOKENS, length=12)
-    _, after = decode(model, params, TOKENS[:, :1], jnp.array([[12], [9], [500]]), cache)
-    for old, new in zip(cache, after, strict=True):
-        np.testing.assert_array_equal(old[:, [0, 2]], new[:, [0, 2]])
-        assert np.any(np.asarray(old[:, 1] != new[:, 1]))
+    rollout = unrolled(*tiny_model())
+    cache = prefill(*rollout, TOKENS, length=12)
+    _, after = decode(*rollout, TOKENS[:, 0], jnp.array([12, 9, 500]), cache)
+    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old[np.array([0, 2])], new[np.array([0, 2])])
+        assert np.any(np.asarray(old[1] != new[1]))
 
 
 def test_a_decode_step_never_copies_the_cache():
-    model, params = tiny_model(num_layers=8)
+    model, params = unrolled(*tiny_model(num_layers=8))
     cache = init_cache(model.config, batch=4, length=512)
-    size = cache.k.nbytes + cache.v.nbytes
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     step = jax.jit(functools.partial(decode.__wrapped__, model), donate_argnums=3)
-    memory = step.lower(params, TOKENS[:1].repeat(4, 0)[:, :1], jnp.zeros((4, 1), jnp.int32), cache).compile()
-    memory = memory.memory_analysis()
+    memory = step.lower(params, TOKENS[0, :4], jnp.zeros(4, jnp.int32), cache).compile().memory_analysis()
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size / 2  # one layer and the scores, not the whole
 
 
 def test_a_cache_of_half_the_size_costs_only_precision():
     model, params = tiny_model()
-    _, cache = prefill(model, params, TOKENS[:, :8], length=9)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
-    logits, after = decode(model, params, TOKENS[:, 8:], jnp.full((3, 1), 8), half)
-    assert {leaf.dtype for leaf in after} == {jnp.dtype(jnp.bfloat16)}
+    rollout = unrolled(model, params)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), prefill(*rollout, TOKENS[:, :8], length=9))
+    logits, after = decode(*rollout, TOKENS[:, 8], jnp.full(3, 8), half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(logits, forward(model, params, TOKENS)[:, 8], atol=0.1)
 
 
-def test_positions_without_a_cache_are_refused():
+def test_rows_in_one_line_do_not_see_each_other():
+    """Three texts one after another, the last of them padding, give what each gives alone."""
     model, params = tiny_model()
-    with pytest.raises(ValueError, match="positions are for decoding"):
-        model.apply({"params": params}, TOKENS, TOKENS, method="hidden")
+    lengths, line = (4, 3, 2), np.concatenate([TOKENS[0, :4], TOKENS[1, :3], TOKENS[2, :2]])[None]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    segments = np.repeat([1, 2, 0], lengths)[None]
+    together = jax.jit(lambda *xs: model.apply({"params": params}, *xs, method="hidden"))(line, positions, segments)
+    alone = jax.jit(lambda tokens: model.apply({"params": params}, tokens, method="hidden"))(TOKENS)
+    for row, (begin, n) in enumerate(((0, 4), (4, 3), (7, 2))):
+        np.testing.assert_allclose(together[0, begin : begin + n], alone[row, :n], atol=1e-5)
 
 
 def looped_hidden(model, params, tokens):
@@ -104,11 +99,11 @@ def looped_hidden(model, params, tokens):
     index = jnp.arange(tokens.shape[1])
     tables = rope_tables(model.config, index[None])
     mask = jnp.tril(jnp.ones((index.size, index.size), bool))[None]
-    carry = (params["embed"][tokens], None)
+    x = params["embed"][tokens]
     for layer in range(model.config.num_layers):
         own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
-        carry, _ = Block(model.config, model.dtype).apply({"params": own}, carry, layer, tables, mask, None)
-    return rms_norm(carry[0], params["final_norm"], model.config.rms_norm_eps)
+        x, _ = Block(model.config, model.dtype).apply({"params": own}, x, tables, mask)
+    return rms_norm(x, params["final_norm"], model.config.rms_norm_eps)
 
 
 PROBE = np.random.default_rng(2).normal(size=(*TOKENS.shape, tiny_config().hidden_size)).astype(np.float32)
@@ -124,7 +119,7 @@ def looped_gradients():
 def test_scan_and_remat_change_no_gradient(remat):
     model, params = tiny_model()
     ours = model.clone(remat=remat)
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(PROBE * ours.apply({"params": p}, TOKENS, method="hidden")[0])))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(PROBE * ours.apply({"params": p}, TOKENS, method="hidden"))))(params)
     assert float(jnp.abs(grads["layers"]["q"]).max()) > 1e-3
     for path, want in jax.tree.leaves_with_path(looped_gradients()):
         got = functools.reduce(lambda tree, key: tree[key.key], path, grads)
@@ -143,7 +138,7 @@ def test_rows_and_later_tokens_do_not_leak():
 def test_compute_dtype_is_bfloat16_and_logits_are_float32():
     model, params = tiny_model()
     half = model.clone(dtype=jnp.bfloat16)
-    hidden, _ = jax.eval_shape(lambda p: half.apply({"params": p}, TOKENS, method="hidden"), params)
+    hidden = jax.eval_shape(lambda p: half.apply({"params": p}, TOKENS, method="hidden"), params)
     logits = forward(half, params, TOKENS)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, forward(model, params, TOKENS), atol=0.15)
@@ -169,7 +164,7 @@ def test_every_parameter_and_cache_axis_is_named():
         assert isinstance(leaf, nn.LogicallyPartitioned), path
         assert len(leaf.names) == leaf.value.ndim and None not in leaf.names, path
     assert boxed["lm"]["params"]["layers"]["q"].names == ("layers", "embed", "heads", "head_dim")
-    for array, axes in zip(init_cache(tiny_config(), 3, 5), CACHE_AXES, strict=True):
+    for array, axes in zip(init_cache(tiny_config(), 3, 5)[0], CACHE_AXES, strict=True):
         assert array.ndim == len(axes)
 
 

@@ -191,7 +191,7 @@ def test_parity_of_the_value_head_with_trl(tmp_path):
         want = theirs(trunk(torch.tensor(TOKENS)).last_hidden_state)[..., 0].numpy()
     loaded, lm = load_hf(tmp_path / "out")
     head = load_value_head(tmp_path / "out")
-    hidden, _ = loaded.apply({"params": lm}, TOKENS, method="hidden")
+    hidden = loaded.apply({"params": lm}, TOKENS, method="hidden")
     np.testing.assert_allclose(hidden @ head["weight"] + head["bias"], want, atol=2e-5)
 
 
@@ -232,7 +232,7 @@ def test_parity_of_smollm2_greedy_text(real, capsys):
     """64 tokens from each of 50 prompts: our engine, and their `generate` with left padding."""
     theirs, model, params, tokenizer, prompts = real
     eos, ties = tokenizer.eos_token_id, 0
-    engine = Engine(model, make_mesh(1, 1, 1), batch=10, pad_multiple=64, eos_id=eos, seed=0)
+    engine = Engine(model, make_mesh(1, 1, 1), slots=10, pad_multiple=64, eos_id=eos, seed=0)
     for start in range(0, 50, 10):  # prompts of like length together: the engine's limit is that of the whole row
         rows = sorted(prompts, key=len)[start : start + 10]
         longest = len(rows[-1])

@@ -18,9 +18,9 @@ def _weighted(x, weight):
 
 
 def policy_loss(logprob, old_logprob, advantage, weight, *, clip: float):
-    """PPO's clipped surrogate: `Σ w max(−Â ρ, −Â clip(ρ, 1−c, 1+c))`, ρ = exp(log π − log π_old) (arXiv 1707.06347, eq. 7).
+    """PPO's clipped surrogate: `Σ w max(−Â ρ, −Â clip(ρ, 1−c, 1+c))`, ρ = exp(log π − log π_old).
 
-    Args: float32, all of one shape. Returns a scalar.
+    arXiv 1707.06347, eq. 7. Args: float32, all of one shape. Returns a scalar.
     """
     ratio = jnp.exp(jnp.where(weight > 0, logprob - old_logprob, 0.0))
     return _weighted(jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)), weight)

@@ -92,7 +92,7 @@ class _Rollout:
             total_len = self.fill(total_len)
             if not schedule.queued:
                 total_len = self.pack(total_len)
-            queued, size = schedule.queued, schedule.owner.shape[1]
+            queued = schedule.queued
             longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
             self.make_room(longest + 1)
             steps = min(CHUNK, self.slots.cache[0].k.shape[-1] + 1 - longest)

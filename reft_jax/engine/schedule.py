@@ -25,7 +25,7 @@ class Seat(NamedTuple):
 
 
 def group_prompts(prompts: list[Prompt], requests: list[int]) -> list[Group]:
-    """Requests with the same tokens share a prefill; groups of long prompts first, so that like lengths are together."""
+    """Requests with the same tokens share a prefill; long prompts first, so that like lengths are together."""
     groups: dict[bytes, Group] = {}
     for request in requests:
         tokens = np.asarray(prompts[request].tokens, np.int32)

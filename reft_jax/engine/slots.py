@@ -19,9 +19,9 @@ from reft_jax.model.llama import unstack
 class Slots(NamedTuple):
     """One row a slot; a row decodes while total_len < limit, and a slot is free when it does not.
 
-    cache: a KVCache a layer, as long as the longest row needs. tokens int32[B,S], logprobs float32[B,S] (at the place of
-    the token), total_len, limit int32[B]; item, sample int32[B], prompt_len int32[B]: whose row it is and where its
-    response begins, from which its random numbers follow.
+    cache: a KVCache a layer, as long as the longest row needs. tokens int32[B,S]; logprobs float32[B,S], at the place
+    of the token; total_len, limit int32[B]; item, sample, prompt_len int32[B]: whose row it is and where its response
+    begins, from which its random numbers follow.
     """
 
     cache: tuple[kv.KVCache, ...]
@@ -56,10 +56,7 @@ class Seats(NamedTuple):
 def _placed(slots: Slots) -> Slots:
     """The slots with their places on the mesh written down; where nothing is said, XLA might choose others."""
     cache = tuple(kv.KVCache(*map(nn.with_logical_constraint, layer, kv.CACHE_AXES)) for layer in slots.cache)
-    rows = (
-        nn.with_logical_constraint(x, ("batch", "length")[: x.ndim]) for name, x in slots._asdict().items() if name != "cache"
-    )
-    return Slots(cache, *rows)
+    return Slots(cache, *(nn.with_logical_constraint(x, ("batch", "length")[: x.ndim]) for x in slots[1:]))
 
 
 rollout_weights = jax.jit(unstack, static_argnames="dtype")

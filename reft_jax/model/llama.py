@@ -1,8 +1,8 @@
 """Llama in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Training and scoring scan over the layers, whose weights are stacked: one layer is compiled, and rematerialized. Rollouts
-unroll them (`unrolled`, `unstack`): there a slice of stacked weights or of a stacked cache is copied in every layer of
-every step, 200 ms instead of 142 for a decode step of SmolLM2-135M with 64 rows on two CPU cores.
+Training and scoring scan over the layers, whose weights are stacked: one layer is compiled, and rematerialized.
+Rollouts unroll them (`unrolled`, `unstack`): a slice of stacked weights or of a stacked cache would be copied in every
+layer of every step, 200 ms instead of 142 for a step of SmolLM2-135M with 64 rows on two CPU cores.
 
 Axes as in `reft_jax.types`. Parameters are kept in the type they were given (float32 at init) and cast to the
 compute dtype where they are used; norms, rotations and softmax are float32.

@@ -57,6 +57,12 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def rows_per_device(rows: int) -> int:
+    """How many of `rows` a device holds, under the mesh of `on_mesh` (one device without it)."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return -(-rows // (shape.get("data", 1) * shape.get("fsdp", 1)))
+
+
 def round_up(n: int, multiple: int) -> int:
     """The size that `n` is padded to, so that it shards evenly and few shapes compile."""
     return -(-n // multiple) * multiple

@@ -6,6 +6,7 @@ batches; types, mesh, PPO coefficients and the executor's limits are the config'
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,8 @@ def check_executor(run: Run) -> Finding:
 
 def check_grading(run: Run) -> Finding:
     """A worked solution earns 1 where it is right, 0.1 where the answer is another number; no solution earns 0."""
-    engine, examples = run.config.data.engine, run.data.train
+    engine, examples, limits = run.config.data.engine, run.data.train, run.config.executor
+    run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
     right = [prompts.sft_target(example, engine) for example in examples]
     others = [example._replace(answer_value=str(float(example.answer_value) + 1)) for example in examples]
     wrong, total = 0, 0
@@ -121,7 +123,7 @@ def check_grading(run: Run) -> Finding:
         (right, others, 0.1),
         (["I do not know."] * len(examples), examples, 0.0),
     ):
-        verdicts = answers.grade(texts, asked, engine, run_programs=run.run_programs)
+        verdicts = answers.grade(texts, asked, engine, run_programs=run_programs)
         wrong += sum(verdict.reward != reward for verdict in verdicts)
         total += len(verdicts)
     return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded rightly")
@@ -153,19 +155,20 @@ def check_layers(run: Run, lm) -> Iterator[Finding]:
     import jax.numpy as jnp
 
     from reft_jax.algo.losses import token_loss
-    from reft_jax.parallel.mesh import put_rows, round_up, row_shards
-    from reft_jax.train.batches import token_batch
-    from reft_jax.train.scoring import next_token_logprobs
+    from reft_jax.parallel.mesh import put_rows, row_shards
+    from reft_jax.train.packing import Packing
+    from reft_jax.train.scoring import score_lines
 
     mesh, model = run.mesh, run.model
     texts = [prompts.prompt_text(e.question) + prompts.sft_target(e, run.config.data.engine) for e in run.data.train]
     ids = [encode(run.tokenizer, text) for text in texts]
-    ids = sorted(ids, key=len)[: round_up(2, row_shards(mesh))]
-    ids += ids[:1] * (round_up(len(ids), row_shards(mesh)) - len(ids))
-    rows = put_rows(mesh, token_batch(ids, [1] * len(ids), PAD_MULTIPLE))
+    ids = sorted(ids, key=len)[:2]
+    decisions, size = [len(row) - 1 for row in ids], {"micro_batch": row_shards(mesh), "micro_batches": 2}
+    packing = Packing(ids, [0] * len(ids), decisions, max_len=len(ids[-1]), multiple=PAD_MULTIPLE, **size)
+    lines, weight = put_rows(mesh, (packing.lines, packing.spread(1 / sum(decisions))), axis=1)
 
     @jax.jit
-    def loss(lm, rows, without):
+    def loss(lm, lines, weight, without):
         """Mean cross-entropy with layer `without` adding nothing to the residual stream; -1: all layers."""
         kept = jnp.arange(model.config.num_layers) != without
         layers = lm["layers"]
@@ -174,18 +177,16 @@ def check_layers(run: Run, lm) -> Iterator[Finding]:
             for name in ("o", "down")
         }
         lm = lm | {"layers": layers}
-        hidden, _ = model.apply({"params": lm}, rows.tokens, method="hidden")
-        start, width = jnp.zeros(len(ids), jnp.int32), rows.tokens.shape[1]
-        logprob = next_token_logprobs(model, lm, hidden, rows.tokens, start, width)
-        return token_loss(logprob, rows.target_mask) / rows.target_mask.sum()
+        logprob, _ = jax.lax.map(lambda lines: score_lines(model, {"lm": lm}, lines), lines)
+        return token_loss(logprob, weight)
 
-    whole, uniform = float(loss(lm, rows, -1)), np.log(model.config.vocab_size)
+    whole, uniform = float(loss(lm, lines, weight, -1)), np.log(model.config.vocab_size)
     figure = f"{whole:.2f} nats a token on worked solutions; guessing costs {uniform:.2f}"
     yield Finding("the model knows language", whole < uniform, figure)
     if not np.isfinite(whole):
         yield Finding("every layer does no harm", False, "not tried: the loss is not a number")
         return
-    losses = np.array([float(loss(lm, rows, i)) for i in range(model.config.num_layers)])
+    losses = np.array([float(loss(lm, lines, weight, i)) for i in range(model.config.num_layers)])
     gains = np.nan_to_num(whole - losses, nan=np.inf)
     worst = int(gains.argmax())
     helped = int((gains <= HARM).sum())
@@ -203,7 +204,7 @@ def roll_out(run: Run, lm) -> tuple[list[Prompt], list[Completion]]:
     count = round_up(QUESTIONS, row_shards(run.mesh))
     asked = run.prompts(run.data.train, -(-count // QUESTIONS))[:count]
     eos_id, seed = run.tokenizer.eos_token_id, run.config.seed
-    engine = Engine(run.model, run.mesh, batch=count, pad_multiple=PAD_MULTIPLE, eos_id=eos_id, seed=seed)
+    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=eos_id, seed=seed)
     max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
     found = dict(engine.generate(lm, asked, max_len=max_len, temperature=run.config.ppo.temperature))
     return asked, [found[i] for i in range(count)]
@@ -211,25 +212,34 @@ def roll_out(run: Run, lm) -> tuple[list[Prompt], list[Completion]]:
 
 def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Completion]) -> Iterator[Finding]:
     """Scores the rollout as a run does, then takes one PPO update, which uses `policy` up."""
-    import jax
     import optax
 
     from reft_jax.algo.advantages import action_mask, token_rewards
     from reft_jax.model.heads import ValueHead
     from reft_jax.parallel.mesh import put_rows
-    from reft_jax.train.batches import in_micro_batches, rollout_rows, window_width
+    from reft_jax.train.batches import rollout_rows
+    from reft_jax.train.packing import Packing
     from reft_jax.train.scoring import make_scorer
     from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
     from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
+    from reft_jax.types import PPOBatch
 
     ppo, model, mesh, rows, dtype = run.config.ppo, run.model, run.mesh, len(asked), run.config.model.dtype
     scores = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
     rollout = rollout_rows(asked, completions, scores, PAD_MULTIPLE)
     mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-    width, score = window_width(mask, PAD_MULTIPLE), make_scorer(model, ppo.temperature)
-    one_batch = put_rows(mesh, in_micro_batches((rollout.tokens, rollout.prompt_len - 1), rows), axis=1)
-    logprob, value = (np.asarray(x)[0] for x in score(policy, *one_batch, width=width))
-    reference = np.asarray(score({"lm": policy["lm"]}, *one_batch, width=width)[0])[0]
+    packing = Packing(
+        [tokens[:length] for tokens, length in zip(rollout.tokens, rollout.total_len, strict=True)],
+        rollout.prompt_len - 1,
+        rollout.total_len - rollout.prompt_len,
+        max_len=int(rollout.total_len.max()),
+        micro_batch=rows,
+        micro_batches=1,
+        multiple=PAD_MULTIPLE,
+    )
+    score, lines = make_scorer(model, ppo.temperature), put_rows(mesh, packing.lines, axis=1)
+    scored = *score(policy, lines, packing.count), score({"lm": policy["lm"]}, lines, packing.count)[0]
+    logprob, value, reference = (packing.collect(x, rollout.tokens.shape[1]) for x in scored)
 
     sampled = np.concatenate([completion.logprobs for completion in completions])
     yield gap("sampler and trainer agree", sampled - logprob[mask], dtype)
@@ -250,8 +260,8 @@ def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Com
     clip = ClipSettings(ppo.clip, ppo.value_clip, ppo.vf_coef, ppo.temperature)
     step = make_ppo_step(model, optimizer, clip, state_shardings(mesh, optimizer, abstract))
     state = new_state(mesh, optimizer, abstract, policy)
-    micro_batches = put_rows(mesh, in_micro_batches(jax.device_get(batch), rows), axis=1)
-    _, metrics = step(state, micro_batches, width)
+    old = PPOBatch(*(packing.spread(np.asarray(x)[packing.at]) for x in batch))
+    _, metrics = step(state, (lines, put_rows(mesh, old, axis=1)), packing.count)
     error, norm = float(metrics["ratio_max_error"]), float(metrics["grad_norm"])
     figure = f"|ρ − 1| at most {error:.1e}"
     yield Finding("ratio 1 on the first pass", error <= np.expm1(MAX_GAP[dtype]), figure)

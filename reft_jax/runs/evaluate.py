@@ -10,9 +10,10 @@ from reft_jax.config import flatten
 from reft_jax.runs.curves import plot_curves
 from reft_jax.runs.report import print_table, write_report
 from reft_jax.runs.rerank import rerank_scores
+from reft_jax.runs.rollout import greedy
 from reft_jax.runs.sample import read_samples, samples_path
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import POLICIES, TITLES, finished, greedy, load_model, model_folder
+from reft_jax.runs.stages import POLICIES, TITLES, finished, load_model, model_folder
 from reft_jax.task.intervals import paired_bootstrap, slope_interval
 from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound
 
@@ -34,7 +35,7 @@ def greedy_records(run: Run, name: str) -> list[dict]:
     graded = greedy(run, load_model(run, name)["lm"], run.data.test, f"{name} top-1 on test")
     return [
         {"item_id": e.item_id, "completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
-        for e, (text, verdict) in zip(run.data.test, graded, strict=True)
+        for e, (_, text, verdict) in zip(run.data.test, graded, strict=True)
     ]
 
 

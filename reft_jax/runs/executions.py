@@ -51,8 +51,10 @@ class ExecutionLog:
             os.truncate(self.path, whole)
 
     def append(self, executions: Iterable[dict]) -> None:
-        """Writes one batch; it is on its way to the disk when this returns."""
+        """Writes one batch, if there is anything in it; it is on its way to the disk when this returns."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in executions)
+        if not text:
+            return
         with self.path.open("ab") as file:
             file.write(gzip.compress(text.encode()))
 

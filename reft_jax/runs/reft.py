@@ -8,24 +8,21 @@ import numpy as np
 
 from reft_jax import executor
 from reft_jax.algo.advantages import action_mask
-from reft_jax.parallel.mesh import put_rows
+from reft_jax.parallel.compilation import compiles
+from reft_jax.parallel.mesh import put_rows, round_up
+from reft_jax.runs.rollout import Clock, greedy, roll_out, top1
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import (
-    Training,
-    abstract_policy,
-    best_so_far,
-    finished,
-    greedy,
-    load_model,
-    model_folder,
-    top1,
-)
-from reft_jax.train.batches import in_micro_batches, rollout_rows, rows_at, window_width
+from reft_jax.runs.stages import Training, abstract_policy, best_so_far, finished, load_model, model_folder
+from reft_jax.train.batches import rollout_rows, rows_at
 from reft_jax.train.metrics import Progress
+from reft_jax.train.packing import Packing
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
 from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-from reft_jax.types import Example, Rollout
+from reft_jax.types import Example, PPOBatch, Rollout
+
+
+PARTS = ("rollout", "reward", "score", "update")  # of an iteration's seconds; the rest is "other"
 
 
 class Iteration:
@@ -45,31 +42,31 @@ class Iteration:
         Also the sampler's own log-probabilities of each response, and metrics. A question that comes twice in one
         iteration is sampled under another number, or both rows would be the same.
         """
-        run, ppo, started = self.run, self.run.config.ppo, time.monotonic()
+        run, ppo, clock, before = self.run, self.run.config.ppo, Clock(), Counter(self.run.engine.counts)
         seen, prompts = Counter(), []
         for prompt in run.prompts(examples):
             prompts.append(prompt._replace(sample=seen[prompt.item_id]))
             seen[prompt.item_id] += 1
-        completions = [None] * len(examples)
-        for i, completion in run.engine.generate(
-            lm, prompts, max_len=ppo.max_len, temperature=ppo.temperature, iteration=iteration
-        ):
-            completions[i] = completion
-        sampled = time.monotonic()
-        texts = [run.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        verdicts = run.grade(texts, examples, "reft rollout")
+        sampling = {"max_len": ppo.max_len, "temperature": ppo.temperature, "iteration": iteration}
+        found = dict(roll_out(run, lm, prompts, examples, "reft rollout", clock, **sampling))
+        completions, _, verdicts = zip(*(found[i] for i in range(len(examples))), strict=True)
+        decoded = run.engine.counts - before
         metrics = {
             "train_correct": np.mean([verdict.correct for verdict in verdicts]),
             "no_answer": np.mean([verdict.value is None for verdict in verdicts]),
             "finished": np.mean([completion.finished for completion in completions]),
-            "seconds_program_p50": np.percentile(run.program_ms or [0.0], 50) / 1000,
-            "seconds_program_p99": np.percentile(run.program_ms or [0.0], 99) / 1000,
+            "seconds_program_p50": np.percentile(clock.programs or [0.0], 50),
+            "seconds_program_p99": np.percentile(clock.programs or [0.0], 99),
+            "seconds_programs": sum(clock.programs),
             "executor_retries": executor.counts()["retries"],
-            "seconds_rollout": sampled - started,
-            "seconds_reward": time.monotonic() - sampled,
+            "seconds_rollout": clock.decoding,
+            "seconds_reward": clock.waiting,
+            "prompt_tokens": decoded["prompt_tokens"],
+            "slots_busy": decoded["tokens"] / decoded["slot_steps"],
         }
         scores = [verdict.reward for verdict in verdicts]
-        rollout = rollout_rows(prompts, completions, scores, run.config.data.pad_multiple)
+        longest = round_up(ppo.max_len, run.config.data.pad_multiple)  # always: one shape
+        rollout = rollout_rows(prompts, completions, scores, longest)
         return rollout, [completion.logprobs for completion in completions], metrics
 
     def update(
@@ -77,27 +74,42 @@ class Iteration:
     ) -> tuple[TrainState, dict]:
         """Scores the rows under policy and reference, then ppo_epochs × minibatches updates."""
         run, ppo, started = self.run, self.run.config.ppo, time.monotonic()
-        mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-        width = window_width(mask, run.config.data.pad_multiple)
-        micro = in_micro_batches((rollout.tokens, rollout.prompt_len - 1), ppo.micro_batch)
-        rows = put_rows(run.mesh, micro, axis=1)
-        logprob, value = self.score(state.params, *rows, width=width)
-        ref_logprob, _ = self.score(self.reference, *rows, width=width)
-        scores = [np.asarray(x).reshape(rollout.tokens.shape) for x in (logprob, value, ref_logprob)]
-        settings = {"kl_coef": ppo.kl_coef, "gamma": ppo.gamma, "lam": ppo.lam}
+        length, everyone = rollout.tokens.shape[1], np.arange(ppo.prompts)
+        packing = self.pack(rollout, everyone)
+        lines = put_rows(run.mesh, packing.lines, axis=1)
+        scored = *self.score(state.params, lines, packing.count), self.score(self.reference, lines, packing.count)[0]
+        scores = [packing.collect(x, length) for x in scored]  # log-probabilities, values, the reference's
+        settings = {"kl_coef": ppo.kl_coef, "gamma": ppo.gamma, "lam": ppo.lam, "minibatches": ppo.minibatches}
         batch, metrics = jax.device_get(self.prepare(rollout, *scores, **settings))
+        mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, length))
         metrics["sampler_gap"] = np.abs(np.concatenate(sampler_logprobs) - scores[0][mask]).max()
-        scored = time.monotonic()
+        metrics["padding"] = packing.padding
+        done = time.monotonic()
         for ppo_epoch in range(ppo.ppo_epochs):
             order = np.random.default_rng([run.config.seed, iteration, ppo_epoch]).permutation(ppo.prompts)
             for chosen in order.reshape(ppo.minibatches, -1):
-                rows = in_micro_batches(jax.tree.map(lambda x, i=chosen: x[i], batch), ppo.micro_batch)
-                state, numbers = self.step(state, put_rows(run.mesh, rows, axis=1), width)
+                packing = self.pack(rollout, chosen)
+                old = PPOBatch(*(packing.spread(x[chosen][packing.at]) for x in batch))
+                rows = put_rows(run.mesh, (packing.lines, old), axis=1)
+                state, numbers = self.step(state, rows, packing.count)
                 metrics.setdefault("ratio_max_error_first", numbers["ratio_max_error"])
         metrics = jax.device_get(metrics | numbers)
         del metrics["ratio_max_error"]
-        times = {"seconds_score": scored - started, "seconds_update": time.monotonic() - scored}
+        times = {"seconds_score": done - started, "seconds_update": time.monotonic() - done}
         return state, metrics | times
+
+    def pack(self, rollout: Rollout, chosen: np.ndarray) -> Packing:
+        """The chosen rows in lines; their decisions are their actions."""
+        ppo, rows = self.run.config.ppo, jax.tree.map(lambda x: x[chosen], rollout)
+        return Packing(
+            [tokens[:length] for tokens, length in zip(rows.tokens, rows.total_len, strict=True)],
+            rows.prompt_len - 1,
+            rows.total_len - rows.prompt_len,
+            max_len=ppo.max_len,
+            micro_batch=ppo.micro_batch,
+            micro_batches=len(chosen) // ppo.micro_batch,
+            multiple=self.run.config.data.pad_multiple,
+        )
 
 
 def run_reft(run: Run) -> dict:
@@ -115,11 +127,13 @@ def run_reft(run: Run) -> dict:
     one, info = Iteration(run, optimizer, training.shardings), training.info
     progress = Progress("reft", iterations, "iteration", done0=training.done)
     for iteration in range(training.done + 1, iterations + 1):
-        begun, timeouts = time.monotonic(), run.programs["timeout"]
+        begun, timeouts, compiled = time.monotonic(), run.programs["timeout"], compiles()
         chosen = rows_at(run.config.seed, (iteration - 1) * ppo.prompts, ppo.prompts, len(questions))
         rollout, logprobs, line = one.rollout(training.state.params["lm"], [questions[i] for i in chosen], iteration)
         training.state, numbers = one.update(training.state, rollout, logprobs, iteration)
         line |= numbers | {"seconds": time.monotonic() - begun, "timeouts": run.programs["timeout"] - timeouts}
+        line["seconds_other"] = line["seconds"] - sum(line[f"seconds_{part}"] for part in PARTS)
+        line["compiles"] = compiles() - compiled
         training.check_finite(iteration, line)
         if iteration % eval_every == 0 or iteration == iterations:
             lm = training.state.params["lm"]

@@ -12,8 +12,9 @@ from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
 from reft_jax.task.tokenizer import encode
 from reft_jax.task.voting import deduplicate
-from reft_jax.train.batches import epoch_order, in_micro_batches, pad_tokens
+from reft_jax.train.batches import epoch_order
 from reft_jax.train.metrics import Progress
+from reft_jax.train.packing import Packing
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
 
@@ -50,14 +51,19 @@ def run_rerank(run: Run, name: str) -> dict:
         order, lines = epoch_order(run.config.seed, epoch, len(rows)), []
         for i in range(steps_per_epoch):
             chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
-            batch = rerank_batch(run, [rows[j] for j in chosen])
-            training.state, numbers = step_fn(training.state, put_rows(run.mesh, batch, axis=1))
-            lines.append(numbers)
+            ids, labels = zip(*(rows[j] for j in chosen), strict=True)
+            packing = pack(run, ids)
+            judged = RerankBatch(
+                packing.spread(np.array(labels)[packing.at[0]], np.int32), packing.spread(1 / len(labels))
+            )
+            batch = put_rows(run.mesh, (packing.lines, judged), axis=1)
+            training.state, numbers = step_fn(training.state, batch, packing.count)
+            lines.append(numbers | {"padding": packing.padding})
             step = (epoch - 1) * steps_per_epoch + i + 1
             if i % 10 == 9 or i + 1 == steps_per_epoch:
                 progress.update(step, loss=float(numbers["loss"]), accuracy=float(numbers["accuracy"]))
         lines = jax.device_get(lines)
-        line = {key: float(np.mean([numbers[key] for numbers in lines])) for key in ("loss", "accuracy")}
+        line = {key: float(np.mean([numbers[key] for numbers in lines])) for key in ("loss", "accuracy", "padding")}
         training.check_finite(epoch, line)
         training.metrics.write(step, {"epoch": epoch} | line)
         training.info["train_accuracy"] = line["accuracy"]
@@ -67,13 +73,18 @@ def run_rerank(run: Run, name: str) -> dict:
     return training.finish(model_folder(run, stage), {"rows": len(rows), "positive": positive})
 
 
-def rerank_batch(run: Run, rows: list[tuple[list[int], int]]) -> RerankBatch:
-    """RerankBatch [M,b,…]; filler rows have weight 0."""
-    settings, real = run.config.rerank, len(rows)
-    ids, labels = zip(*rows + [([0], 0)] * (settings.batch_size - real), strict=True)
-    tokens, total_len = pad_tokens(ids, run.config.data.pad_multiple)
-    weight = (np.arange(settings.batch_size) < real).astype(np.float32)
-    return in_micro_batches(RerankBatch(tokens, total_len, np.array(labels, np.int32), weight), settings.micro_batch)
+def pack(run: Run, rows: list[list[int]]) -> Packing:
+    """At most a batch of rows in lines; the one decision of a row is its last token, where it is judged."""
+    settings, lengths = run.config.rerank, np.array([len(row) for row in rows])
+    return Packing(
+        rows,
+        lengths - 1,
+        np.ones_like(lengths),
+        max_len=settings.max_len,
+        micro_batch=settings.micro_batch,
+        micro_batches=settings.batch_size // settings.micro_batch,
+        multiple=run.config.data.pad_multiple,
+    )
 
 
 def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]:
@@ -93,13 +104,14 @@ def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]
     flat = [(q, i) for q, rows in enumerate(ids) for i, row in enumerate(rows) if len(row) <= run.config.rerank.max_len]
     flat.sort(key=lambda at: len(ids[at[0]][at[1]]))
     scores = [[0.0] * len(rows) for rows in ids]
-    batch = run.config.sample.batch
+    batch = run.config.rerank.batch_size
     progress = Progress(f"score samples of {name}", len(flat), "completion")
     for start in range(0, len(flat), batch):
         chosen = flat[start : start + batch]
-        rows = [ids[q][i] for q, i in chosen] + [[0]] * (batch - len(chosen))
-        probabilities = score(params, *put_rows(run.mesh, pad_tokens(rows, run.config.data.pad_multiple)))
-        for (q, i), probability in zip(chosen, np.asarray(probabilities), strict=False):
+        packing = pack(run, [ids[q][i] for q, i in chosen])
+        probabilities = score(params, put_rows(run.mesh, packing.lines, axis=1), packing.count)
+        probabilities = packing.collect(probabilities, run.config.rerank.max_len)[packing.at]
+        for (q, i), probability in zip(chosen, probabilities, strict=True):
             scores[q][i] = float(probability)
         progress.update(start + len(chosen))
     progress.close()

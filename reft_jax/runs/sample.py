@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from reft_jax.runs.rollout import roll_out
 from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import load_model
 from reft_jax.task.voting import vote, voted_correct
@@ -42,7 +43,7 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
     lm = load_model(run, name)["lm"]
     progress = Progress(f"sample {name} on {split}", len(examples) * n, "completion", done0=len(records) * n)
     with path.open("a", encoding="utf-8") as file:
-        group = max(1, 4 * settings.batch // n)
+        group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
         for start in range(0, len(left), group):
             for record in sample_questions(run, lm, left[start : start + group], n, f"{name} samples on {split}"):
                 records.append(record)
@@ -56,18 +57,14 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
 
 def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str) -> list[dict]:
     settings = run.config.sample
-    prompts = run.prompts(examples, n)
-    texts = [""] * len(prompts)
-    for i, completion in run.engine.generate(
-        lm, prompts, max_len=settings.max_len, temperature=settings.temperature, top_k=settings.top_k
-    ):
-        texts[i] = run.text(prompts[i], completion)
-    verdicts = run.grade(texts, [example for example in examples for _ in range(n)], purpose)
+    sampling = {"max_len": settings.max_len, "temperature": settings.temperature, "top_k": settings.top_k}
+    asked = [example for example in examples for _ in range(n)]
+    found = dict(roll_out(run, lm, run.prompts(examples, n), asked, purpose, **sampling))
     records = []
     for q, example in enumerate(examples):
         predictions = [
             {"completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
-            for text, verdict in zip(texts[q * n : q * n + n], verdicts[q * n : q * n + n], strict=True)
+            for _, text, verdict in (found[i] for i in range(q * n, q * n + n))
         ]
         records.append(
             {

@@ -20,10 +20,10 @@ import numpy as np
 
 from reft_jax import __version__, executor
 from reft_jax.config import flatten, to_json
-from reft_jax.runs.executions import ExecutionLog, execution
-from reft_jax.task import answers, datasets, prompts
+from reft_jax.runs.executions import ExecutionLog
+from reft_jax.task import datasets, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
-from reft_jax.types import Completion, Example, InputError, Prompt, Verdict
+from reft_jax.types import Completion, Example, InputError, Prompt
 
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
@@ -43,7 +43,7 @@ class Run:
     """One work directory with everything in it made ready.
 
     `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts what became of the
-    programs that the executor ran, `program_ms` are the times of those of the last `grade`.
+    completions' programs.
     """
 
     config: object
@@ -58,7 +58,6 @@ class Run:
     engine: object = None
     executions: ExecutionLog | None = None
     programs: Counter = field(default_factory=Counter)
-    program_ms: list[float] = field(default_factory=list)
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts of each example, the forced prefix included."""
@@ -71,30 +70,6 @@ class Run:
     def text(self, prompt: Prompt, completion: Completion) -> str:
         """The completion as text. Prompt and response are decoded together (see prompts.completion_text)."""
         return prompts.completion_text(decode(self.tokenizer, [*prompt.tokens, *completion.tokens]))
-
-    def grade(self, texts: list[str], examples: list[Example], purpose: str) -> list[Verdict]:
-        """Runs and grades completions; `purpose` says in the audit log what they were for."""
-        took = {}
-
-        def run_programs(programs, want):
-            results = self.run_programs(programs, want)
-            took.update((program, result.ms) for program, result in zip(programs, results, strict=True))
-            return results
-
-        verdicts = answers.grade(texts, examples, self.config.data.engine, run_programs=run_programs)
-        self.program_ms = list(took.values())
-        graded = zip(examples, texts, verdicts, strict=True)
-        self.executions.append(execution(purpose, e, text, v, took.get(text, 0.0)) for e, text, v in graded)
-        return verdicts
-
-    def run_programs(self, programs: list[str], want: str) -> list[executor.ExecResult]:
-        limits = self.config.executor
-        results = executor.run_programs(
-            programs, timeout_s=limits.timeout_s, workers=limits.workers, memory_mb=limits.memory_mb, want=want
-        )
-        self.programs.update(result.status for result in results)
-        self.programs["cut at a blank line"] += sum(result.cut for result in results)
-        return results
 
 
 def check_workdir(config, workdir: Path, needs: list[str]) -> None:
@@ -233,10 +208,11 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         from reft_jax.engine.generate import Engine
         from reft_jax.model.hf import read_config
         from reft_jax.model.llama import Llama
+        from reft_jax.parallel.compilation import keep_compiled
         from reft_jax.parallel.mesh import on_mesh, row_shards
 
         mesh = open_mesh(config)
-        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "sample.batch"):
+        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots"):
             if flatten(config)[key] % row_shards(mesh):
                 raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
         if toy:
@@ -249,12 +225,13 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
             write_model(config, data.train, base)
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
         create_workdir(config, workdir)
+        keep_compiled(Path(config.compiled or workdir / "compiled"))
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
         run.engine = Engine(
             model,
             mesh,
-            batch=config.sample.batch,
+            slots=config.engine.slots,
             pad_multiple=config.data.pad_multiple,
             eos_id=run.tokenizer.eos_token_id,
             seed=config.seed,

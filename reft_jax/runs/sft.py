@@ -4,20 +4,13 @@ import jax
 import numpy as np
 
 from reft_jax.parallel.mesh import put_rows
+from reft_jax.runs.rollout import greedy, top1
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import (
-    Training,
-    abstract_policy,
-    base_policy,
-    best_so_far,
-    finished,
-    greedy,
-    model_folder,
-    top1,
-)
-from reft_jax.train.batches import epoch_order, in_micro_batches, token_batch, window_width
+from reft_jax.runs.stages import Training, abstract_policy, base_policy, best_so_far, finished, model_folder
+from reft_jax.train.batches import epoch_order
 from reft_jax.train.checkpoints import save_params
 from reft_jax.train.metrics import Progress
+from reft_jax.train.packing import Packing
 from reft_jax.train.state import linear_schedule, make_optimizer
 from reft_jax.train.steps import make_sft_step
 
@@ -36,16 +29,19 @@ def run_sft(run: Run) -> dict:
     step_fn, info = make_sft_step(run.model, optimizer, training.shardings), training.info
     progress = Progress("sft", last_epoch * steps_per_epoch, done0=training.done * steps_per_epoch)
     for epoch in range(training.done + 1, last_epoch + 1):
-        order, losses = epoch_order(run.config.seed, epoch, len(rows)), []
+        order, losses, padding = epoch_order(run.config.seed, epoch, len(rows)), [], []
         for i in range(steps_per_epoch):
             chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
-            batch, width = sft_batch(run, [rows[j] for j in chosen])
-            training.state, numbers = step_fn(training.state, put_rows(run.mesh, batch, axis=1), width)
+            packing = pack(run, [rows[j] for j in chosen])
+            batch = put_rows(run.mesh, (packing.lines, packing.spread(1 / len(packing.at[0]))), axis=1)
+            training.state, numbers = step_fn(training.state, batch, packing.count)
             losses.append(numbers["loss"])
+            padding.append(packing.padding)
             step = (epoch - 1) * steps_per_epoch + i + 1
             if i % 10 == 9 or i + 1 == steps_per_epoch:
                 progress.update(step, loss=float(losses[-1]), **best_so_far(info))
         line = {"epoch": epoch, "loss": float(np.mean(jax.device_get(losses))), "lr": float(schedule(step - 1))}
+        line["padding"] = float(np.mean(padding))
         training.check_finite(epoch, line)
         params = training.state.params
         if epoch % settings.eval_every == 0 or epoch in (settings.warmup_epoch, last_epoch):
@@ -60,10 +56,15 @@ def run_sft(run: Run) -> dict:
     return training.finish(model_folder(run, "sft"), {"epochs": last_epoch, "rows": len(rows)})
 
 
-def sft_batch(run: Run, rows: list[tuple[list[int], int]]):
-    """TokenBatch [M,b,T], filled up with empty rows, and the window of its targets."""
-    ids, prompt_lens = zip(*rows + [([], 1)] * (run.config.sft.batch_size - len(rows)), strict=True)
-    batch = token_batch(ids, prompt_lens, run.config.data.pad_multiple)
-    return in_micro_batches(batch, run.config.sft.micro_batch), window_width(
-        batch.target_mask, run.config.data.pad_multiple
+def pack(run: Run, rows: list[tuple[list[int], int]]) -> Packing:
+    """Rows (ids, prompt length) in lines; their decisions are those that chose a target token."""
+    settings, (ids, prompt_lens) = run.config.sft, zip(*rows, strict=True)
+    return Packing(
+        ids,
+        [prompt - 1 for prompt in prompt_lens],
+        [len(row) - prompt for row, prompt in rows],
+        max_len=settings.max_len,
+        micro_batch=settings.micro_batch,
+        micro_batches=settings.batch_size // settings.micro_batch,
+        multiple=run.config.data.pad_multiple,
     )

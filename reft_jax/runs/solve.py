@@ -26,7 +26,7 @@ def run_solve(folder: Path, question: str, *, engine: str, max_len: int, allow_u
         mesh = make_mesh(-1, 1, 1)
         with on_mesh(mesh):
             model, lm = load_hf(folder)
-            rows = Engine(model, mesh, batch=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
+            rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
         text = prompts.completion_text(decode(tokenizer, [*prompt, *completion.tokens]))

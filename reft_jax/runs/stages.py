@@ -1,4 +1,4 @@
-"""What the training stages share: models by name, what a finished stage leaves behind, greedy accuracy."""
+"""What the training stages share: models by name, state and metrics, what a finished stage leaves behind."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from reft_jax.runs.setup import Run
 from reft_jax.train.checkpoints import Checkpoints, load_params, save_params
 from reft_jax.train.metrics import MetricsWriter
 from reft_jax.train.state import abstract_params, abstract_state, init_head, new_state, state_shardings
-from reft_jax.types import Example, InputError, Verdict
+from reft_jax.types import InputError
 
 POLICIES = ("warmup", "sft", "reft")
 TITLES = {"warmup": "SFT warm-up", "sft": "SFT", "reft": "ReFT"}
@@ -126,15 +126,3 @@ class Training:
 def best_so_far(info: dict) -> dict:
     """For the progress line: nothing before the first evaluation."""
     return {"best_dev_top1": info["best_dev_top1"]} if info["best"] else {}
-
-
-def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[tuple[str, Verdict]]:
-    """The greedy completion of each example, continued from the forced prefix, and its verdict (see `Run.grade`)."""
-    prompts, texts = run.prompts(examples), [""] * len(examples)
-    for i, completion in run.engine.generate(lm, prompts, max_len=run.config.sample.max_len, temperature=0.0):
-        texts[i] = run.text(prompts[i], completion)
-    return list(zip(texts, run.grade(texts, examples, purpose), strict=True))
-
-
-def top1(graded: list[tuple[str, Verdict]]) -> float:
-    return float(np.mean([verdict.correct for _, verdict in graded]))

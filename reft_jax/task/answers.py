@@ -76,37 +76,44 @@ def grade(
     """
     if len(completions) != len(examples):
         raise ValueError(f"{len(completions)} completions for {len(examples)} examples")
-    datasets = [dataset_of(example.item_id) for example in examples]
     if engine == "python":
-        answers = _run(completions, datasets, run_programs)
+        answers = _run(completions, examples, run_programs)
     else:
-        answers = list(map(_stated, completions, datasets))
+        answers = list(map(stated, completions, examples))
     return [judge(value, status, example) for (value, status), example in zip(answers, examples, strict=True)]
 
 
-def _run(programs: Sequence[str], datasets: Sequence[str], run_programs: RunPrograms) -> list[Answer]:
+def _run(programs: Sequence[str], examples: Sequence[Example], run_programs: RunPrograms) -> list[Answer]:
     """Run all programs, those of one kind of answer in one call."""
     by_want: dict[str, list[int]] = {}
-    for index, dataset in enumerate(datasets):
-        by_want.setdefault("text" if dataset == CHOICE_DATASET else "number", []).append(index)
+    for index, example in enumerate(examples):
+        by_want.setdefault(wanted(example), []).append(index)
     answers: dict[int, Answer] = {}
     for want, indices in by_want.items():
         results = run_programs([programs[index] for index in indices], want=want)
         for index, result in zip(indices, results, strict=True):
-            answers[index] = _returned(result, datasets[index])
-    return [answers[index] for index in range(len(datasets))]
+            answers[index] = returned(result, examples[index])
+    return [answers[index] for index in range(len(examples))]
 
 
-def _returned(result: ExecResult, dataset: str) -> Answer:
+def wanted(example: Example) -> str:
+    """What a program that answers this example is to return, as the executor has it: "text" or "number"."""
+    return "text" if dataset_of(example.item_id) == CHOICE_DATASET else "number"
+
+
+def returned(result: ExecResult, example: Example) -> Answer:
+    """The answer of a program that was run."""
+    dataset = dataset_of(example.item_id)
     value = read_answer(dataset, result.value)
     if value is None and result.value is not None:
         return None, "not_a_letter" if dataset == CHOICE_DATASET else "not_a_number"
     return value, result.status
 
 
-def _stated(text: str, dataset: str) -> Answer:
-    _, phrase, stated = text.rpartition(ANSWER_PHRASE)
-    value = read_answer(dataset, stated) if phrase else None
+def stated(text: str, example: Example) -> Answer:
+    """The answer that a text states."""
+    _, phrase, said = text.rpartition(ANSWER_PHRASE)
+    value = read_answer(dataset_of(example.item_id), said) if phrase else None
     return value, "no_answer" if value is None else "ok"
 
 

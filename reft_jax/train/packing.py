@@ -11,15 +11,14 @@ import numpy as np
 from reft_jax.parallel.mesh import round_up
 from reft_jax.types import Array
 
-QUARTERS = 4  # lines, and their decisions, are a few quarters of the longest there may be
-CHUNK = 32  # decisions whose logits exist at once; a line has a multiple of it
+LINE_LENGTHS = 4  # in quarters of the longest there may be: few, for each is compiled
 
 
 class Lines(NamedTuple):
-    """M micro-batches of b lines of T places with W decisions, all int32.
+    """M micro-batches of b lines of T places with W = T decisions at most, all int32.
 
     tokens, positions [M,b,T]; segments [M,b,T]: the number of the row in its line, from 1, and 0 for padding; decisions
-    [M,b,W]: places in the line, 0 where there is none.
+    [M,b,W]: places in the line, those that there are first, then −1.
     """
 
     tokens: Array
@@ -28,9 +27,10 @@ class Lines(NamedTuple):
     decisions: Array
 
 
-def quarters(longest: int, multiple: int) -> list[int]:
-    """The sizes that are used up to `longest`, all multiples of `multiple`."""
-    return sorted({round_up(-(-longest * part // QUARTERS), multiple) for part in range(1, QUARTERS + 1)})
+def line_length(longest: int, max_len: int, multiple: int) -> int:
+    """The shortest line, of few lengths up to `max_len`, that holds `longest` places; a multiple of `multiple`."""
+    lengths = (round_up(-(-max_len * part // LINE_LENGTHS), multiple) for part in range(1, LINE_LENGTHS + 1))
+    return next(length for length in lengths if length >= longest)
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,26 +48,20 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 class Packing:
     """Where each row of a batch lies, and where its decisions do.
 
-    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. count: the
+    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. count:
     micro-batches that hold rows. padding: share of the places of these that hold none.
     """
 
-    def __init__(
-        self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int, chunk=CHUNK
-    ):
+    def __init__(self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int):
         """rows: token ids, at most max_len each; row i decides at its `decisions[i]` places from first[i] on.
 
-        The arrays have room for `micro_batches` of `micro_batch` lines, enough for a row a line, whatever they hold; and
-        lines the length, of few (multiples of `multiple`), that leaves the least padding. `chunk` divides W.
+        The arrays have room for `micro_batches` of `micro_batch` lines, enough for a row a line, whatever they hold;
+        the length of a line (see `line_length`) and no other shape depends on the rows.
         """
         lengths = np.array([len(row) for row in rows])
-        choices = []
-        for length in quarters(max_len, multiple):
-            if length >= lengths.max():
-                line, offset = first_fit(lengths, length)
-                count = int(line.max()) // micro_batch + 1
-                choices.append((count * length, length, count, line, offset))
-        _, self.length, self.count, self.line, offset = min(choices, key=lambda choice: choice[:2])
+        self.length = line_length(int(lengths.max()), max_len, multiple)
+        self.line, offset = first_fit(lengths, self.length)
+        self.count = int(self.line.max()) // micro_batch + 1
         self.shape = (micro_batches, micro_batch)
         self.padding = 1 - lengths.sum() / (self.count * micro_batch * self.length)
         self.at = np.repeat(np.arange(len(rows)), decisions), _ranges(first, decisions)
@@ -76,7 +70,6 @@ class Packing:
         for row, line in enumerate(self.line):
             begin[row] = used[line]
             used[line] += decisions[row]
-        self.width = next(width for width in quarters(self.length, chunk) if width >= used.max())
         self.slot = self.line[self.at[0]], _ranges(begin, decisions)
 
         places = (np.prod(self.shape), self.length)
@@ -85,18 +78,18 @@ class Packing:
             here = np.s_[line, begin : begin + len(row)]
             tokens[here], positions[here], segments[here] = row, np.arange(len(row)), segments[line].max() + 1
         shaped = (x.reshape(*self.shape, self.length) for x in (tokens, positions, segments))
-        self.lines = Lines(*shaped, self.spread(offset[self.at[0]] + self.at[1], np.int32))
+        self.lines = Lines(*shaped, self.spread(offset[self.at[0]] + self.at[1] + 1, np.int32) - 1)
 
     def spread(self, values, dtype=np.float32) -> np.ndarray:
         """dtype[M,b,W], 0 where no decision is, of values [N]."""
-        out = np.zeros((np.prod(self.shape), self.width), dtype)
+        out = np.zeros((np.prod(self.shape), self.length), dtype)
         out[self.slot] = values
-        return out.reshape(*self.shape, self.width)
+        return out.reshape(*self.shape, self.length)
 
     def collect(self, values, length: int) -> np.ndarray:
         """float32[B,length], 0 where no decision is, of values [M,b,W]: the way back from `spread(x[packing.at])`."""
         out = np.zeros((len(self.line), length), np.float32)
-        out[self.at] = np.asarray(values).reshape(-1, self.width)[self.slot]
+        out[self.at] = np.asarray(values).reshape(-1, self.length)[self.slot]
         return out
 
 

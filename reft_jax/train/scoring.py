@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from reft_jax.model.heads import ValueHead
-from reft_jax.train.packing import CHUNK, Lines
+from reft_jax.parallel.mesh import rows_per_device
+from reft_jax.train.packing import Lines
+
+LOGITS_AT_ONCE = 256  # decisions a device whose logits exist at one time
 
 
 def at_decisions(x, decisions):
-    """x [b,T,…] at the places int32[b,W]: [b,W,…]."""
-    return jnp.take_along_axis(x, decisions.reshape(*decisions.shape, *[1] * (x.ndim - 2)), 1)
+    """x [b,T,…] at the places int32[b,W]: [b,W,…]; where there is no decision, something."""
+    places = jnp.clip(decisions, 0, x.shape[1] - 1)
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), 1)
 
 
 def hidden_states(model, lm, lines: Lines):
@@ -18,28 +22,61 @@ def hidden_states(model, lm, lines: Lines):
     return at_decisions(hidden, lines.decisions)
 
 
-def next_token_logprobs(model, lm, hidden, targets, temperature: float = 1.0):
-    """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden [b,W,D]; CHUNK divides W."""
+def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
+    """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D]; 0 beyond the first `used` of W.
+
+    A few decisions at a time, forward and backward, and none beyond `used` int32[]: its number may differ from batch to
+    batch without another compile, which is why the gradient is written out.
+    """
     rows, width = targets.shape
+    chunk = min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))
+    padding = ((0, 0), (0, -width % chunk))
+    hidden, targets = jnp.pad(hidden, (*padding, (0, 0))), jnp.pad(targets, padding)
+    head = {name: lm[name] for name in (["embed"] if model.config.tie_embeddings else ["lm_head"])}
+    rest = {name: lm[name] for name in ("embed", "final_norm") if name not in head}
 
-    def chunked(x):  # [b,W,…] -> [W/CHUNK,b,CHUNK,…]
-        return jnp.moveaxis(x.reshape(rows, width // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
+    def logprobs(head, rest, hidden, targets):
+        logits = model.apply({"params": head | rest}, hidden, method="unembed") / temperature
+        return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
-    @jax.checkpoint
-    def logprobs(hidden, targets):
-        logits = model.apply({"params": lm}, hidden, method="unembed") / temperature
-        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, -1)
+    def part(x, i):
+        return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1)
 
-    picked = jax.lax.map(lambda xs: logprobs(*xs), (chunked(hidden), chunked(targets)))
-    return jnp.moveaxis(picked, 0, 1).reshape(rows, width)
+    def over_chunks(used, step, start):
+        return jax.lax.fori_loop(0, (used + chunk - 1) // chunk, step, start)
+
+    @jax.custom_vjp
+    def scored(head, rest, hidden, targets, used):
+        def step(i, out):
+            new = logprobs(head, rest, part(hidden, i), part(targets, i))
+            return jax.lax.dynamic_update_slice_in_dim(out, new, i * chunk, 1)
+
+        return over_chunks(used, step, jnp.zeros(targets.shape, jnp.float32))
+
+    def backward(kept, gradient):
+        head, rest, hidden, targets, used = kept
+
+        def step(i, sums):
+            to_head, to_hidden = sums
+            _, pull = jax.vjp(lambda head, h: logprobs(head, rest, h, part(targets, i)), head, part(hidden, i))
+            more, new = pull(part(gradient, i))
+            to_hidden = jax.lax.dynamic_update_slice_in_dim(to_hidden, new, i * chunk, 1)
+            return jax.tree.map(jnp.add, to_head, more), to_hidden
+
+        zeros = jax.tree.map(jnp.zeros_like, (head, hidden))
+        to_head, to_hidden = over_chunks(used, step, zeros)
+        return to_head, None, to_hidden, None, None
+
+    scored.defvjp(lambda *args: (scored(*args), args), backward)
+    return scored(head, rest, hidden, targets, used)[:, :width]
 
 
 def score_lines(model, params, lines: Lines, temperature: float = 1.0):
     """Log-probabilities and, where `params` has a value head, values of the decisions: float32[b,W] each (or None)."""
     hidden = hidden_states(model, params["lm"], lines)
     targets = at_decisions(lines.tokens, lines.decisions + 1)
-    logprob = next_token_logprobs(model, params["lm"], hidden, targets, temperature)
+    used = (lines.decisions >= 0).sum(1).max()
+    logprob = next_token_logprobs(model, params["lm"], hidden, targets, used, temperature)
     if "value_head" not in params:
         return logprob, None
     return logprob, ValueHead().apply({"params": params["value_head"]}, hidden)

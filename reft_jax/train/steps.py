@@ -109,7 +109,7 @@ def make_ppo_batch(
 
 
 class RerankBatch(NamedTuple):
-    """At the last token of each row: labels (1 = correct) int32[M,b,W], weight float32[M,b,W], 1 / rows of the batch."""
+    """Of each row, at its last token: labels (1 = correct) int32[M,b,W]; weight float32[M,b,W], 1 / rows."""
 
     labels: Any
     weight: Any

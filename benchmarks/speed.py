@@ -1,0 +1,218 @@
+"""Rollouts, scoring and updates beside transformers on PyTorch, each pair in one run, and how far from the machine's
+limits ours are.
+
+    python benchmarks/speed.py --model=DIR --workload=FILE --peer=FILE [--only=sample,decode,score,update,rows]
+
+The peer is a script that does the same work (`peer_torch.py sample|score|update …`, one JSON line with tok_s), the
+workload a JSON file of prompts (ids) and, for each completion, the tokens it must run to, so that both sides do the same
+work; "useful" tokens are those, without padding. Each pair runs --rounds times in turns; the median counts. Prints
+every row and rewrites the table in benchmarks/README.md. Wants a quiet machine. On a CPU set
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from machine import head, limits, write_table
+
+from reft_jax.engine import slots as programs
+from reft_jax.engine.generate import Engine
+from reft_jax.model.heads import ValueHead
+from reft_jax.model.hf import load_hf
+from reft_jax.parallel.compilation import compiles
+from reft_jax.parallel.mesh import make_mesh, on_mesh
+from reft_jax.train.packing import Packing
+from reft_jax.train.scoring import make_scorer
+from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
+from reft_jax.train.steps import ClipSettings, make_ppo_step
+from reft_jax.types import PPOBatch, Prompt
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", None, "folder in Hugging Face format", required=True)
+flags.DEFINE_string("workload", None, "prompts and lengths", required=True)
+flags.DEFINE_string("peer", None, "the other side's script; without it ours runs alone")
+flags.DEFINE_list("only", ["sample", "decode", "score", "update", "rows"], "which rows of the table")
+flags.DEFINE_integer("slots", 64, "of our engine")
+flags.DEFINE_integer("rounds", 1, "times each pair runs", lower_bound=1)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of both sides")
+flags.DEFINE_string("remat", "none", "of our updates")
+flags.DEFINE_integer("micro_batch", 2, "lines of our packed update")
+flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
+
+
+def peer(*arguments: str) -> float:
+    """Useful tokens per second of the other side."""
+    command = [sys.executable, FLAGS.peer, *arguments, "--model", FLAGS.model, "--dtype", FLAGS.dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["tok_s"]
+
+
+def compared(name: str, ours, *theirs: str) -> str:
+    """A row of the table; `ours()` returns useful tokens per second."""
+    own, others = [], []
+    for _ in range(FLAGS.rounds):
+        if FLAGS.peer:
+            others.append(peer(*theirs))
+        own.append(ours())
+    own = statistics.median(own)
+    if not others:
+        return f"| {name} | | {own:.0f} | |"
+    other = statistics.median(others)
+    return f"| {name} | {other:.0f} | {own:.0f} | {own / other:.2f}× |"
+
+
+class Ours:
+    """Our side: one model, one mesh."""
+
+    def __init__(self):
+        self.mesh = make_mesh(-1, 1, 1)
+        self.model, self.lm = load_hf(FLAGS.model)
+        self.model = self.model.clone(dtype=jnp.dtype(FLAGS.dtype), remat=FLAGS.remat)
+        work = json.loads(Path(FLAGS.workload).read_text())
+        pairs = [(i, k) for i, row in enumerate(work["lengths"]) for k in row]
+        self.prompts = [np.array(prompt, np.int32) for prompt in work["prompts"]]
+        self.jobs = [(self.prompts[i], k) for i, k in pairs]
+        self.requests = [Prompt(f"gsm8k_{i}", n, self.prompts[i]) for n, (i, _) in enumerate(pairs)]
+
+    def engine(self) -> Engine:
+        return Engine(self.model, self.mesh, slots=FLAGS.slots, pad_multiple=32, eos_id=-1, seed=0)
+
+    def sample(self) -> float:
+        engine, limit = self.engine(), [len(prompt) + k for prompt, k in self.jobs]
+        tokens = sum(k for _, k in self.jobs)
+        list(engine.generate(self.lm, self.requests, max_len=limit, temperature=1.0))  # compiles
+        engine.counts.clear()
+        compiled, begun = compiles(), time.perf_counter()
+        found = dict(engine.generate(self.lm, self.requests, max_len=limit, temperature=1.0))
+        took, counts = time.perf_counter() - begun, engine.counts
+        assert sum(len(completion.tokens) for completion in found.values()) == tokens
+        busy = counts["queue_tokens"] / max(1, counts["queue_slot_steps"])
+        print(
+            f"  {tokens} tokens, {counts['steps']} steps; slots busy {busy:.1%} while requests wait, "
+            f"{counts['tokens'] / counts['slot_steps']:.1%} in all; {counts['prompt_tokens']} prompt tokens prefilled "
+            f"of {sum(map(len, self.prompts))} in {len(self.prompts)} prompts; {compiles() - compiled} compiles",
+            flush=True,
+        )
+        return tokens / took
+
+    def decode(self) -> str:
+        """One decode step with every slot full, against the machine's limits."""
+        slots, steps, begin, length = FLAGS.slots, 16, 208, 256
+        weights = programs.rollout_weights(self.lm, dtype=self.model.dtype)
+        model, zeros = self.model.clone(unrolled=True), np.zeros(slots, np.int32)
+        state = programs.empty_slots(model, slots, length, length)
+        settings = {"eos_id": -1, "temperature": 1.0, "top_k": 0}
+        taken = []
+        for _ in range(8):
+            state = state._replace(total_len=jnp.asarray(zeros + begin), limit=jnp.asarray(zeros + length))
+            begun = time.perf_counter()
+            state = programs.decode(model, weights, state, jax.random.key(0), 0, steps, slots, **settings)
+            state.total_len.block_until_ready()
+            taken.append((time.perf_counter() - begun) / steps)
+        step = statistics.median(taken[1:])
+        flops, copied = limits(FLAGS.dtype)
+        size = jnp.dtype(FLAGS.dtype).itemsize
+        parameters = sum(x.size for x in jax.tree.leaves(self.lm))
+        config = self.model.config
+        live = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * (begin + steps / 2) * size
+        by_flops, by_bytes = 2 * parameters * slots / flops, (parameters * size + live) / copied
+        limit = max(by_flops, by_bytes)
+        print(
+            f"  limit {1e3 * by_flops:.0f} ms by FLOPs ({flops / 1e9:.0f} GFLOP/s), {1e3 * by_bytes:.0f} ms by bytes "
+            f"({copied / 1e9:.1f} GB/s)",
+            flush=True,
+        )
+        name = f"decode step, {slots} full slots, {begin} to {begin + steps} positions: ms, left the limit"
+        return f"| {name} | {1e3 * limit:.0f} | {1e3 * step:.0f} | {limit / step:.0%} |"
+
+    def pack(self, rows, prompt_lens, max_len: int, micro_batch: int) -> Packing:
+        lengths = np.array([len(row) for row in rows])
+        size = {"micro_batch": micro_batch, "micro_batches": -(-len(rows) // micro_batch), "multiple": 64}
+        return Packing(rows, np.array(prompt_lens) - 1, lengths - prompt_lens, max_len=max_len, **size)
+
+    def random_rows(self, lengths) -> list[np.ndarray]:
+        rng = np.random.default_rng(0)
+        return [rng.integers(5, self.model.config.vocab_size, length) for length in lengths]
+
+    def score(self) -> float:
+        packing = self.pack(self.random_rows([256] * 16), [1] * 16, 256, 8)
+        score, rates = make_scorer(self.model, 1.0), []
+        for _ in range(4):
+            begun = time.perf_counter()
+            jax.block_until_ready(score({"lm": self.lm}, packing.lines, packing.count))
+            rates.append(16 * 256 / (time.perf_counter() - begun))
+        return statistics.median(rates[1:])
+
+    def update(self, rows: bool) -> float:
+        """Useful tokens per second of a PPO update: 8 rows of 256 tokens, or the workload's first 32 rows, packed."""
+        if rows:
+            jobs = self.jobs[:32]
+            lengths = [min(700, len(prompt) + k) for prompt, k in jobs]
+            prompt_lens, max_len, micro_batch = [len(prompt) for prompt, _ in jobs], 700, FLAGS.micro_batch
+        else:
+            lengths, prompt_lens, max_len, micro_batch = [256] * 8, [1] * 8, 256, 8
+        packing = self.pack(self.random_rows(lengths), prompt_lens, max_len, micro_batch)
+        optimizer = make_optimizer(optax.constant_schedule(3e-7), weight_decay=0.0, clip_norm=1.0)
+        abstract = abstract_params(self.model, ValueHead(), "value_head")
+        head = {"weight": jnp.zeros(self.model.config.hidden_size), "bias": jnp.zeros(())}
+        params = {"lm": jax.tree.map(jnp.copy, self.lm), "value_head": head}
+        old, _ = make_scorer(self.model, 1.0)({"lm": self.lm}, packing.lines, packing.count)
+        advantage = packing.spread(np.random.default_rng(1).normal(size=len(packing.at[0])))
+        weight = packing.spread(1 / len(packing.at[0]))
+        batch = PPOBatch(weight, np.asarray(old), advantage, advantage, advantage)
+        clip = ClipSettings(0.2, 0.2, 5.0, 1.0)
+        step = make_ppo_step(self.model, optimizer, clip, state_shardings(self.mesh, optimizer, abstract))
+        state, taken = new_state(self.mesh, optimizer, abstract, params), []
+        for _ in range(2 if rows else 3):
+            begun = time.perf_counter()
+            state, metrics = step(state, (packing.lines, batch), packing.count)
+            jax.block_until_ready(state)
+            taken.append(time.perf_counter() - begun)
+        assert np.isfinite(metrics["loss"])
+        print(
+            f"  {sum(lengths)} tokens in lines of {packing.length}, {packing.padding:.1%} padding; first step "
+            f"{taken[0]:.1f} s with its compile",
+            flush=True,
+        )
+        return sum(lengths) / statistics.median(taken[1:])
+
+
+def main(_: list[str]) -> None:
+    ours, lines = Ours(), ["| tokens per second | theirs | ours | ratio |", "| --- | --- | --- | --- |"]
+    n = len(ours.jobs) // len(ours.prompts)
+    sampled = ("sample", "--batch", "32", "--workload", FLAGS.workload)
+    rows = {
+        "sample": lambda: compared(f"sampling, {len(ours.prompts)} prompts × {n}", ours.sample, *sampled),
+        "decode": ours.decode,
+        "score": lambda: compared("scoring, 16 × 256", ours.score, "score", "--batch", "16", "--length", "256"),
+        "update": lambda: compared(
+            "update, 8 × 256", lambda: ours.update(False), "update", "--batch", "8", "--length", "256", "--repeats", "2"
+        ),
+        "rows": lambda: compared(
+            "update, 32 rows of real lengths",
+            lambda: ours.update(True),
+            *("update", "--batch", "8", "--rows", "32", "--workload", FLAGS.workload),
+        ),
+    }
+    with on_mesh(ours.mesh):
+        for name in FLAGS.only:
+            lines.append(rows[name]())
+            print(lines[-1], flush=True)
+    device = jax.devices()[0].device_kind
+    text = "\n".join([f"{head()}, {device}, {FLAGS.dtype}.", "", *lines])
+    print(text.split("\n")[0])
+    if FLAGS.write:
+        write_table("speed", text)
+
+
+if __name__ == "__main__":
+    app.run(main)

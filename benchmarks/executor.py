@@ -9,7 +9,6 @@ benchmarks/README.md. Wants a quiet machine; pebble comes with `pip install -e .
 """
 
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -17,15 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import app, flags
+from machine import head, write_table
 from pebble import ProcessPool
 
 from reft_jax import executor
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- executor: written by benchmarks/executor.py -->", "<!-- end of executor -->"
 SWEEP, DUPLICATES = 131_900, 0.3  # programs of one evaluation with 100 samples a question, the share that is equal
 FORKS = """
 import os, sys
@@ -192,15 +189,10 @@ def main(_: list[str]) -> None:
         lines += (rows := make())
         print("\n".join(rows), flush=True)
     executor.shutdown()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release().split('-')[0]}"
-    load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
-    command = f"`python {' '.join(sys.argv)}`"
-    head = f"{command} on {machine}, Python {platform.python_version()}, load average at the end {load}; {said}."
-    text = "\n".join([head, "", *lines])
-    print(head)
+    text = "\n".join([f"{head()}; {said}.", "", *lines])
+    print(text.split("\n")[0])
     if FLAGS.write:
-        before, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+        write_table("executor", text)
 
 
 if __name__ == "__main__":

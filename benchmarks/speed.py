@@ -4,7 +4,7 @@ limits ours are.
     python benchmarks/speed.py --model=DIR --workload=FILE --peer=FILE [--only=sample,decode,score,update,rows]
 
 The peer is a script that does the same work (`peer_torch.py sample|score|update …`, one JSON line with tok_s), the
-workload a JSON file of prompts (ids) and, for each completion, the tokens it must run to, so that both sides do the same
+workload a JSON file of prompts (ids) and, for each completion, the tokens it must run to, so that both do the same
 work; "useful" tokens are those, without padding. Each pair runs --rounds times in turns; the median counts. Prints
 every row and rewrites the table in benchmarks/README.md. Wants a quiet machine. On a CPU set
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does.

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 workdir="${WORKDIR:-runs/quickstart}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # large pages: XLA on a CPU takes fresh memory each step
 
 launch/venv.sh
 echo "Results will be in $workdir: report.md, report.json, curves.png"

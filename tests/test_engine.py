@@ -11,6 +11,7 @@ from tiny import tiny_model
 
 from reft_jax.engine.generate import Engine
 from reft_jax.engine.sampling import draw, inverse_cdf, item_number, row_keys
+from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.types import Completion, Prompt
 
@@ -213,3 +214,65 @@ def test_top_k_draws_from_the_k_best_and_reports_the_whole_distribution():
     kept = np.where(np.isin(np.arange(61), best), p, 0) / p[best].sum()
     counts = np.bincount(tokens, minlength=61)
     assert np.all(np.abs(counts - n * kept) <= 5 * np.sqrt(n * kept * (1 - kept)))  # 0 off the best
+
+
+def samples(n: int) -> list[Prompt]:
+    return [prompt._replace(sample=sample) for prompt in PROMPTS for sample in range(n)]
+
+
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_the_number_of_slots_changes_no_token(slots):
+    expected = texts(generate(samples(3), batch=16))
+    assert len({tuple(text) for text in expected}) > 12
+    assert texts(generate(samples(3), batch=slots)) == expected
+
+
+def test_what_is_left_after_a_stop_in_the_middle_draws_the_same():
+    expected = generate(samples(3))
+    left = [i for i in range(18) if i % 5]  # the others had ended
+    again = generate([samples(3)[i] for i in left])
+    assert texts(again) == [expected[i].tokens.tolist() for i in left]
+
+
+def counted(prompts, limits, slots: int) -> tuple[Engine, list[Completion]]:
+    """Rows of given lengths (there is no EOS) and the engine with its counts."""
+    engine = Engine(MODEL, make_mesh(1, 1, 1), slots=slots, pad_multiple=8, eos_id=-1, seed=0)
+    found = dict(engine.generate(LM, prompts, max_len=limits, temperature=1.0))
+    return engine, [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_a_prompt_is_prefilled_once_however_many_samples_it_has(n):
+    prompts = samples(n)
+    engine, completions = counted(prompts, MAX_LEN, slots=4)  # fewer slots than samples
+    assert engine.counts["prompts"] == len(PROMPTS)
+    assert engine.counts["prompt_tokens"] == sum(len(prompt.tokens) for prompt in PROMPTS)
+    assert engine.counts["tokens"] == sum(len(completion.tokens) for completion in completions)
+
+
+def test_slots_are_busy_as_long_as_requests_wait():
+    lengths = np.random.default_rng(5).integers(1, 40, 300)
+    prompts = prompts_of([4] * 300)
+    engine, completions = counted(prompts, 4 + lengths, slots=16)
+    assert [len(completion.tokens) for completion in completions] == lengths.tolist()
+    assert engine.counts["queue_tokens"] >= 0.9 * engine.counts["queue_slot_steps"]
+
+
+def test_the_last_rows_do_not_pay_for_empty_slots():
+    prompts = prompts_of([4] * 64)
+    limits = [100] + [12] * 63
+    engine, _ = counted(prompts, limits, slots=64)
+    assert engine.counts["steps"] == 96
+    assert engine.counts["slot_steps"] <= 64 * 16 + 8 * 96
+
+
+def test_a_second_rollout_compiles_nothing():
+    def prompts(seed):
+        lengths = np.random.default_rng(seed).permutation([3, 8, 1, 5, 8, 2, 7, 7, 6, 4] * 3)
+        return prompts_of(lengths, name=f"seed{seed}")
+
+    limits = np.resize([30, 9, 14, 22], 30)
+    counted(prompts(0), limits, slots=16)
+    before = compiles()
+    counted(prompts(1), limits[::-1].copy(), slots=16)
+    assert compiles() == before

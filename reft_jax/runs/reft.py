@@ -21,7 +21,6 @@ from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
 from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
 from reft_jax.types import Example, PPOBatch, Rollout
 
-
 PARTS = ("rollout", "reward", "score", "update")  # of an iteration's seconds; the rest is "other"
 
 

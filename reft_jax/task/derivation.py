@@ -6,6 +6,7 @@ a constant that people know (60 minutes in an hour). What is none of these but a
 """
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from reft_jax.task.numbers import Mention, read_numbers, same
 
 # What a constant may be when the question does not state it, and the words that go with it. No words: any text.
 CONSTANTS = {
+    2000: "ton",
     1000: "kilo kg gram thousand km meter metre liter litre ml mm gallon milli pound ton",
     5280: "mile feet",
     3600: "second hour",
@@ -27,7 +29,7 @@ CONSTANTS = {
     168: "hour week",
     144: "inch feet gross",
     128: "ounce gallon",
-    100: "percent % cent dollar $ meter metre cm century number probability",
+    100: "percent % cent dollar meter metre cm century number probability",
     90: "right degree corner angle",
     64: "ounce",
     60: "minute second hour",
@@ -50,12 +52,19 @@ CONSTANTS = {
     14: "week fortnight",
     12: "month year dozen inch feet foot hour",
     10: "dime decade cent finger toe mm cm",
+    9: "baseball yard",
+    8: "spider octopus octopuses ounce pint legs",
+    7: "day week",
+    6: "die dice cube insect hexagon",
+    5: "weekday week nickel finger toe pentagon school work friday",
     0.25: "quarter",
     0.1: "dime",
     0.05: "nickel",
     0.01: "penny pennies cent",
 }
-COUNTS = range(0, 11)  # people and things that are listed, not counted: "Ann and her mother", "each side"
+COUNTS = range(0, 5)  # people and things that are listed, not counted: "Ann and her mother", "each side"
+ROUNDED = re.compile(r"\bround|\bwhole\b|\bnearest\b|\bcan(?:'|’)?(?:no)?t\b|\bneeds? to buy\b|\bat least\b|\bonly\b")
+COMPARED = re.compile(r"\b(?:more|less|fewer|faster|slower|longer|older|total|altogether|difference|combined|in all)\b")
 FACTOR_WORDS = re.compile(r"\s*(?:-\s*)?(?:times?\b|folds?\b|x\b)", re.IGNORECASE)
 
 
@@ -89,9 +98,8 @@ def derive(question: str, answer: str, target: float) -> Iterator[Plan]:
     if not steps:
         raise Underivable("no equation in the solution")
     work = Derivation(question, answer, steps)
-    ends = [index for index in work.sources if abs(steps[index].value - target) <= 1e-2]
-    plans = [work.plan(index) for index in reversed(ends)]
-    plans += [work.plan(index, "s{0} * 100") for index in work.sources if close(steps[index].value * 100, target)]
+    plans = [work.plan(index) for index in reversed(work.sources) if abs(steps[index].value - target) <= 1e-2]
+    plans = plans or list(work.endings(target))
     if not plans:
         known = any(abs(step.value - target) <= 1e-2 for step in steps)
         raise Underivable("a number from nowhere" if known else "no equation gives the final answer")
@@ -106,7 +114,12 @@ class Derivation:
         self.text = MARK.sub("", answer.rpartition("####")[0]).lower()
         self.words = f"{question} {self.text}".lower()
         self.mentions = read_numbers(question)
-        self.introduced = [mention.value for mention in read_numbers(self.text)]
+        self.lines = [_stems(line) for line in self.text.split("\n")]
+        rows = self.text.split("\n")
+        self.results = [_stems(rows[step.line][step.end : step.end + 25]) for step in steps]
+        self.numbers = [[number.value for number in read_numbers(line)] for line in self.text.split("\n")]
+        self.contexts = [_stems(question[max(0, m.start - 45) : m.end + 45]) for m in self.mentions]
+        self.nouns = [_stems(question[m.end : m.end + 30]) for m in self.mentions]
         self.sources: dict[int, str] = {}
         self.used: set[str] = set()
         for index, step in enumerate(steps):
@@ -114,11 +127,40 @@ class Derivation:
             good = [(-worst, order, source) for order, (source, worst) in enumerate(found) if source]
             if good:
                 self.sources[index] = source = min(good)[2]
-                self.used |= set(re.findall(r"\b[sq]\d+\b", source))
 
-    def plan(self, last: int, ending: str = "") -> Plan:
-        """The steps that step `last` needs, in order, and the numbers of the question that those need."""
-        needed, todo = set(), [last]
+    def endings(self, target: float) -> Iterator[Plan]:
+        """Plans for an answer that no equation gives: a share as a percentage, a rounded number, a last comparison."""
+        for index in reversed(self.sources):
+            value = self.steps[index].value
+            exact = evaluate_with(self.sources, self.mentions, index)
+            if close(value * 100, target):
+                yield self.plan(index, f"s{index} * 100", target)
+            if exact is None or not ROUNDED.search(self.words):
+                continue
+            for factor, source in ((1, f"s{index}"), (100, f"s{index} * 100")):
+                if not float(exact * factor).is_integer() and abs(exact * factor - target) < 1:
+                    function = "round" if round(exact * factor) == target else ""
+                    function = "math.ceil" if math.ceil(exact * factor) == target and not function else function
+                    function = "math.floor" if math.floor(exact * factor) == target and not function else function
+                    if function:
+                        yield self.plan(index, f"{function}({source})", target)
+        leaves = [index for index in self.sources if not self._serves(index)]
+        if len(leaves) == 2 and COMPARED.search(self.text.strip().split("\n")[-1]):
+            (a, b), (first, second) = leaves, (self.steps[leaf].value for leaf in leaves)
+            for found, source in (
+                (first - second, f"s{a} - s{b}"),
+                (second - first, f"s{b} - s{a}"),
+                (first + second, f"s{a} + s{b}"),
+            ):
+                if same(found, target):
+                    yield self.plan(leaves, source, target)
+
+    def _serves(self, index: int) -> bool:
+        return any(re.search(rf"\bs{index}\b", source) for source in self.sources.values())
+
+    def plan(self, last: int | list[int], ending: str = "", target: float = 0.0) -> Plan:
+        """The steps that `last` needs, in order, and the numbers of the question that those need; then the ending."""
+        needed, todo = set(), [last] if isinstance(last, int) else list(last)
         while todo:
             index = todo.pop()
             if index not in needed:
@@ -126,8 +168,9 @@ class Derivation:
                 todo += [int(name) for name in re.findall(r"\bs(\d+)\b", self.sources[index])]
         steps = [Planned(index, self.steps[index], self.sources[index]) for index in sorted(needed)]
         if ending:
-            end = self.steps[last]._replace(value=self.steps[last].value * 100, subject="percentage")
-            steps.append(Planned(len(self.steps), end, ending.format(last)))
+            lines = self.text.rstrip().split("\n")
+            end = Step((ending,), target, len(lines) - 1, len(lines[-1]), len(lines[-1]))
+            steps.append(Planned(len(self.steps), end, ending))
         names = sorted({int(name) for step in steps for name in re.findall(r"\bq(\d+)\b", step.source)})
         return Plan([Given(index, self.mentions[index]) for index in names], steps)
 
@@ -135,28 +178,49 @@ class Derivation:
         """The expression with every number replaced, and how sure its least sure replacement is."""
         units = list(step.units)
         tree = ast.parse(source.replace("*0.01", "/100"), mode="eval")
-        replaced: dict[int, ast.expr] = {}
+        replaced = {id(node): node for node in self._ratios(tree)}
+        here: list[str] = []
         worst = 10.0
         for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.Constant)), key=lambda n: n.col_offset):
+            if id(node) in replaced:
+                continue
             unit = next((words for value, words in units if value is not None and same(value, node.value)), "")
-            best = max(self._origins(float(node.value), step, unit), default=None)
+            best = self._origin(float(node.value), step, unit, here)
             if best is None:
                 return None, 0.0
             worst = min(worst, best[0])
-            self.used.add(best[1])
-            replaced[id(node)] = ast.parse(best[1], mode="eval").body
+            here.append(best[1])
+            replaced[id(node)] = ast.parse(best[1].partition(" #")[0], mode="eval").body
 
         class Replace(ast.NodeTransformer):
             def visit_Constant(self, node: ast.Constant) -> ast.expr:
                 return replaced[id(node)]
 
+        self.used |= set(here)
         return ast.unparse(Replace().visit(tree)), worst
 
-    def _origins(self, value: float, step: Step, unit: str) -> Iterator[tuple[float, str]]:
-        """Where a number can come from: (how likely, Python source)."""
-        yield from self._direct(value, step, unit)
-        yield from self._complements(value, step)
-        yield from self._pairs(value, step, unit)
+    def _ratios(self, tree: ast.Expression) -> Iterator[ast.Constant]:
+        """Both numbers of every 1/4 and 20/100 that the question states as one: a fraction, or 20%."""
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Div):
+                continue
+            top, bottom = node.left, node.right
+            if isinstance(top, ast.BinOp) and isinstance(top.op, ast.Mult | ast.Div):  # 3 * 1 / 4 is (3 * 1) / 4
+                top = top.right
+            if not (isinstance(top, ast.Constant) and isinstance(bottom, ast.Constant)) or not bottom.value:
+                continue
+            for mention in self.mentions:
+                if mention.kind in ("fraction", "percent") and mention.states(top.value / bottom.value):
+                    yield from (top, bottom)
+
+    def _origin(self, value: float, step: Step, unit: str, here: list[str]) -> tuple[float, str] | None:
+        """Where a number most likely comes from: (how likely, Python source)."""
+        found = [(score - 1.5 * (source in here), source) for score, source in self._direct(value, step, unit)]
+        if not found or max(found)[0] < 5:
+            found += self._complements(value, step)
+        if not found or max(found)[0] < 4:
+            found += self._pairs(value, step, unit)
+        return max(found, default=None)
 
     def _earlier(self, step: Step) -> Iterator[tuple[int, Step]]:
         for index in self.sources:
@@ -169,38 +233,41 @@ class Derivation:
             name = f"s{index}"
             score = 2.0 * (name not in self.used) + index / 100
             if same(earlier.value, value):
-                yield 8 + score, name
+                yield 9 + score + (stems & self.results[index] != set()), name
             elif close(earlier.value, value) and not float(value).is_integer():
                 yield 6 + score, name
             elif same(earlier.value / 100, value) and value < 1:
                 yield 5 + score, f"{name} / 100"
             elif same(earlier.value * 100, value) and earlier.value <= 1:
                 yield 5 + score, f"{name} * 100"
+        line = self.lines[step.line]
         for index, mention in enumerate(self.mentions):
-            if same(mention.value, value) and mention.kind in ("number", "money") and self._nameable(mention):
+            topic = 0.4 * min(3, len(self.contexts[index] & line)) + (stems & self.nouns[index] != set())
+            if unit and mention.kind in ("money", "number"):
+                topic += 0.75 if ("$" in unit) == (mention.kind == "money") else -0.75
+            if same(mention.value, value) and self._nameable(mention):
                 name = f"q{index}"
-                shared = len(stems & _stems(self.question[mention.end : mention.end + 40]))
-                yield 8.5 + (name not in self.used) + min(shared, 2) - index / 100, name
+                yield 8 + (name not in self.used) + topic - index / 100, name
             elif mention.states(value):
-                yield 7.5, _literal(value)
+                literal = f"{_literal(value)} # {index}"
+                yield 7.5 + (literal not in self.used) + topic - index / 100, literal
         number = int(value) if value.is_integer() else value
-        if number in CONSTANTS and any(word in self.words for word in CONSTANTS[number].split()):
-            yield 7 + 2 * any(word in unit for word in CONSTANTS[number].split()), _literal(value)
+        if number in CONSTANTS and self._known_constant(number):
+            yield 7 + 2 * any(word in unit.split(" ")[0] for word in CONSTANTS[number].split()), _literal(value)
         elif value in COUNTS:
             yield 3 if any(same(value, earlier.value) for earlier in self.steps) else 4, _literal(value)
 
     def _nameable(self, mention: Mention) -> bool:
-        return not FACTOR_WORDS.match(self.question, mention.end)
+        """Whether the number is worth a name: not a percentage, a fraction, "twice", "3 times" or "one"."""
+        word = self.question[mention.start : mention.end].lower()
+        return mention.kind in ("number", "money") and word != "one" and not FACTOR_WORDS.match(self.question, mention.end)
 
     def _atoms(self, step: Step) -> Iterator[tuple[float, float, str]]:
         """What a derived number may be made of: (value, how likely, source)."""
         for index, earlier in self._earlier(step):
             yield earlier.value, index / 100, f"s{index}"
         for index, mention in enumerate(self.mentions):
-            named = mention.kind in ("number", "money") and self._nameable(mention)
-            yield mention.value, 0.0, f"q{index}" if named else _literal(mention.value)
-            for other in mention.others:
-                yield other, -0.2, _literal(other)
+            yield mention.value, 0.0, f"q{index}" if self._nameable(mention) else _literal(mention.value)
 
     def _complements(self, value: float, step: Step) -> Iterator[tuple[float, str]]:
         """80 % and 0.8 of "20 % off", 1.2 of "20 % more", 1.5 of "one and a half"."""
@@ -216,30 +283,83 @@ class Derivation:
                         yield 4.5 + score, f"({whole} {sign} {source}) / 100"
 
     def _pairs(self, value: float, step: Step, unit: str) -> Iterator[tuple[float, str]]:
-        """A short expression of two numbers that are known, for one that the solution worked out in the head."""
-        if value in COUNTS and not unit:
-            return
+        """A short expression for a number that the solution worked out in the head, from the numbers beside it.
+
+        These stand in the line where it is first stated; only if none does, in the line before.
+        """
+        stated = [number for number, numbers in enumerate(self.numbers) if any(same(n, value) for n in numbers)]
+        at = stated[0] if stated else step.line
+        near = [n for n in self.numbers[at] if not same(n, value)] or self.numbers[max(0, at - 1)]
         atoms = list(self._atoms(step))
-        near = {number.value for number in read_numbers(self.text.split("\n")[step.line])}
-        constants = [(float(c), -0.5, _literal(float(c))) for c in CONSTANTS if any(w in self.words for w in CONSTANTS[c].split())]
-        for a, first, left in atoms:
-            for b, second, right in atoms + constants:
+        beside = [atom for atom in atoms if any(same(atom[0], n) for n in near)]
+        constants = [(float(c), -0.5, _literal(float(c))) for c in CONSTANTS if self._known_constant(c)]
+        for a, first, left in beside:
+            for b, second, right in beside + constants:
+                score = 2 + first + second
                 if left == right and not left.startswith(("s", "q")):
                     continue
-                score = 2 + first + second + (a in near) * 0.5 + (b in near) * 0.5
-                if left < right or (b, second, right) in constants:
-                    if same(a + b, value) and (b, second, right) not in constants:
-                        yield score, f"{left} + {right}"
-                    if same(a * b, value) and a != 1 and b != 1:
-                        yield score + 0.2, f"{left} * {right}"
-                if same(a - b, value) and b:
-                    yield score, f"{left} - {right}"
-                if b and b != 1 and same(a / b, value):
+                if same(a * b, value) and a != 1 and b != 1:
+                    yield score + 0.2, f"{left} * {right}"
+                if b not in (0, 1) and same(a / b, value):
                     yield score, f"{left} / {right}"
+                if (b, second, right) in constants:
+                    continue
+                if same(a + b, value) and left < right:
+                    yield score, f"{left} + {right}"
+                if same(a - b, value):
+                    yield score, f"{left} - {right}"
+            for b, _, right in atoms:
+                if same(a * b, value) and a != 1 and b != 1:
+                    yield 1.5 + first, f"{left} * {right}"
+        units = _stems(unit) or self._unit_of(value)
+        alike = [index for index, m in enumerate(self.mentions) if self._nameable(m) and units & self.nouns[index]]
+        for a in alike:
+            for b in alike:
+                if a != b and same(self.mentions[a].value - self.mentions[b].value, value):
+                    yield 1.4, f"q{a} - q{b}"
+                if a < b and same(self.mentions[a].value + self.mentions[b].value, value):
+                    yield 1.3, f"q{a} + q{b}"
+        for index, mention in enumerate(self.mentions):
+            for quantity, _, left in atoms:
+                if mention.kind == "fraction" and left[0] in "sq" and same(mention.value * quantity, value):
+                    yield 1.2, f"{left} * {_literal(mention.value)}"
+            for constant, _, right in constants:
+                if mention.kind == "fraction" and same(mention.value * constant, value):
+                    yield 1, f"{_literal(mention.value)} * {right}"
+            if same(mention.value + 1, value) and self._and_self(mention):
+                yield 2, f"q{index} + 1"
+
+    def _unit_of(self, value: float) -> set[str]:
+        """The words behind a number where the solution first states it."""
+        match = re.search(rf"(?<![\d.,]){re.escape(_literal(value))}(?![\d.,])\s+(\w+)", self.text)
+        return _stems(match[1]) if match else set()
+
+    def _and_self(self, mention: Mention) -> bool:
+        """Whether the number counts people beside the one that the sentence is about: "Ann and her 14 friends"."""
+        return bool(re.search(r"\b(?:(?:and|with|for) (?:his|her|their|my)|invites?|invited) (?:other )?$", self.question[: mention.start]))
+
+    def _known_constant(self, number: float) -> bool:
+        return any(word in self.words for word in CONSTANTS[number].split())
+
+
+def evaluate_with(sources: dict[int, str], mentions: list[Mention], index: int) -> float | None:
+    """The exact value of a step, from the question's numbers."""
+    source = re.sub(r"\bq(\d+)\b", lambda match: repr(mentions[int(match[1])].value), sources[index])
+    for name in set(re.findall(r"\bs(\d+)\b", source)):
+        value = evaluate_with(sources, mentions, int(name))
+        source = re.sub(rf"\bs{name}\b", repr(value) if value is not None else "(1/0)", source)
+    return evaluate(source)
 
 
 def _stems(text: str) -> set[str]:
     return {word.rstrip("s") for word in re.findall(r"[a-z]{3,}", text.lower())}
+
+
+def literal_of(mention: Mention) -> str:
+    """How a program writes a number of the question: two dozen are 2 * 12."""
+    if mention.others[-1:] == (12.0,) and mention.value == mention.others[0] * 12 and mention.value != 12:
+        return f"{_literal(mention.others[0])} * 12"
+    return _literal(mention.value)
 
 
 def _literal(value: float) -> str:

@@ -15,10 +15,10 @@ from reft_jax.task.numbers import DIGITS, same
 UNKNOWN = "ξ"  # stands for the unknown's letter in text that algebra.py hands over
 MARK = re.compile(r"<<(.*?)>>")
 TOKEN = re.compile(
-    rf"""(?P<number>(?:{DIGITS})(?:\s?%|\s?percent\b)?[¼½¾]?)
+    rf"""(?P<number>(?:\d+\s+(?:and\s+)?\d/\d(?![\d/])|\d{{1,3}}(?:\ 000)+\b|{DIGITS})(?:\s?%|\s?percent\b)?[¼½¾]?)
     |(?P<op>[-+*/×÷–−](?=[\s$€£]*[\d.(ξ])|(?<=[\s\d)ξ])[-+*×÷–−/](?=\s))
     |(?P<times>(?<=[\s\d)])[xX](?=[\s$\d.(ξ])|\b(?:times|plus|minus|divided\sby|multiplied\sby)(?=\s[\d$.]))
-    |(?P<unknown>ξ)|(?P<open>[(\[])|(?P<close>[)\]])|(?P<equals>=|\bequals\b)
+    |(?P<unknown>ξ)|(?P<open>[(\[])|(?P<close>[)\]])|(?P<equals>[<>]?=|≥|\bequals\b)
     |(?P<word>[A-Za-z'’]+|[$€£¢#/°³²-])|(?P<stop>[^\s])""",
     re.VERBOSE,
 )
@@ -230,7 +230,7 @@ def _prefix(tokens: list[Token]) -> list[Token]:
 def _units(tokens: list[Token]) -> tuple[tuple[float, str], ...]:
     units = []
     for index, token in enumerate(tokens):
-        words = []
+        words = ["$"] if index and tokens[index - 1].text in "$€£" else []
         for following in tokens[index + 1 : index + 1 + MAX_UNIT]:
             if following.kind != "word":
                 break
@@ -280,7 +280,12 @@ def _join(tokens: list[Token]) -> str | None:
 
 
 def _number(text: str) -> str:
-    match = re.match(DIGITS, text)
-    value = float(match[0].replace(",", "")) + SIGNS.get(text[-1], 0)
+    """Python source of a number: 1,000; 80 000; 20%; 1 1/2 and 1 and 1/4; ½."""
+    mixed = re.match(r"(\d+)\s+(?:and\s+)?(\d)/(\d)", text)
+    if mixed and mixed[3] != "0":
+        value = int(mixed[1]) + int(mixed[2]) / int(mixed[3])
+    else:
+        match = re.match(DIGITS, re.sub(r" (?=000)", "", text))
+        value = float(match[0].replace(",", "")) + SIGNS.get(text[-1], 0)
     source = str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return f"({source}/100)" if "%" in text or "percent" in text else source

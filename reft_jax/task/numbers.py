@@ -138,6 +138,9 @@ def _from_words(text: str, words: list[re.Match]) -> tuple[int, Mention | None]:
     if used and after and after[0].lower() == "percent":
         value = total + current
         return used + 1, Mention(value, (value / 100,), first.start(), after.end(), "percent")
+    if used and after and after[0].lower() in ("cent", "cents"):
+        value = total + current
+        return used + 1, Mention(value, (value / 100,), first.start(), after.end(), "number")
     if used:
         return used, Mention(total + (current or 0.0), tuple(parts), first.start(), end, "number")
     word = first[0].lower()

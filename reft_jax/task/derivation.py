@@ -12,57 +12,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from reft_jax.task.algebra import solved_unknowns
+from reft_jax.task.constants import CONSTANTS, COUNTS, is_known
 from reft_jax.task.equations import MARK, Step, close, evaluate, read_steps
 from reft_jax.task.numbers import Mention, read_numbers, same
 
-# What a constant may be when the question does not state it, and the words that go with it. No words: any text.
-CONSTANTS = {
-    2000: "ton",
-    1000: "kilo kg gram thousand km meter metre liter litre ml mm gallon milli pound ton",
-    5280: "mile feet",
-    3600: "second hour",
-    1440: "day minute",
-    360: "degree circle angle",
-    365: "day year",
-    366: "leap",
-    180: "triangle degree angle",
-    168: "hour week",
-    144: "inch feet gross",
-    128: "ounce gallon",
-    100: "percent % cent dollar meter metre cm century number probability",
-    90: "right degree corner angle",
-    64: "ounce",
-    60: "minute second hour",
-    52: "week year card",
-    48: "hour",
-    36: "inch yard",
-    32: "ounce quart",
-    31: "day month january march may july august october december",
-    30: "day month april june september november",
-    29: "leap february",
-    28: "day february week",
-    26: "letter alphabet week",
-    25: "quarter cent",
-    24: "hour day dozen",
-    21: "week",
-    20: "score finger nickel decade",
-    18: "adult",
-    16: "ounce pound",
-    15: "minute quarter",
-    14: "week fortnight",
-    12: "month year dozen inch feet foot hour",
-    10: "dime decade cent finger toe mm cm",
-    9: "baseball yard",
-    8: "spider octopus octopuses ounce pint legs",
-    7: "day week",
-    6: "die dice cube insect hexagon",
-    5: "weekday week nickel finger toe pentagon school work friday",
-    0.25: "quarter",
-    0.1: "dime",
-    0.05: "nickel",
-    0.01: "penny pennies cent",
-}
-COUNTS = range(0, 5)  # people and things that are listed, not counted: "Ann and her mother", "each side"
 ROUNDED = re.compile(r"\bround|\bwhole\b|\bnearest\b|\bcan(?:'|’)?(?:no)?t\b|\bneeds? to buy\b|\bat least\b|\bonly\b")
 COMPARED = re.compile(r"\b(?:more|less|fewer|faster|slower|longer|older|total|altogether|difference|combined|in all)\b")
 FACTOR_WORDS = re.compile(r"\s*(?:-\s*)?(?:times?\b|folds?\b|x\b)", re.IGNORECASE)
@@ -210,12 +163,14 @@ class Derivation:
             if not (isinstance(top, ast.Constant) and isinstance(bottom, ast.Constant)) or not bottom.value:
                 continue
             for mention in self.mentions:
-                if mention.kind in ("fraction", "percent") and mention.states(top.value / bottom.value):
+                part = mention.kind == "fraction" and same(top.value / bottom.value, mention.value)
+                part = part and any(same(bottom.value, other) for other in mention.others)
+                if part or (mention.kind == "percent" and bottom.value == 100 and same(top.value, mention.value)):
                     yield from (top, bottom)
 
     def _origin(self, value: float, step: Step, unit: str, here: list[str]) -> tuple[float, str] | None:
         """Where a number most likely comes from: (how likely, Python source)."""
-        found = [(score - 1.5 * (source in here), source) for score, source in self._direct(value, step, unit)]
+        found = [(score - 2.5 * (source in here), source) for score, source in self._direct(value, step, unit)]
         if not found or max(found)[0] < 5:
             found += self._complements(value, step)
         if not found or max(found)[0] < 4:
@@ -252,7 +207,7 @@ class Derivation:
                 literal = f"{_literal(value)} # {index}"
                 yield 7.5 + (literal not in self.used) + topic - index / 100, literal
         number = int(value) if value.is_integer() else value
-        if number in CONSTANTS and self._known_constant(number):
+        if is_known(number, self.words):
             yield 7 + 2 * any(word in unit.split(" ")[0] for word in CONSTANTS[number].split()), _literal(value)
         elif value in COUNTS:
             yield 3 if any(same(value, earlier.value) for earlier in self.steps) else 4, _literal(value)
@@ -292,7 +247,7 @@ class Derivation:
         near = [n for n in self.numbers[at] if not same(n, value)] or self.numbers[max(0, at - 1)]
         atoms = list(self._atoms(step))
         beside = [atom for atom in atoms if any(same(atom[0], n) for n in near)]
-        constants = [(float(c), -0.5, _literal(float(c))) for c in CONSTANTS if self._known_constant(c)]
+        constants = [(float(c), -0.5, _literal(float(c))) for c in CONSTANTS if is_known(c, self.words)]
         for a, first, left in beside:
             for b, second, right in beside + constants:
                 score = 2 + first + second
@@ -337,9 +292,6 @@ class Derivation:
     def _and_self(self, mention: Mention) -> bool:
         """Whether the number counts people beside the one that the sentence is about: "Ann and her 14 friends"."""
         return bool(re.search(r"\b(?:(?:and|with|for) (?:his|her|their|my)|invites?|invited) (?:other )?$", self.question[: mention.start]))
-
-    def _known_constant(self, number: float) -> bool:
-        return any(word in self.words for word in CONSTANTS[number].split())
 
 
 def evaluate_with(sources: dict[int, str], mentions: list[Mention], index: int) -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from reft_jax.task.numbers import NUMBER, Mention, read_numbers
 from reft_jax.task.words import (
+    ABBREVIATIONS,
     EMPTY,
     FUNCTION_WORDS,
     MEASURES,
@@ -57,18 +58,18 @@ def given_names(question: str, mention: Mention) -> list[str]:
     begin, end = sentence_of(question, mention.start)
     before, after = question[begin : mention.start], question[mention.end : end]
     if mention.kind == "money" or re.match(r"\s*(?:dollars?|cents?|euros?|bucks)\b", after):
-        return _unique(_prices(before, re.sub(r"^\s*(?:dollars?|cents?|euros?|bucks)\b", "", after), question))
+        return unique(_prices(before, re.sub(r"^\s*(?:dollars?|cents?|euros?|bucks)\b", "", after), question))
     noun = noun_phrase(after)
     if re.match(r"-[a-z]", after):
         noun, head = noun_phrase(after[1:], 1), noun_phrase(re.sub(r"^-[a-z]+", "", after), 2)
         if noun in ("pack", "packs", "piece"):
-            return _unique([f"{head}_per_{noun}", f"{noun}_size"])
+            return unique([f"{head}_per_{noun}", f"{noun}_size"])
         noun = noun if noun in ("foot", "feet") or noun.endswith("s") else f"{noun}s" if noun else ""
-        return _unique([f"{head}_{noun}" if head else noun, *_qualified(noun, before, "")])
+        return unique([f"{head}_{noun}" if head else noun, *_qualified(noun, before, "")])
     measure = re.match(r"\s*(?:[a-z]+\s+)?(tall|high|long|wide|deep|old|away|thick)\b", after)
     if measure:
         what, subject = MEASURES[measure[1]], subject_of(before)
-        return _unique([f"{subject}_{what}" if subject else what, f"{owner(before)}_{what}", what])
+        return unique([f"{subject}_{what}" if subject else what, f"{owner(before)}_{what}", what])
     if not noun and re.match(r"\s*(?:more|fewer|less)\b", after):
         noun = noun_phrase(re.sub(r"^\s*(?:more|fewer|less)", "", after)) or carried_noun(question, mention)
         noun = f"{'extra' if 'more' in after[:8] else 'fewer'}_{noun}" if noun else ""
@@ -83,7 +84,7 @@ def given_names(question: str, mention: Mention) -> list[str]:
         names = [f"{noun}_per_{subject}"] if subject and subject != singular(noun) else [f"{noun}_each"]
     elif per:
         names = [f"{noun}_per_{per}"]
-    return _unique([*names, *_qualified(noun, before, rest)])
+    return unique([*names, *_qualified(noun, before, rest)])
 
 
 def step_names(line: str, start: int, end: int, value: float, money: bool) -> list[str]:
@@ -127,13 +128,13 @@ def step_names(line: str, start: int, end: int, value: float, money: bool) -> li
         names += _amounts(before, rest)
     elif noun:
         names += _results(noun, before, rest, line)
-    return _unique(names)
+    return unique(names)
 
 
 def subject_names(text: str) -> list[str]:
     """Names for an unknown, from the words that define it ("the number of hens", "Ann's age")."""
     words = re.sub(r"\b(?:number|amount|quantity) of\b", "", text)
-    return _unique([slug(words, 3), slug(words, 4), slug(text, 4)])
+    return unique([slug(words, 3), slug(words, 4), slug(text, 4)])
 
 
 def question_names(question: str) -> list[str]:
@@ -143,9 +144,9 @@ def question_names(question: str) -> list[str]:
         return []
     noun = noun_phrase(match[1])
     if not noun or noun in ("money", "dollars"):
-        return _unique([f"total_{w}" for w in ("cost", "earnings") if w[:4] in question.lower()] or [noun])
+        return unique([f"total_{w}" for w in ("cost", "earnings") if w[:4] in question.lower()] or [noun])
     head = "total_" if TOTAL.search(match[1]) else ""
-    return _unique([f"{head}{noun}", *_qualified(noun, match[1], "")])
+    return unique([f"{head}{noun}", *_qualified(noun, match[1], "")])
 
 
 def choose(wanted: Sequence[Sequence[str]], fallbacks: Sequence[str], stated: int) -> list[str]:
@@ -213,7 +214,8 @@ def noun_phrase(text: str, longest: int = 3) -> str:
         position = match.end()
         if word in TIME or (word.endswith("s") and not word.endswith("ss") and not text[position : position + 4] == " of "):
             break
-    if not words or len(words[-1]) < 2:
+    words = [ABBREVIATIONS.get(word, word) for word in words]
+    if not words or len(words[-1]) < 3:
         return ""
     of = re.compile(r"\s+of\s+(?!the\b|his\b|her\b|their\b|them\b|each\b|these\b|those\b|its\b|that\b|a\b|it\b)").match(text, position)
     if of and len(words) < 3:
@@ -464,14 +466,14 @@ def _is_name(text: str) -> bool:
     return bool(words) and words[-1][0].isupper() and not words[-1].isupper()
 
 
-def _unique(names: list[str]) -> list[str]:
+def unique(names: list[str]) -> list[str]:
     """The proposals that can be names, each once."""
     good = []
     for name in names:
         name = re.sub(r"_+", "_", name.replace("é", "e").lower()).strip("_")
-        parts = name.split("_")
+        parts = [word for part in name.split("_") for word in ABBREVIATIONS.get(part, part).split("_")]
         parts = [part for index, part in enumerate(parts) if not index or part != parts[index - 1]]
         name = "_".join(parts)
-        if re.fullmatch(r"[a-z][a-z_]+", name) and len(name) <= LONGEST and name not in RESERVED and parts[0] not in ("of", "per"):
+        if re.fullmatch(r"[a-z][a-z_]+", name) and len(name) <= LONGEST and name not in RESERVED and parts[0] not in ("of", "per") and len(parts[-1]) > 1:
             good.append(name)
     return list(dict.fromkeys(good))

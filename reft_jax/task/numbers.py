@@ -33,6 +33,7 @@ NUMBER = re.compile(
     (?P<digits>{DIGITS})
     (?:\s?/\s?(?P<divisor>\d+)(?![\d.]*[%\d])(?:th|rd|nd)?s?)?
     (?P<sign>[¼½¾])?
+    (?P<ordinal>(?:st|nd|rd|th)\b)?
     (?P<percent>\s?%|\s?-?percent\b)?
     (?P<cents>\s?¢|\s?-?cents?\b)?
     (?:[\s-]?(?P<scale>hundred|thousand|million|billion|dozens?|k)\b)?""",
@@ -86,6 +87,8 @@ def _from_digits(match: re.Match) -> Mention:
         if match["whole"]:
             value, others = value + float(match["whole"]), [*others, float(match["whole"])]
             kind = "number"
+    if match["ordinal"] and kind == "number":
+        kind = "factor"
     if match["sign"]:
         value += SIGNS[match["sign"]]
     if match["percent"]:

@@ -46,7 +46,7 @@ def _proposals(planned: Planned, lines: list[str], question: str, last: bool) ->
         noun = naming.noun_phrase(question[mention.end :]) if mention.kind == "percent" else ""
         if noun.split("_")[-1] in DISCOUNTS and re.search(rf"\b{re.escape(_literal(mention.value))} / 100|{_literal(mention.value / 100)}\b", planned.source):
             names.insert(0, noun)
-    return list(dict.fromkeys(names))
+    return naming.unique(names)
 
 
 def _by_operation(source: str, names: dict[str, str]) -> str:

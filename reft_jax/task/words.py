@@ -60,11 +60,18 @@ MONEY = set("dollar dollars cent cents euro euros pound pounds buck bucks rupees
 MEASURES = {"tall": "height", "high": "height", "long": "length", "wide": "width", "deep": "depth", "old": "age"}
 MEASURES |= {"away": "distance", "thick": "thickness", "older": "years_older", "younger": "years_younger"}
 MEASURES |= {"longer": "extra_length", "taller": "extra_height", "shorter": "length_difference"}
+ABBREVIATIONS = dict(
+    entry.split(":")
+    for entry in """cm:centimeters mm:millimeters km:kilometers kg:kilograms kgs:kilograms g:grams mg:milligrams ml:milliliters
+    mls:milliliters ft:feet sq:square lb:pounds lbs:pounds oz:ounces hr:hours hrs:hours min:minutes mins:minutes sec:seconds
+    secs:seconds mph:miles_per_hour kph:kilometers_per_hour kmph:kilometers_per_hour kw:kilowatts kwh:kilowatt_hours
+    yr:years yrs:years gb:gigabytes mb:megabytes tv:television pc:pieces pcs:pieces m:meters l:liters""".split()
+)
 _SINGULAR = {"people": "person", "children": "child", "men": "man", "women": "woman", "feet": "foot", "mice": "mouse"}
 _SINGULAR |= {"teeth": "tooth", "geese": "goose", "leaves": "leaf", "loaves": "loaf", "knives": "knife", "halves": "half"}
 _SINGULAR |= {"shelves": "shelf", "pennies": "penny", "calves": "calf", "wolves": "wolf", "scarves": "scarf"}
 _IE = set("cookies brownies movies smoothies selfies hoodies calories veggies zombies rookies pixies cuties".split())
-_KEEP = ("ss", "us", "is", "sheep", "series", "species")
+_KEEP = ("ss", "gas", "us", "is", "sheep", "series", "species")
 RESERVED = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"result", "solution", "math", "sympy"}
 
 
@@ -94,6 +101,12 @@ def present(verb: str) -> str:
 
 
 def singular(noun: str) -> str:
+    """One of a kind; of a phrase joined by underscores, its last word."""
+    before, joint, noun = noun.rpartition("_")
+    return before + joint + _singular_word(noun)
+
+
+def _singular_word(noun: str) -> str:
     if noun in _SINGULAR:
         return _SINGULAR[noun]
     if noun.endswith(_KEEP) or len(noun) < 4 or not noun.endswith("s"):

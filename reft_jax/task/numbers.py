@@ -5,6 +5,7 @@ Digits (1,000; $2.50; .5; 2 1/2), percentages, fractions, number words ("thirty-
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 UNITS = dict(
@@ -24,6 +25,7 @@ PARTS |= {f"{part}s": number for part, number in PARTS.items() if part not in ("
 FACTORS = {"twice": 2, "double": 2, "doubled": 2, "doubles": 2, "doubling": 2, "thrice": 3, "triple": 3, "tripled": 3}
 FACTORS |= {"triples": 3, "quadruple": 4, "quadrupled": 4, "quadruples": 4, "couple": 2, "pair": 2, "pairs": 2}
 FACTORS |= {"twins": 2, "twin": 2, "both": 2, "halved": 2, "first": 1, "second": 2, "once": 1, "triplets": 3}
+FIRST = {*UNITS, *TENS, *SCALES, *PARTS, *FACTORS, *"¼½¾", "a"}  # words that a number may begin with
 SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 
 DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
@@ -63,18 +65,23 @@ def same(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(1.0, abs(a), abs(b))
 
 
-def read_numbers(text: str) -> list[Mention]:
+@lru_cache(maxsize=1024)
+def read_numbers(text: str) -> tuple[Mention, ...]:
     """All mentions in `text`, in order."""
     found = [_from_digits(match) for match in NUMBER.finditer(text)]
-    taken = [(mention.start, mention.end) for mention in found]
-    words = [m for m in WORD.finditer(text) if not any(start <= m.start() < end for start, end in taken)]
+    ends = {mention.start: mention.end for mention in found}
+    words, taken = [], 0
+    for match in WORD.finditer(text):
+        taken = max(taken, max((ends.pop(start) for start in list(ends) if start <= match.start()), default=0))
+        if match.start() >= taken:
+            words.append(match)
     index = 0
     while index < len(words):
-        used, mention = _from_words(text, words[index:])
+        used, mention = _from_words(text, words[index : index + 12]) if words[index][0].lower() in FIRST else (1, None)
         if mention:
             found.append(mention)
         index += used
-    return sorted(found, key=lambda mention: mention.start)
+    return tuple(sorted(found, key=lambda mention: mention.start))
 
 
 def _from_digits(match: re.Match) -> Mention:

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from reft_jax.task.answers import read_target
-from reft_jax.task.datasets import check_text, read_rows
+from reft_jax.task.datasets import check_text
 from reft_jax.task.derivation import Underivable, derive
 from reft_jax.task.equations import plain_text
 from reft_jax.task.naming import Unnameable
@@ -31,10 +31,10 @@ class Conversion(NamedTuple):
     reason: str
 
 
-def read_official(source: str) -> list[Official]:
-    """All rows of a JSON-lines file or of the hub. InputError, naming row and field, if one is no official row."""
+def read_official(source: str, published: list) -> list[Official]:
+    """The rows that `source` holds. InputError, naming line (or row) and field, if one is no official row."""
     rows = []
-    for index, row in enumerate(read_rows(source)):
+    for index, row in enumerate(published):
         if not isinstance(row, dict):
             raise InputError(f"{source}: {_place(source, index)} is no object; make it one with question and answer")
         for field in ("question", "answer"):

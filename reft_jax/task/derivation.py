@@ -18,7 +18,10 @@ from reft_jax.task.numbers import Mention, read_numbers, same
 
 ROUNDED = re.compile(r"\bround|\bwhole\b|\bnearest\b|\bcan(?:'|’)?(?:no)?t\b|\bneeds? to buy\b|\bat least\b|\bonly\b")
 COMPARED = re.compile(r"\b(?:more|less|fewer|faster|slower|longer|older|total|altogether|difference|combined|in all)\b")
-FACTOR_WORDS = re.compile(r"\s*(?:-\s*)?(?:times?\b|folds?\b|x\b)", re.IGNORECASE)
+FACTOR_WORDS = re.compile(
+    r"\s*(?:-\s*)?(?:times?\b(?!\s*(?:[.,?!]|$|(?:a|an|each|every|per|in|on|and|this|for|before|at|during)\b))|folds?\b|x\b)",
+    re.IGNORECASE,
+)
 
 
 class Given(NamedTuple):
@@ -131,7 +134,7 @@ class Derivation:
         """The expression with every number replaced, and how sure its least sure replacement is."""
         units = list(step.units)
         tree = ast.parse(source.replace("*0.01", "/100"), mode="eval")
-        replaced = {id(node): node for node in self._ratios(tree)}
+        replaced = {id(node): node for node in self._ratios(tree)} | self._earlier_ratios(tree, step)
         here: list[str] = []
         worst = 10.0
         for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.Constant)), key=lambda n: n.col_offset):
@@ -146,6 +149,9 @@ class Derivation:
             replaced[id(node)] = ast.parse(best[1].partition(" #")[0], mode="eval").body
 
         class Replace(ast.NodeTransformer):
+            def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+                return replaced.get(id(node)) or self.generic_visit(node)
+
             def visit_Constant(self, node: ast.Constant) -> ast.expr:
                 return replaced[id(node)]
 
@@ -167,6 +173,19 @@ class Derivation:
                 part = part and any(same(bottom.value, other) for other in mention.others)
                 if part or (mention.kind == "percent" and bottom.value == 100 and same(top.value, mention.value)):
                     yield from (top, bottom)
+
+    def _earlier_ratios(self, tree: ast.Expression, step: Step) -> dict[int, ast.expr]:
+        """Every 2/3 that an earlier step computed, by the identity of its nodes: the division is that step's name."""
+        replaced = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                parts = (node.left, node.right)
+                if all(isinstance(part, ast.Constant) for part in parts) and node.right.value:
+                    share = node.left.value / node.right.value
+                    for index, earlier in self._earlier(step):
+                        if same(earlier.value, share) and not share.is_integer():
+                            replaced |= {id(node): ast.Name(f"s{index}"), **{id(part): part for part in parts}}
+        return replaced
 
     def _origin(self, value: float, step: Step, unit: str, here: list[str]) -> tuple[float, str] | None:
         """Where a number most likely comes from: (how likely, Python source)."""
@@ -205,7 +224,8 @@ class Derivation:
                 yield 8 + (name not in self.used) + topic - index / 100, name
             elif mention.states(value):
                 literal = f"{_literal(value)} # {index}"
-                yield 7.5 + (literal not in self.used) + topic - index / 100, literal
+                bare = 1.2 if not unit and mention.kind in ("factor", "fraction") and value in (2, 3, 4) else 0
+                yield 7.5 + bare + (literal not in self.used) + topic - index / 100, literal
         number = int(value) if value.is_integer() else value
         if is_known(number, self.words):
             yield 7 + 2 * any(word in unit.split(" ")[0] for word in CONSTANTS[number].split()), _literal(value)

@@ -26,14 +26,26 @@ from reft_jax.task.words import (
 WORD = re.compile(r"[A-Za-zé]+(?:['’]s\b)?")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)[.?!;:](?:\s|$)|\n")
 PER = re.compile(r"\s*(?:(?:per|/|for (?:each|every|one|an?)\b|every|in (?:each|every)\b)\s*([A-Za-z]+)?|,?\s*each\b\s*([A-Za-z]+)?|(?:an?)\s+([a-z]+)\b)")
+NEXT_WORD = re.compile(r"\s*(?:-\s*)?([A-Za-zé]+)(['’]s?\b)?")
+OF_SOMETHING = re.compile(r"\s+of\s+(?!(?:the|his|her|their|them|each|these|those|its|that|a|it)\b)")
+MORE_OR_LESS = {"more", "additional", "extra", "fewer", "less"}
+SKIPPED = {"total", "different", "new", "other", "whole", "full", "remaining", "separate"}
+NO_NOUN = {"left", "respectively", "total", "long"}
+ADVERB = re.compile(r"(?:ally|ently|antly|ately|ingly|ously|ively|edly|iginally|usly)$")
 PLACES = set("in on at from with after before during if that which who when where while of for to by left than as".split())
 LEADING = r"^\s*(?:then|so|and|next|finally|also|thus|therefore|now)?,?\s*"
 LONGEST = 36
+UNITS_OF_MEASURE = TIME | set(
+    "centimeters millimeters kilometers kilograms grams milligrams milliliters feet foot pounds ounces miles meters liters "
+    "inches yards gallons degrees acres tons percent points calories".split()
+)
+MEASURE_NOUNS = r"weight|height|length|width|depth|distance|age|time|speed|temperature|area|volume|average|record|score"
 MONEY_NOUNS = set(
     "cost price profit salary earnings income revenue rent discount tax tip fee bill savings budget change debt expenses "
-    "payment wage allowance interest loan insurance fine deposit tips money share refund spending total".split()
+    "payment pay wage allowance interest loan insurance fine deposit tips money share refund spending total".split()
 )
 AUXILIARIES = set("to will can could must should would may he she it they who we you i and does did do also".split())
+TRADED = {"cost", "sold", "bought", "purchased", "ordered"}
 LEFT = re.compile(r"\b(?:left|remain(?:s|ing|ed)?|leftover|leaving|leaves)\b", re.IGNORECASE)
 TOTAL = re.compile(r"\b(?:total|altogether|in all|combined|all together|sum|overall)\b", re.IGNORECASE)
 MORE = re.compile(r"\b(?:more|extra|longer|taller|older|further|additional|difference)\b", re.IGNORECASE)
@@ -66,6 +78,8 @@ def given_names(question: str, mention: Mention) -> list[str]:
             return unique([f"{head}_per_{noun}", f"{noun}_size"])
         noun = noun if noun in ("foot", "feet") or noun.endswith("s") else f"{noun}s" if noun else ""
         return unique([f"{head}_{noun}" if head else noun, *_qualified(noun, before, "")])
+    if re.match(r"\s*times\b", after):
+        return unique(_qualified("times", before, after[6:])[1:])
     measure = re.match(r"\s*(?:[a-z]+\s+)?(tall|high|long|wide|deep|old|away|thick)\b", after)
     if measure:
         what, subject = MEASURES[measure[1]], subject_of(before)
@@ -77,9 +91,14 @@ def given_names(question: str, mention: Mention) -> list[str]:
         noun = noun_phrase(re.sub(r"^\s*of (?:the|these|those|his|her|their)\b", "", after)) or carried_noun(question, mention)
     if not noun:
         return []
-    rest = after[_width(after, noun) :]
+    rest = after[noun_span(after)[1] :]
     per, names = _per(rest), []
-    if per == "each":
+    copula = re.search(r"(?:^|[,;]|\b(?:and|if|while|that|when|but)\b)\s*([^,;]+?)\s+(?:is|was|are|were|weighs?|takes?|lasts?)\s+"
+                       r"(?:about |only |exactly )?$", before, re.I)
+    if copula and noun.split("_")[-1] in UNITS_OF_MEASURE and not _is_name(copula[1]) and slug(copula[1], 3):
+        subject = slug(copula[1], 3)
+        names = [subject if re.search(MEASURE_NOUNS, subject) else f"{subject}_{noun.split('_')[-1]}"]
+    elif per == "each":
         subject = singular(subject_of(before).split("_")[-1])
         names = [f"{noun}_per_{subject}"] if subject and subject != singular(noun) else [f"{noun}_each"]
     elif per:
@@ -101,10 +120,12 @@ def step_names(line: str, start: int, end: int, value: float, money: bool) -> li
                 before, after = line[begin : mention.start], line[mention.end : stop]
                 noun, money = noun_phrase(after), mention.kind == "money"
                 break
+    if re.match(r"\s*times\b", after) and not money:
+        noun, after = "times", re.sub(r"^\s*times", "", after)
     if re.match(r"\s*(?:dollars?|cents?)\b", after):
         money, after = True, re.sub(r"^\s*(?:dollars?|cents?)\b", "", after)
         noun = ""
-    rest = after[_width(after, noun) :]
+    rest = after[noun_span(after)[1] :]
     names = []
     copula = re.search(
         r"(?:^|[,;]|\b(?:so|then|that|thus|means|hence|therefore|and|if)\b)\s*([^,;]*?)\s*(?:\b(is|was|are|were|will be|"
@@ -189,20 +210,23 @@ def sentence_of(text: str, start: int, end: int | None = None) -> tuple[int, int
 
 def noun_phrase(text: str, longest: int = 3) -> str:
     """The noun at the very beginning of `text`, with adjectives and "of ...": "boxes_of_apples"; "" if there is none."""
+    return noun_span(text, longest)[0]
+
+
+def noun_span(text: str, longest: int = 3) -> tuple[str, int]:
+    """A noun phrase (see noun_phrase) and where it ends."""
     words: list[str] = []
     position = 0
     while len(words) < longest:
-        match = re.compile(r"\s*(?:-\s*)?([A-Za-zé]+)(['’]s?\b)?").match(text, position)
-        if not match or match[2] or (position and text[position : match.start(1)].strip()):
+        match = NEXT_WORD.match(text, position)
+        if not match or match[2]:
             break
         word = match[1].lower()
-        if word in ("more", "additional", "extra", "fewer", "less") and not words:
-            following = noun_phrase(text[match.end() :], longest - 1)
-            return f"{'extra' if word not in ('fewer', 'less') else 'fewer'}_{following}" if following else ""
-        if word in ("total", "different", "new", "other", "whole", "full", "remaining", "separate") and not words:
-            following = noun_phrase(text[match.end() :], longest)
-            return f"{word}_{following}" if word in ("new", "other", "remaining") and following else following
-        if word in FUNCTION_WORDS and word not in ("second", "seconds") or word in ("left", "respectively", "total", "long"):
+        if word in MORE_OR_LESS | SKIPPED and not words:
+            following, end = noun_span(text[match.end() :], longest - (word in MORE_OR_LESS))
+            prefix = "" if word in SKIPPED else "fewer_" if word in ("fewer", "less") else "extra_"
+            return (prefix + following, match.end() + end) if following else ("", 0)
+        if (word in FUNCTION_WORDS and word not in ("second", "seconds")) or word in NO_NOUN:
             break
         if words and (word in PARTICIPLES or word.endswith(("ing", "ly"))) and not word.endswith("s"):
             break
@@ -212,37 +236,39 @@ def noun_phrase(text: str, longest: int = 3) -> str:
             break
         words.append(word)
         position = match.end()
-        if word in TIME or (word.endswith("s") and not word.endswith("ss") and not text[position : position + 4] == " of "):
+        if word in TIME or (word.endswith("s") and not word.endswith("ss") and not text[position:].startswith(" of ")):
             break
     words = [ABBREVIATIONS.get(word, word) for word in words]
     if not words or len(words[-1]) < 3:
-        return ""
-    of = re.compile(r"\s+of\s+(?!the\b|his\b|her\b|their\b|them\b|each\b|these\b|those\b|its\b|that\b|a\b|it\b)").match(text, position)
+        return "", 0
+    of = OF_SOMETHING.match(text, position)
     if of and len(words) < 3:
-        what = noun_phrase(text[of.end() :], 2)
+        what, end = noun_span(text[of.end() :], 2)
         if what and "_of_" not in what:
-            return f"{'_'.join(words)}_of_{what}"
-    return "_".join(words)
+            return f"{'_'.join(words)}_of_{what}", of.end() + end
+    return "_".join(words), position
 
 
 def slug(text: str, longest: int = 4) -> str:
     """The words of a phrase that carry meaning, joined: "the total area of the walls" is `total_area_of_walls`."""
-    words = []
+    words, capital = [], ""
     for match in WORD.finditer(text):
         word = re.sub(r"['’]s$", "", match[0].lower())
+        capital = word if match[0][0].isupper() and match.start() else capital
         if word in PLACES - {"of", "for"} and words:
             break
         if word == "total" or word == "of" and words and words != ["total"]:
             words.append(word)
-        elif word in FUNCTION_WORDS and word not in ("first", "second", "third", "least") or word in EMPTY:
+        elif ADVERB.search(word) or word in FUNCTION_WORDS and word not in ("first", "second", "third", "least") or word in EMPTY:
             continue
-        elif word in ("is", "was", "are", "were"):
-            continue
+        elif words and word in PARTICIPLES and word not in NOUN_LIKE and singular(word) not in NOUN_LIKE:
+            break
         else:
             words.append(word)
-    while words and (words[-1] == "of" or (len(words) > 2 and words[-1] in PARTICIPLES and words[-1] not in NOUN_LIKE)):
+    while words and words[-1] == "of":
         words.pop()
-    words = [w for i, w in enumerate(words) if w != "of" or words[i + 1] != "of"]
+    if len(words) > 1 and words[-1] == capital and words[-2] != "of":
+        words = [words.pop(), *words]  # "the problems Ann solved" are ann_problems
     if len([word for word in words if word != "of"]) > longest or words in (["total"], ["number"], ["amount"], ["first"], ["second"]):
         return ""
     return "_".join(words)
@@ -264,6 +290,8 @@ def owner(before: str) -> str:
 
 def subject_of(before: str) -> str:
     """What a sentence is about, from its words before the number: the noun before the first verb."""
+    if re.match(r"\s*(?:how|what|if)\b", before, re.I) and "," not in before:
+        before = re.sub(r"^\s*if\b", "", before, flags=re.I) if before.lower().lstrip().startswith("if") else ""
     clause = re.split(r",|\b(?:and|but|if|while|when|because|that|which|who)\b", before)[-1]
     words = []
     for match in WORD.finditer(clause):
@@ -287,15 +315,6 @@ def carried_noun(question: str, mention: Mention) -> str:
     return ""
 
 
-def _width(text: str, noun: str) -> int:
-    """How much of `text` the noun phrase at its beginning takes."""
-    if not noun:
-        return 0
-    last = noun.split("_")[-1]
-    match = re.search(rf"\b{re.escape(last)}\b", text, re.IGNORECASE)
-    return match.end() if match else 0
-
-
 def _verb(text: str, within: int = 99) -> str:
     """The participle of the last verb in `text`, not more than `within` words from its end, that says something."""
     words = [match[0] for match in WORD.finditer(re.split(r"[,;:]", text)[-1])]
@@ -315,7 +334,7 @@ def _verb(text: str, within: int = 99) -> str:
 def _circumstance(before: str, rest: str) -> list[str]:
     """`in_may`, `on_monday`, `for_dress`: what follows the number, or stands before it."""
     found = []
-    for lead, text in ((r"\b", rest), (LEADING, before)):
+    for lead, text in ((r"\b", re.split(r"[,;]| and ", rest)[0]), (LEADING, before)):
         for match in re.finditer(rf"{lead}(in|on|at|from|for|to|with|during|by|after|before)\s+((?:\w+['’]?s?\s*){{1,4}})", text, re.I):
             words = []
             if match[1] == "to" and not re.match(r"(?:the|his|her|their|a|an|each)\b|[A-Z]", match[2]):
@@ -348,6 +367,10 @@ def _qualified(noun: str, before: str, rest: str) -> list[str]:
     if passive and PARTICIPLES.get(passive[1]) == passive[1] and passive[1] not in WEAK | {"left"}:
         verb = passive[1]
     names = [noun]
+    having = re.match(r"\s*(?:in [a-z ]+?)?\s*\b(?:have|has|had|with)\s+", rest)
+    what = noun_phrase(rest[having.end() :], 2) if having else ""
+    if what and what.split("_")[0] not in PARTICIPLES:
+        names.append(f"{noun}_with_{what}")
     if verb and not noun.endswith(verb):
         names.append(f"{noun}_{verb}")
     names += [f"{noun}_{place}" for place in where]
@@ -368,7 +391,7 @@ def _prices(before: str, after: str, question: str) -> list[str]:
     goods = noun_phrase(sold[1], 2) if sold else ""
     if sold and not goods:
         goods = noun_phrase(sold[1].split()[-1], 1)
-    if goods in MONEY or goods in TIME or goods in PARTICIPLES and goods not in NOUN_LIKE:
+    if goods in MONEY | TIME or goods in PARTICIPLES and goods not in NOUN_LIKE | MONEY_NOUNS:
         goods = ""
     if per == "each":
         unit = goods or _last_noun(before)
@@ -390,9 +413,10 @@ def _prices(before: str, after: str, question: str) -> list[str]:
         if what not in MONTHS and what.split("_")[0] not in TIME:
             names.append(f"{what}_price" if verb not in ("earned", "spent", "saved", "paid") else f"{verb}_{'on' if verb == 'spent' else 'for'}_{what}")
     money = "dollars" if "$" in question or "dollar" in question else "cents" if "cent" in question else "amount"
-    if verb and verb != "cost":
+    if verb and verb not in TRADED:
         names.append(f"{money}_{verb}")
         names += [f"{money}_{verb}_{place}" for place in where]
+    verb = "" if verb in TRADED else verb
     if who:
         names += [f"{who}_{money}", f"{who}_{money}_{verb}" if verb else f"{who}_{money}"]
     if subject:
@@ -434,7 +458,9 @@ def _amounts(before: str, rest: str) -> list[str]:
     elif kind:
         names.append(f"{total}{kind}")
         names += [f"{kind}_{place}" for place in where]
-    elif verb and verb != "cost":
+    elif verb == "sold":
+        names += [f"{total}revenue", *(f"revenue_{place}" for place in where)]
+    elif verb and verb not in TRADED:
         names += [f"{total}money_{verb}", *(f"{total}money_{verb}_{place}" for place in where)]
     if "cost" in before or verb == "cost":
         names += [f"{total}cost", *(f"cost_{place}" for place in where)]
@@ -474,6 +500,8 @@ def unique(names: list[str]) -> list[str]:
         parts = [word for part in name.split("_") for word in ABBREVIATIONS.get(part, part).split("_")]
         parts = [part for index, part in enumerate(parts) if not index or part != parts[index - 1]]
         name = "_".join(parts)
-        if re.fullmatch(r"[a-z][a-z_]+", name) and len(name) <= LONGEST and name not in RESERVED and parts[0] not in ("of", "per") and len(parts[-1]) > 1:
+        if re.fullmatch(r"[a-z][a-z_]+", name) and len(name) <= LONGEST and name not in RESERVED and parts[0] not in ("of", "per") and len(parts[-1]) > 1 and (
+            len(set(parts)) == len(parts)
+        ):
             good.append(name)
     return list(dict.fromkeys(good))

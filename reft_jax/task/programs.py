@@ -6,9 +6,12 @@ from reft_jax.task import naming
 from reft_jax.task.derivation import Plan, Planned, _literal, literal_of
 from reft_jax.task.equations import MARK
 from reft_jax.task.numbers import read_numbers
+from reft_jax.task.words import singular
 
 MONEY_SIGN = re.compile(r"[$€£]\s*[\d.,]*$")
-DISCOUNTS = {"discount", "tax", "tip", "interest", "fee", "commission", "raise", "bonus", "loss", "profit", "increase"}
+COMPARISON = re.compile(r"\b(?:more|fewer|less|older|younger|taller|longer|faster|difference)\b")
+DISCOUNTS = ("discount", "tax", "taxes", "tip", "interest", "fee", "commission", "bonus", "loss", "profit", "increase")
+WEAK = {"money", "cost", "total_amount", "total_money", "dollars", "price", "minutes", "hours", "days", "people", "feet"}
 
 
 def write_program(question: str, answer: str, plan: Plan) -> str:
@@ -20,8 +23,12 @@ def write_program(question: str, answer: str, plan: Plan) -> str:
     fallbacks = {f"q{given.index}": names[-1] for given, names in named}
     for planned in plan.steps:
         key = f"s{planned.index}"
-        fallbacks[key] = _by_operation(planned.source, {**fallbacks, **{k: v[0] for k, v in proposals.items() if v}})
-        proposals[key] = _proposals(planned, lines, question, planned is plan.steps[-1])
+        known = {**fallbacks, **{other: names[0] for other, names in proposals.items() if names}}
+        by_operation = _by_operation(planned.source, known, lines[planned.step.line])
+        names = _proposals(planned, lines, question, planned is plan.steps[-1])
+        if names and names[0] in WEAK:
+            names = list(dict.fromkeys([*naming.unique([by_operation]), *names]))
+        proposals[key], fallbacks[key] = names, by_operation
     meaning = dict(zip(proposals, naming.choose(list(proposals.values()), list(fallbacks.values()), len(named)), strict=True))
     meaning |= {f"q{given.index}": literal_of(given.mention) for given, names in givens if not names}
     body = [f"{meaning[f'q{given.index}']} = {literal_of(given.mention)}" for given, _ in named]
@@ -40,27 +47,40 @@ def _proposals(planned: Planned, lines: list[str], question: str, last: bool) ->
     names += naming.step_names(line, step.start, step.end, step.value, money)
     if last or not names:
         asked = naming.question_names(question) if last else []
-        weak = [name for name in names if name in ("money", "cost", "total_amount", "total_cost", "total_money")]
+        weak = [name for name in names if name in WEAK]
         names = [name for name in names if name not in weak] + asked + weak
     for mention in read_numbers(question):
-        noun = naming.noun_phrase(question[mention.end :]) if mention.kind == "percent" else ""
-        if noun.split("_")[-1] in DISCOUNTS and re.search(rf"\b{re.escape(_literal(mention.value))} / 100|{_literal(mention.value / 100)}\b", planned.source):
-            names.insert(0, noun)
+        literals = f"{re.escape(_literal(mention.value))} / 100|{re.escape(_literal(mention.value / 100))}"
+        if mention.kind == "percent" and re.search(rf"(?<![\w.])(?:{literals})(?![\w.])", planned.source):
+            noun = naming.noun_phrase(question[mention.end :])
+            around = question[max(0, mention.start - 30) : mention.end + 40].lower()
+            said = [word for word in DISCOUNTS if re.search(rf"\b{word}\b", around)]
+            if noun.split("_")[-1] in DISCOUNTS:
+                names.insert(0, noun)
+            elif said and (not names or names[0] in WEAK) and " * " in planned.source:
+                names.insert(0, said[0])
     return naming.unique(names)
 
 
-def _by_operation(source: str, names: dict[str, str]) -> str:
-    """A name from what is done with the operands: apples - eaten is `apples_left`."""
-    operands = [names.get(name, "") for name in re.findall(r"\b[qs]\d+\b", source)]
-    first = re.sub(r"^total_|_left$|_per_.*", "", operands[0]) if operands else ""
+def _by_operation(source: str, names: dict[str, str], line: str) -> str:
+    """A name from what is done with the operands: stickers / students is `stickers_per_student`."""
+    operands = [names[name] for name in re.findall(r"\b[qs]\d+\b", source) if name in names]
     operator = re.search(r" ([-+*/]) ", source)
-    if not operator or not first:
-        return "amount"
+    if not operator or not operands:
+        return "total_amount"
+    nouns = [re.sub(r"^(?:total|initial|new)_|_(?:left|each|price|cost|needed)$|_per_.*|^(?:price|pay|dollars)_per_", "", name) for name in operands]
+    first = nouns[0]
     if operator[1] == "+":
-        return f"total_{first}"
+        kinds = {name.split("_")[-1] for name in operands}
+        return f"total_{kinds.pop()}" if len(kinds) == 1 else f"total_{first}"
     if operator[1] == "-":
-        return f"{first}_left"
-    rates = [name.partition("_per_")[0] for name in operands if "_per_" in name]
+        return f"{first}_difference" if COMPARISON.search(line) else f"remaining_{first}"
     if operator[1] == "*":
-        return f"total_{rates[0]}" if rates else f"total_{first}"
+        if any(name.startswith("pay_per") for name in operands):
+            return "earnings"
+        goods = [re.sub(r"^price_per_|_price$", "", name) for name in operands if "price" in name]
+        rates = [name.partition("_per_")[0] for name in operands if "_per_" in name]
+        return f"{goods[0]}_cost" if goods else f"total_{rates[0]}" if rates else f"total_{first}"
+    if len(operands) == 2 and "_per_" not in operands[1] and "price" not in operands[1]:
+        return f"{first}_per_{singular(nouns[1])}"
     return f"share_of_{first}"

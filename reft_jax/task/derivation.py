@@ -222,15 +222,18 @@ class Derivation:
             if same(mention.value, value) and self._nameable(mention):
                 name = f"q{index}"
                 yield 8 + (name not in self.used) + topic - index / 100, name
+            elif mention.kind == "money" and "cent" in self.words and same(mention.value * 100, value):
+                yield 7 + topic, f"q{index} * 100"
             elif mention.states(value):
                 literal = f"{_literal(value)} # {index}"
-                bare = 1.2 if not unit and mention.kind in ("factor", "fraction") and value in (2, 3, 4) else 0
+                bare = 1.6 if not unit and mention.kind in ("factor", "fraction") and value in (2, 3, 4) else 0
                 yield 7.5 + bare + (literal not in self.used) + topic - index / 100, literal
         number = int(value) if value.is_integer() else value
         if is_known(number, self.words):
             yield 7 + 2 * any(word in unit.split(" ")[0] for word in CONSTANTS[number].split()), _literal(value)
         elif value in COUNTS:
-            yield 3 if any(same(value, earlier.value) for earlier in self.steps) else 4, _literal(value)
+            computed = any(same(value, other.value) for other in self.steps)
+            yield 0.5 if computed else 4, _literal(value)
 
     def _nameable(self, mention: Mention) -> bool:
         """Whether the number is worth a name: not a percentage, a fraction, "twice", "3 times" or "one"."""
@@ -264,7 +267,9 @@ class Derivation:
         """
         stated = [number for number, numbers in enumerate(self.numbers) if any(same(n, value) for n in numbers)]
         at = stated[0] if stated else step.line
-        near = [n for n in self.numbers[at] if not same(n, value)] or self.numbers[max(0, at - 1)]
+        near = [n for n in self.numbers[at] if not same(n, value)]
+        before = self.numbers[max(0, at - 1)] if near else []
+        near = near or self.numbers[max(0, at - 1)]
         atoms = list(self._atoms(step))
         beside = [atom for atom in atoms if any(same(atom[0], n) for n in near)]
         constants = [(float(c), -0.5, _literal(float(c))) for c in CONSTANTS if is_known(c, self.words)]
@@ -286,6 +291,14 @@ class Derivation:
             for b, _, right in atoms:
                 if same(a * b, value) and a != 1 and b != 1:
                     yield 1.5 + first, f"{left} * {right}"
+        earlier = [atom for atom in atoms if any(same(atom[0], n) for n in before)]
+        for a, _, left in earlier:
+            for b, _, right in earlier:
+                if left[0] == "s" and right[0] in "sq" and left != right:
+                    if same(a + b, value):
+                        yield 1.1, f"{right} + {left}"
+                    if same(a - b, value) or same(b - a, value):
+                        yield 1.1, f"{left} - {right}" if a > b else f"{right} - {left}"
         units = _stems(unit) or self._unit_of(value)
         alike = [index for index, m in enumerate(self.mentions) if self._nameable(m) and units & self.nouns[index]]
         for a in alike:

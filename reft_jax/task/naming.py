@@ -25,7 +25,7 @@ from reft_jax.task.words import (
 
 WORD = re.compile(r"[A-Za-zé]+(?:['’]s\b)?")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)[.?!;:](?:\s|$)|\n")
-PER = re.compile(r"\s*(?:(?:per|/|for (?:each|every|one|an?)\b|every|in (?:each|every)\b)\s*([A-Za-z]+)?|,?\s*each\b\s*([A-Za-z]+)?|(?:an?)\s+([a-z]+)\b)")
+PER = re.compile(r"\s*(?:(?:per\b|/|for (?:each|every|one|an?)\b|every\b|in (?:each|every)\b)\s*([A-Za-z]+)?|,?\s*each\b\s*([A-Za-z]+)?|(?:an?)\s+([a-z]+)\b)")
 NEXT_WORD = re.compile(r"\s*(?:-\s*)?([A-Za-zé]+)(['’]s?\b)?")
 OF_SOMETHING = re.compile(r"\s+of\s+(?!(?:the|his|her|their|them|each|these|those|its|that|a|it)\b)")
 MORE_OR_LESS = {"more", "additional", "extra", "fewer", "less"}

@@ -32,7 +32,7 @@ FRACTION_SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 JOINING = set(
     """total left per extra fewer more initial other new updated final next last further each of in on at from for to with
     during by after before price cost pay money dollars cents amount share result size age height length width depth
-    distance thickness weight years older younger later remaining tax revenue difference spent earned earnings saved paid""".split()
+    distance thickness weight years older younger later remaining percent tax revenue difference spent earned earnings saved paid""".split()
 )
 MEANINGLESS = set("step steps value values var variable temp tmp num number res answer quantity unknown".split())
 
@@ -65,7 +65,8 @@ def broken_rules(program: str, question: str, answer: str) -> list[str]:
 def _name_problems(names: list[str], text: str) -> list[str]:
     words = {word.lower().replace("é", "e") for word in re.findall(r"[A-Za-zé]+", text)}
     said = words | {singular(word) for word in words} | {PARTICIPLES[word] for word in words if word in PARTICIPLES}
-    said |= {f"{word}s" for word in words} | {part for word in words for part in ABBREVIATIONS.get(word, "").split("_")}
+    written_out = {part for word in words for part in ABBREVIATIONS.get(word, "").split("_")}
+    said |= {f"{word}s" for word in words} | written_out | {singular(word) for word in written_out}
     problems = []
     for name in names[:-1]:
         parts = name.split("_")

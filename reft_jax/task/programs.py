@@ -66,6 +66,8 @@ def _by_operation(source: str, names: dict[str, str], line: str) -> str:
     """A name from what is done with the operands: stickers / students is `stickers_per_student`."""
     operands = [names[name] for name in re.findall(r"\b[qs]\d+\b", source) if name in names]
     operator = re.search(r" ([-+*/]) ", source)
+    if source.startswith("100 - "):
+        return "remaining_percent"
     if not operator or not operands:
         return "total_amount"
     nouns = [re.sub(r"^(?:total|initial|new)_|_(?:left|each|price|cost|needed)$|_per_.*|^(?:price|pay|dollars)_per_", "", name) for name in operands]
@@ -81,6 +83,8 @@ def _by_operation(source: str, names: dict[str, str], line: str) -> str:
         goods = [re.sub(r"^price_per_|_price$", "", name) for name in operands if "price" in name]
         rates = [name.partition("_per_")[0] for name in operands if "_per_" in name]
         return f"{goods[0]}_cost" if goods else f"total_{rates[0]}" if rates else f"total_{first}"
-    if len(operands) == 2 and "_per_" not in operands[1] and "price" not in operands[1]:
-        return f"{first}_per_{singular(nouns[1])}"
+    if len(operands) == 2 and not re.search("_per_|price|dollars|money", operands[1]) and len(nouns[1]) < 16:
+        what, each = singular(first), singular(nouns[1])
+        if not set(what.split("_")) & set(each.split("_")):
+            return f"{first}_per_{each}"
     return f"share_of_{first}"

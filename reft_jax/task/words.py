@@ -47,7 +47,8 @@ FUNCTION_WORDS = set(
     quantity subtract divide multiply add adding subtracting dividing multiplying giving result resulting compared
     back away apart ago enough yes well okay nearly get gets got say says said become becomes became except
     including include includes called named able want wants wanted new going go goes went lets mr mrs ms dr
-    different available additional also considering represents represent express find found""".split()
+    different available additional also taller shorter older younger longer heavier faster slower bigger smaller larger higher lower cheaper
+    considering represents represent express find found""".split()
 )
 # Words that carry no meaning for a name although they are nouns or adjectives.
 EMPTY = set("total thing things certain different particular entire whole various exact real new main lot lots".split())

@@ -6,6 +6,7 @@ from reft_jax.task import naming
 from reft_jax.task.derivation import Plan, Planned, _literal, literal_of
 from reft_jax.task.equations import MARK
 from reft_jax.task.numbers import read_numbers
+from reft_jax.task.phrases import noun_phrase
 from reft_jax.task.words import singular
 
 MONEY_SIGN = re.compile(r"[$€£]\s*[\d.,]*$")
@@ -52,7 +53,7 @@ def _proposals(planned: Planned, lines: list[str], question: str, last: bool) ->
     for mention in read_numbers(question):
         literals = f"{re.escape(_literal(mention.value))} / 100|{re.escape(_literal(mention.value / 100))}"
         if mention.kind == "percent" and re.search(rf"(?<![\w.])(?:{literals})(?![\w.])", planned.source):
-            noun = naming.noun_phrase(question[mention.end :])
+            noun = noun_phrase(question[mention.end :])
             around = question[max(0, mention.start - 30) : mention.end + 40].lower()
             said = [word for word in DISCOUNTS if re.search(rf"\b{word}\b", around)]
             if noun.split("_")[-1] in DISCOUNTS:

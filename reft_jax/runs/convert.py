@@ -169,4 +169,6 @@ def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: l
     lines = [", ".join([*text, f"{seconds:.0f} s"])]
     # rules and answers name single values: counted without them
     reasons = Counter((engine, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, engine, reason in rejected)
-    return "\n".join(lines + [f"{count:6d} {engine} rejected: {reason}" for (engine, reason), count in reasons.most_common()])
+    return "\n".join(
+        lines + [f"{count:6d} {engine} rejected: {reason}" for (engine, reason), count in reasons.most_common()]
+    )

@@ -47,7 +47,9 @@ def _solutions(line: str, letter: str) -> Iterator[tuple[str, float, int, int]]:
         if UNKNOWN not in left + right:
             continue
         try:
-            (a, b), (c, d) = (_linear(ast.parse(side.replace(UNKNOWN, "unknown"), mode="eval").body) for side in (left, right))
+            (a, b), (c, d) = (
+                _linear(ast.parse(side.replace(UNKNOWN, "unknown"), mode="eval").body) for side in (left, right)
+            )
             over, under = _minus(d, b), _minus(a, c)
             if under is not None and _number(under) < 0:
                 over, under = _minus(b, d), _minus(c, a)

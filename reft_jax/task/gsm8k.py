@@ -49,7 +49,7 @@ def read_official(source: str, published: list) -> list[Official]:
                 f"{source}: {_place(source, index)}, field 'answer': does not end in '#### ' and a number, as GSM8K's "
                 "rows do; correct it, or convert the file as the dataset it belongs to"
             )
-        rows.append(Official(f"gsm8k_{index}", row["question"].strip(), row["answer"], value))
+        rows.append(Official(f"gsm8k_{index}", row["question"].strip(), row["answer"].strip(), value))
     return rows
 
 

@@ -64,8 +64,8 @@ STATED_SUBJECT = re.compile(  # "the rope is 20 feet"
 )
 COMPUTED_SUBJECT = re.compile(  # "so the total cost is 5*2 = 10", "Total hours = 12 + 4"
     r"(?:^|[,;]|\b(?:so|then|that|thus|means|hence|therefore|and|if)\b)\s*([^,;]*?)\s*"
-    r"(?:\b(is|was|are|were|will be|would be|equals?|costs?|will cost|would cost|weighs?|comes? to|totals?|has|have|had)"
-    r"\b|[=:])\s*(?:a total of |then |only |equal to |about |also |now |therefore |thus )*[\s$€£(]*$",
+    r"(?:\b(is|was|are|were|will be|would be|equals?|costs?|will cost|would cost|weighs?|comes? to|totals?|has|have"
+    r"|had)\b|[=:])\s*(?:a total of |then |only |equal to |about |also |now |therefore |thus )*[\s$€£(]*$",
     re.IGNORECASE,
 )
 OPENING = re.compile(  # words that a part of a sentence begins with, up to its comma

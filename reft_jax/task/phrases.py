@@ -32,9 +32,7 @@ PASSIVE = re.compile(r"\s*(?:(?:are|were|was|is|have been|has been|had been|that
 HAVING = re.compile(r"\s*(?:in [a-z ]+?)?\s*\b(?:have|has|had|with)\s+")
 CIRCUMSTANCE = r"(in|on|at|from|for|to|with|during|by|after|before)\s+((?:\w+['’]?s?\s*){1,4})"
 AT_ONCE = re.compile(rf"\b{CIRCUMSTANCE}", re.IGNORECASE)
-LEADING = re.compile(
-    rf"^\s*(?:then|so|and|next|finally|also|thus|therefore|now)?,?\s*{CIRCUMSTANCE}", re.IGNORECASE
-)
+LEADING = re.compile(rf"^\s*(?:then|so|and|next|finally|also|thus|therefore|now)?,?\s*{CIRCUMSTANCE}", re.IGNORECASE)
 DETERMINED = re.compile(r"(?:the|his|her|their|a|an|each)\b|[A-Z]")
 CLAUSE = re.compile(r",|\b(?:and|but|if|while|when|because|that|which|who)\b")
 MORE_OR_LESS = {"more": "extra_", "additional": "extra_", "extra": "extra_", "fewer": "fewer_", "less": "fewer_"}
@@ -128,7 +126,9 @@ def slug(text: str, longest: int = 4) -> str:
     if len(words) > 1 and words[-1] == capital and words[-2] != "of":
         words = [words.pop(), *words]  # "the problems Ann solved" are ann_problems
     meaning = [word for word in words if word != "of"]
-    return "_".join(words) if len(meaning) <= longest and meaning not in ([word] for word in ("total", *ORDINALS)) else ""
+    return (
+        "_".join(words) if len(meaning) <= longest and meaning not in ([word] for word in ("total", *ORDINALS)) else ""
+    )
 
 
 def bare(word: str) -> str:

@@ -16,8 +16,8 @@ from reft_jax.task.words import ABBREVIATIONS, PARTICIPLES, singular
 NUMERALS = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen twenty".split()
     )
 } | {"thirty": 30, "forty": 40, "fourty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 SCALES = {"dozen": 12, "dozens": 12, "hundred": 100, "thousand": 1000, "k": 1000, "million": 10**6, "billion": 10**9}
@@ -30,9 +30,10 @@ FOUR = set("quadruple quadrupled quadruples".split())
 FRACTION_SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 # Words that a name may hold although neither question nor solution has them: they say what a quantity is.
 JOINING = set(
-    """total left per extra fewer more initial other new updated final next last further each of in on at from for to with
-    during by after before price cost pay money dollars cents amount share result size age height length width depth
-    distance thickness weight years older younger later remaining percent tax revenue difference spent earned earnings saved paid""".split()
+    """total left per extra fewer more initial other new updated final next last further each of in on at from for to
+    with during by after before price cost pay money dollars cents amount share result size age height length
+    width depth distance thickness weight years older younger later remaining percent tax revenue difference
+    spent earned earnings saved paid""".split()
 )
 MEANINGLESS = set("step steps value values var variable temp tmp num number res answer quantity unknown".split())
 
@@ -54,7 +55,9 @@ def broken_rules(program: str, question: str, answer: str) -> list[str]:
     *assignments, last = function.body[1:]
     if not (isinstance(last, ast.Return) and isinstance(last.value, ast.Name) and last.value.id == "result"):
         return ["does not end in `return result`"]
-    simple = all(isinstance(a, ast.Assign) and len(a.targets) == 1 and isinstance(a.targets[0], ast.Name) for a in assignments)
+    simple = all(
+        isinstance(a, ast.Assign) and len(a.targets) == 1 and isinstance(a.targets[0], ast.Name) for a in assignments
+    )
     if not simple or not assignments or assignments[-1].targets[0].id != "result":
         return ["not one assignment a step, `result` the last"]
     names = [assignment.targets[0].id for assignment in assignments]
@@ -123,12 +126,19 @@ def _results(answer: str) -> set[float]:
     """What the solution computes: right sides of its equations, marks included, and the final answer."""
     text, _, final = answer.rpartition("####")
     found = re.findall(r"=\s*[$€£]?\s*(-?[\d,]*\.?\d+)(?=>>)", text)
-    found += re.findall(r"=\s*[$€£]?\s*(-?\d[\d,]*(?:\.\d+)?|\.\d+)(?!\s*[-+*/x×\d]\s*[\d(])", re.sub(r"<<.*?>>", "", text))
-    return {float(number.replace(",", "").strip(".") or 0) for number in [*found, final.strip()] if re.search(r"\d", number)}
+    found += re.findall(
+        r"=\s*[$€£]?\s*(-?\d[\d,]*(?:\.\d+)?|\.\d+)(?!\s*[-+*/x×\d]\s*[\d(])", re.sub(r"<<.*?>>", "", text)
+    )
+    return {
+        float(number.replace(",", "").strip(".") or 0) for number in [*found, final.strip()] if re.search(r"\d", number)
+    }
 
 
 def stated_numbers(text: str) -> set[float]:
-    """Every number that `text` states, in digits or words; 25% is 25 and 0.25, "half" 0.5 and 2, two dozen 2, 12, 24."""
+    """Every number that `text` states, in digits or words.
+
+    25% is 25 and 0.25, "half" 0.5 and 2, two dozen are 2, 12 and 24.
+    """
     numbers: set[float] = set()
     text = text.lower().replace("-", " ")
     tokens = re.findall(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+|[a-z]+|[%/¢¼½¾]", text)
@@ -145,7 +155,14 @@ def stated_numbers(text: str) -> set[float]:
                     numbers.add(float(tokens[index - 4]) + top / value)
         elif token in NUMERALS:
             value = float(NUMERALS[token])
-            if previous is not None and previous >= 20 and previous % 10 == 0 and value < 10 or previous and previous >= 100:
+            if (
+                previous is not None
+                and previous >= 20
+                and previous % 10 == 0
+                and value < 10
+                or previous
+                and previous >= 100
+            ):
                 numbers.add(value)
                 value += previous
         elif token in SCALES:

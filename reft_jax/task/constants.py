@@ -4,59 +4,64 @@
 question or the solution it is not known, it is a number from nowhere.
 """
 
+import re
+
 CONSTANTS = {
+    5280: "mile",
+    3600: "second",
     2000: "ton",
-    1000: "kilo kg gram thousand km meter metre liter litre ml mm gallon milli pound ton",
-    5280: "mile feet",
-    3600: "second hour",
-    1440: "day minute",
-    360: "degree circle angle",
-    365: "day year",
+    1440: "minute",
+    1000: "kilo kilogram kg gram thousand kilometer km meter metre liter litre milliliter ml mm kilowatt kw watt",
     366: "leap",
+    365: "year",
+    360: "degree circle angle",
     180: "triangle degree angle",
-    168: "hour week",
-    144: "inch feet gross",
-    128: "ounce gallon",
-    100: "percent % cent dollar meter metre cm century number probability",
-    90: "right degree corner angle",
-    64: "ounce",
+    168: "week",
+    144: "gross",
+    128: "gallon",
+    100: "percent % cent dollar meter metre centimeter cm century probability",
+    90: "angle degree",
+    64: "gallon",
     60: "minute second hour",
-    52: "week year card",
-    48: "hour",
-    36: "inch yard",
-    32: "ounce quart",
-    31: "day month january march may july august october december",
-    30: "day month april june september november",
-    29: "leap february",
-    28: "day february week",
-    26: "letter alphabet week",
-    25: "quarter cent",
-    24: "hour day dozen",
-    21: "week",
-    20: "score finger nickel decade",
-    18: "adult",
-    16: "ounce pound",
-    15: "minute quarter",
-    14: "week fortnight",
-    12: "month year dozen inch feet foot hour",
-    10: "dime decade cent finger toe mm cm",
-    9: "baseball yard",
-    8: "spider octopus octopuses ounce pint legs",
-    7: "day week",
-    6: "die dice cube insect hexagon",
-    5: "weekday week nickel finger toe pentagon school work friday",
-    4: "leg wheel season quarter square side corner week",
-    3: "yard triangle tricycle",
-    2: "leg feet eye wheel bicycle bike wing ear hand arm parent side weekend saturday couple twin average",
+    52: "year card",
     50: "half",
+    36: "yard",
+    32: "quart",
+    31: "january march may july august october december",
+    30: "month april june september november",
+    29: "leap",
+    28: "february",
+    26: "letter alphabet",
+    25: "quarter",
+    24: "hour",
+    20: "finger toe nickel",
+    18: "adult",
+    16: "ounce oz",
+    15: "quarter",
+    14: "fortnight",
+    12: "month year dozen inch foot feet ft",
+    10: "dime decade centimeter cm finger toe mm",
+    9: "baseball",
+    8: "spider octopus octopuse ounce pint",
+    7: "day week weekly daily",
+    6: "die dice cube insect hexagon",
+    5: "weekday week friday nickel finger toe pentagon",
+    4: "leg wheel season quarter square side corner week month",
+    3: "yard triangle tricycle",
+    2: "leg foot feet eye wheel bicycle bike wing ear hand arm parent side weekend saturday couple twin average",
     0.25: "quarter",
     0.1: "dime",
     0.05: "nickel",
-    0.01: "penny pennies cent",
+    0.01: "penny pennie cent",
 }
 COUNTS = range(0, 5)  # people and things that are listed, not counted: "Ann and her mother", "each side"
 
 
-def is_known(number: float, text: str) -> bool:
-    """Whether `number` is a constant that goes with a word of `text` (lower case)."""
-    return number in CONSTANTS and any(word in text for word in CONSTANTS[number].split())
+def stems(text: str) -> set[str]:
+    """The words of a text, plural or not, and %."""
+    return {word.rstrip("s") for word in re.findall(r"[a-z]+|%", text.lower())}
+
+
+def is_known(number: float, words: set[str]) -> bool:
+    """Whether `number` is a constant that goes with one of `words` (stems)."""
+    return number in CONSTANTS and not words.isdisjoint(CONSTANTS[number].split())

@@ -15,6 +15,7 @@ from reft_jax.task.equations import Step, close, evaluate, plain_text, read_step
 from reft_jax.task.numbers import Mention, same
 from reft_jax.task.origins import Origins
 
+OPERATION = re.compile(r"[-+*/(]")  # without one, a step only gives another name to what has one
 NAME = re.compile(r"\b([sq])(\d+)\b")
 ROUNDED = re.compile(r"\bround|\bwhole\b|\bnearest\b|\bcan(?:'|’)?(?:no)?t\b|\bneeds? to buy\b|\bat least\b|\bonly\b")
 ROUNDINGS = (("round", round), ("math.ceil", math.ceil), ("math.floor", math.floor))
@@ -65,11 +66,12 @@ class Derivation:
     def __init__(self, question: str, answer: str, steps: list[Step]):
         self.steps = steps
         self.text = plain_text(answer)
+        self.context = f"{question} {self.text}".lower()
         self.origins = Origins(question, self.text, steps)
         self.sources: dict[int, str] = {}
         for index, step in enumerate(steps):
             found = [self._expression(source, step) for source in step.expressions]
-            good = [(-surety, order) for order, (source, surety, _) in enumerate(found) if source]
+            good = [(-surety, order) for order, (source, surety, _) in enumerate(found) if OPERATION.search(source)]
             if good:
                 source, _, keys = found[min(good)[1]]
                 self.sources[index] = source
@@ -98,7 +100,7 @@ class Derivation:
             if close(self.steps[index].value * 100, target):
                 yield self.plan([index], f"s{index} * 100", target)
             exact = self._exact(index)
-            if exact is not None and ROUNDED.search(self.origins.words):
+            if exact is not None and ROUNDED.search(self.context):
                 for value, source in ((exact, f"s{index}"), (exact * 100, f"s{index} * 100")):
                     functions = [name for name, function in ROUNDINGS if function(value) == target]
                     if functions and not value.is_integer():
@@ -128,8 +130,11 @@ class Derivation:
 
         return evaluate(NAME.sub(value, self.sources[index]))
 
-    def _expression(self, source: str, step: Step) -> tuple[str | None, float, list[str]]:
-        """An expression with every number replaced, how sure its least sure origin is, and the keys of its origins."""
+    def _expression(self, source: str, step: Step) -> tuple[str, float, list[str]]:
+        """An expression with every number replaced, how sure its least sure origin is, and the keys of its origins.
+
+        The expression is "" if a number comes from nowhere.
+        """
         tree = ast.parse(source.replace("*0.01", "/100"), mode="eval")
         replaced = self._ratios(tree, step)
         keys: list[str] = []
@@ -140,7 +145,7 @@ class Derivation:
             unit = next((words for value, words in step.units if same(value, node.value)), "")
             origin = self.origins.find(float(node.value), step, unit, keys)
             if origin is None:
-                return None, 0.0, []
+                return "", 0.0, []
             surety = min(surety, origin.score)
             keys.append(origin.key)
             replaced[id(node)] = ast.parse(origin.source, mode="eval").body
@@ -163,6 +168,8 @@ class Derivation:
             name = None if inner else self.origins.share(top.value / bottom.value, step)
             if name:
                 replaced |= {id(node): ast.Name(name), id(top): top, id(bottom): bottom}
+            elif bottom.value == 100 and self.origins.percent and not self.origins.is_plain(top.value, step):
+                replaced[id(bottom)] = bottom
             elif any(_states_ratio(mention, top.value, bottom.value) for mention in self.origins.mentions):
                 replaced |= {id(top): top, id(bottom): bottom}
         return replaced

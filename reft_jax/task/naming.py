@@ -56,6 +56,7 @@ TOTAL = re.compile(r"\b(?:total|altogether|in all|combined|all together|sum|over
 MORE = re.compile(r"\b(?:more|extra|longer|taller|older|further|additional|difference)\b", re.IGNORECASE)
 MEASURE = re.compile(r"\s*(?:[a-z]+\s+)?(tall|high|long|wide|deep|old|away|thick)\b")
 NO_NOUN_BEHIND = re.compile(r"\s*(?:$|[,.?!)]|and\b|of (?:them|these|those|the)|in\b|on\b|are\b|for\b|to\b)")
+IN_A_LIST = re.compile(r"(?:\s*,?\s*(?:and |or )?\d[\d.,]*(?=[\s,]))+\s*")  # "9, 10, and 11 students"
 OF_THE = re.compile(r"^\s*of (?:the|these|those|his|her|their)\b")
 STATED_SUBJECT = re.compile(  # "the rope is 20 feet"
     r"(?:^|[,;]|\b(?:and|if|while|that|when|but)\b)\s*([^,;]+?)\s+(?:is|was|are|were|weighs?|takes?|lasts?)\s+"
@@ -102,7 +103,18 @@ def given_names(question: str, mention: Mention) -> list[str]:
     if not noun and (more := re.match(r"\s*(more|fewer|less)\b", after)):
         noun = carried_noun(question, mention)
         noun = noun and f"{'extra' if more[1] == 'more' else 'fewer'}_{noun}"
+    elif not noun and (listed := IN_A_LIST.match(after)):
+        noun = noun_phrase(after[listed.end() :]) or carried_noun(question, mention)
+    elif not noun and re.search(r"\ban?\s$", before):  # "Patty earned an 85"
+        return (
+            unique([f"{owner(before)}_score"])
+            if owner(before) and re.search(r"test|exam|score|grade", question)
+            else []
+        )
     elif not noun and NO_NOUN_BEHIND.match(after):
+        stated = STATED_SUBJECT.search(before)
+        if stated and not is_person(stated[1]) and (subject := slug(stated[1])):
+            return unique([subject])
         noun = noun_phrase(OF_THE.sub("", after)) or carried_noun(question, mention)
     return unique(_rates(noun, before, after[width:]) + _qualified(noun, before, after[width:])) if noun else []
 
@@ -124,6 +136,7 @@ def _rates(noun: str, before: str, rest: str) -> list[str]:
         return [subject if MEASURED.search(subject) else f"{subject}_{unit}"]
     if each == "each":
         subject = singular(subject_of(before).split("_")[-1])
+        subject = "" if subject == owner(before) else subject
         return [f"{noun}_per_{subject}" if subject and subject != singular(noun) else f"{noun}_each"]
     return [f"{noun}_per_{each}"] if each else []
 
@@ -160,7 +173,7 @@ def _computed_subject(before: str) -> list[str]:
     if not match or (match.start(1) and "," in before[: match.start(1)][-2:] and not OPENING.match(before)):
         return []  # behind the last comma of a list
     subject, verb = slug(match[1]), (match[2] or "").lower()
-    if not subject:
+    if not subject or subject == owner(match[1]):
         return []
     if "cost" in verb or verb.startswith("weigh"):
         return [f"{subject}_{'cost' if 'cost' in verb else 'weight'}"]
@@ -271,7 +284,10 @@ def _prices(before: str, after: str, question: str) -> list[str]:
         preposition, _, what = place.partition("_")
         if preposition in ("for", "on") and what not in MONTHS and what.split("_")[0] not in TIME:
             joint = "on" if verb == "spent" else "for"
-            names.append(f"{verb}_{joint}_{what}" if verb in MONEY_VERBS else f"{what}_price")
+            if verb in MONEY_VERBS:
+                names.append(f"{verb}_{joint}_{what}")
+            elif not verb or verb in TRADED:
+                names.append(f"{what}_price")
     money = "dollars" if "$" in question or "dollar" in question else "cents" if "cent" in question else "amount"
     paid = f"{money}_{verb}" if verb and verb not in TRADED else ""
     names += [paid, *(f"{paid}_{place}" for place in where)] if paid else []

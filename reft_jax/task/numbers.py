@@ -47,8 +47,8 @@ WORD = re.compile(r"[A-Za-z]+|[¼½¾]")
 class Mention(NamedTuple):
     """One number in a text: text[start:end] states `value`, and `others` too.
 
-    kind: "number", "money", "percent", "fraction" or "factor". The last three are written where they are used, the
-    first two are worth a name of their own.
+    kind: "number", "money", "percent", "fraction", "factor" ("twice") or "ordinal" ("the third", "12th"). The first two
+    are worth a name of their own, the others are written where they are used.
     """
 
     value: float
@@ -95,7 +95,7 @@ def _from_digits(match: re.Match) -> Mention:
             value, others = value + float(match["whole"]), [*others, float(match["whole"])]
             kind = "number"
     if match["ordinal"] and kind == "number":
-        kind = "factor"
+        kind = "ordinal"
     if match["sign"]:
         value += SIGNS[match["sign"]]
     if match["percent"]:
@@ -155,9 +155,20 @@ def _from_words(text: str, words: list[re.Match]) -> tuple[int, Mention | None]:
         return used, Mention(total + (current or 0.0), tuple(parts), first.start(), end, "number")
     word = first[0].lower()
     if word in PARTS:
-        return 1, Mention(1 / PARTS[word], (float(PARTS[word]),), first.start(), first.end(), "fraction")
+        value, ordinal = float(PARTS[word]), _is_ordinal(text, first, words[1:])
+        kind, stated = ("ordinal", (value, 1 / value)) if ordinal else ("fraction", (1 / value, value))
+        return 1, Mention(stated[0], stated[1:], first.start(), first.end(), kind)
     if word in SIGNS:
         return 1, Mention(SIGNS[word], (), first.start(), first.end(), "fraction")
     if word in FACTORS:
-        return 1, Mention(float(FACTORS[word]), (), first.start(), first.end(), "factor")
+        kind = "ordinal" if word in ("first", "second") else "factor"
+        return 1, Mention(float(FACTORS[word]), (), first.start(), first.end(), kind)
     return 1, None
+
+
+def _is_ordinal(text: str, word: re.Match, following: list[re.Match]) -> bool:
+    """Whether "third" counts ("the third day") and is no part ("a third", "third of")."""
+    if word[0].lower() in ("half", "halves", "quarter", "quarters") or word[0].endswith("s"):
+        return False
+    of = following and following[0][0].lower() == "of"
+    return not of and not re.search(r"\b(?:an?|one|by)[\s-]$", text[: word.start()], re.IGNORECASE)

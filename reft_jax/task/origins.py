@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from reft_jax.task.constants import CONSTANTS, COUNTS, is_known
+from reft_jax.task.constants import CONSTANTS, COUNTS, is_known, stems
 from reft_jax.task.equations import Step, close
 from reft_jax.task.numbers import Mention, read_numbers, same
 
@@ -44,8 +44,8 @@ class Origins:
     def __init__(self, question: str, text: str, steps: list[Step]):
         self.question, self.steps = question, steps
         self.text = text.lower()
-        self.words = f"{question} {text}".lower()
-        self.percent = "%" in self.words or "percent" in self.words
+        self.words = stems(f"{question} {text}")
+        self.percent = bool({"%", "percent"} & self.words)
         self.mentions = read_numbers(question)
         lines = self.text.split("\n")
         self.lines = [_stems(line) for line in lines]
@@ -74,6 +74,11 @@ class Origins:
             return None
         return next((f"s{index}" for index, earlier in self._earlier(step) if same(earlier.value, value)), None)
 
+    def is_plain(self, value: float, step: Step) -> bool:
+        """Whether an earlier step or a named number of the question is `value`."""
+        stated = any(self.named(mention) and same(mention.value, value) for mention in self.mentions)
+        return stated or any(same(earlier.value, value) for _, earlier in self._earlier(step))
+
     def named(self, mention: Mention) -> bool:
         """Whether a number is worth a name: not a percentage, a fraction, "twice", "3 times as many" or "one"."""
         if mention.kind not in ("number", "money") or FACTOR_WORDS.match(self.question, mention.end):
@@ -85,12 +90,12 @@ class Origins:
 
     def _direct(self, value: float, step: Step, unit: str) -> Iterator[Origin]:
         """The number itself: a step's result, a number of the question, a constant."""
-        stems = _stems(unit)
+        counted = _stems(unit)
         for index, earlier in self._earlier(step):
             name = f"s{index}"
             score = 2.0 * (name not in self.used) + index / 100
             if same(earlier.value, value):
-                yield Origin(9 + score + bool(stems & self.results[index]), name, name)
+                yield Origin(9 + score + bool(counted & self.results[index]), name, name)
             elif close(earlier.value, value) and not value.is_integer():
                 yield Origin(6 + score, name, name)
             elif same(earlier.value / 100, value) and value < 1:
@@ -98,7 +103,7 @@ class Origins:
             elif same(earlier.value * 100, value) and earlier.value <= 1:
                 yield Origin(5 + score, f"{name} * 100", name)
         for index, mention in enumerate(self.mentions):
-            score = self._fit(index, self.lines[step.line], unit) - index / 100
+            score = self._fit(index, step, unit) - index / 100
             name, literal = f"q{index}", literal_of(value)
             if same(mention.value, value) and self.named(mention):
                 yield Origin(8 + score + (name not in self.used), name, name)
@@ -106,20 +111,30 @@ class Origins:
                 yield Origin(7 + score, f"{name} * 100", name)
             elif mention.states(value):
                 key = f"{literal} of {name}"
-                factor = 1.6 if not unit and mention.kind in ("factor", "fraction") and value in (2, 3, 4) else 0
-                yield Origin(7.5 + score + factor + (key not in self.used), literal, key)
+                yield Origin(6.5 + score + self._aptness(mention, value, unit) + (key not in self.used), literal, key)
         number = int(value) if value.is_integer() else value
         if is_known(number, self.words):
-            counted = any(word in unit.split(" ")[0] for word in CONSTANTS[number].split())
-            yield Origin(7 + 2 * counted, literal_of(value), "")
-        elif value in COUNTS:
-            computed = any(same(value, other.value) for other in self.steps)
-            yield Origin(0.5 if computed else 4, literal_of(value), "")
+            score = 7 + 2 * is_known(number, stems(unit.split(" ")[0]))
+            yield Origin(score, literal_of(value), "")
+        elif value in COUNTS and not any(same(value, other.value) for other in self.steps):
+            yield Origin(4, literal_of(value), "")
 
-    def _fit(self, index: int, line: set[str], unit: str) -> float:
-        """How well a number of the question goes with a line of the solution, and with the words behind the number."""
+    def _aptness(self, mention: Mention, value: float, unit: str) -> float:
+        """How well a literal goes with a mention: "half" is a bare 2 or 0.5, and 20 of 20% stands over 100 alone."""
+        if mention.kind == "percent" and same(mention.value, value):
+            return -1.0
+        bare = (not unit and value.is_integer()) * {"factor": 1.6, "fraction": 1.6, "number": 0.9}.get(
+            mention.kind, 0.0
+        )
+        return 1.0 + bare - 3.0 * (mention.kind == "ordinal")
+
+    def _fit(self, index: int, step: Step, unit: str) -> float:
+        """How well a number of the question goes with the line of a step, and with the words behind the number."""
         mention = self.mentions[index]
-        score = 0.4 * min(3, len(self.contexts[index] & line)) + bool(_stems(unit) & self.nouns[index])
+        about = len(self.contexts[index] & self.lines[step.line])
+        score = 0.4 * min(3, about) + bool(_stems(unit) & self.nouns[index])
+        if not unit and mention.kind == "money":
+            score += 0.6 * any("$" in words for value, words in step.units if same(value, step.value))
         if unit and mention.kind in ("money", "number"):
             score += 0.75 if ("$" in unit) == (mention.kind == "money") else -0.75
         return score

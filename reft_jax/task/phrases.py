@@ -25,7 +25,7 @@ NEXT_WORD = re.compile(r"\s*(?:-\s*)?([A-Za-zé]+)(['’]s?\b)?")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)[.?!;:](?:\s|$)|\n")
 PER = re.compile(
     r"\s*(?:(?:per\b|/|for (?:each|every|one|an?)\b|every\b|in (?:each|every)\b)\s*([A-Za-z]+)?"
-    r"|,?\s*each\b\s*([A-Za-z]+)?|an?\s+([a-z]+)\b)"
+    r"|,?\s*each\b(?! of which)\s*([A-Za-z]+)?|an?\s+([a-z]+)\b)"
 )
 OF_SOMETHING = re.compile(r"\s+of\s+(?!(?:the|his|her|their|them|each|these|those|its|that|a|it)\b)")
 PASSIVE = re.compile(r"\s*(?:(?:are|were|was|is|have been|has been|had been|that were|which were)\s+)?([a-z]+)")
@@ -117,8 +117,9 @@ def slug(text: str, longest: int = 4) -> str:
             words.append(word)
         elif ADVERB.search(word) or word in EMPTY or (word in FUNCTION_WORDS and word not in ORDINALS):
             continue
-        elif words and word in PARTICIPLES and word not in NOUN_LIKE and singular(word) not in NOUN_LIKE:
-            break
+        elif word in PARTICIPLES and word not in NOUN_LIKE and singular(word) not in NOUN_LIKE:
+            if words:
+                break
         else:
             words.append(word)
     while words and words[-1] == "of":
@@ -161,7 +162,9 @@ def subject_of(before: str) -> str:
         word = bare(match[0])
         if words and (word in LINKING or word in PARTICIPLES or word in PLACES):
             break
-        if not (word in LINKING or word in PARTICIPLES or word in FUNCTION_WORDS or word in EMPTY):
+        if not (
+            word in LINKING or word in PARTICIPLES or word in FUNCTION_WORDS or word in EMPTY or ADVERB.search(word)
+        ):
             words.append(word)
     return "_".join(words[-2:])
 
@@ -171,7 +174,7 @@ def carried_noun(question: str, mention: Mention) -> str:
     for earlier in reversed([m for m in read_numbers(question[: mention.start]) if m.kind == "number"]):
         noun = noun_phrase(question[earlier.end : mention.start])
         if noun:
-            return noun
+            return noun.removeprefix("extra_").removeprefix("fewer_")
     return ""
 
 

@@ -10,7 +10,7 @@ import builtins
 import keyword
 import re
 
-from reft_jax.task.constants import COUNTS, is_known
+from reft_jax.task.constants import COUNTS, is_known, stems
 from reft_jax.task.words import ABBREVIATIONS, PARTICIPLES, singular
 
 NUMERALS = {
@@ -32,7 +32,7 @@ FRACTION_SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 JOINING = set(
     """total left per extra fewer more initial other new updated final next last further each of in on at from for to
     with during by after before price cost pay money dollars cents amount share result size age height length
-    width depth distance thickness weight years older younger later remaining percent tax revenue difference
+    width depth distance thickness weight years older younger later remaining percent score tax revenue difference
     spent earned earnings saved paid""".split()
 )
 MEANINGLESS = set("step steps value values var variable temp tmp num number res answer quantity unknown".split())
@@ -100,7 +100,7 @@ def _literal_problems(assignments: list[ast.Assign], question: str, answer: str)
     stated = stated_numbers(question)
     results = _results(answer)
     introduced = stated_numbers(re.sub(r"<<(.*?)=[^=]*>>", r" \1 ", answer.rpartition("####")[0]))
-    text = f"{question} {answer}".lower()
+    words = stems(f"{question} {answer}")
     problems = []
     for assignment in assignments:
         for node in ast.walk(assignment.value):
@@ -109,7 +109,7 @@ def _literal_problems(assignments: list[ast.Assign], question: str, answer: str)
             number = node.value
             if isinstance(number, bool) or not isinstance(number, int | float):
                 problems.append(f"{number!r} is not a number")
-            elif number in (0, 1, 100) or _among(number, stated) or is_known(number, text):
+            elif number in (0, 1, 100) or _among(number, stated) or is_known(number, words):
                 continue
             elif _among(number, results):
                 problems.append(f"{number} is a result, and the question does not state it")

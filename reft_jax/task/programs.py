@@ -13,7 +13,9 @@ from reft_jax.task.words import singular
 MONEY_SIGN = re.compile(r"[$€£]\s*[\d.,]*$")
 COMPARISON = re.compile(r"\b(?:more|fewer|less|older|younger|taller|longer|faster|difference)\b")
 OPERATOR = re.compile(r" ([-+*/]) ")
-AFFIX = re.compile(r"^(?:price|pay|dollars)_per_|^(?:total|initial|new)_|_(?:left|each|price|cost|needed)$|_per_.*")
+AFFIX = re.compile(
+    r"^(?:price|pay|dollars)_per_|^(?:total|initial|new|remaining|share_of)_|_(?:left|each|price|cost|needed|difference)$|_per_.*"
+)
 SHARES = ("discount", "tax", "taxes", "tip", "interest", "fee", "commission", "bonus", "loss", "profit", "increase")
 WEAK = set("money cost total_amount total_money dollars price minutes hours days people feet".split())
 

@@ -26,7 +26,8 @@ own pack paint pass pick place plan plant play pour practice prepare press print
 reach realize receive record reduce remain remove rent repair require return roll save score serve share ship slice
 solve stack start stay stop store study subtract supply swap trade train transfer travel type use visit vote wait
 walk want wash waste watch water weigh work wrap yell miss decide agree own clean rest pile ask bet bury melt move
-occupy fold tie allow hike kick last hold produce sign skip spill stitch swallow sweep tip total trim tutor unload"""
+occupy fold tie allow hike kick last hold produce sign skip spill stitch swallow sweep tip total trim tutor unload
+translate"""
 _DOUBLED = set(
     "drop jog plan ship skip slip snap stop swap trim wrap tip jot dip chop grab hug nap pat rub shop trap".split()
 )
@@ -51,7 +52,7 @@ FUNCTION_WORDS = set(
     got say says said become becomes became except including include includes called named able want wants wanted
     new going go goes went lets mr mrs ms dr different available additional also taller shorter older younger longer
     heavier faster slower bigger smaller larger higher lower cheaper considering represents represent express find
-    found""".split()
+    found far""".split()
 )
 # Words that carry no meaning for a name although they are nouns or adjectives.
 EMPTY = set("total thing things certain different particular entire whole various exact real new main lot lots".split())
@@ -66,7 +67,8 @@ MEASURES |= {"away": "distance", "thick": "thickness", "older": "years_older", "
 MEASURES |= {"longer": "extra_length", "taller": "extra_height", "shorter": "length_difference"}
 ABBREVIATIONS = dict(
     entry.split(":")
-    for entry in """cm:centimeters mm:millimeters km:kilometers kg:kilograms kgs:kilograms g:grams mg:milligrams
+    for entry in """
+    cm:centimeters mm:millimeters km:kilometers kg:kilograms kgs:kilograms g:grams mg:milligrams
     ml:milliliters
     mls:milliliters ft:feet sq:square lb:pounds lbs:pounds oz:ounces hr:hours hrs:hours min:minutes mins:minutes
     sec:seconds secs:seconds mph:miles_per_hour kph:kilometers_per_hour kmph:kilometers_per_hour kw:kilowatts
@@ -129,7 +131,7 @@ def _singular_word(noun: str) -> str:
     return noun[:-2] if re.search(r"(ss|x|ch|sh|zz|tato|mato|mango|hero|bus|bonus|lens)es$", noun) else noun[:-1]
 
 
-PARTICIPLES = _forms()
+PARTICIPLES = {form: participle for form, participle in _forms().items() if form != "building"}
 # Verbs whose bare form, and whose form with -s, is as often a noun: "a soft drink", "two plants".
 NOUN_LIKE = set(
     """answer bake bike burn charge climb cook count cover cut crack cycle deposit discount divide double drink drive

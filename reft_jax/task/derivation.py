@@ -135,7 +135,8 @@ class Derivation:
 
         The expression is "" if a number comes from nowhere.
         """
-        tree = ast.parse(source.replace("*0.01", "/100"), mode="eval")
+        percent = not any(mention.states(0.01) for mention in self.origins.mentions)
+        tree = ast.parse(source.replace("*0.01", "/100") if percent else source, mode="eval")
         replaced = self._ratios(tree, step)
         keys: list[str] = []
         surety = 10.0
@@ -181,6 +182,11 @@ class _Replace(ast.NodeTransformer):
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         return self.replaced.get(id(node)) or self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        operand = self.visit(node.operand)
+        negated = isinstance(node.op, ast.USub) and isinstance(operand, ast.UnaryOp)
+        return operand.operand if negated else ast.UnaryOp(node.op, operand)
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         return self.replaced[id(node)]

@@ -28,6 +28,8 @@ FACTORS |= {"twins": 2, "twin": 2, "both": 2, "halved": 2, "first": 1, "second":
 FIRST = {*UNITS, *TENS, *SCALES, *PARTS, *FACTORS, *"¼½¾", "a"}  # words that a number may begin with
 SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 
+AND_A_PART = re.compile(r"\s+and\s+(?:an?\s+|one[\s-]+)?(half|quarter|third)\b(\s+dozen)?", re.IGNORECASE)
+ONE_AND_A_HALF = re.compile(r"\b(?:an?|one)\s+[a-z]+\s+and\s+a\s+half\b", re.IGNORECASE)  # "an hour and a half"
 DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(
     rf"""(?P<money>[$€£]\s?)?
@@ -81,7 +83,20 @@ def read_numbers(text: str) -> tuple[Mention, ...]:
         if mention:
             found.append(mention)
         index += used
-    return tuple(sorted(found, key=lambda mention: mention.start))
+    found += [Mention(1.5, (), m.start(), m.end(), "fraction") for m in ONE_AND_A_HALF.finditer(text)]
+    return tuple(sorted((_with_part(text, mention) for mention in found), key=lambda mention: mention.start))
+
+
+def _with_part(text: str, mention: Mention) -> Mention:
+    """The number with the "and a half" that follows it."""
+    part = AND_A_PART.match(text, mention.end) if mention.kind == "number" else None
+    if not part:
+        return mention
+    value = mention.value + 1 / PARTS[part[1].lower()]
+    end = part.end()
+    if part[2]:
+        return Mention(value * 12, (value, 12.0), mention.start, end, "number")
+    return Mention(value, (mention.value, *mention.others), mention.start, end, "number")
 
 
 def _from_digits(match: re.Match) -> Mention:

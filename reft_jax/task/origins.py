@@ -96,6 +96,8 @@ class Origins:
             score = 2.0 * (name not in self.used) + index / 100
             if same(earlier.value, value):
                 yield Origin(9 + score + bool(counted & self.results[index]), name, name)
+            elif same(earlier.value, -value):
+                yield Origin(8 + score, f"-{name}", name)
             elif close(earlier.value, value) and not value.is_integer():
                 yield Origin(6 + score, name, name)
             elif same(earlier.value / 100, value) and value < 1:
@@ -172,6 +174,11 @@ class Origins:
         if here:
             yield from _of_steps(value, _among(atoms, before))
         yield from self._alike(value, _stems(unit) or self._unit_of(value))
+        for constant in constants:  # 30 minutes are 30 / 60 of an hour
+            stated = [atom for atom in atoms if atom.source[0] == "q" and constant.value]
+            yield from (
+                (1.0, f"{a.source} / {constant.source}") for a in stated if same(a.value / constant.value, value)
+            )
         for index, mention in enumerate(self.mentions):
             if mention.kind == "fraction":
                 part = literal_of(mention.value)

@@ -179,6 +179,11 @@ def stated_numbers(text: str) -> set[float]:
             numbers |= {float(part), 1 / part, (previous or 1.0) / part}
         numbers |= {2.0} if token in TWO else {3.0} if token in THREE else {4.0} if token in FOUR else set()
         numbers |= {1.0} if token in ("once", "first", "single") else set()
+        part = [other for other in tokens[index + 1 : index + 4] if other not in ("a", "an", "one")]
+        if value is not None and part[:1] == ["and"] and part[1:] and part[1] in DENOMINATORS:  # four and a half
+            numbers.add(value + 1 / DENOMINATORS[part[1]])
+        if part[:2] == ["and", "half"] and index and tokens[index - 1] in ("a", "an", "one"):  # an hour and a half
+            numbers.add(1.5)
         if value is not None:
             numbers.add(value)
         previous = value

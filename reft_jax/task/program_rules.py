@@ -24,9 +24,16 @@ SCALES = {"dozen": 12, "dozens": 12, "hundred": 100, "thousand": 1000, "k": 1000
 PARTS = "half:2 third:3 quarter:4 fourth:4 fifth:5 sixth:6 seventh:7 eighth:8 ninth:9 tenth:10 twelfth:12 twentieth:20"
 DENOMINATORS = {name: int(value) for name, _, value in (part.partition(":") for part in PARTS.split())}
 DENOMINATORS |= {f"{name}s": value for name, value in DENOMINATORS.items()} | {"halves": 2}
-TWO = set("twice double doubled doubles doubling pair pairs couple twin twins both halved second".split())
-THREE = set("thrice triple tripled triples triplets".split())
-FOUR = set("quadruple quadrupled quadruples".split())
+FACTORS = {
+    1: set("once first single".split()),
+    2: set("twice double doubled doubles doubling pair pairs couple twin twins both halved second".split()),
+    3: set("thrice triple tripled triples triplets".split()),
+    4: set("quadruple quadrupled quadruples".split()),
+}
+ARTICLES = ("a", "an", "one")
+TOKEN = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+|[a-z]+|[%/¢¼½¾]")
+MARKED = re.compile(r"=\s*(-?[\d,]*\.?\d+)(?=>>)")
+WRITTEN = re.compile(r"=\s*[$€£]?\s*(-?\d[\d,]*\d(?:\.\d+)?|-?\d(?:\.\d+)?|\.\d+)(?!\s*[-+*/x×\d]\s*[\d(])")
 FRACTION_SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 # Words that a name may hold although neither question nor solution has them: they say what a quantity is.
 JOINING = set(
@@ -125,66 +132,56 @@ def _among(number: float, numbers: set[float]) -> bool:
 def _results(answer: str) -> set[float]:
     """What the solution computes: right sides of its equations, marks included, and the final answer."""
     text, _, final = answer.rpartition("####")
-    found = re.findall(r"=\s*[$€£]?\s*(-?[\d,]*\.?\d+)(?=>>)", text)
-    found += re.findall(
-        r"=\s*[$€£]?\s*(-?\d[\d,]*(?:\.\d+)?|\.\d+)(?!\s*[-+*/x×\d]\s*[\d(])", re.sub(r"<<.*?>>", "", text)
-    )
-    return {
-        float(number.replace(",", "").strip(".") or 0) for number in [*found, final.strip()] if re.search(r"\d", number)
-    }
+    found = MARKED.findall(text) + WRITTEN.findall(re.sub(r"<<.*?>>", "", text)) + [final.strip()]
+    return {float(number.replace(",", "")) for number in found if re.fullmatch(r"-?[\d,]*\.?\d+", number)}
 
 
 def stated_numbers(text: str) -> set[float]:
     """Every number that `text` states, in digits or words.
 
-    25% is 25 and 0.25, "half" 0.5 and 2, two dozen are 2, 12 and 24.
+    25% is 25 and 0.25, "half" 0.5 and 2, two dozen are 2, 12 and 24, "four and a half" is 4.5.
     """
     numbers: set[float] = set()
-    text = text.lower().replace("-", " ")
-    tokens = re.findall(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+|[a-z]+|[%/¢¼½¾]", text)
+    tokens = TOKEN.findall(text.lower().replace("-", " "))
     previous: float | None = None
     for index, token in enumerate(tokens):
+        if token == "and" and previous is not None and previous >= 100:
+            continue  # a hundred and five
         value = None
-        if token[0].isdigit() or token[0] == "." and len(token) > 1:
+        if token[-1].isdigit():
             value = float(token.replace(",", ""))
-            if index > 1 and tokens[index - 1] == "/" and re.match(r"[\d.]", tokens[index - 2]):
-                top = float(tokens[index - 2].replace(",", ""))
-                whole = float(tokens[index - 3].replace(",", "")) if index > 2 and tokens[index - 3].isdigit() else 0.0
-                numbers |= {top / value, whole + top / value} if value else set()
-                if index > 3 and tokens[index - 3] == "and" and tokens[index - 4].isdigit() and value:
-                    numbers.add(float(tokens[index - 4]) + top / value)
+            numbers |= _fractions(tokens[max(0, index - 4) : index], value)
         elif token in NUMERALS:
             value = float(NUMERALS[token])
-            if (
-                previous is not None
-                and previous >= 20
-                and previous % 10 == 0
-                and value < 10
-                or previous
-                and previous >= 100
-            ):
+            if previous is not None and (previous >= 100 or (previous >= 20 and previous % 10 == 0 and value < 10)):
                 numbers.add(value)
                 value += previous
         elif token in SCALES:
             numbers.add(float(SCALES[token]))
             value = SCALES[token] * (1.0 if previous is None else previous)
-        elif token == "and" and previous is not None and previous >= 100:
-            continue
         elif token in FRACTION_SIGNS:
             value = FRACTION_SIGNS[token] + (previous or 0.0)
         elif token in ("%", "percent", "cent", "cents", "¢") and previous is not None:
             numbers.add(previous / 100)
         elif token in DENOMINATORS:
-            part = DENOMINATORS[token]
-            numbers |= {float(part), 1 / part, (previous or 1.0) / part}
-        numbers |= {2.0} if token in TWO else {3.0} if token in THREE else {4.0} if token in FOUR else set()
-        numbers |= {1.0} if token in ("once", "first", "single") else set()
-        part = [other for other in tokens[index + 1 : index + 4] if other not in ("a", "an", "one")]
-        if value is not None and part[:1] == ["and"] and part[1:] and part[1] in DENOMINATORS:  # four and a half
-            numbers.add(value + 1 / DENOMINATORS[part[1]])
-        if part[:2] == ["and", "half"] and index and tokens[index - 1] in ("a", "an", "one"):  # an hour and a half
-            numbers.add(1.5)
+            numbers |= {float(DENOMINATORS[token]), (previous or 1.0) / DENOMINATORS[token]}
+        numbers |= {float(factor) for factor, words in FACTORS.items() if token in words}
+        behind = [other for other in tokens[index + 1 : index + 4] if other not in ARTICLES]
+        if behind[:1] == ["and"] and behind[1:] and behind[1] in DENOMINATORS:
+            one = index and tokens[index - 1] in ARTICLES  # an hour and a half
+            numbers |= {
+                base + 1 / DENOMINATORS[behind[1]] for base in (value, 1.0 if one else None) if base is not None
+            }
         if value is not None:
             numbers.add(value)
         previous = value
     return numbers
+
+
+def _fractions(before: list[str], bottom: float) -> set[float]:
+    """1/2, 2 1/2 and 2 and 1/2, for the number `bottom` behind the tokens before it."""
+    if before[-1:] != ["/"] or len(before) < 2 or not before[-2][-1].isdigit() or not bottom:
+        return set()
+    part = float(before[-2].replace(",", "")) / bottom
+    wholes = [token for token in before[:-2][-2:] if token != "and"][-1:]
+    return {part} | {float(whole.replace(",", "")) + part for whole in wholes if whole[-1].isdigit()}

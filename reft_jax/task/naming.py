@@ -55,7 +55,9 @@ LEFT = re.compile(r"\b(?:left|remain(?:s|ing|ed)?|leftover|leaving|leaves)\b", r
 TOTAL = re.compile(r"\b(?:total|altogether|in all|combined|all together|sum|overall)\b", re.IGNORECASE)
 MORE = re.compile(r"\b(?:more|extra|longer|taller|older|further|additional|difference)\b", re.IGNORECASE)
 MEASURE = re.compile(r"\s*(?:[a-z]+\s+)?(tall|high|long|wide|deep|old|away|thick)\b")
-NO_NOUN_BEHIND = re.compile(r"\s*(?:$|[,.?!)]|and\b|of (?:them|these|those|the)|in\b|on\b|are\b|for\b|to\b)")
+NO_NOUN_BEHIND = re.compile(
+    r"\s*(?:$|[,.?!)]|and\b|of (?:them|these|those|the|his|her|their)|in\b|on\b|are\b|for\b|to\b)"
+)
 IN_A_LIST = re.compile(r"(?:\s*,?\s*(?:and |or )?\d[\d.,]*(?=[\s,]))+\s*")  # "9, 10, and 11 students"
 OF_THE = re.compile(r"^\s*of (?:the|these|those|his|her|their)\b")
 STATED_SUBJECT = re.compile(  # "the rope is 20 feet"
@@ -159,8 +161,10 @@ def step_names(line: str, start: int, end: int, value: float, money: bool) -> li
         money, noun, width = True, "", COINS.match(after).end()
     elif re.match(r"\s*times\b", after) and not money:
         noun, width = "times", after.index("times") + 5
-    names = _computed_subject(before)
-    if money:
+    names = [name for name in _computed_subject(before) if not noun or name not in UNITS_OF_MEASURE]
+    if line[start:end].endswith("%") or after.lstrip().startswith("%"):
+        names = [f"{name}_percent" for name in names] + ["percentage"]
+    elif money:
         names += _amounts(before, after[width:])
     elif noun:
         names += _results(noun, before, after[width:])

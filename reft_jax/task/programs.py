@@ -8,7 +8,7 @@ from reft_jax.task.equations import plain_text
 from reft_jax.task.numbers import read_numbers
 from reft_jax.task.origins import literal_of, stated_literal
 from reft_jax.task.phrases import noun_phrase
-from reft_jax.task.words import singular
+from reft_jax.task.words import MONEY, singular
 
 MONEY_SIGN = re.compile(r"[$€£]\s*[\d.,]*$")
 COMPARISON = re.compile(r"\b(?:more|fewer|less|older|younger|taller|longer|faster|difference)\b")
@@ -17,6 +17,7 @@ AFFIX = re.compile(
     r"^(?:price|pay|dollars)_per_|^(?:total|initial|new|remaining|share_of)_|_(?:left|each|price|cost|needed|difference)$|_per_.*"
 )
 SHARES = ("discount", "tax", "taxes", "tip", "interest", "fee", "commission", "bonus", "loss", "profit", "increase")
+PERCENTAGE = re.compile(r"s\d+ \* 100|(?:round|math\.\w+)\(s\d+ \* 100\)")
 WEAK = set("money cost total_amount total_money dollars price minutes hours days people feet".split())
 
 
@@ -40,7 +41,8 @@ def write_program(question: str, answer: str, plan: Plan) -> str:
         by_operation = _by_operation(planned.source, likely, lines[planned.step.line])
         names = _proposals(planned, lines[planned.step.line], question, planned is plan.steps[-1])
         if names and names[0] in WEAK:
-            names = list(dict.fromkeys([*naming.unique([by_operation]), *names]))
+            converted = names[0] not in MONEY and len(NAME.findall(planned.source)) == 1  # hours * 60
+            names = naming.unique([f"total_{names[0]}" if converted else by_operation, *names])
         key = f"s{planned.index}"
         proposals[key], fallbacks[key] = names, by_operation
     chosen = naming.choose(list(proposals.values()), list(fallbacks.values()), stated)
@@ -55,6 +57,8 @@ def write_program(question: str, answer: str, plan: Plan) -> str:
 def _proposals(planned: Planned, line: str, question: str, last: bool) -> list[str]:
     """Names for a step: what defines it, what its sentence says, for the last step what is asked."""
     step = planned.step
+    if PERCENTAGE.fullmatch(planned.source) and last:
+        return ["percentage"]
     money = MONEY_SIGN.search(line[: step.end].rstrip()) or re.match(r"\s*\$", line[step.end :])
     names = naming.subject_names(step.subject) if step.subject else []
     names += naming.step_names(line, step.start, step.end, step.value, bool(money))

@@ -14,6 +14,7 @@ from reft_jax.task.numbers import DIGITS, same
 
 UNKNOWN = "ξ"  # stands for the unknown's letter in text that algebra.py hands over
 MARK = re.compile(r"<<(.*?)>>")
+STATED = re.compile(r"(?:[$€£]?\s*[\d,]*\.?\d+%?)?")  # the value that follows a mark
 TOKEN = re.compile(
     rf"""(?P<number>(?:\d+\s+(?:and\s+)?\d/\d(?![\d/])|\d{{1,3}}(?:\ 000)+\b|{DIGITS})(?:\s?%|\s?percent\b)?[¼½¾]?)
     |(?P<op>[-+*/×÷–−](?=[\s$€£]*[\d.(ξ])|(?<=[\s\d)ξ])[-+*×÷–−/](?=\s))
@@ -111,7 +112,7 @@ def _line_steps(text: str, marks: list[tuple[int, str]], line: int) -> list[Step
         left, _, right = mark.rpartition("=")
         expression, value = to_python(left), evaluate(to_python(right) or "")
         near = [step for step in written if step.start <= place <= step.end + 2]
-        start, end = (near[0].start, near[0].end) if near else (place, place)
+        start, end = (near[0].start, near[0].end) if near else (place, STATED.match(text, place).end())
         if value is None:
             continue
         trivial = expression is None or not re.search(r"[-+*/]", expression[1:])

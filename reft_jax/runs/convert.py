@@ -115,8 +115,9 @@ def _check(rows: list[Example], workers: int) -> tuple[dict[str, list[Example]],
         if verdict.correct:
             made["python"].append(row)
         else:
-            found = f"returns {verdict.value}" if verdict.value is not None else f"returns nothing ({verdict.status})"
-            rejected.append((row.item_id, "python", f"the program {found}, not {row.answer_value}"))
+            nothing = f"the program returns nothing ({verdict.status})"
+            other = f"the program returns {verdict.value}, not {row.answer_value}"
+            rejected.append((row.item_id, "python", nothing if verdict.value is None else other))
     for row in rows:
         if row.answer_cot and PROGRAM_HEAD.strip() not in row.answer_cot:
             if problem := _text_problem(row):
@@ -153,13 +154,16 @@ def _write(source: str, folder: Path, files: dict[str, str], rejected: list[Reje
     files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if Path(source).parent.resolve() == folder.resolve() and Path(source).name in files:
         raise InputError(f"--out-dir: {folder} holds {source}, which would be overwritten; choose another")
+    parts = {name: folder / f".{name}.part" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / f".{name}.part").write_text(text, encoding="utf-8")
-        for name in files:
-            (folder / f".{name}.part").replace(folder / name)
+        for name, part in parts.items():
+            part.write_text(files[name], encoding="utf-8")
+        for name, part in parts.items():
+            part.replace(folder / name)
     except OSError as error:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
         raise InputError(f"--out-dir: cannot write to {folder} ({error.strerror}); choose another") from error
 
 

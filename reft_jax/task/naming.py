@@ -60,15 +60,14 @@ NO_NOUN_BEHIND = re.compile(
 )
 IN_A_LIST = re.compile(r"(?:\s*,?\s*(?:and |or )?\d[\d.,]*(?=[\s,]))+\s*")  # "9, 10, and 11 students"
 OF_THE = re.compile(r"^\s*of (?:the|these|those|his|her|their)\b")
+BEFORE_STATED = re.compile(r"[,;]|\b(?:and|if|while|that|when|but)\b", re.IGNORECASE)
 STATED_SUBJECT = re.compile(  # "the rope is 20 feet"
-    r"(?:^|[,;]|\b(?:and|if|while|that|when|but)\b)\s*([^,;]+?)\s+(?:is|was|are|were|weighs?|takes?|lasts?)\s+"
-    r"(?:about |only |exactly )?$",
-    re.IGNORECASE,
+    r"^\s*(.+?)\s+(?:is|was|are|were|weighs?|takes?|lasts?)\s+(?:about |only |exactly )?$", re.IGNORECASE
 )
+BEFORE_COMPUTED = re.compile(r"[,;]|\b(?:so|then|that|thus|means|hence|therefore|if)\b", re.IGNORECASE)
 COMPUTED_SUBJECT = re.compile(  # "so the total cost is 5*2 = 10", "Total hours = 12 + 4"
-    r"(?:^|[,;]|\b(?:so|then|that|thus|means|hence|therefore|and|if)\b)\s*([^,;]*?)\s*"
-    r"(?:\b(is|was|are|were|will be|would be|equals?|costs?|will cost|would cost|weighs?|comes? to|totals?|has|have"
-    r"|had)\b|[=:])\s*(?:a total of |then |only |equal to |about |also |now |therefore |thus )*[\s$€£(]*$",
+    r"^\s*(.*?)\s*(?:\b(is|was|are|were|will be|would be|equals?|costs?|will cost|would cost|weighs?|comes? to|totals?"
+    r"|has|have|had)\b|[=:])\s*(?:a total of |then |only |equal to |about |also |now |therefore |thus )*[\s$€£(]*$",
     re.IGNORECASE,
 )
 OPENING = re.compile(  # words that a part of a sentence begins with, up to its comma
@@ -114,7 +113,7 @@ def given_names(question: str, mention: Mention) -> list[str]:
             else []
         )
     elif not noun and NO_NOUN_BEHIND.match(after):
-        stated = STATED_SUBJECT.search(before)
+        stated = STATED_SUBJECT.match(BEFORE_STATED.split(before)[-1])
         if stated and not is_person(stated[1]) and (subject := slug(stated[1])):
             return unique([subject])
         noun = noun_phrase(OF_THE.sub("", after)) or carried_noun(question, mention)
@@ -133,7 +132,7 @@ def _compound(before: str, after: str) -> list[str]:
 def _rates(noun: str, before: str, rest: str) -> list[str]:
     """`pages_per_day`, `average_weight`: a number that says how much there is of something else."""
     unit, each = noun.split("_")[-1], per(rest)
-    stated = STATED_SUBJECT.search(before)
+    stated = STATED_SUBJECT.match(BEFORE_STATED.split(before)[-1])
     if stated and unit in UNITS_OF_MEASURE and not is_person(stated[1]) and (subject := slug(stated[1], 3)):
         return [subject if MEASURED.search(subject) else f"{subject}_{unit}"]
     if each == "each":
@@ -163,7 +162,7 @@ def step_names(line: str, start: int, end: int, value: float, money: bool) -> li
         noun, width = "times", after.index("times") + 5
     names = [name for name in _computed_subject(before) if not noun or name not in UNITS_OF_MEASURE]
     if line[start:end].endswith("%") or after.lstrip().startswith("%"):
-        names = [f"{name}_percent" for name in names] + ["percentage"]
+        names = [name if "percent" in name else f"{name}_percent" for name in names] + ["percentage"]
     elif money:
         names += _amounts(before, after[width:])
     elif noun:
@@ -173,8 +172,9 @@ def step_names(line: str, start: int, end: int, value: float, money: bool) -> li
 
 def _computed_subject(before: str) -> list[str]:
     """What the sentence says is equal to the equation behind `before`: "the total cost is"."""
-    match = COMPUTED_SUBJECT.search(before)
-    if not match or (match.start(1) and "," in before[: match.start(1)][-2:] and not OPENING.match(before)):
+    clause = BEFORE_COMPUTED.split(before)[-1]
+    match = COMPUTED_SUBJECT.match(clause)
+    if not match or (before.removesuffix(clause).endswith(",") and not OPENING.match(before)):
         return []  # behind the last comma of a list
     subject, verb = slug(match[1]), (match[2] or "").lower()
     if not subject or subject == owner(match[1]):

@@ -167,7 +167,8 @@ def _from_words(text: str, words: list[re.Match]) -> tuple[int, Mention | None]:
         value = total + current
         return used + 1, Mention(value, (value / 100,), first.start(), after.end(), "number")
     if used:
-        return used, Mention(total + (current or 0.0), tuple(parts), first.start(), end, "number")
+        kind = "factor" if used == 1 and first[0].lower() in SCALES else "number"  # "a dozen" is no name's number
+        return used, Mention(total + (current or 0.0), tuple(parts), first.start(), end, kind)
     word = first[0].lower()
     if word in PARTS:
         value, ordinal = float(PARTS[word]), _is_ordinal(text, first, words[1:])

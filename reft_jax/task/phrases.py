@@ -25,7 +25,7 @@ NEXT_WORD = re.compile(r"\s*(?:-\s*)?([A-Za-zé]+)(['’]s?\b)?")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)[.?!;:](?:\s|$)|\n")
 PER = re.compile(
     r"\s*(?:(?:per\b|/|for (?:each|every|one|an?)\b|every\b|in (?:each|every)\b)\s*([A-Za-z]+)?"
-    r"|,?\s*each\b(?! of which)\s*([A-Za-z]+)?|an?\s+([a-z]+)\b)"
+    r"|,?\s*each\b(?! (?:of which|having|with|contain|cost|hold|has|have|weigh))\s*([A-Za-z]+)?|an?\s+([a-z]+)\b)"
 )
 OF_SOMETHING = re.compile(r"\s+of\s+(?!(?:the|his|her|their|them|each|these|those|its|that|a|it)\b)")
 PASSIVE = re.compile(r"\s*(?:(?:are|were|was|is|have been|has been|had been|that were|which were)\s+)?([a-z]+)")
@@ -36,7 +36,7 @@ LEADING = re.compile(rf"^\s*(?:then|so|and|next|finally|also|thus|therefore|now)
 DETERMINED = re.compile(r"(?:the|his|her|their|a|an|each)\b|[A-Z]")
 CLAUSE = re.compile(r",|\b(?:and|but|if|while|when|because|that|which|who)\b")
 MORE_OR_LESS = {"more": "extra_", "additional": "extra_", "extra": "extra_", "fewer": "fewer_", "less": "fewer_"}
-SKIPPED = {"total", "different", "new", "other", "whole", "full", "remaining", "separate"}
+SKIPPED = {"same", "total", "different", "new", "other", "whole", "full", "remaining", "separate"}
 NO_NOUN = {"left", "respectively", "total", "long"}
 ORDINALS = {"first", "second", "third", "next", "least"}
 ADVERB = re.compile(r"(?:ally|ently|antly|ately|ingly|ously|ively|edly|usly)$")
@@ -75,7 +75,7 @@ def noun_span(text: str, longest: int = 3) -> tuple[str, int]:
             break
         words.append(word)
         position = match.end()
-        plural = word.endswith("s") and not word.endswith("ss") and not text[position:].startswith(" of ")
+        plural = word != singular(word) and not text[position:].startswith(" of ")
         if word in TIME or plural:
             break
     words = [ABBREVIATIONS.get(word, word) for word in words]
@@ -96,8 +96,9 @@ def _ends_phrase(written: str, words: list[str]) -> bool:
         return True
     if written[0].isupper() and (words or word in MONTHS):
         return True
-    if not words:
-        return False
+    if not words:  # "the last 2 contain ..."
+        acts = word in PARTICIPLES and PARTICIPLES[word] != word and not word.endswith("ing")
+        return acts and word not in NOUN_LIKE and singular(word) not in NOUN_LIKE
     verb = word in PARTICIPLES or word.endswith(("ing", "ly"))
     return (verb and not word.endswith("s")) or (word in PARTICIPLES and words[-1].endswith("s"))
 
@@ -246,5 +247,7 @@ def per(text: str) -> str:
     if not match or (match[3] and match[3] not in TIME):
         return ""
     position = max(match.start(group) for group in (1, 2, 3))
+    if match[2] and (match[2] in PARTICIPLES or match[2] in LINKING):
+        return ""  # "3 cats each eat"
     noun = noun_phrase(text[position:], 2) if position >= 0 else ""
     return singular(noun) if noun else "each" if "each" in match[0] else ""

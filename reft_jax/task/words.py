@@ -27,7 +27,7 @@ reach realize receive record reduce remain remove rent repair require return rol
 solve stack start stay stop store study subtract supply swap trade train transfer travel type use visit vote wait
 walk want wash waste watch water weigh work wrap yell miss decide agree own clean rest pile ask bet bury melt move
 occupy fold tie allow hike kick last hold produce sign skip spill stitch swallow sweep tip total trim tutor unload
-translate"""
+translate enter"""
 _DOUBLED = set(
     "drop jog plan ship skip slip snap stop swap trim wrap tip jot dip chop grab hug nap pat rub shop trap".split()
 )

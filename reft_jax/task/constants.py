@@ -6,6 +6,8 @@ question or the solution it is not known, it is a number from nowhere.
 
 import re
 
+from reft_jax.task.words import singular
+
 CONSTANTS = {
     5280: "mile",
     3600: "second",
@@ -39,7 +41,7 @@ CONSTANTS = {
     16: "ounce oz",
     15: "quarter",
     14: "fortnight",
-    12: "month year dozen inch foot feet ft",
+    12: "month year dozen inch foot ft",
     10: "dime decade centimeter cm finger toe mm",
     9: "baseball",
     8: "spider octopus octopuse ounce pint",
@@ -48,18 +50,18 @@ CONSTANTS = {
     5: "weekday week friday nickel finger toe pentagon",
     4: "leg wheel season quarter square side corner week month",
     3: "yard triangle tricycle",
-    2: "leg foot feet eye wheel bicycle bike wing ear hand arm parent side weekend saturday couple twin average",
+    2: "leg foot eye wheel bicycle bike wing ear hand arm parent side weekend saturday couple twin average",
     0.25: "quarter",
     0.1: "dime",
     0.05: "nickel",
-    0.01: "penny pennie cent",
+    0.01: "penny cent",
 }
 COUNTS = range(0, 5)  # people and things that are listed, not counted: "Ann and her mother", "each side"
 
 
 def stems(text: str) -> set[str]:
-    """The words of a text, plural or not, and %."""
-    return {word.rstrip("s") for word in re.findall(r"[a-z]+|%", text.lower())}
+    """The words of a text, in the singular, and %."""
+    return {singular(word) for word in re.findall(r"[a-z]+|%", text.lower())}
 
 
 def is_known(number: float, words: set[str]) -> bool:

@@ -135,7 +135,7 @@ class Derivation:
 
         The expression is "" if a number comes from nowhere.
         """
-        percent = not any(mention.states(0.01) for mention in self.origins.mentions)
+        percent = self.origins.percent and not any(mention.states(0.01) for mention in self.origins.mentions)
         tree = ast.parse(source.replace("*0.01", "/100") if percent else source, mode="eval")
         replaced = self._ratios(tree, step)
         keys: list[str] = []

@@ -17,6 +17,7 @@ FACTOR_WORDS = re.compile(  # "3 times as many" is written where it is used, "3 
     r"|folds?\b|x\b)",
     re.IGNORECASE,
 )
+MEASURES = [number for number in CONSTANTS if number >= 7 and number not in (9, 14, 15, 18, 20, 25, 26, 50)]
 AND_SELF = re.compile(r"\b(?:(?:and|with|for) (?:his|her|their|my)|invites?|invited) (?:other )?$")
 CERTAIN = 5  # a direct origin of this score is not compared with longer expressions
 LIKELY = 4
@@ -169,8 +170,8 @@ class Origins:
         here, before = self.numbers[at], self.numbers[max(0, at - 1)]
         here = [number for number in here if not same(number, value)]
         atoms = self._atoms(step)
-        constants = [Atom(float(c), -0.5, literal_of(float(c))) for c in CONSTANTS if is_known(c, self.words)]
-        yield from _pairs(value, _among(atoms, here or before), atoms, constants)
+        constants = [Atom(float(c), 0.0, literal_of(float(c))) for c in MEASURES if is_known(c, self.words)]
+        yield from _pairs(value, _among(atoms, here or before), constants)
         if here:
             yield from _of_steps(value, _among(atoms, before))
         yield from self._alike(value, _stems(unit) or self._unit_of(value))
@@ -207,24 +208,29 @@ def _among(atoms: list[Atom], numbers: list[float]) -> list[Atom]:
     return [atom for atom in atoms if any(same(atom.value, number) for number in numbers)]
 
 
-def _pairs(value: float, near: list[Atom], atoms: list[Atom], constants: list[Atom]) -> Iterator[tuple[float, str]]:
-    """Two numbers that stand beside the one in question; one of them and a constant; a product with any other."""
+def _pairs(value: float, near: list[Atom], constants: list[Atom]) -> Iterator[tuple[float, str]]:
+    """Two numbers that stand beside the one in question, or one of them and a unit of measure.
+
+    Sums and differences need a step's result: of what the question states, only numbers of like things are added.
+    """
     for a in near:
-        for b in near + constants:
+        for b in constants:
+            if same(a.value * b.value, value) and a.value != 1:
+                yield 2.6 + a.score, f"{a.source} * {b.source}"
+            if same(a.value / b.value, value):
+                yield 2.4 + a.score, f"{a.source} / {b.source}"
+        for b in near:
             score = 2 + a.score + b.score
-            if a.source == b.source and a.source[0] not in "sq":
+            if a.source == b.source or 1 in (a.value, b.value):
                 continue
-            if same(a.value * b.value, value) and a.value != 1 and b.value != 1:
+            if same(a.value * b.value, value) and a.source < b.source:
                 yield score + 0.2, f"{a.source} * {b.source}"
-            if b.value not in (0, 1) and same(a.value / b.value, value):
+            if b.value and same(a.value / b.value, value):
                 yield score, f"{a.source} / {b.source}"
-            if b not in constants and same(a.value + b.value, value) and a.source < b.source:
+            if "s" in (a.source[0], b.source[0]) and same(a.value + b.value, value) and a.source < b.source:
                 yield score, f"{a.source} + {b.source}"
-            if b not in constants and same(a.value - b.value, value):
+            if "s" in (a.source[0], b.source[0]) and same(a.value - b.value, value):
                 yield score, f"{a.source} - {b.source}"
-        for b in atoms:
-            if same(a.value * b.value, value) and a.value != 1 and b.value != 1:
-                yield 1.5 + a.score, f"{a.source} * {b.source}"
 
 
 def _of_steps(value: float, before: list[Atom]) -> Iterator[tuple[float, str]]:

@@ -42,7 +42,8 @@ def _meaning(text: str, letter: str) -> str:
 def _solutions(line: str, letter: str) -> Iterator[tuple[str, float, int, int]]:
     """(Python source of the unknown's value, the value, start, end) for each equation of a line that has one."""
     times = r"(?!\s*[\d$(])" if letter in "xX" else ""
-    text = re.sub(rf"(?<![A-Za-z'’]){letter}(?![A-Za-z'’]){times}", UNKNOWN, line)
+    either = letter if letter in "aAiI" else f"[{letter.lower()}{letter.upper()}]"  # "Let J be ..., 3(j - 11)"
+    text = re.sub(rf"(?<![A-Za-z'’]){either}(?![A-Za-z'’]){times}", UNKNOWN, line)
     for left, right, start, end in equation_sides(tokenize(text)):
         if UNKNOWN not in left + right:
             continue

@@ -9,6 +9,7 @@ import re
 from reft_jax.task.words import singular
 
 CONSTANTS = {
+    1000000: "million",
     5280: "mile",
     3600: "second",
     2000: "ton",
@@ -46,7 +47,7 @@ CONSTANTS = {
     9: "baseball",
     8: "spider octopus octopuse ounce pint",
     7: "day week weekly daily",
-    6: "die dice cube insect hexagon",
+    6: "die dice cube insect ant hexagon saturday",
     5: "weekday week friday nickel finger toe pentagon",
     4: "leg wheel season quarter square side corner week month",
     3: "yard triangle tricycle",

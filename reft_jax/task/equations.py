@@ -14,6 +14,7 @@ from reft_jax.task.numbers import DIGITS, same
 
 UNKNOWN = "ξ"  # stands for the unknown's letter in text that algebra.py hands over
 MARK = re.compile(r"<<(.*?)>>")
+DIVISOR = re.compile(r"/(\d+/\d+)")  # "60 / 3/4 = 80"
 STATED = re.compile(r"(?:[$€£]?\s*[\d,]*\.?\d+%?)?")  # the value that follows a mark
 TOKEN = re.compile(
     rf"""(?P<number>(?:\d+\s+(?:and\s+)?\d/\d(?![\d/])|\d{{1,3}}(?:\ 000)+\b|{DIGITS})(?:\s?%|\s?percent\b)?[¼½¾]?)
@@ -153,6 +154,9 @@ def written_equations(text: str, line: int) -> list[Step]:
     steps = []
     for left, right, start, end in equation_sides(tokens):
         found, value = evaluate(left), evaluate(right)
+        if value is not None and found is not None and not close(found, value):
+            left = DIVISOR.sub(r"/(\1)", left)
+            found = evaluate(left)
         if not re.search(r"[-+*/]", left[1:]) or value is None or found is None or not close(found, value):
             continue
         steps.append(Step((left,), value, line, start, end, _units(tokens)))

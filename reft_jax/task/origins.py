@@ -17,7 +17,9 @@ FACTOR_WORDS = re.compile(  # "3 times as many" is written where it is used, "3 
     r"|folds?\b|x\b)",
     re.IGNORECASE,
 )
-MEASURES = [number for number in CONSTANTS if number >= 7 and number not in (9, 14, 15, 18, 20, 25, 26, 50)]
+MEASURES = [
+    number for number in CONSTANTS if (number >= 7 or number == 3) and number not in (9, 14, 15, 18, 20, 25, 26, 50)
+]
 AND_SELF = re.compile(r"\b(?:(?:and|with|for) (?:his|her|their|my)|invites?|invited) (?:other )?$")
 CERTAIN = 5  # a direct origin of this score is not compared with longer expressions
 LIKELY = 4
@@ -171,7 +173,7 @@ class Origins:
         here = [number for number in here if not same(number, value)]
         atoms = self._atoms(step)
         constants = [Atom(float(c), 0.0, literal_of(float(c))) for c in MEASURES if is_known(c, self.words)]
-        yield from _pairs(value, _among(atoms, here or before), constants)
+        yield from _pairs(value, here or before, _among(atoms, here or before), constants)
         if here:
             yield from _of_steps(value, _among(atoms, before))
         yield from self._alike(value, _stems(unit) or self._unit_of(value))
@@ -208,7 +210,7 @@ def _among(atoms: list[Atom], numbers: list[float]) -> list[Atom]:
     return [atom for atom in atoms if any(same(atom.value, number) for number in numbers)]
 
 
-def _pairs(value: float, near: list[Atom], constants: list[Atom]) -> Iterator[tuple[float, str]]:
+def _pairs(value: float, numbers: list[float], near: list[Atom], constants: list[Atom]) -> Iterator[tuple[float, str]]:
     """Two numbers that stand beside the one in question, or one of them and a unit of measure.
 
     Sums and differences need a step's result: of what the question states, only numbers of like things are added.
@@ -221,9 +223,10 @@ def _pairs(value: float, near: list[Atom], constants: list[Atom]) -> Iterator[tu
                 yield 2.4 + a.score, f"{a.source} / {b.source}"
         for b in near:
             score = 2 + a.score + b.score
-            if a.source == b.source or 1 in (a.value, b.value):
+            twice = a is b and numbers.count(a.value) > 1 and a.source[0] not in "sq"  # three times three times as many
+            if (a.source == b.source and not twice) or 1 in (a.value, b.value):
                 continue
-            if same(a.value * b.value, value) and a.source < b.source:
+            if same(a.value * b.value, value) and a.source <= b.source:
                 yield score + 0.2, f"{a.source} * {b.source}"
             if b.value and same(a.value / b.value, value):
                 yield score, f"{a.source} / {b.source}"

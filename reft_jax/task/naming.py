@@ -83,6 +83,18 @@ COSTLY = re.compile(r"\b(?:cost|costs|costing|price|priced|worth|is|are|was|were
 OF_MONEY = re.compile(r"\s*(?:of|in|as|for)\s+(?:the |his |her |their |a )?([a-z]+)")
 
 
+ASKED = (  # what "how much (money)" goes on with, and the name of such an answer
+    ("left|remain|remaining|have now", "money_left"),
+    ("change", "change"),
+    ("need|needs|needed", "money_needed"),
+    ("spend|spends|spent", "total_spent"),
+    ("earn|earns|earned|make|makes|made", "total_earnings"),
+    ("pay|pays|paid", "total_paid"),
+    ("save|saves|saved", "money_saved"),
+    ("cost|costs", "total_cost"),
+)
+
+
 class Unnameable(Exception):
     """More quantities want this name than there are ways to tell them apart."""
 
@@ -197,7 +209,7 @@ def question_names(question: str) -> list[str]:
         return []
     noun = noun_phrase(match[1])
     if not noun or noun in ("money", "dollars"):
-        return unique([f"total_{w}" for w in ("cost", "earnings") if w[:4] in question.lower()] or [noun])
+        return [name for word, name in ASKED if re.search(rf"\b(?:{word})\b", match[1])][:1]
     head = "total_" if TOTAL.search(match[1]) else ""
     return unique([f"{head}{noun}", *_qualified(noun, match[1], "")])
 
@@ -246,7 +258,7 @@ def _qualified(noun: str, before: str, rest: str) -> list[str]:
     if who and who not in noun:
         names += [f"{who}_{noun}"] + ([f"{who}_{noun}_{verb}"] if verb else [])
     subject = subject_of(before)
-    if subject and subject not in (noun, who):
+    if subject and subject != who and singular(subject) != singular(noun):
         names.append(f"{subject}_{noun}")
     return names + [f"{noun}_{verb}_{place}" for place in where if verb]
 
@@ -277,7 +289,7 @@ def _prices(before: str, after: str, question: str) -> list[str]:
         names += [f"price_per_{unit}"] if unit else []
     elif each:
         of_time = f"{each}s" in TIME
-        pay = of_time and verb in (*MONEY_VERBS, "made", "worked", "charged")
+        pay = of_time and verb in ("earned", "paid", "made", "worked")
         names.append(f"{'pay' if pay else 'dollars' if of_time else 'price'}_per_{each}")
     costly = COSTLY.search(before)
     things = [goods, noun_phrase(after, 2)]

@@ -138,8 +138,12 @@ class Origins:
         mention = self.mentions[index]
         about = len(self.contexts[index] & self.lines[step.line])
         score = 0.4 * min(3, about) + bool(_stems(unit) & self.nouns[index])
-        if not unit and mention.kind == "money":
-            score += 0.6 * any("$" in words for value, words in step.units if same(value, step.value))
+        counted = [words for value, words in step.units if same(value, step.value)]  # what the equation gives
+        if not unit and mention.kind == "money" and counted:
+            if "$" in counted[0]:
+                score += 0.6
+            elif not re.search(r"[*/]", step.expressions[0]):
+                score -= 1.2  # dollars are not added to bottles
         if unit and mention.kind in ("money", "number"):
             score += 0.75 if ("$" in unit) == (mention.kind == "money") else -0.75
         return score

@@ -36,7 +36,7 @@ LEADING = re.compile(rf"^\s*(?:then|so|and|next|finally|also|thus|therefore|now)
 DETERMINED = re.compile(r"(?:the|his|her|their|a|an|each)\b|[A-Z]")
 CLAUSE = re.compile(r",|\b(?:and|but|if|while|when|because|that|which|who)\b")
 MORE_OR_LESS = {"more": "extra_", "additional": "extra_", "extra": "extra_", "fewer": "fewer_", "less": "fewer_"}
-SKIPPED = {"same", "total", "different", "new", "other", "whole", "full", "remaining", "separate"}
+SKIPPED = {"same", "even", "total", "different", "new", "other", "whole", "full", "remaining", "separate"}
 NO_NOUN = {"left", "respectively", "total", "long"}
 ORDINALS = {"first", "second", "third", "next", "least"}
 ADVERB = re.compile(r"(?:ally|ently|antly|ately|ingly|ously|ively|edly|usly)$")
@@ -97,8 +97,8 @@ def _ends_phrase(written: str, words: list[str]) -> bool:
     if written[0].isupper() and (words or word in MONTHS):
         return True
     if not words:  # "the last 2 contain ..."
-        acts = word in PARTICIPLES and PARTICIPLES[word] != word and not word.endswith("ing")
-        return acts and word not in NOUN_LIKE and singular(word) not in NOUN_LIKE
+        acts = word in PARTICIPLES and PARTICIPLES[word] != word and not word.endswith(("ing", "s"))
+        return acts and word not in NOUN_LIKE
     verb = word in PARTICIPLES or word.endswith(("ing", "ly"))
     return (verb and not word.endswith("s")) or (word in PARTICIPLES and words[-1].endswith("s"))
 
@@ -238,7 +238,7 @@ def _circumstance(match: re.Match) -> str:
             words.append(word)
         if len(words) == 2:
             break
-    return "_".join([match[1].lower(), *words]) if words else ""
+    return "" if ORDINALS.issuperset(words) else "_".join([match[1].lower(), *words])
 
 
 def per(text: str) -> str:

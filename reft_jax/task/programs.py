@@ -58,7 +58,7 @@ def _proposals(planned: Planned, line: str, question: str, last: bool) -> list[s
     """Names for a step: what defines it, what its sentence says, for the last step what is asked."""
     step = planned.step
     if PERCENTAGE.fullmatch(planned.source) and last:
-        return ["percentage"]
+        return ["percentage" if re.search(r"%|percent", f"{question} {line}") else "cents"]
     money = MONEY_SIGN.search(line[: step.end].rstrip()) or re.match(r"\s*\$", line[step.end :])
     names = naming.subject_names(step.subject) if step.subject else []
     names += naming.step_names(line, step.start, step.end, step.value, bool(money))
@@ -93,6 +93,8 @@ def _by_operation(source: str, names: dict[str, str], line: str) -> str:
         return "remaining_percent"
     operands = [names[match[0]] for match in NAME.finditer(source) if match[0] in names]
     operator = OPERATOR.search(source)
+    if operands and not operator and "(" in source:
+        return f"rounded_{operands[0]}"
     if not operator or not operands:
         return "total_amount"
     nouns = [AFFIX.sub("", name) for name in operands]
@@ -107,7 +109,11 @@ def _by_operation(source: str, names: dict[str, str], line: str) -> str:
         goods = [re.sub(r"^price_per_|_price$", "", name) for name in operands if "price" in name]
         rates = [name.partition("_per_")[0] for name in operands if "_per_" in name]
         return f"{goods[0]}_cost" if goods else f"total_{(rates or nouns)[0]}"
-    if len(operands) == 2 and not re.search("_per_|price|dollars|money", operands[1]) and len(nouns[1]) < 16:
+    if (
+        len(operands) == 2
+        and not re.search("_per_|price|dollars|money|cost|pay|spent", operands[1])
+        and len(nouns[1]) < 16
+    ):
         what, each = singular(nouns[0]), singular(nouns[1])
         if not set(what.split("_")) & set(each.split("_")):
             return f"{nouns[0]}_per_{each}"

@@ -122,7 +122,7 @@ def test_a_program_that_returns_another_answer_is_rejected(convert, train, tmp_p
     wrong = gsm8k.Conversion("def solution():\n    return 5", "")
     monkeypatch.setattr(gsm8k, "convert_row", lambda row: wrong)
     convert("gsm8k", f"--in={train}", f"--out-dir={tmp_path}/out")
-    assert not (tmp_path / "out" / "gsm8k_python_sdp.json").exists()
+    assert json.loads((tmp_path / "out" / "gsm8k_python_sdp.json").read_text()) == []
     reasons = [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl") if row["engine"] == "python"]
     assert reasons == ["the program returns another answer (ok)"] * 4
 

@@ -46,7 +46,7 @@ def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: in
         made, rejected = _convert(rows, workers) if official else _check(rows, workers)
     finally:
         executor.shutdown()
-    files = {f"{dataset}_{FILES[engine]}.json": kept for engine, kept in made.items() if kept}
+    files = {f"{dataset}_{FILES[engine]}.json": kept for engine, kept in made.items() if kept or official}
     files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
     _write(source, out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
     print(_summary(source, len(rows), made, rejected, time.monotonic() - began))

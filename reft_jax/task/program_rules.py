@@ -39,8 +39,8 @@ FRACTION_SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
 JOINING = set(
     """total left per extra fewer more initial other new updated final next last further each of in on at from for to
     with during by after before price cost pay money dollars cents amount share result size age height length
-    width depth distance thickness weight years older younger later remaining rounded needed percent percentage
-    score tax revenue difference spent earned earnings saved paid""".split()
+    width depth distance thickness weight years older younger later remaining half third quarter double triple
+    rounded needed percent percentage score tax revenue difference spent earned earnings saved paid""".split()
 )
 MEANINGLESS = set("step steps value values var variable temp tmp num number res answer quantity unknown".split())
 

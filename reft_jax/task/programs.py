@@ -18,6 +18,8 @@ AFFIX = re.compile(
 )
 SHARES = ("discount", "tax", "taxes", "tip", "interest", "fee", "commission", "bonus", "loss", "profit", "increase")
 PERCENTAGE = re.compile(r"s\d+ \* 100|(?:round|math\.\w+)\(s\d+ \* 100\)")
+MULTIPLES = {"* 2": "double", "2 *": "double", "* 3": "triple", "3 *": "triple"}
+MULTIPLES |= {"/ 2": "half_of", "/ 3": "third_of", "/ 4": "quarter_of", "* 0.5": "half_of", "0.5 *": "half_of"}
 WEAK = set("money cost total_amount total_money dollars price minutes hours days people feet".split())
 
 
@@ -41,8 +43,7 @@ def write_program(question: str, answer: str, plan: Plan) -> str:
         by_operation = _by_operation(planned.source, likely, lines[planned.step.line])
         names = _proposals(planned, lines[planned.step.line], question, planned is plan.steps[-1])
         if names and names[0] in WEAK:
-            converted = names[0] not in MONEY and len(NAME.findall(planned.source)) == 1  # hours * 60
-            names = naming.unique([f"total_{names[0]}" if converted else by_operation, *names])
+            names = naming.unique([_stronger(names[0], planned.source, by_operation), *names])
         key = f"s{planned.index}"
         proposals[key], fallbacks[key] = names, by_operation
     chosen = naming.choose(list(proposals.values()), list(fallbacks.values()), stated)
@@ -87,6 +88,14 @@ def _share_names(source: str, question: str, unnamed: bool) -> list[str]:
     return names
 
 
+def _stronger(name: str, source: str, by_operation: str) -> str:
+    """What a name that says little becomes: `total_minutes`, `money_left`, or what the operands say."""
+    if name in ("money", "total_money", "dollars") and not by_operation.endswith(("_cost", "earnings", "difference")):
+        return "money_left" if " - " in source else "total_money"
+    converted = name not in MONEY and len(NAME.findall(source)) == 1  # hours * 60
+    return f"total_{name}" if converted else by_operation
+
+
 def _by_operation(source: str, names: dict[str, str], line: str) -> str:
     """A name from what is done with the operands: stickers / students is `stickers_per_student`."""
     if source.startswith("100 - "):
@@ -98,6 +107,9 @@ def _by_operation(source: str, names: dict[str, str], line: str) -> str:
     if not operator or not operands:
         return "total_amount"
     nouns = [AFFIX.sub("", name) for name in operands]
+    multiple = MULTIPLES.get(NAME.sub("", source).strip())
+    if multiple:
+        return f"{multiple}_{nouns[0]}"
     if operator[1] == "+":
         kinds = {name.split("_")[-1] for name in operands}
         return f"total_{kinds.pop() if len(kinds) == 1 else nouns[0]}"

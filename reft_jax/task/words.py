@@ -63,28 +63,21 @@ MONTHS = set(
 )
 MONEY = set("dollar dollars cent cents euro euros pound pounds buck bucks rupees pesos".split())
 MEASURES = {"tall": "height", "high": "height", "long": "length", "wide": "width", "deep": "depth", "old": "age"}
-MEASURES |= {"away": "distance", "thick": "thickness", "older": "years_older", "younger": "years_younger"}
-MEASURES |= {"longer": "extra_length", "taller": "extra_height", "shorter": "length_difference"}
+MEASURES |= {"away": "distance", "thick": "thickness"}
 ABBREVIATIONS = dict(
     entry.split(":")
-    for entry in """
-    cm:centimeters mm:millimeters km:kilometers kg:kilograms kgs:kilograms g:grams mg:milligrams
-    ml:milliliters
-    mls:milliliters ft:feet sq:square lb:pounds lbs:pounds oz:ounces hr:hours hrs:hours min:minutes mins:minutes
-    sec:seconds secs:seconds mph:miles_per_hour kph:kilometers_per_hour kmph:kilometers_per_hour kw:kilowatts
-    kwh:kilowatt_hours yr:years yrs:years gb:gigabytes mb:megabytes tv:television pc:pieces pcs:pieces m:meters
-    l:liters""".split()
+    for entry in """cm:centimeters mm:millimeters km:kilometers kg:kilograms kgs:kilograms g:grams mg:milligrams
+    ml:milliliters mls:milliliters ft:feet sq:square lb:pounds lbs:pounds oz:ounces hr:hours hrs:hours min:minutes
+    mins:minutes sec:seconds secs:seconds mph:miles_per_hour kph:kilometers_per_hour kmph:kilometers_per_hour
+    kw:kilowatts kwh:kilowatt_hours yr:years yrs:years gb:gigabytes mb:megabytes tv:television pc:pieces pcs:pieces
+    m:meters l:liters""".split()
 )
-_SINGULAR = {"people": "person", "children": "child", "men": "man", "women": "woman", "feet": "foot", "mice": "mouse"}
-_SINGULAR |= {
-    "teeth": "tooth",
-    "geese": "goose",
-    "leaves": "leaf",
-    "loaves": "loaf",
-    "knives": "knife",
-    "halves": "half",
-}
-_SINGULAR |= {"shelves": "shelf", "pennies": "penny", "calves": "calf", "wolves": "wolf", "scarves": "scarf"}
+_SINGULAR = dict(
+    entry.split(":")
+    for entry in """people:person children:child men:man women:woman feet:foot mice:mouse teeth:tooth geese:goose
+    leaves:leaf loaves:loaf knives:knife halves:half shelves:shelf pennies:penny calves:calf wolves:wolf
+    scarves:scarf""".split()
+)
 _IE = set("cookies brownies movies smoothies selfies hoodies calories veggies zombies rookies pixies cuties".split())
 _KEEP = ("ss", "gas", "us", "is", "sheep", "series", "species")
 RESERVED = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"result", "solution", "math", "sympy"}
@@ -143,8 +136,7 @@ NOUN_LIKE = set(
     draw find fall ride catch build""".split()
 )
 # Participles that say nothing about a quantity.
-WEAK = set("had been done come gone known thought told liked wanted started ended decided calculated equaled".split())
-WEAK |= set(
-    "lived multiplied subtracted divided added totaled averaged begun realized agreed planned stopped been".split()
+WEAK = set(
+    """had been done come gone known thought told liked wanted started ended decided calculated equaled lived multiplied
+    subtracted divided added totaled averaged begun realized agreed planned stopped seen found taken made""".split()
 )
-WEAK |= set("seen found taken made".split())

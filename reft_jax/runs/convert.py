@@ -29,7 +29,7 @@ Rejected = tuple[str, str, str]  # item id, engine, reason
 
 
 def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: int, allow_unsandboxed: bool) -> None:
-    """Reads `source`, verifies what it makes of it, writes the files of RECIPE's format and a summary.
+    """Reads `source`, verifies what it makes of it, writes the files and prints a summary.
 
     source: a file, `hub:owner/name:split`, or openai/gsm8k for its training split. show: so many programs, drawn with
     `seed`, are printed. Raises InputError before anything is written.

@@ -53,7 +53,7 @@ def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: in
     print(f"{out_dir}: " + ", ".join(f"{name} ({len(kept)})" for name, kept in files.items()) + ", rejected.jsonl")
     programs = made.get("python", [])
     for example in random.Random(seed).sample(programs, min(show, len(programs))):
-        print(f"\n# {example.item_id}: {example.answer_value}\n{example.answer_cot}")
+        print(f"\n\n# {example.item_id}: {example.answer_value}\n{example.answer_cot}")
 
 
 def _is_ours(rows: list) -> bool:

@@ -10,6 +10,8 @@
   export     a Hugging Face folder:     --model=warmup|sft|reft|rerank_sft|rerank_reft --out=DIR
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
+  convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
+             [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
 
 Every setting, its default and its meaning stand in reft_jax/config.py.
 Exit codes: 0 done, 1 a check failed, 2 wrong input.
@@ -24,7 +26,7 @@ from absl import flags
 from reft_jax.config import parse_config, parse_flags
 from reft_jax.types import InputError
 
-COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "solve")
+COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "solve", "convert")
 MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
 MODELS["export"] = (*MODELS["sample"], "rerank_sft", "rerank_reft")
 NEEDS = {"reft": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}  # models of earlier stages, beside --model
@@ -54,6 +56,9 @@ def run_command(argv: list[str]) -> None:
         return
     if command == "check":
         check(argv)
+        return
+    if command == "convert":
+        convert(argv)
         return
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
@@ -140,6 +145,34 @@ def solve(argv: list[str]) -> None:
         questions[0],
         engine=values.engine,
         max_len=values.max_len,
+        allow_unsandboxed=values.allow_unsandboxed,
+    )
+
+
+def convert(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("in", None, "file, or hub:owner/name:split; openai/gsm8k if left out", flag_values=values)
+    flags.DEFINE_string("out-dir", None, "folder to write", flag_values=values)
+    flags.DEFINE_integer("show", 0, "programs to print", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "which programs are printed", flag_values=values)
+    flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
+    datasets = parse_flags(argv, values)
+    known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric")
+    if len(datasets) != 1 or datasets[0] not in known:
+        raise InputError(f"convert takes one dataset of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE")
+    if not values["out-dir"].value:
+        raise InputError("--out-dir is missing; see python -m reft_jax --help")
+    source = values["in"].value or ("openai/gsm8k" if datasets[0] == "gsm8k" else "")
+    if not source:
+        raise InputError(f"--in is missing: name the file of {datasets[0]}")
+    from reft_jax.runs.convert import run_convert
+
+    run_convert(
+        datasets[0],
+        source,
+        Path(values["out-dir"].value),
+        show=values.show,
+        seed=values.seed,
         allow_unsandboxed=values.allow_unsandboxed,
     )
 

@@ -152,6 +152,23 @@ CASES = MAIN | {
     "solve without a question": Case("solve --model={tmp}/model", ("solve takes a folder and one question",)),
     "solve with a missing folder": Case("solve --model={tmp}/no question", ("/no: no such folder; give",)),
     "solve with an unknown flag": Case("solve --modle={tmp}/model question", ("--modle; did you mean --model?",)),
+    "convert an unknown dataset": Case("convert aqua --out-dir={tmp}/run", ("one dataset of gsm8k, svamp, mathqa",)),
+    "convert without a folder": Case("convert gsm8k --in={tmp}/data.json", ("--out-dir is missing",)),
+    "convert without a file": Case("convert svamp --out-dir={tmp}/run", ("--in is missing: name the file of svamp",)),
+    "convert a missing file": Case(
+        "convert gsm8k --in={tmp}/no.jsonl --out-dir={tmp}/run", ("/no.jsonl: cannot be read", "check the path")
+    ),
+    "convert below a file": Case(
+        "convert svamp --in={tmp}/data.json --out-dir={tmp}/data.json/a", ("--out-dir: cannot write to", "another")
+    ),
+    "convert another dataset's rows": Case(
+        "convert mathqa --in={tmp}/data.json --out-dir={tmp}/run", ("row 0, field 'item_id': 'svamp_0' is no row of",)
+    ),
+    "convert official rows without an answer": Case(
+        "convert gsm8k --in={tmp}/data.json --out-dir={tmp}/run",
+        ("/data.json: row 1, field 'answer': is missing; add it",),
+        json.dumps([{"question": "1 + 1?", "answer": "1+1 = 2\n#### 2"}, {"question": "1 + 2?"}]),
+    ),
     "solve with truncated weights": Case("solve --model={tmp}/model q", ("its header promises",), damage=cut_weights),
 }
 

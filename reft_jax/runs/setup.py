@@ -77,9 +77,7 @@ def check_workdir(config, workdir: Path, needs: list[str]) -> None:
 
     `needs` are the models that earlier stages must have made in it.
     """
-    there = next(path for path in (workdir, *workdir.parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir: cannot write to {workdir} ({there} is no writable folder); choose another")
+    check_writable("--workdir", workdir)
     path = workdir / "config.json"
     if path.exists():
         try:
@@ -96,6 +94,13 @@ def check_workdir(config, workdir: Path, needs: list[str]) -> None:
             raise InputError(
                 f"--workdir: {workdir} has no model {name!r}; run `pipeline`, or the command that makes it, there first"
             )
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Writes nothing. InputError unless `folder`, or what it would be made in, is a folder that can be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag}: cannot write to {folder} ({there} is no writable folder); choose another")
 
 
 def create_workdir(config, workdir: Path) -> None:

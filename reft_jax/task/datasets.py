@@ -31,11 +31,7 @@ def load_examples(source: str | Path, *, need_cot: bool) -> list[Example]:
     equal, an `item_id` that stands twice.
     """
     source = str(source)
-    rows = _hub_rows(source) if source.startswith("hub:") else _file_rows(source)
-    if not isinstance(rows, list):
-        raise InputError(f"{source}: holds {_json_name(rows)}, not a list; write the rows as a JSON list")
-    if not rows:
-        raise InputError(f"{source}: holds no rows; check how the file was made")
+    rows = read_rows(source)
     examples = [_example(row, index, source, need_cot) for index, row in enumerate(rows)]
     first: dict[str, int] = {}
     for index, example in enumerate(examples):
@@ -45,6 +41,16 @@ def load_examples(source: str | Path, *, need_cot: bool) -> list[Example]:
                 f"{first[example.item_id]}; give every row an id of its own"
             )
     return examples
+
+
+def read_rows(source: str) -> list:
+    """The rows of a file or of the hub as they are, at least one; `source` as in load_examples. Raises InputError."""
+    rows = _hub_rows(source) if source.startswith("hub:") else _file_rows(source)
+    if not isinstance(rows, list):
+        raise InputError(f"{source}: holds {_json_name(rows)}, not a list; write the rows as a JSON list")
+    if not rows:
+        raise InputError(f"{source}: holds no rows; check how the file was made")
+    return rows
 
 
 def split_off(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -147,9 +153,9 @@ def _example(row: object, index: int, source: str, need_cot: bool) -> Example:
     if isinstance(value, int | float) and not isinstance(value, bool):
         row = row | {"answer_value": str(value)}
     for field in ("item_id", "question", "answer_value"):
-        _check_text(row, field, index, source)
+        check_text(row, field, index, source)
     if need_cot or row.get("answer_cot"):
-        _check_text(row, "answer_cot", index, source)
+        check_text(row, "answer_cot", index, source)
     try:
         dataset = dataset_of(row["item_id"])
     except InputError as error:
@@ -165,7 +171,7 @@ def _example(row: object, index: int, source: str, need_cot: bool) -> Example:
 
 def _from_official(row: dict, index: int, source: str) -> dict:
     """A row of official GSM8K in our format: the answer behind "####", the calculator marks <<48/2=24>> taken out."""
-    _check_text(row, "answer", index, source)
+    check_text(row, "answer", index, source)
     cot, marker, value = row["answer"].rpartition("####")
     if not marker:
         raise InputError(
@@ -180,7 +186,8 @@ def _from_official(row: dict, index: int, source: str) -> dict:
     }
 
 
-def _check_text(row: dict, field: str, index: int, source: str) -> None:
+def check_text(row: dict, field: str, index: int, source: str) -> None:
+    """Raises InputError, naming file, row and field, unless the field is text that is not blank."""
     value, where = row.get(field), f"{source}: row {index}, field '{field}'"
     if value is None:
         raise InputError(f"{where}: is missing; add it")

@@ -191,10 +191,7 @@ def _under_names(names, config, params) -> dict[str, np.ndarray]:
 
 
 def _check_case(path: Path, case: dict, rows: int) -> None:
-    needed = (
-        "programs gold kl_coef gamma lam vf_coef clip value_clip lr weight_decay max_grad_norm ppo_epochs minibatch"
-    )
-    for name in needed.split():
+    for name in _NEEDED:
         if name not in case:
             raise InputError(f"{path}: field {name!r} is missing; see reft_jax/conformance.py for what a case holds")
     for name, value in (_FIXED | {"minibatch": rows}).items():

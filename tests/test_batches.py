@@ -1,17 +1,9 @@
-"""Rows on the host: their order, their padding, their masks."""
+"""Rows on the host: their order and their padding."""
 
 import numpy as np
 import pytest
 
-from reft_jax.train.batches import (
-    epoch_order,
-    in_micro_batches,
-    pad_tokens,
-    rollout_rows,
-    rows_at,
-    token_batch,
-    window_width,
-)
+from reft_jax.train.batches import epoch_order, pad_tokens, rollout_rows, rows_at
 from reft_jax.types import Completion, Prompt
 
 
@@ -36,13 +28,6 @@ def test_padding_is_on_the_right_and_lengths_are_real():
     assert pad_tokens([[1] * 4], 4)[0].shape == (1, 4)  # a full row gets no padding
 
 
-def test_targets_are_the_tokens_after_the_prompt():
-    # prompt 5 6, target 7 8 9: tokens 2, 3, 4 are trained, chosen at entries 1, 2, 3
-    batch = token_batch([[5, 6, 7, 8, 9], [0, 0, 0], []], [2, 1, 1], 3)
-    np.testing.assert_array_equal(batch.target_mask, [[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0] * 6])
-    np.testing.assert_array_equal(batch.total_len, [5, 3, 0])
-
-
 def test_a_rollout_row_is_the_prompt_and_its_sampled_tokens():
     prompts = [Prompt("a_0", 0, np.array([5, 6])), Prompt("a_1", 0, np.array([7, 8, 9]))]
     completions = [
@@ -56,17 +41,3 @@ def test_a_rollout_row_is_the_prompt_and_its_sampled_tokens():
     np.testing.assert_array_equal(rollout.score, np.array([1.0, 0.1], np.float32))
     with pytest.raises(ValueError, match="shorter"):
         rollout_rows(prompts, completions[:1], [1.0], 4)
-
-
-@pytest.mark.parametrize(("longest", "width"), [(0, 4), (1, 4), (4, 4), (5, 8)])
-def test_the_window_holds_the_longest_run(longest, width):
-    mask = np.zeros((2, 12), bool)
-    mask[0, 3 : 3 + longest] = True
-    assert window_width(mask, 4) == width
-
-
-def test_micro_batches_keep_the_order_of_rows():
-    tokens, lengths = in_micro_batches((np.arange(12).reshape(6, 2), np.arange(6)), 3)
-    assert tokens.shape == (2, 3, 2)
-    np.testing.assert_array_equal(lengths, [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(tokens[1, 0], [6, 7])

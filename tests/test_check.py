@@ -22,7 +22,7 @@ from reft_jax.runs.setup import Data, Run
 from reft_jax.task import prompts, synthetic
 from reft_jax.task.tokenizer import encode, load_tokenizer, train_bpe
 from reft_jax.train import scoring
-from reft_jax.train.batches import in_micro_batches, token_batch
+from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_sft_step
 
@@ -61,9 +61,11 @@ def taught():
     state, where = tiny_state(model, params, optimizer)
     step = make_sft_step(model, optimizer, where)
     rows = [encode(tokenizer, text) for text in TEXTS]
-    batch = in_micro_batches(token_batch(rows, [1] * len(rows), 64), len(rows))
+    decisions, size = [len(row) - 1 for row in rows], {"micro_batch": len(rows), "micro_batches": 1}
+    packing = Packing(rows, [0] * len(rows), decisions, max_len=max(map(len, rows)), multiple=64, **size)
+    batch = packing.lines, packing.spread(1 / sum(decisions))
     for _ in range(40):
-        state, metrics = step(state, batch, batch.tokens.shape[-1])
+        state, metrics = step(state, batch, packing.count)
     assert metrics["loss"] < 0.7 * np.log(len(tokenizer))
     return model, state.params, tokenizer
 

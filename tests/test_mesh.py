@@ -16,7 +16,7 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax.engine.generate import Engine
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put_rows
-from reft_jax.train.batches import in_micro_batches, token_batch
+from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_sft_step
 from reft_jax.types import InputError, Prompt
@@ -29,16 +29,18 @@ def sft_rows():
     rng = np.random.default_rng(0)
     prompt_lens, lengths = rng.integers(1, 6, 8), rng.integers(7, 17, 8)
     rows = [rng.integers(0, 64, length).tolist() for length in lengths]
-    return in_micro_batches(token_batch(rows, prompt_lens, 16), 4)
+    size = {"max_len": 32, "micro_batch": 4, "micro_batches": 2, "multiple": 8}
+    return Packing(rows, prompt_lens - 1, lengths - prompt_lens, **size)
 
 
-def train(mesh, batch) -> dict:
+def train(mesh, packing: Packing) -> dict:
     """Two SFT steps: their losses and gradient norms, and the largest share of a matrix that a device holds."""
     optimizer = optax.sgd(0.1)
     state, where = tiny_state(MODEL, PARAMS, optimizer, mesh)
     step, losses, norms = make_sft_step(MODEL, optimizer, where), [], []
+    batch = put_rows(mesh, (packing.lines, packing.spread(1 / len(packing.at[0]))), axis=1)
     for _ in range(2):
-        state, metrics = step(state, put_rows(mesh, batch, axis=1), 32)
+        state, metrics = step(state, batch, packing.count)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     matrices = [x for x in jax.tree.leaves(state.params) if x.size > 1000]
@@ -47,14 +49,16 @@ def train(mesh, batch) -> dict:
 
 
 def sample(mesh) -> list[list[int]]:
-    """Drawn completions of four prompts."""
+    """Drawn completions of ten prompts, three each, on 16 slots: prefills are shared, the last rows move together."""
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
     lm = jax.device_put(PARAMS["lm"], where.params["lm"])
-    engine = Engine(MODEL, mesh, slots=4, pad_multiple=8, eos_id=7, seed=0)
+    engine = Engine(MODEL, mesh, slots=16, pad_multiple=8, eos_id=7, seed=0)
     rng = np.random.default_rng(1)
-    prompts = [Prompt(f"toy_{i}", 0, rng.integers(0, 64, 3 + i).astype(np.int32)) for i in range(4)]
-    completions = dict(engine.generate(lm, prompts, max_len=16, temperature=1.0))
-    return [completions[i].tokens.tolist() for i in range(4)]
+    rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]
+    prompts = [Prompt(f"toy_{i}", sample, row) for i, row in enumerate(rows) for sample in range(3)]
+    completions = dict(engine.generate(lm, prompts, max_len=40, temperature=1.0))
+    assert engine.counts["prompts"] == 10
+    return [completions[i].tokens.tolist() for i in range(30)]
 
 
 def results(shape: tuple[int, int, int]) -> dict:

@@ -16,7 +16,8 @@ from reft_jax.model.hf import load_rerank_head, load_value_head
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.task.tokenizer import encode_rollout, load_tokenizer
-from reft_jax.train.batches import in_micro_batches, pad_tokens, token_batch
+from reft_jax.train.batches import pad_tokens
+from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_sft_step, rerank_logits
 from reft_jax.types import Prompt
@@ -136,7 +137,10 @@ def test_parity_of_the_loss_and_gradient_of_an_sft_batch():
     optimizer = make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.0, clip_norm=1.0)
     state, where = tiny_state(model, params, optimizer)
     step = make_sft_step(model, optimizer, where)
-    _, metrics = step(state, in_micro_batches(token_batch(rows, prompt_lens, 16), 2), 32)
+    decisions = [len(row) - prompt for row, prompt in zip(rows, prompt_lens, strict=True)]
+    size = {"max_len": 32, "micro_batch": 2, "micro_batches": 2, "multiple": 16}
+    packing = Packing(rows, np.array(prompt_lens) - 1, decisions, **size)
+    _, metrics = step(state, (packing.lines, packing.spread(1 / sum(decisions))), packing.count)
 
     theirs = to_transformers(model, params["lm"])
     tokens, _, mask = padded(ROWS)

@@ -1,6 +1,7 @@
 """The three updates and the PPO batch against slow twins written apart from them."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import optax
 import pytest
 from tiny import tiny_policy, tiny_state
 
-from reft_jax.train.batches import in_micro_batches, pad_tokens, token_batch
+from reft_jax.algo import losses
+from reft_jax.train.packing import Lines, Packing
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import constant_schedule, linear_schedule, make_optimizer
 from reft_jax.train.steps import (
@@ -23,11 +25,11 @@ from reft_jax.train.steps import (
 )
 from reft_jax.types import PPOBatch, Rollout
 
-LENGTH, WIDTH, RATE = 40, 32, 1e-2
+LENGTH, RATE = 40, 1e-2
 MODEL, PARAMS = tiny_policy()
 RERANKER, RERANK_PARAMS = tiny_policy("rerank_head")
 SETTINGS = ClipSettings(clip=0.2, value_clip=0.3, vf_coef=5.0, temperature=0.8)
-# One action; an action at the last place; a prompt of one token; as long a response as the window holds.
+# One action; an action at the last place of the longest row; a prompt of one token.
 PROMPT_LEN = np.array([9, 20, 1, 3, 5, 7, 2, 6], np.int32)
 TOTAL_LEN = np.array([10, 40, 12, 35, 20, 30, 9, 18], np.int32)
 ACTIONS = [range(p - 1, n - 1) for p, n in zip(PROMPT_LEN, TOTAL_LEN, strict=True)]
@@ -51,8 +53,93 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-TOKENS = rng(1).integers(0, 61, (8, LENGTH)).astype(np.int32)  # padding is not zero: nothing may depend on it
+TOKENS = rng(1).integers(0, 61, (8, LENGTH)).astype(np.int32)
 ROWS = [row[:n].tolist() for row, n in zip(TOKENS, TOTAL_LEN, strict=True)]
+ORDER = np.array([5, 2, 7, 0, 3, 1, 6, 4])
+
+
+class Packed(NamedTuple):
+    """Rows in lines: decision i is that of row at[0][i] at its place at[1][i], and lies at where[:, i] of [M,b,W]."""
+
+    lines: Lines
+    count: int
+    at: tuple
+    where: tuple
+
+    def spread(self, x) -> np.ndarray:
+        """Of x [8,T] what belongs to the decisions, [M,b,W], 0 elsewhere."""
+        out = np.zeros(self.lines.decisions.shape, np.asarray(x).dtype)
+        out[self.where] = np.asarray(x)[self.at]
+        return out
+
+    def collect(self, x) -> np.ndarray:
+        """The way back, [8,T]."""
+        out = np.zeros((8, LENGTH), np.float32)
+        out[self.at] = np.asarray(x)[self.where]
+        return out
+
+
+def spoilt(x, real, high: int) -> np.ndarray:
+    """What is not real is garbage: nothing may depend on it."""
+    return np.where(real, x, rng(9).integers(0, high, x.shape)).astype(np.int32)
+
+
+def packed(order=range(8), first=PROMPT_LEN - 1, decisions=TOTAL_LEN - PROMPT_LEN, **shape) -> Packed:
+    """Rows of ROWS in lines, several in one; all 8 in three of four micro-batches of two lines of 40."""
+    order, shape = np.asarray(order), {"max_len": 40, "micro_batch": 2, "micro_batches": 4, "multiple": 8} | shape
+    packing = Packing([ROWS[i] for i in order], first[order], decisions[order], **shape)
+    tokens, positions, segments, places = packing.lines
+    lines = Lines(spoilt(tokens, segments > 0, 61), spoilt(positions, segments > 0, 99), segments, places)
+    where = *np.unravel_index(packing.slot[0], packing.shape), packing.slot[1]
+    return Packed(lines, packing.count, (order[packing.at[0]], packing.at[1]), where)
+
+
+def laid_by_hand() -> Packed:
+    """The rows in arrays of the shapes of `packed()`, but one a line, in another order, at any place of the line, with
+    any number as its segment, and its decisions in any order."""
+    tokens, positions = rng(9).integers(0, 61, (2, 4, 2, 40)).astype(np.int32)
+    segments, decisions, random = np.zeros((4, 2, 40), np.int32), np.full((4, 2, 40), -1, np.int32), rng(10)
+    at, where = [], []
+    for row, line in zip(ORDER, np.ndindex(4, 2), strict=True):
+        begin = random.integers(0, 40 - TOTAL_LEN[row] + 1)
+        here = (*line, np.s_[begin : begin + TOTAL_LEN[row]])
+        tokens[here], positions[here], segments[here] = ROWS[row], np.arange(TOTAL_LEN[row]), random.integers(1, 99)
+        for slot, t in enumerate(random.permutation(ACTIONS[row])):
+            decisions[*line, slot] = begin + t
+            at.append((row, t))
+            where.append((*line, slot))
+    lines = Lines(tokens, positions, segments, decisions)
+    return Packed(lines, 4, tuple(np.transpose(at)), tuple(np.transpose(where)))
+
+
+def packed_otherwise() -> dict[str, Packed]:
+    """The same rows in other orders, line lengths and micro-batches."""
+    return {
+        "another order": packed(ORDER),
+        "one row a line, by hand": laid_by_hand(),
+        "lines of 48": packed(ORDER[::-1], max_len=96),
+        "one micro-batch": packed(micro_batch=8, micro_batches=1),
+        "micro-batches of one long line": packed(max_len=88, multiple=88, micro_batch=1, micro_batches=8),
+    }
+
+
+def test_the_packings_differ():
+    """In what they are meant to: line lengths, rows a line, micro-batches in use; all hold the same decisions."""
+    found = {"plain": packed()} | packed_otherwise()
+    shapes = {name: (*rows.lines.tokens.shape, rows.count) for name, rows in found.items()}
+    assert shapes == {
+        "plain": (4, 2, 40, 3),
+        "another order": (4, 2, 40, 3),
+        "one row a line, by hand": (4, 2, 40, 4),
+        "lines of 48": (4, 2, 48, 2),
+        "one micro-batch": (1, 8, 40, 1),
+        "micro-batches of one long line": (8, 1, 88, 2),
+    }
+    most = {name: int(rows.lines.segments.max()) for name, rows in found.items() if "hand" not in name}
+    assert set(most.values()) == {2, 3, 5}
+    x = np.where(MASK, rng(0).normal(size=MASK.shape), 0).astype(np.float32)
+    for rows in found.values():
+        np.testing.assert_array_equal(rows.collect(rows.spread(x)), x)
 
 
 @functools.cache
@@ -88,10 +175,11 @@ def global_norm(tree) -> float:
 # --- SFT
 
 
-def run_sft(rows, prompt_lens, micro_batch: int, pad_multiple: int = 8):
-    """(gradient, metrics) of one step."""
+def run_sft(rows: Packed, count: int = 0):
+    """(gradient, metrics) of one step; a target weighs 1 / targets of the batch."""
     step, fresh = prepared("sft")
-    state, metrics = step(fresh(), in_micro_batches(token_batch(rows, prompt_lens, pad_multiple), micro_batch), WIDTH)
+    weight = rows.spread(np.full((8, LENGTH), 1 / len(rows.at[0]), np.float32))
+    state, metrics = step(fresh(), (rows.lines, weight), count or rows.count)
     return gradient(state, metrics), numbers(metrics)
 
 
@@ -109,57 +197,66 @@ def slow_sft(params, real):
 def test_sft_loss_is_the_mean_over_target_tokens_whatever_the_micro_batch():
     loss, expected = slow_sft(PARAMS, 8)
     for micro_batch in (8, 4, 2):
-        found, metrics = run_sft(ROWS, PROMPT_LEN, micro_batch)
+        found, metrics = run_sft(packed(micro_batch=micro_batch, micro_batches=8 // micro_batch))
         assert metrics == pytest.approx({"loss": float(loss), "grad_norm": global_norm(expected)}, rel=1e-5)
         assert_same(found, expected, atol=1e-6)
     assert not np.any(found["value_head"]["weight"])  # SFT leaves the value head alone
 
 
-def test_order_and_padding_of_sft_rows_change_nothing():
-    expected, metrics = run_sft(ROWS, PROMPT_LEN, 4)
-    order = [5, 2, 7, 0, 3, 1, 6, 4]
-    permuted = run_sft([ROWS[i] for i in order], PROMPT_LEN[order], 4)
-    padded = run_sft(ROWS, PROMPT_LEN, 4, pad_multiple=56)
-    for found, other in (permuted, padded):
+def test_order_and_packing_of_sft_rows_change_nothing():
+    expected, metrics = run_sft(packed())
+    for name, rows in packed_otherwise().items():
+        found, other = run_sft(rows)
         assert_same(found, expected, atol=1e-6)
-        assert other == pytest.approx(metrics, rel=1e-5)
+        assert other == pytest.approx(metrics, rel=1e-5), name
 
 
-def test_filler_rows_change_nothing_even_where_they_fill_a_micro_batch():
+def test_micro_batches_without_rows_change_nothing_run_or_not():
     loss, expected = slow_sft(PARAMS, 5)
-    found, metrics = run_sft(ROWS[:5] + [[]] * 3, np.append(PROMPT_LEN[:5], [1, 1, 1]), 2)
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert_same(found, expected, atol=1e-6)
+    rows = packed(range(5))
+    assert rows.count == 2
+    for count in (2, 3, 4):
+        found, metrics = run_sft(rows, count)
+        assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert_same(found, expected, atol=1e-6)
 
 
 # --- PPO
-
-
-def off_mask_garbage(x, seed: int) -> np.ndarray:
-    return np.where(MASK, x, rng(seed).normal(0, 100, x.shape)).astype(np.float32)
 
 
 scorer = make_scorer(MODEL, SETTINGS.temperature)
 
 
 def scores(params=PARAMS) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and values [8,T] of the rows."""
-    scored = scorer(params, in_micro_batches(TOKENS, 4), in_micro_batches(PROMPT_LEN - 1, 4), width=WIDTH)
-    return tuple(np.asarray(x).reshape(8, LENGTH) for x in scored)
+    """Log-probabilities and values [8,T] of the actions."""
+    rows = packed()
+    return tuple(rows.collect(x) for x in scorer(params, rows.lines, rows.count))
+
+
+def row_weights(mask) -> np.ndarray:
+    return np.asarray(losses.row_weights(mask))
 
 
 def ppo_batch() -> PPOBatch:
-    """Some ratios and values are outside their clip ranges, and what lies off the mask is garbage."""
+    """Some ratios and values are outside their clip ranges."""
     logprob, value = scores()
     noise = rng(2).normal(size=(4, 8, LENGTH)).astype(np.float32)
-    fields = (logprob - 0.3 * noise[0], value + 0.5 * noise[1], noise[2], value + noise[3])
-    return PPOBatch(TOKENS, MASK, *(off_mask_garbage(x, 3 + i) for i, x in enumerate(fields)))
+    return PPOBatch(row_weights(MASK), logprob - 0.3 * noise[0], value + 0.5 * noise[1], noise[2], value + noise[3])
 
 
-def run_ppo(batch: PPOBatch, micro_batch: int = 4):
+def spread(rows: Packed, batch: PPOBatch) -> PPOBatch:
+    """The batch [8,T] as an update reads it; where the weight is 0 all else is garbage."""
+    old = PPOBatch(*(rows.spread(x) for x in batch))
+    garbage = [rng(3 + i).normal(0, 100, x.shape).astype(np.float32) for i, x in enumerate(old)]
+    spoilt = [np.where(old.weight > 0, x, wild) for x, wild in zip(old, garbage, strict=True)]
+    return PPOBatch(old.weight, *spoilt[1:])
+
+
+def run_ppo(batch: PPOBatch, rows: Packed | None = None, count: int = 0):
     """(gradient, metrics) of one step."""
     step, fresh = prepared("ppo")
-    state, metrics = step(fresh(), in_micro_batches(batch, micro_batch), WIDTH)
+    rows = rows or packed()
+    state, metrics = step(fresh(), (rows.lines, spread(rows, batch)), count or rows.count)
     return gradient(state, metrics), numbers(metrics)
 
 
@@ -172,11 +269,11 @@ def slow_ppo(params, batch: PPOBatch):
     weight = 1 / (8 * MASK.sum(1)[B])
 
     def loss(params):
-        hidden, _ = MODEL.apply({"params": params["lm"]}, batch.tokens, method="hidden")
+        hidden = MODEL.apply({"params": params["lm"]}, TOKENS, method="hidden")
         logits = MODEL.apply({"params": params["lm"]}, hidden, method="unembed")
-        logprob = jax.nn.log_softmax(logits / SETTINGS.temperature)[B, T, batch.tokens[B, T + 1]]
+        logprob = jax.nn.log_softmax(logits / SETTINGS.temperature)[B, T, TOKENS[B, T + 1]]
         value = (hidden[B, T] * params["value_head"]["weight"][None]).sum(-1) + params["value_head"]["bias"]
-        old_logprob, old_value, advantage, return_ = (x[B, T] for x in batch[2:])
+        old_logprob, old_value, advantage, return_ = (x[B, T] for x in batch[1:])
         ratio = jnp.exp(logprob - old_logprob)
         clipped_ratio = jnp.minimum(jnp.maximum(ratio, 1 - SETTINGS.clip), 1 + SETTINGS.clip)
         policy = (weight * jnp.maximum(-advantage * ratio, -advantage * clipped_ratio)).sum()
@@ -200,21 +297,23 @@ def test_a_ppo_step_equals_its_slow_twin():
     assert abs(found["value_head"]["bias"]) > 0.1  # the bias of the value head is trained too
 
 
-def test_order_padding_and_micro_batches_of_ppo_rows_change_nothing():
-    batch, order = ppo_batch(), [5, 2, 7, 0, 3, 1, 6, 4]
+def test_order_packing_and_micro_batches_of_ppo_rows_change_nothing():
+    batch = ppo_batch()
     expected, metrics = run_ppo(batch)
-    permuted = run_ppo(jax.tree.map(lambda x: x[order], batch))
-    padded = run_ppo(jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 13))), batch))
-    for found, other in (permuted, padded, run_ppo(batch, 8), run_ppo(batch, 2)):
+    for name, rows in packed_otherwise().items():
+        found, other = run_ppo(batch, rows)
         assert_same(found, expected, atol=1e-5)
-        assert other == pytest.approx(metrics, rel=1e-4)
+        assert other == pytest.approx(metrics, rel=1e-4), name
+    found, other = run_ppo(batch, count=4)  # the micro-batch without rows is run too
+    assert_same(found, expected, atol=1e-5)
+    assert other == pytest.approx(metrics, rel=1e-4)
 
 
 def test_a_step_is_adam_donates_its_state_and_compiles_once():
     step, fresh = prepared("ppo")
-    batch, state = in_micro_batches(ppo_batch(), 4), fresh()
-    before = state.params
-    state, metrics = step(state, batch, WIDTH)
+    rows, state = packed(), fresh()
+    batch, before = (rows.lines, spread(rows, ppo_batch())), state.params
+    state, metrics = step(state, batch, rows.count)
     assert before["lm"]["embed"].is_deleted()
     assert metrics["grad_norm"] > 1
 
@@ -224,8 +323,8 @@ def test_a_step_is_adam_donates_its_state_and_compiles_once():
 
     assert_same(state.params, jax.tree.map(first_adam_step, PARAMS, gradient(state, metrics)), atol=1e-6)
     compiled = step._cache_size()
-    for _ in range(2):
-        state, _ = step(state, batch, WIDTH)
+    for count in (rows.count, 4):  # however many micro-batches hold rows
+        state, _ = step(state, batch, count)
     assert int(state.step) == 3
     assert step._cache_size() == compiled
 
@@ -241,7 +340,7 @@ def whole_iteration(ref_noise: float, **settings):
     return rollout, (logprob, value, ref_logprob), jax.device_get(batch), numbers(metrics)
 
 
-ppo_batch_of = jax.jit(make_ppo_batch, static_argnames=("kl_coef", "gamma", "lam"))
+ppo_batch_of = jax.jit(make_ppo_batch, static_argnames=("kl_coef", "gamma", "lam", "minibatches"))
 
 
 def test_on_the_first_pass_the_ratio_is_1_and_the_loss_minus_the_mean_advantage():
@@ -280,8 +379,8 @@ def test_a_ppo_batch_equals_its_slow_twin():
         np.testing.assert_allclose(batch.return_[b, actions], returns[b], atol=1e-5)
         np.testing.assert_array_equal(batch.old_logprob[b, actions], logprob[b, actions])
         np.testing.assert_array_equal(batch.old_value[b, actions], value[b, actions])
-    np.testing.assert_array_equal(batch.action_mask, MASK)
-    for x in batch[2:]:
+    np.testing.assert_allclose(batch.weight, MASK / MASK.sum(1, keepdims=True) / 8, rtol=1e-6)
+    for x in batch:
         assert x.dtype == np.float32 and not x[~MASK].any()
     values = np.concatenate([value[b, actions] for b, actions in enumerate(ACTIONS)])
     expected = {
@@ -296,6 +395,22 @@ def test_a_ppo_batch_equals_its_slow_twin():
     assert metrics == pytest.approx(numbers(expected), rel=1e-4)
 
 
+def test_weights_of_a_minibatch_make_a_mean_over_its_rows():
+    """Of each part of the rows the weights sum to 1, if the parts are equal."""
+    _, _, whole, metrics = whole_iteration(ref_noise=0.5)
+    _, _, batch, same = whole_iteration(ref_noise=0.5, minibatches=4)
+    np.testing.assert_allclose(batch.weight, 4 * whole.weight, rtol=1e-6)
+    np.testing.assert_allclose([batch.weight[part].sum() for part in ORDER.reshape(4, 2)], [1] * 4, rtol=1e-6)
+    assert same == metrics
+    for x, y in zip(batch[1:], whole[1:], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    chosen = np.array([1, 5])  # and an update of a part is one of these rows alone
+    _, found = run_ppo(batch, packed(chosen))
+    means = [whole.advantage[b, ACTIONS[b]].mean() for b in chosen]
+    assert found["policy_loss"] == pytest.approx(-np.mean(means), abs=1e-6)
+
+
 def test_a_policy_that_is_its_own_reference_earns_its_score_and_no_more():
     rollout, _, batch, metrics = whole_iteration(ref_noise=0.0, gamma=1.0, lam=1.0)
     assert metrics["kl"] == 0
@@ -306,7 +421,7 @@ def test_a_policy_that_is_its_own_reference_earns_its_score_and_no_more():
 def test_the_decision_to_stop_is_trained_and_nothing_after_it():
     logprob, value = scores()
     nothing = np.zeros_like(value)
-    batch = PPOBatch(TOKENS, MASK, logprob, value, nothing, value)  # no advantage, no error of the critic
+    batch = PPOBatch(row_weights(MASK), logprob, value, nothing, value)  # no advantage, no error of the critic
     stop, after = nothing.copy(), nothing.copy()
     stop[4, TOTAL_LEN[4] - 2], after[4, TOTAL_LEN[4] - 1] = 1.0, 1.0
     size = [global_norm(run_ppo(batch._replace(advantage=x))[0]) for x in (stop, after)]
@@ -317,16 +432,20 @@ def test_the_decision_to_stop_is_trained_and_nothing_after_it():
 
 
 def test_rows_without_actions_count_as_rows_and_leave_the_gradient_finite():
-    batch = ppo_batch()
-    expected, metrics = run_ppo(jax.tree.map(lambda x: np.concatenate([x[:4], x[:4]]), batch))
-    found, other = run_ppo(batch._replace(action_mask=MASK & (np.arange(8) < 4)[:, None]))
-    assert other["loss"] == pytest.approx(metrics["loss"] / 2, rel=1e-5)
-    assert_same(found, jax.tree.map(lambda x: x / 2, expected), atol=1e-5)
+    batch, few = ppo_batch(), np.arange(8) < 4
+    expected, metrics = run_ppo(batch._replace(weight=np.where(few[:, None], 2 * batch.weight, 0)))
+    batch = batch._replace(weight=row_weights(MASK & few[:, None]))
+    rows = packed(decisions=np.where(few, TOTAL_LEN - PROMPT_LEN, 0))
+    assert len(rows.at[0]) < len(B) and rows.count == 3
+    for found, other in (run_ppo(batch, rows), run_ppo(batch), run_ppo(batch, laid_by_hand())):
+        assert other["loss"] == pytest.approx(metrics["loss"] / 2, rel=1e-5)
+        assert_same(found, jax.tree.map(lambda x: x / 2, expected), atol=1e-5)
 
 
 def test_bfloat16_compute_keeps_losses_and_parameters_in_float32():
     step, fresh = prepared("ppo", model=MODEL.clone(dtype=jnp.bfloat16))
-    state, metrics = step(fresh(), in_micro_batches(ppo_batch(), 4), WIDTH)
+    rows = packed()
+    state, metrics = step(fresh(), (rows.lines, spread(rows, ppo_batch())), rows.count)
     _, exact = run_ppo(ppo_batch())
     assert {leaf.dtype for leaf in jax.tree.leaves((metrics, state.params))} == {jnp.dtype(jnp.float32)}
     assert numbers(metrics) == pytest.approx(exact, rel=0.1, abs=0.01)
@@ -343,30 +462,56 @@ def slow_rerank(params):
     """(loss, logits [8,2]), gradient."""
 
     def loss(params):
-        hidden, _ = RERANKER.apply({"params": params["lm"]}, TOKENS, method="hidden")
+        hidden = RERANKER.apply({"params": params["lm"]}, TOKENS, method="hidden")
         logits = hidden[np.arange(8), TOTAL_LEN - 1] @ params["rerank_head"]["weight"]
         return -jax.nn.log_softmax(logits)[REAL, LABELS[REAL]].mean(), logits
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
+def judged_rows(order=range(8), **shape) -> Packed:
+    """Rows that are judged at their last token."""
+    return packed(order, first=TOTAL_LEN - 1, decisions=np.ones(8, int), **shape)
+
+
+def judged_otherwise() -> list[Packed]:
+    return [judged_rows(), judged_rows(ORDER), judged_rows(max_len=96)]
+
+
 def test_a_rerank_step_equals_its_slow_twin():
     (loss, logits), expected = slow_rerank(RERANK_PARAMS)
     step, fresh = prepared("rerank")
-    weight = np.isin(np.arange(8), REAL).astype(np.float32)
-    state, metrics = step(fresh(), in_micro_batches(RerankBatch(TOKENS, TOTAL_LEN, LABELS, weight), 4))
+    weight = np.isin(np.arange(8), REAL).astype(np.float32) / len(REAL)
+    for rows in judged_otherwise():
+        labels, weights = (rows.spread(x[:, None].repeat(LENGTH, 1)) for x in (LABELS, weight))
+        labels = np.where(weights > 0, labels, 1 - labels)  # where nothing is judged any label will do
+        state, metrics = step(fresh(), (rows.lines, RerankBatch(labels, weights)), rows.count)
+        assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert metrics["accuracy"] == pytest.approx(float(np.mean(np.argmax(logits, -1)[REAL] == LABELS[REAL])))
+        assert 0 < metrics["accuracy"] < 1
+        assert_same(gradient(state, metrics), expected, atol=1e-6)
+
+
+def test_a_rerank_step_over_some_rows_is_that_of_the_others_with_weight_0():
+    (loss, _), expected = slow_rerank(RERANK_PARAMS)
+    step, fresh = prepared("rerank")
+    rows = judged_rows(REAL)
+    labels = rows.spread(LABELS[:, None].repeat(LENGTH, 1))
+    weight = rows.spread(np.full((8, LENGTH), 1 / len(REAL), np.float32))
+    state, metrics = step(fresh(), (rows.lines, RerankBatch(labels, weight)), rows.count)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert metrics["accuracy"] == pytest.approx(float(np.mean(np.argmax(logits, -1)[REAL] == LABELS[REAL])))
-    assert 0 < metrics["accuracy"] < 1
     assert_same(gradient(state, metrics), expected, atol=1e-6)
 
 
-def test_rerank_scores_are_read_at_the_last_real_token_whatever_the_padding():
+def test_rerank_scores_are_read_at_the_last_real_token_whatever_the_packing():
     (_, logits), _ = slow_rerank(RERANK_PARAMS)
     expected = np.exp(logits[:, 1]) / np.exp(logits).sum(-1)
-    padded, _ = pad_tokens(ROWS, 48)  # the twin's rows are shorter and padded with other ids
-    scored = make_rerank_scorer(RERANKER)(RERANK_PARAMS, padded, TOTAL_LEN)
-    np.testing.assert_allclose(scored, expected, atol=1e-5)
+    scorer = make_rerank_scorer(RERANKER)
+    for rows in judged_otherwise():  # the twin's rows are padded with other ids
+        scored = rows.collect(scorer(RERANK_PARAMS, rows.lines, rows.count))
+        np.testing.assert_allclose(scored[np.arange(8), TOTAL_LEN - 1], expected, atol=1e-5)
+    scored = scorer(RERANK_PARAMS, judged_rows().lines, 1)
+    assert scored[0].any() and not scored[1:].any()  # no more than was asked for
 
 
 # --- learning rates

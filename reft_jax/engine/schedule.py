@@ -57,14 +57,18 @@ class Schedule:
         return hungry and bool(self.waiting)
 
     def next_prefill(self) -> tuple[int, list[list[Group]]]:
-        """The number of the next prefill and its prompts, at most `rows` a shard; they are dealt out in turn."""
+        """The number of the next prefill and its prompts, at most `rows` a shard.
+
+        They are dealt out in turn, but not to a shard that has enough to go on with: it would keep prefills alive.
+        """
         shares: list[list[Group]] = [[] for _ in range(self.shards)]
-        for place in range(self.rows * self.shards):
-            if self.waiting:
-                group, share = self.waiting.popleft(), place % self.shards
-                seats = [Seat(self.prefills, len(shares[share]), request) for request in group.requests]
-                self.ready[share] += seats
-                shares[share].append(group)
+        in_need = [shard for shard, ready in enumerate(self.ready) if len(ready) < 2 * self.rows]
+        for _ in range(self.rows):
+            for shard in in_need:
+                if self.waiting:
+                    group = self.waiting.popleft()
+                    self.ready[shard] += [Seat(self.prefills, len(shares[shard]), r) for r in group.requests]
+                    shares[shard].append(group)
         self.prefills += 1
         return self.prefills - 1, shares
 
@@ -87,7 +91,7 @@ class Schedule:
 
     def is_exhausted(self, prefill: int) -> bool:
         """Whether nobody waits for that prefill's prompts any more."""
-        return all(not ready or ready[0].prefill > prefill for ready in self.ready)
+        return all(seat.prefill != prefill for ready in self.ready for seat in ready)
 
     def leave(self, active: np.ndarray) -> list[tuple[int, int]]:
         """(row, request) of the rows that have ended, by `active` bool[D·slots]; their slots are free from here on."""

@@ -62,6 +62,10 @@ class Packing:
         self.length = line_length(int(lengths.max()), max_len, multiple)
         self.line, offset = first_fit(lengths, self.length)
         self.count = int(self.line.max()) // micro_batch + 1
+        if self.count > micro_batches:
+            raise ValueError(
+                f"{len(rows)} rows need {self.count} micro-batches of {micro_batch} lines: {micro_batches}"
+            )
         self.shape = (micro_batches, micro_batch)
         self.padding = 1 - lengths.sum() / (self.count * micro_batch * self.length)
         self.at = np.repeat(np.arange(len(rows)), decisions), _ranges(first, decisions)

@@ -23,10 +23,10 @@ def hidden_states(model, lm, lines: Lines):
 
 
 def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
-    """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D]; 0 beyond the first `used` of W.
+    """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D], of the first `used` of W.
 
-    A few decisions at a time, forward and backward, and none beyond `used` int32[]: its number may differ from batch to
-    batch without another compile, which is why the gradient is written out.
+    A few decisions at a time, forward and backward, and no more than hold `used` int32[], which may differ from batch to
+    batch without another compile: that is why the gradient is written out. What lies beyond `used` means nothing.
     """
     rows, width = targets.shape
     chunk = min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))

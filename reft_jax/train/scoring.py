@@ -25,8 +25,8 @@ def hidden_states(model, lm, lines: Lines):
 def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
     """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D], of the first `used` of W.
 
-    A few decisions at a time, forward and backward, and no more than hold `used` int32[], which may differ from batch to
-    batch without another compile: that is why the gradient is written out. What lies beyond `used` means nothing.
+    A few decisions at a time, forward and backward, and no more than hold `used` int32[], which may differ between
+    batches without another compile: that is why the gradient is written out. What lies beyond `used` means nothing.
     """
     rows, width = targets.shape
     chunk = min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))

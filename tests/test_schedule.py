@@ -67,10 +67,12 @@ def simulate(samples, *, shards: int, slots: int, rows: int, limit: int = 3, see
                 if not waiting:
                     del kept[number]
             elif schedule.needs_prefill():
+                in_need = [len(ready) < 2 * rows for ready in schedule.ready]
                 number, shares = schedule.next_prefill()
                 assert number == len(prefilled) and len(shares) == shards
                 assert 0 < max(map(len, shares)) <= rows
-                assert max(map(len, shares)) - min(map(len, shares)) <= 1  # dealt out in turn
+                dealt = [len(share) for share, needs in zip(shares, in_need, strict=True) if needs]
+                assert max(dealt) - min(dealt) <= 1 and sum(dealt) == sum(map(len, shares))  # in turn, to no other
                 prefilled[number] = kept[number] = shares
             else:
                 break

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_model
 
+from reft_jax.model import llama
 from reft_jax.model.cache import CACHE_AXES, grow, init_cache
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables, unstack
@@ -92,6 +93,24 @@ def test_rows_in_one_line_do_not_see_each_other():
     alone = jax.jit(lambda tokens: model.apply({"params": params}, tokens, method="hidden"))(TOKENS)
     for row, (begin, n) in enumerate(((0, 4), (4, 3), (7, 2))):
         np.testing.assert_allclose(together[0, begin : begin + n], alone[row, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 4, 9])
+def test_blocks_of_queries_see_what_the_whole_row_does(monkeypatch, block):
+    """Output and gradient, with segments that begin inside a block."""
+    model, params = tiny_model()
+    positions, segments = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 1]] * 3), np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]] * 3)
+
+    def loss(params):
+        return jnp.sum(PROBE * model.apply({"params": params}, TOKENS, positions, segments, method="hidden"))
+
+    expected = jax.jit(jax.value_and_grad(loss))(params)
+    monkeypatch.setattr(llama, "QUERY_BLOCK", block)
+    jax.clear_caches()
+    found = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-6)
+    jax.clear_caches()
 
 
 def looped_hidden(model, params, tokens):

@@ -19,6 +19,7 @@ import numpy as np
 from reft_jax.model.cache import KVCache, write_rows
 from reft_jax.model.llama_config import LlamaConfig
 
+QUERY_BLOCK = 256  # positions; half of the scores of a long row are masked, and most of those are never computed
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -79,6 +80,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, groups * length, -1)
     out = jnp.matmul(weights, v).reshape(batch, kv_heads, groups, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
+
+
+def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` where no position sees a later one (S = T): what no query of a block sees is not computed."""
+    length, parts = q.shape[1], []
+    for begin in range(0, length, QUERY_BLOCK):
+        block, seen = slice(begin, begin + QUERY_BLOCK), min(begin + QUERY_BLOCK, length)
+        parts.append(attend(q[:, block], k[..., :seen], v[:, :, :seen], mask[:, block, :seen]))
+    return jnp.concatenate(parts, axis=1)
 
 
 @jax.custom_vjp
@@ -145,14 +155,14 @@ class Block(nn.Module):
         v = heads_of("v", y, c.num_kv_heads, "kv_heads")
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
-        if cache is not None:
+        if cache is None:
+            heads = attend_causally(q, k, v, mask)
+            cache = KVCache(k, v) if keep else None
+        else:
             cache = write_rows(cache, positions, k[:, :, :, 0], v[:, :, 0])
-            k, v = cache
-        elif keep:
-            cache = KVCache(k, v)
-        heads = attend(q, k, v, mask).reshape(*x.shape[:2], -1)
+            heads = attend(q, *cache, mask)
         o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
-        x = _residual(x + project(heads, o_weight.reshape(-1, c.hidden_size)))
+        x = _residual(x + project(heads.reshape(*x.shape[:2], -1), o_weight.reshape(-1, c.hidden_size)))
 
         y = norm("mlp_norm", x)
         gate = project(y, weight("gate", (c.hidden_size, c.intermediate_size), "embed", "mlp"))

@@ -1,0 +1,100 @@
+"""Does a rollout's cost grow as it should? A small Llama with random weights, completions of given lengths.
+
+    python benchmarks/growth.py
+
+The same 512 completions as 512, 128, 32 and 8 prompts of 1, 4, 16, 64 samples: decode time a token must not depend
+on it, and each prompt must be prefilled once. Then four times the prompts: four times the time, and no more memory. Each
+line is the median of three runs after one that compiles. Rewrites the table in benchmarks/README.md.
+"""
+
+import resource
+import statistics
+import time
+from collections import Counter
+
+import jax
+import numpy as np
+from absl import app, flags
+from machine import head, write_table
+
+from reft_jax.engine import slots as programs
+from reft_jax.engine.generate import Engine
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.parallel.mesh import make_mesh, unboxed
+from reft_jax.types import Prompt
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
+COMPLETIONS, PROMPT, SLOTS = 512, 48, 32
+CONFIG = LlamaConfig(4096, 256, 688, 6, 8, 4, 32)
+
+
+def random_weights(model: Llama):
+    shapes = unboxed(jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 2), np.int32)))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(0, 0.05, x.shape), x.dtype), shapes)
+
+
+def requests(completions: int, n: int) -> tuple[list[Prompt], np.ndarray]:
+    """Prompts of like length and the tokens that each row may have in all; lengths are the same whatever n is."""
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, CONFIG.vocab_size, PROMPT).astype(np.int32) for _ in range(completions // n)]
+    lengths = np.minimum(192, np.random.default_rng(2).lognormal(4.2, 0.5, completions).astype(int) + 1)
+    return [Prompt(f"toy_{i // n}", i % n, rows[i // n]) for i in range(completions)], PROMPT + lengths
+
+
+class TimedDecode:
+    """The engine's decode program, waited for and timed."""
+
+    def __init__(self):
+        self.decode, self.seconds = programs.decode, 0.0
+
+    def __call__(self, *args, **settings):
+        jax.block_until_ready(args)
+        begun = time.perf_counter()
+        slots = jax.block_until_ready(self.decode(*args, **settings))
+        self.seconds += time.perf_counter() - begun
+        return slots
+
+
+def measured(model: Llama, lm, completions: int, n: int) -> tuple[float, float, Counter]:
+    """(seconds, those of them in decode steps, the engine's counts)."""
+    prompts, limits = requests(completions, n)
+    engine = Engine(model, make_mesh(-1, 1, 1), slots=SLOTS, pad_multiple=16, eos_id=-1, seed=0)
+    taken = []
+    for _ in range(4):
+        engine.counts.clear()
+        programs.decode.seconds, begun = 0.0, time.perf_counter()
+        for _ in engine.generate(lm, prompts, max_len=limits, temperature=1.0):
+            pass
+        taken.append((time.perf_counter() - begun, programs.decode.seconds))
+    seconds, decoding = map(statistics.median, zip(*taken[1:], strict=True))
+    return seconds, decoding, engine.counts
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(_: list[str]) -> None:
+    model = Llama(CONFIG)
+    lm, programs.decode = random_weights(model), TimedDecode()
+    lines = [
+        "| completions | prompts × n | s | prompt tokens prefilled | tokens drawn | decode µs a token | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for completions, n in (*((COMPLETIONS, n) for n in (1, 4, 16, 64)), (4 * COMPLETIONS, 4)):
+        seconds, decoding, counts = measured(model, lm, completions, n)
+        lines.append(
+            f"| {completions} | {completions // n} × {n} | {seconds:.2f} | {counts['prompt_tokens']} | "
+            f"{counts['tokens']} | {1e6 * decoding / counts['tokens']:.0f} | {peak_mib():.0f} |"
+        )
+        print(lines[-1], flush=True)
+    text = "\n".join([f"{head()}.", "", *lines])
+    if FLAGS.write:
+        write_table("growth", text)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py
 
-The same 512 completions as 512, 128, 32 and 8 prompts of 1, 4, 16, 64 samples: decode time a token must not depend
-on it, and each prompt must be prefilled once. Then four times the prompts: four times the time, and no more memory. Each
-line is the median of three runs after one that compiles. Rewrites the table in benchmarks/README.md.
+The same 512 completions as 512, 128, 32 and 8 prompts of 1, 4, 16 and 64 samples: decode time a token must not
+depend on it, and each prompt must be prefilled once. Then four times the prompts: four times the time, and no more
+memory. Each line is the median of three runs after one that compiles. Rewrites the table in benchmarks/README.md.
 """
 
 import resource

@@ -27,7 +27,7 @@ from reft_jax.types import Prompt
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 COMPLETIONS, PROMPT, SLOTS = 512, 48, 32
-CONFIG = LlamaConfig(4096, 256, 688, 6, 8, 4, 32)
+CONFIG = LlamaConfig(2048, 128, 344, 4, 4, 2, 32)
 
 
 def random_weights(model: Llama):

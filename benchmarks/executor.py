@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from absl import app, flags
-from machine import head, write_table
+from machine import report
 from pebble import ProcessPool
 
 from reft_jax import executor
@@ -189,10 +189,7 @@ def main(_: list[str]) -> None:
         lines += (rows := make())
         print("\n".join(rows), flush=True)
     executor.shutdown()
-    text = "\n".join([f"{head()}; {said}.", "", *lines])
-    print(text.split("\n")[0])
-    if FLAGS.write:
-        write_table("executor", text)
+    report("executor", f"; {said}", lines, FLAGS.write)
 
 
 if __name__ == "__main__":

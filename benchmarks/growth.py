@@ -15,7 +15,7 @@ from collections import Counter
 import jax
 import numpy as np
 from absl import app, flags
-from machine import head, write_table
+from machine import report
 
 from reft_jax.engine import slots as programs
 from reft_jax.engine.generate import Engine
@@ -91,9 +91,7 @@ def main(_: list[str]) -> None:
             f"{counts['tokens']} | {1e6 * decoding / counts['tokens']:.0f} | {peak_mib():.0f} |"
         )
         print(lines[-1], flush=True)
-    text = "\n".join([f"{head()}.", "", *lines])
-    if FLAGS.write:
-        write_table("growth", text)
+    report("growth", "", lines, FLAGS.write)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,13 @@ from pathlib import Path
 README = Path(__file__).with_name("README.md")
 
 
-def write_table(name: str, text: str) -> None:
-    """Puts `text` between the marks of benchmark `name` in benchmarks/README.md."""
+def report(name: str, said: str, lines: list[str], write: bool) -> None:
+    """Prints command and machine, with what is `said` of it; with `write` puts them and the table's `lines` between the
+    marks of benchmark `name` in benchmarks/README.md."""
+    text = "\n".join([f"{head()}{said}.", "", *lines])
+    print(text.split("\n")[0])
+    if not write:
+        return
     begin, end = f"<!-- {name}: written by benchmarks/{name}.py -->", f"<!-- end of {name} -->"
     before, rest = README.read_text().split(begin)
     README.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from machine import head, limits, write_table
+from machine import limits, report
 
 from reft_jax.engine import slots as programs
 from reft_jax.engine.generate import Engine
@@ -207,11 +207,7 @@ def main(_: list[str]) -> None:
         for name in FLAGS.only:
             lines.append(rows[name]())
             print(lines[-1], flush=True)
-    device = jax.devices()[0].device_kind
-    text = "\n".join([f"{head()}, {device}, {FLAGS.dtype}.", "", *lines])
-    print(text.split("\n")[0])
-    if FLAGS.write:
-        write_table("speed", text)
+    report("speed", f", {jax.devices()[0].device_kind}, {FLAGS.dtype}", lines, FLAGS.write)
 
 
 if __name__ == "__main__":

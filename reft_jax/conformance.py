@@ -22,11 +22,11 @@ from reft_jax.model.safetensors import read_header, read_json
 from reft_jax.task.answers import grade
 from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, voted_correct
 from reft_jax.train.batches import pad_tokens
-from reft_jax.train.packing import Packing
+from reft_jax.train.packing import pack_rollout
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import TrainState, make_optimizer
 from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-from reft_jax.types import Example, InputError, PPOBatch, Rollout
+from reft_jax.types import Example, InputError, Rollout
 
 _NEEDED = (
     "programs gold kl_coef gamma lam vf_coef clip value_clip lr weight_decay max_grad_norm ppo_epochs minibatch".split()
@@ -65,15 +65,7 @@ def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[
     """What `replay_ppo` returns but for the weights, and the parameters after the updates."""
     length, rows = rollout.tokens.shape[1], len(rollout.tokens)
     mask = np.asarray(advantages.action_mask(rollout.prompt_len, rollout.total_len, length))
-    packing = Packing(
-        [tokens[:n] for tokens, n in zip(rollout.tokens, rollout.total_len, strict=True)],
-        rollout.prompt_len - 1,
-        rollout.total_len - rollout.prompt_len,
-        max_len=2 * length,
-        micro_batch=rows,
-        micro_batches=1,
-        multiple=8,
-    )
+    packing = pack_rollout(rollout, max_len=2 * length, micro_batch=rows, micro_batches=1, multiple=8)
     scorer = make_scorer(model, 1.0)
 
     def score(params):
@@ -89,7 +81,7 @@ def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[
     clip = ClipSettings(case["clip"], case["value_clip"], case["vf_coef"], temperature=1.0)
     step = make_ppo_step(model, optimizer, clip, shardings=None)
     state = TrainState(jnp.zeros((), jnp.int32), policy, jax.jit(optimizer.init)(policy))
-    old, updates = PPOBatch(*(packing.spread(np.asarray(x)[packing.at]) for x in batch)), []
+    old, updates = packing.spread_all(batch), []
     for _ in range(case["ppo_epochs"]):
         _, value = score(state.params)
         state, metrics = step(state, (packing.lines, old), packing.count)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny import tiny_policy
 
+from reft_jax.parallel.mesh import sizes_up_to
 from reft_jax.runs import reft, rerank, sft
-from reft_jax.train.packing import LINE_LENGTHS, Lines, Packing, first_fit, line_length
+from reft_jax.train.packing import LINE_LENGTHS, Lines, Packing, first_fit
 from reft_jax.train.scoring import make_scorer
 from reft_jax.types import Rollout
 
@@ -140,9 +141,10 @@ def of_lengths(*lengths: int, decisions: int = 1, **shape) -> Packing:
 )
 def test_lines_are_the_shortest_of_few_that_hold_the_longest_row(max_len, multiple, lengths):
     """Quarters of max_len, rounded up."""
+    assert sizes_up_to(max_len, LINE_LENGTHS, multiple) == list(lengths)
     for longest in range(1, max_len + 1):
         expected = min(length for length in lengths if length >= longest)
-        assert line_length(longest, max_len, multiple) == expected
+        assert of_lengths(longest, max_len=max_len, multiple=multiple).length == expected
     found = of_lengths(1, max_len // 2, 2, max_len=max_len, multiple=multiple)
     assert found.length == min(length for length in lengths if length >= max_len // 2)
     assert found.lines.tokens.shape == found.lines.decisions.shape == (5, 4, found.length)
@@ -175,7 +177,8 @@ def test_shapes_come_from_few_sizes_whatever_the_rows():
         packing = Packing(rows, first, decisions, max_len=100, micro_batch=4, micro_batches=5, multiple=8)
         (shape,) = {x.shape for x in packing.lines}
         assert packing.spread(0.0).shape == shape and shape[:2] == (5, 4)
-        assert 1 <= packing.count <= 5 and 0 <= packing.padding < 1
+        places = packing.lines.segments[: packing.count]
+        assert packing.padding == pytest.approx((places == 0).mean()) and (places > 0).sum() == sum(map(len, rows))
         assert packing.lines.segments[packing.count - 1].any() and not packing.lines.segments[packing.count :].any()
         shapes.add(shape)
         if len(rows) == 20:
@@ -222,9 +225,10 @@ def test_decisions_of_reft_are_the_actions():
     prompt_len, total_len = np.array([3, 1, 5, 4], np.int32), np.array([8, 2, 7, 4], np.int32)
     rollout = Rollout(tokens, prompt_len, total_len, np.zeros(4, np.float32))
     one = SimpleNamespace(run=RUN)
-    packing = reft.Iteration.pack(one, rollout, np.arange(4))
+    packing = reft.Iteration.pack(one, rollout)
     assert packing.shape == (2, 2) and targets(packing) == [[4, 5, 6, 7, 8], [10], [22, 23], []]
-    packing = reft.Iteration.pack(one, rollout, np.array([2, 0]))  # a minibatch: its rows in its order
+    minibatch = Rollout(*(x[[2, 0]] for x in rollout))  # its rows in its order
+    packing = reft.Iteration.pack(one, minibatch)
     assert packing.shape == (1, 2) and targets(packing) == [[22, 23], [4, 5, 6, 7, 8]]
     np.testing.assert_array_equal(packing.at, [[0, 0, 1, 1, 1, 1, 1], [4, 5, 2, 3, 4, 5, 6]])
 

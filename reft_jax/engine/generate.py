@@ -15,7 +15,7 @@ import numpy as np
 from reft_jax.engine import slots as programs
 from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
-from reft_jax.parallel.mesh import put_rows, round_up, row_shards
+from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
 
 CHUNK = 16  # decode steps between two looks at who has ended
@@ -75,7 +75,7 @@ class _Rollout:
         self.engine, self.prompts, self.limits = engine, prompts, limits
         self.iteration, self.settings = iteration, settings
         self.width = round_up(int(limits.max()), engine.pad_multiple)
-        self.lengths = range(step := round_up(-(-self.width // LENGTHS), engine.pad_multiple), self.width + step, step)
+        self.lengths = sizes_up_to(self.width, LENGTHS, engine.pad_multiple)
         groups, wanted = group_prompts(prompts, fits), -(-len(fits) // engine.shards)
         size = min((size for size in engine.sizes if size >= wanted), default=engine.sizes[0])
         self.seats_at_once = max(1, size // 8)
@@ -150,7 +150,7 @@ class _Rollout:
 
     def make_room(self, positions: int) -> None:
         """Lengthens the cache to the next length that holds `positions`."""
-        length = next(length for length in self.lengths if length >= min(positions, self.lengths[-1]))
+        length = next(length for length in self.lengths if length >= min(positions, self.width))
         if length > self.slots.cache[0].k.shape[-1]:
             layers = list(self.slots.cache)
             self.slots = self.slots._replace(cache=())

@@ -68,6 +68,12 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def sizes_up_to(largest: int, parts: int, multiple: int) -> list[int]:
+    """The few sizes that an array may have, so that few shapes compile: parts of the largest, all multiples."""
+    largest = round_up(largest, multiple)
+    return sorted({min(largest, round_up(-(-largest * part // parts), multiple)) for part in range(1, parts + 1)})
+
+
 def put_rows(mesh: Mesh, tree, axis: int = 0):
     """Host arrays onto the mesh, spread by row."""
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x), by_row(mesh, axis)), tree)

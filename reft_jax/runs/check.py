@@ -218,25 +218,17 @@ def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Com
     from reft_jax.model.heads import ValueHead
     from reft_jax.parallel.mesh import put_rows
     from reft_jax.train.batches import rollout_rows
-    from reft_jax.train.packing import Packing
+    from reft_jax.train.packing import pack_rollout
     from reft_jax.train.scoring import make_scorer
     from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
     from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-    from reft_jax.types import PPOBatch
 
     ppo, model, mesh, rows, dtype = run.config.ppo, run.model, run.mesh, len(asked), run.config.model.dtype
     scores = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
     rollout = rollout_rows(asked, completions, scores, PAD_MULTIPLE)
     mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-    packing = Packing(
-        [tokens[:length] for tokens, length in zip(rollout.tokens, rollout.total_len, strict=True)],
-        rollout.prompt_len - 1,
-        rollout.total_len - rollout.prompt_len,
-        max_len=int(rollout.total_len.max()),
-        micro_batch=rows,
-        micro_batches=1,
-        multiple=PAD_MULTIPLE,
-    )
+    size = {"max_len": int(rollout.total_len.max()), "micro_batch": rows, "micro_batches": 1}
+    packing = pack_rollout(rollout, multiple=PAD_MULTIPLE, **size)
     score, lines = make_scorer(model, ppo.temperature), put_rows(mesh, packing.lines, axis=1)
     scored = *score(policy, lines, packing.count), score({"lm": policy["lm"]}, lines, packing.count)[0]
     logprob, value, reference = (packing.collect(x, rollout.tokens.shape[1]) for x in scored)
@@ -260,8 +252,8 @@ def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Com
     clip = ClipSettings(ppo.clip, ppo.value_clip, ppo.vf_coef, ppo.temperature)
     step = make_ppo_step(model, optimizer, clip, state_shardings(mesh, optimizer, abstract))
     state = new_state(mesh, optimizer, abstract, policy)
-    old = PPOBatch(*(packing.spread(np.asarray(x)[packing.at]) for x in batch))
-    _, metrics = step(state, (lines, put_rows(mesh, old, axis=1)), packing.count)
+    old = put_rows(mesh, packing.spread_all(batch), axis=1)
+    _, metrics = step(state, (lines, old), packing.count)
     error, norm = float(metrics["ratio_max_error"]), float(metrics["grad_norm"])
     figure = f"|ρ − 1| at most {error:.1e}"
     yield Finding("ratio 1 on the first pass", error <= np.expm1(MAX_GAP[dtype]), figure)

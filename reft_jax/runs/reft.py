@@ -15,11 +15,11 @@ from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import Training, abstract_policy, best_so_far, finished, load_model, model_folder
 from reft_jax.train.batches import rollout_rows, rows_at
 from reft_jax.train.metrics import Progress
-from reft_jax.train.packing import Packing
+from reft_jax.train.packing import Packing, pack_rollout
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
 from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-from reft_jax.types import Example, PPOBatch, Rollout
+from reft_jax.types import Example, Rollout
 
 PARTS = ("rollout", "reward", "score", "update")  # of an iteration's seconds; the rest is "other"
 
@@ -73,8 +73,7 @@ class Iteration:
     ) -> tuple[TrainState, dict]:
         """Scores the rows under policy and reference, then ppo_epochs × minibatches updates."""
         run, ppo, started = self.run, self.run.config.ppo, time.monotonic()
-        length, everyone = rollout.tokens.shape[1], np.arange(ppo.prompts)
-        packing = self.pack(rollout, everyone)
+        length, packing = rollout.tokens.shape[1], self.pack(rollout)
         lines = put_rows(run.mesh, packing.lines, axis=1)
         scored = *self.score(state.params, lines, packing.count), self.score(self.reference, lines, packing.count)[0]
         scores = [packing.collect(x, length) for x in scored]  # log-probabilities, values, the reference's
@@ -87,9 +86,9 @@ class Iteration:
         for ppo_epoch in range(ppo.ppo_epochs):
             order = np.random.default_rng([run.config.seed, iteration, ppo_epoch]).permutation(ppo.prompts)
             for chosen in order.reshape(ppo.minibatches, -1):
-                packing = self.pack(rollout, chosen)
-                old = PPOBatch(*(packing.spread(x[chosen][packing.at]) for x in batch))
-                rows = put_rows(run.mesh, (packing.lines, old), axis=1)
+                minibatch, old = jax.tree.map(lambda x, rows=chosen: x[rows], (rollout, batch))
+                packing = self.pack(minibatch)
+                rows = put_rows(run.mesh, (packing.lines, packing.spread_all(old)), axis=1)
                 state, numbers = self.step(state, rows, packing.count)
                 metrics.setdefault("ratio_max_error_first", numbers["ratio_max_error"])
         metrics = jax.device_get(metrics | numbers)
@@ -97,16 +96,14 @@ class Iteration:
         times = {"seconds_score": done - started, "seconds_update": time.monotonic() - done}
         return state, metrics | times
 
-    def pack(self, rollout: Rollout, chosen: np.ndarray) -> Packing:
-        """The chosen rows in lines; their decisions are their actions."""
-        ppo, rows = self.run.config.ppo, jax.tree.map(lambda x: x[chosen], rollout)
-        return Packing(
-            [tokens[:length] for tokens, length in zip(rows.tokens, rows.total_len, strict=True)],
-            rows.prompt_len - 1,
-            rows.total_len - rows.prompt_len,
+    def pack(self, rollout: Rollout) -> Packing:
+        """The rows in lines, with room for as many as the config allows."""
+        ppo = self.run.config.ppo
+        return pack_rollout(
+            rollout,
             max_len=ppo.max_len,
             micro_batch=ppo.micro_batch,
-            micro_batches=len(chosen) // ppo.micro_batch,
+            micro_batches=len(rollout.tokens) // ppo.micro_batch,
             multiple=self.run.config.data.pad_multiple,
         )
 

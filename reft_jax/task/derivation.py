@@ -80,12 +80,12 @@ class Derivation:
 
     def plan(self, last: list[int], ending: str = "", target: float = 0.0) -> Plan:
         """The steps that `last` need, in order, and the numbers of the question that those need; then the ending."""
-        needed, todo = set(), list(last)
-        while todo:
-            index = todo.pop()
+        needed, waiting = set(), list(last)
+        while waiting:
+            index = waiting.pop()
             if index not in needed:
                 needed.add(index)
-                todo += _indices("s", self.sources[index])
+                waiting += _indices("s", self.sources[index])
         steps = [Planned(index, self.steps[index], self.sources[index]) for index in sorted(needed)]
         if ending:
             lines = self.text.split("\n")

@@ -6,10 +6,11 @@ array of the decisions of all its rows, and everything about decisions is kept i
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from reft_jax.parallel.mesh import round_up
-from reft_jax.types import Array
+from reft_jax.parallel.mesh import sizes_up_to
+from reft_jax.types import Array, Rollout
 
 LINE_LENGTHS = 4  # in quarters of the longest there may be: few, for each is compiled
 
@@ -25,12 +26,6 @@ class Lines(NamedTuple):
     positions: Array
     segments: Array
     decisions: Array
-
-
-def line_length(longest: int, max_len: int, multiple: int) -> int:
-    """The shortest line, of few lengths up to `max_len`, that holds `longest` places; a multiple of `multiple`."""
-    lengths = (round_up(-(-max_len * part // LINE_LENGTHS), multiple) for part in range(1, LINE_LENGTHS + 1))
-    return next(length for length in lengths if length >= longest)
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,10 +51,11 @@ class Packing:
         """rows: token ids, at most max_len each; row i decides at its `decisions[i]` places from first[i] on.
 
         The arrays have room for `micro_batches` of `micro_batch` lines, enough for a row a line, whatever they hold;
-        the length of a line (see `line_length`) and no other shape depends on the rows.
+        lines have the shortest of few lengths that holds the longest row. No other shape depends on the rows.
         """
         lengths = np.array([len(row) for row in rows])
-        self.length = line_length(int(lengths.max()), max_len, multiple)
+        lines = sizes_up_to(max_len, LINE_LENGTHS, multiple)
+        self.length = next(length for length in lines if length >= lengths.max())
         self.line, offset = first_fit(lengths, self.length)
         self.count = int(self.line.max()) // micro_batch + 1
         if self.count > micro_batches:
@@ -90,11 +86,21 @@ class Packing:
         out[self.slot] = values
         return out.reshape(*self.shape, self.length)
 
+    def spread_all(self, tree):
+        """Every array [B,T] of the tree as `spread` has it."""
+        return jax.tree.map(lambda x: self.spread(np.asarray(x)[self.at]), tree)
+
     def collect(self, values, length: int) -> np.ndarray:
         """float32[B,length], 0 where no decision is, of values [M,b,W]: the way back from `spread(x[packing.at])`."""
         out = np.zeros((len(self.line), length), np.float32)
         out[self.at] = np.asarray(values).reshape(-1, self.length)[self.slot]
         return out
+
+
+def pack_rollout(rollout: Rollout, **size) -> Packing:
+    """The rows of a rollout; their decisions are their actions. `size` as in Packing."""
+    rows = [tokens[:length] for tokens, length in zip(rollout.tokens, rollout.total_len, strict=True)]
+    return Packing(rows, rollout.prompt_len - 1, rollout.total_len - rollout.prompt_len, **size)
 
 
 def _ranges(first, count) -> np.ndarray:

@@ -6,7 +6,8 @@ from reft_jax.model.heads import RerankHead
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.sample import run_sample
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import Training, abstract_reranker, finished, load_model, model_folder, train_epochs
+from reft_jax.runs.stages import abstract_reranker, finished, load_model, model_folder
+from reft_jax.runs.training import Training, train_epochs
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
 from reft_jax.task.tokenizer import encode

@@ -3,15 +3,8 @@
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.runs.rollout import greedy, top1
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import (
-    Training,
-    abstract_policy,
-    base_policy,
-    best_so_far,
-    finished,
-    model_folder,
-    train_epochs,
-)
+from reft_jax.runs.stages import abstract_policy, base_policy, finished, model_folder
+from reft_jax.runs.training import Training, best_so_far, train_epochs
 from reft_jax.train.checkpoints import save_params
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import linear_schedule, make_optimizer

@@ -106,7 +106,6 @@ def test_a_state_may_be_taken_over_while_it_is_written(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2, {})
     checkpoints.save(1, state, {})
     jax.block_until_ready(jax.jit(lambda x: x * 0 - 1, donate_argnums=0)(x))
-    assert x.is_deleted()
     checkpoints.wait()
     found = checkpoints.restore(shapes)
     checkpoints.close()

@@ -31,21 +31,21 @@ def test_sigterm_in_every_part_of_an_iteration(reference, cache, tmp_path):
     """One run, stopped again and again; saved every 3 iterations, so a stop in between must save by itself."""
     starts.before_ppo(reference, tmp_path)
     stops = [
-        # Where, and which steps can be used afterwards: a stop loses the iteration that it breaks off and no other.
-        (("chunk", 20, "SIGTERM"), [1]),
-        (("program", 16, "SIGTERM"), [1]),
-        (("update", 3, "SIGTERM"), [1, 3]),
-        (("saving", 1, "SIGTERM"), [3, 6]),
+        # Where, which steps can be used afterwards, and lines of the metrics: what was begun is lost and nothing else.
+        (("chunk", 20, "SIGTERM"), [1], 1),  # in iteration 2
+        (("program", 16, "SIGTERM"), [1], 1),  # its last one
+        (("update", 3, "SIGTERM"), [1, 3], 2),  # of iteration 3: that is finished, its line is saved with it
+        (("saving", 1, "SIGTERM"), [3, 6], 6),
     ]
-    for at, expected in stops:
+    for at, steps, lines in stops:
         done = start(tmp_path, cache, at)
         assert done.returncode == 75, (at, done.stderr)
         assert "stopped by SIGTERM" in done.stderr.splitlines()[-1]
         hit = float(re.search(r"hit at ([\d.]+)", done.stderr).group(1))
         assert done.ended - hit < SOON_S
         assert wait_until(lambda: not orphans()), orphans()
-        assert starts.saved_steps(tmp_path, "reft") == expected, at
-        assert len(starts.lines(tmp_path, "reft")) == expected[-1]
+        assert starts.saved_steps(tmp_path, "reft") == steps, at
+        assert len(starts.lines(tmp_path, "reft")) == lines, at
     done = start(tmp_path, cache, ("none", 0, "SIGTERM"))
     assert done.returncode == 0, done.stderr
     assert starts.lines(tmp_path, "reft") == starts.lines(reference, "reft")

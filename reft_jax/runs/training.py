@@ -1,5 +1,6 @@
 """A training stage that can stop and go on anywhere: state, saved steps, metrics, and the two kinds of loop."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -71,7 +72,8 @@ class Training:
             if isinstance(error, Stopped | InfrastructureError) and self.done:
                 self.save()
         finally:
-            self.metrics.close()
+            with contextlib.suppress(OSError):  # of a full disk; every line is on it already
+                self.metrics.close()
             self.checkpoints.close()
 
     def updated(self, done: int, state, numbers: dict, pending: dict, item_ids: list[str], inputs: dict) -> None:

@@ -13,18 +13,24 @@
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
 
-Every setting, its default and its meaning stand in reft_jax/config.py.
-Exit codes: 0 done, 1 a check failed, 2 wrong input.
+Every setting, its default and its meaning stand in reft_jax/config.py. The same command goes on where a run ended; if
+settings have changed since, name those that may: --allow_config_change=KEY,KEY (docs/reliability.md)
+Exit codes: 0 done; 1 a check failed, or the program broke down; 2 wrong input; 3 a number was NaN or infinite, and what
+made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM or SIGINT with everything saved: run it
+again. A second signal ends it at once: 128 + its number.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
-from reft_jax.config import parse_config, parse_flags
-from reft_jax.types import InputError
+from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.runs.guards import NotFiniteError, Stopped
+from reft_jax.types import InputError, SaveError
 
 COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "solve", "convert")
 MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
@@ -38,9 +44,24 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         run_command(sys.argv[1:])
+    except Stopped as stop:
+        print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
+        sys.exit(75)
     except InputError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        end(2, error)
+    except NotFiniteError as error:
+        end(3, error)
+    except SaveError as error:
+        end(4, error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        end(4, f"{error}; what was saved before is whole: make room and run the same command again")
+
+
+def end(code: int, error) -> NoReturn:
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    sys.exit(code)
 
 
 def run_command(argv: list[str]) -> None:
@@ -62,6 +83,7 @@ def run_command(argv: list[str]) -> None:
         return
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
+    flags.DEFINE_list("allow_config_change", [], "settings that may differ from the workdir's", flag_values=values)
     if command in MODELS:
         flags.DEFINE_enum("model", None, MODELS[command], "which model of the work directory", flag_values=values)
     if command == "sample":
@@ -74,6 +96,9 @@ def run_command(argv: list[str]) -> None:
     for name in ("workdir", "model", "out"):
         if name in values and not values[name].value:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
+    for key in values.allow_config_change:
+        if key not in SETTINGS:
+            raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
     if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
         raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     if command == "evaluate" and values.replay:
@@ -83,7 +108,7 @@ def run_command(argv: list[str]) -> None:
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
     from reft_jax.runs.setup import open_run
 
-    with open_run(config, Path(values.workdir), needs) as run:
+    with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
         dispatch(command, run, values)
 
 

@@ -18,6 +18,10 @@ class InputError(Exception):
     """The user's input is wrong. The message is one line: file or key, what is wrong, what to do."""
 
 
+class SaveError(Exception):
+    """Something could not be written, as on a full disk. The message says what is still there and what to do."""
+
+
 class Example(NamedTuple):
     """One question. `answer_cot` is the worked solution; None in test files."""
 

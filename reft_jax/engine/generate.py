@@ -7,7 +7,7 @@ short list: slots in halves, cache lengths in sixths of the limit, prompt length
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -27,8 +27,19 @@ LENGTHS = 6  # cache lengths on the way to the limit
 class Engine:
     """Decodes on at most `slots` slots."""
 
-    def __init__(self, model, mesh, *, slots: int, pad_multiple: int, eos_id: int, seed: int):
-        """`slots` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`.
+    def __init__(
+        self,
+        model,
+        mesh,
+        *,
+        slots: int,
+        pad_multiple: int,
+        eos_id: int,
+        seed: int,
+        after_chunk: Callable[[], None] = lambda: None,
+    ):
+        """`slots` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`. After each
+        chunk of decode steps `after_chunk` is called; what it raises ends the rollout.
 
         `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
         (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,
@@ -39,7 +50,7 @@ class Engine:
         self.sizes = [slots // self.shards]  # slots a shard
         while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:
             self.sizes.append(self.sizes[-1] // 2)
-        self.key = jax.random.key(seed)
+        self.key, self.after_chunk = jax.random.key(seed), after_chunk
         self.counts: Counter[str] = Counter()
 
     def generate(
@@ -107,6 +118,7 @@ class _Rollout:
             self.count(total_len - before, schedule.owner.size, queued)
             rows = schedule.leave(total_len < limit)
             ended = list(self.completions(rows, total_len)) if rows else []
+            engine.after_chunk()
         yield from ended
 
     def fill(self, total_len: np.ndarray) -> np.ndarray:

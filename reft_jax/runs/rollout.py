@@ -16,6 +16,7 @@ from reft_jax.task import answers
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
+POLL_S = 0.2  # between two looks at whether to stop, while a program runs
 
 
 class Graded(NamedTuple):
@@ -72,7 +73,7 @@ class Grading:
             if future is None:
                 verdict = answers.judge(*answers.stated(text, example), example)
             else:
-                result = future.result()
+                result = self._result(future)
                 verdict = answers.judge(*answers.returned(result, example), example)
                 self.run.programs.update([result.status] + ["cut at a blank line"] * result.cut)
                 self.seconds[text] = result.ms / 1000
@@ -81,7 +82,19 @@ class Grading:
             if len(self.lines) == LOGGED_AT_ONCE:
                 self.run.executions.append(self.lines)
                 self.lines = []
+            self.run.guards.step()
             yield number, text, verdict
+
+    def _result(self, future: Future) -> executor.ExecResult:
+        """Waits for a program; raises Stopped if the run is asked to stop meanwhile: no program, no verdict."""
+        while True:
+            try:
+                return future.result(timeout=POLL_S)
+            except TimeoutError:
+                self.run.guards.check()
+            except executor.InfrastructureError:
+                self.run.guards.check()  # a machine that is shut down may have ended the executors first
+                raise
 
     def _stream(self, want: str) -> executor.Stream:
         if want not in self._streams:

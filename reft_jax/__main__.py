@@ -13,6 +13,9 @@
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
 
+Several hosts run one command together: each the same, on a TPU pod and under srun just so, elsewhere with
+--coordinator=HOST:PORT --num_processes=N --process_id=0…N-1 (docs/pods.md). --workdir is a folder that all of them see.
+
 Every setting, its default and its meaning stand in reft_jax/config.py.
 Exit codes: 0 done, 1 a check failed, 2 wrong input.
 """
@@ -70,6 +73,9 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_bool("replay", False, "grade executions.jsonl.gz again, without a model", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
     config = parse_config(argv, values)
     for name in ("workdir", "model", "out"):
         if name in values and not values[name].value:
@@ -81,9 +87,13 @@ def run_command(argv: list[str]) -> None:
 
         sys.exit(0 if replay(Path(values.workdir)) else 1)
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
+    from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
-    with open_run(config, Path(values.workdir), needs) as run:
+    with (
+        hosts.joined(values.coordinator, values.num_processes, values.process_id),
+        open_run(config, Path(values.workdir), needs) as run,
+    ):
         dispatch(command, run, values)
 
 

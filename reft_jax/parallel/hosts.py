@@ -198,7 +198,7 @@ _replicate = jax.jit(lambda tree: tree, out_shardings=PartitionSpec())
 
 def fetch(tree):
     """Whole NumPy copies of the arrays of `tree`, on every host; all of them call it, under the mesh of `on_mesh`."""
-    if count() > 1 and not all(x.is_fully_replicated for x in jax.tree.leaves(tree)):
+    if count() > 1 and not all(x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         tree = _replicate(tree)
     return jax.device_get(tree)
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from reft_jax.parallel import hosts
 from reft_jax.runs.rollout import roll_out
 from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import load_model
@@ -33,16 +34,17 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
         examples, n = shorten(run.data.train, settings.train_limit, run.config.seed), settings.train_n
     path = samples_path(run, name, split)
     records = read_samples(path)
+    hosts.agree(str(path), questions=len(records))
     done = {record["item_id"] for record in records}
     left = [example for example in examples if example.item_id not in done]
     if not left:
         return records
     path.parent.mkdir(exist_ok=True)
-    if path.exists():
+    if hosts.is_first() and path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     lm = load_model(run, name)["lm"]
     progress = Progress(f"sample {name} on {split}", len(examples) * n, "completion", done0=len(records) * n)
-    with path.open("a", encoding="utf-8") as file:
+    with (path if hosts.is_first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
         group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
         for start in range(0, len(left), group):
             for record in sample_questions(run, lm, left[start : start + group], n, f"{name} samples on {split}"):
@@ -52,6 +54,7 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
             voted = sum(record["is_correct"] for record in records) / len(records)
             progress.update(len(records) * n, voted_correct=voted)
     progress.close()
+    hosts.gather(f"{path} is written", None)
     return records
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
-from reft_jax.parallel.mesh import abstract_arrays, shardings
+from reft_jax.parallel import hosts
+from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.runs.setup import Run
 from reft_jax.train.checkpoints import Checkpoints, load_params, save_params
 from reft_jax.train.metrics import MetricsWriter
@@ -35,7 +36,7 @@ def base_policy(run: Run):
     _, lm = load_hf(run.base, shardings=where["lm"])
     if head := load_value_head(run.base):
         print(f"the value head is that of {run.base}", flush=True)
-        return {"lm": lm, "value_head": jax.device_put(head, where["value_head"])}
+        return {"lm": lm, "value_head": put(head, where["value_head"])}
     head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
     return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.ppo.value_init * x, head)}
 
@@ -56,7 +57,7 @@ def load_model(run: Run, name: str, abstract=None):
 def finished(run: Run, stage: str) -> dict | None:
     """What `Training.finish` wrote for this stage, or None if it has not ended."""
     path = run.workdir / stage / "done.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return hosts.from_first(f"is {stage} done?", lambda: json.loads(path.read_text()) if path.exists() else None)
 
 
 class Training:
@@ -95,10 +96,11 @@ class Training:
     def save(self, done: int, step: int) -> None:
         """Everything up to epoch or iteration `done`, whose last metrics line is `step`, is kept from here on."""
         self.info |= {"seconds": time.monotonic() - self._clock, "step": step}
+        hosts.agree(f"{self.folder.name}: save", done=done, step=step, best=self.info.get("best"))
         self.checkpoints.save(done, self.state, self.info)
         self.done = done
         for folder in self.folder.glob("best_*"):  # what a resume could still have wanted is not wanted any more
-            if folder.name != f"best_{self.info['best']}":
+            if hosts.is_first() and folder.name != f"best_{self.info['best']}":
                 shutil.rmtree(folder)
 
     def finish(self, model: Path, result: dict) -> dict:
@@ -108,14 +110,16 @@ class Training:
         """
         self.metrics.close()
         self.checkpoints.close()
+        if "best" not in self.info:
+            save_params(model, self.state.params)
+        return hosts.from_first(f"{self.folder.name} is done", lambda: self._hand_on(model, self.info | result))
+
+    def _hand_on(self, model: Path, result: dict) -> dict:
         best = self.folder / f"best_{self.info.get('best')}"
         if best.exists():
             model.parent.mkdir(exist_ok=True)
             shutil.rmtree(model, ignore_errors=True)
             best.rename(model)
-        elif "best" not in self.info:
-            save_params(model, self.state.params)
-        result = self.info | result
         whole = self.folder / "done.tmp"
         whole.write_text(json.dumps(result, indent=1) + "\n")
         whole.rename(self.folder / "done.json")

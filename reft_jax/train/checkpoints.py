@@ -5,18 +5,22 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from reft_jax.parallel import hosts
+
 
 def save_params(folder: Path, params) -> None:
     """Writes a parameter tree; an older one goes only once this is complete (Orbax's own `force` deletes first)."""
     whole = folder.with_name(folder.name + ".new").absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(whole, params, force=True)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
+    if hosts.is_first():
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        whole.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    whole.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    hosts.gather(f"{folder} is whole", None)
 
 
 def load_params(folder: Path, abstract):

@@ -26,6 +26,7 @@ from jax._src import distributed
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.sharding import PartitionSpec
 
+from reft_jax.parallel import host_log
 from reft_jax.types import InputError
 
 CONNECT_S = 300  # for the slowest host to start
@@ -89,7 +90,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
         _fail("error: " + " ".join(str(error).splitlines()), 2)
     except BaseException as error:
         traceback.print_exc()
-        if isinstance(error, jax.errors.JaxRuntimeError):  # it may be that the other side of a connection has died
+        if _of_the_devices(error):  # it may be that the other side of a connection has died
             _look_for_the_lost()
         _fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
     finally:
@@ -138,18 +139,19 @@ def log_to(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"host_{number()}.log"
+    last = (
+        f"host {number()}: ended by JAX: another host is lost. A task N above is host N, the leader {_state.names[0]}"
+    )
     for stream, file in ((1, sys.stdout), (2, sys.stderr)):
         file.flush()
-        # What it prints last, at a signal or in a crash of C++, must be there too: so it is a process of its own that
-        # no signal to this one's group ends.
-        tee = subprocess.Popen(
-            ["sh", "-c", 'trap "" TERM INT HUP; exec tee -a "$0"', path],
+        copier = subprocess.Popen(
+            [sys.executable, "-I", "-S", host_log.__file__, path, last],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL if stream == 1 and not is_first() else stream,
-            start_new_session=True,
+            start_new_session=True,  # a signal to this one's group is not for it
         )
-        os.dup2(tee.stdin.fileno(), stream)
-        tee.stdin.close()
+        os.dup2(copier.stdin.fileno(), stream)
+        copier.stdin.close()
 
 
 def gather(what: str, value: Any) -> list[Any]:
@@ -246,6 +248,13 @@ def _watch() -> None:
             elif now - heard[host][1] > SILENCE_S and host not in _state.silent:
                 _state.silent[host] = now - heard[host][1]
                 _say(f"no sign of life from host {_state.names[host]} for {SILENCE_S} s: is it killed or lost?")
+
+
+def _of_the_devices(error: BaseException | None) -> bool:
+    """Whether a computation failed, whatever has been made of its error since."""
+    while error and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _look_for_the_lost() -> None:

@@ -13,6 +13,9 @@
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
 
+Several hosts run one command together: each the same, on a TPU pod and under srun just so, elsewhere with
+--coordinator=HOST:PORT --num_processes=N --process_id=0…N-1 (docs/pods.md). --workdir is a folder that all of them see.
+
 Every setting, its default and its meaning stand in reft_jax/config.py. The same command goes on where a run ended; if
 settings have changed since, name those that may: --allow_config_change=KEY,KEY (docs/reliability.md)
 Exit codes: 0 done; 1 a check failed, or the program broke down; 2 wrong input; 3 a number was NaN or infinite, and what
@@ -29,8 +32,7 @@ from typing import NoReturn
 from absl import flags
 
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
-from reft_jax.runs.guards import NotFiniteError, Stopped
-from reft_jax.types import InputError, SaveError
+from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "solve", "convert")
 MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
@@ -46,17 +48,13 @@ def main() -> None:
         run_command(sys.argv[1:])
     except Stopped as stop:
         print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
-        sys.exit(75)
-    except InputError as error:
-        end(2, error)
-    except NotFiniteError as error:
-        end(3, error)
-    except SaveError as error:
-        end(4, error)
+        sys.exit(stop.exit_code)
+    except (InputError, NotFiniteError, SaveError) as error:
+        end(error.exit_code, error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        end(4, f"{error}; what was saved before is whole: make room and run the same command again")
+        end(SaveError.exit_code, f"{error}; what was saved before is whole: make room and run the same command again")
 
 
 def end(code: int, error) -> NoReturn:
@@ -92,6 +90,9 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_bool("replay", False, "grade executions.jsonl.gz again, without a model", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
     config = parse_config(argv, values)
     for name in ("workdir", "model", "out"):
         if name in values and not values[name].value:
@@ -106,9 +107,13 @@ def run_command(argv: list[str]) -> None:
 
         sys.exit(0 if replay(Path(values.workdir)) else 1)
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
+    from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
-    with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
+    with (
+        hosts.joined(values.coordinator, values.num_processes, values.process_id),
+        open_run(config, Path(values.workdir), needs, values.allow_config_change) as run,
+    ):
         dispatch(command, run, values)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from reft_jax.engine import slots as programs
 from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
+from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
 
@@ -114,7 +115,7 @@ class _Rollout:
             )
             yield from ended  # while the device works
             before = total_len
-            total_len, limit = jax.device_get((self.slots.total_len, self.slots.limit))
+            total_len, limit = fetch((self.slots.total_len, self.slots.limit))
             self.count(total_len - before, schedule.owner.size, queued)
             rows = schedule.leave(total_len < limit)
             ended = list(self.completions(rows, total_len)) if rows else []
@@ -192,7 +193,7 @@ class _Rollout:
             self.engine.counts.update({f"queue_{name}": number for name, number in counted.items()})
 
     def completions(self, rows: list[tuple[int, int]], total_len: np.ndarray) -> Iterator[tuple[int, Completion]]:
-        tokens, logprobs = jax.device_get((self.slots.tokens, self.slots.logprobs))
+        tokens, logprobs = fetch((self.slots.tokens, self.slots.logprobs))
         for row, request in rows:
             prompt = self.prompts[request]
             response = slice(len(prompt.tokens), total_len[row])

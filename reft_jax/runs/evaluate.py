@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from reft_jax.config import flatten
+from reft_jax.parallel import hosts
 from reft_jax.runs.curves import plot_curves
 from reft_jax.runs.report import print_table, write_report
 from reft_jax.runs.rerank import rerank_scores
@@ -21,12 +22,14 @@ from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound
 def kept(run: Run, name: str, make: Callable[[], list[dict]]) -> list[dict]:
     """The records of evaluations/NAME.jsonl, made now if they are not there."""
     path = run.workdir / "evaluations" / f"{name}.jsonl"
-    if not path.exists():
+    if not hosts.from_first(f"is {path} there?", path.exists):
         records = make()
-        path.parent.mkdir(exist_ok=True)
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        whole.rename(path)
+        if hosts.is_first():
+            path.parent.mkdir(exist_ok=True)
+            whole = path.with_suffix(".tmp")
+            whole.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            whole.rename(path)
+        hosts.gather(f"{path} is written", None)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -104,11 +107,12 @@ def run_evaluate(run: Run) -> dict:
         "seconds": {stage: result["seconds"] for stage, result in stages.items() if result},
         "stages": stages,
     }
-    write_report(run.workdir, report)
-    lines = [metrics_lines(run, stage) for stage in ("sft", "reft")]
-    if any(lines):
-        plot_curves(run.workdir, *lines, run.workdir / "curves.png")
-    print_table(report)
+    if hosts.is_first():
+        write_report(run.workdir, report)
+        lines = [metrics_lines(run, stage) for stage in ("sft", "reft")]
+        if any(lines):
+            plot_curves(run.workdir, *lines, run.workdir / "curves.png")
+        print_table(report)
     return report
 
 

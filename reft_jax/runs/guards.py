@@ -10,15 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from reft_jax.parallel import hosts
+from reft_jax.types import NotFiniteError, Stopped
+
 STDERR = 2  # the descriptor: stacks go there even if Python's own stream is stuck
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has reached a safe point."""
-
-
-class NotFiniteError(FloatingPointError):
-    """A loss or another number of a step is NaN or infinite."""
 
 
 class Guards:
@@ -46,16 +41,23 @@ class Guards:
         if self.seconds:
             faulthandler.cancel_dump_traceback_later()
 
-    def check(self) -> None:
-        """A safe point: nothing is half done here. Raises Stopped if the run was asked to stop."""
-        if self.asked:
-            raise Stopped(self.asked)
+    def check(self, alone: bool = False) -> None:
+        """A safe point: nothing is half done here. Raises Stopped if the run was asked to stop.
 
-    def step(self) -> None:
+        Where there are several hosts all come here equally often, and one that was asked stops all. `alone`: the others
+        may not be here, so that this is a safe point of a single host only.
+        """
+        asked = self.asked
+        if hosts.count() > 1:
+            asked = None if alone else next(filter(None, hosts.gather("stop?", self.asked)), None)
+        if asked:
+            raise Stopped(asked)
+
+    def step(self, alone: bool = False) -> None:
         """A safe point, and something has been done: a decode chunk, a program, an update."""
         if time.monotonic() - self._armed_at > 1.0:
             self._arm()
-        self.check()
+        self.check(alone)
 
     def _arm(self) -> None:
         self._armed_at = time.monotonic()

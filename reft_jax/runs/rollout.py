@@ -1,8 +1,11 @@
-"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for."""
+"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for.
+
+Every host has all completions, runs the programs of its share, and learns the others' verdicts at the end.
+"""
 
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -10,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from reft_jax import executor
+from reft_jax.parallel import hosts
 from reft_jax.runs.executions import execution
 from reft_jax.runs.setup import Run
 from reft_jax.task import answers
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
-LOGGED_AT_ONCE = 512  # lines of the audit log
 POLL_S = 0.2  # between two looks at whether to stop, while a program runs
 
 
@@ -30,7 +33,7 @@ class Graded(NamedTuple):
 class Clock:
     """Where the time of a rollout goes, in seconds: decoding (with what hides behind it), then waiting for verdicts.
 
-    programs: the run time of each program, counted once if it came twice.
+    programs: the run time of each program, counted once if it came twice to the same host.
     """
 
     def __init__(self):
@@ -39,16 +42,18 @@ class Clock:
 
 
 class Grading:
-    """Takes completions as they come and gives verdicts back in that order; a context that ends with its programs.
+    """Takes completions as they come; a context that ends with their programs.
 
-    An executor that fails raises InfrastructureError here: it is never a reward of 0.
+    An executor that fails raises InfrastructureError here: it is never a reward of 0. verdicts: what is known so far,
+    by number. seconds: how long each program took. outcomes: what became of the programs.
     """
 
-    def __init__(self, run: Run, purpose: str):
-        self.run, self.purpose = run, purpose
+    def __init__(self, run: Run):
+        self.config, self.guards = run.config, run.guards
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
-        self.lines: list[dict] = []
-        self.seconds: dict[str, float] = {}  # by program
+        self.verdicts: dict[int, Verdict] = {}
+        self.seconds: dict[str, float] = {}
+        self.outcomes: Counter[str] = Counter()
         self._streams: dict[str, executor.Stream] = {}
         self._stack = contextlib.ExitStack()
 
@@ -57,33 +62,26 @@ class Grading:
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
-        self.run.executions.append(self.lines)
 
     def submit(self, number: int, example: Example, text: str) -> None:
-        """`number` comes back with the verdict."""
+        """Its verdict will be `verdicts[number]`."""
         future = None
-        if self.run.config.data.engine == "python":
+        if self.config.data.engine == "python":
             future = self._stream(answers.wanted(example)).submit(text)
         self.under_way.append((number, example, text, future))
 
-    def ready(self, wait: bool = False) -> Iterator[tuple[int, str, Verdict]]:
-        """(number, text, verdict) of those that are known and, with `wait`, of all."""
+    def collect(self, wait: bool = False) -> None:
+        """Verdicts of the programs that have ended, in the order in which they came; with `wait`, of all."""
         while self.under_way and (wait or self.under_way[0][3] is None or self.under_way[0][3].done()):
             number, example, text, future = self.under_way.popleft()
             if future is None:
-                verdict = answers.judge(*answers.stated(text, example), example)
+                self.verdicts[number] = answers.judge(*answers.stated(text, example), example)
             else:
                 result = self._result(future)
-                verdict = answers.judge(*answers.returned(result, example), example)
-                self.run.programs.update([result.status] + ["cut at a blank line"] * result.cut)
+                self.verdicts[number] = answers.judge(*answers.returned(result, example), example)
+                self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
                 self.seconds[text] = result.ms / 1000
-            took = self.seconds.get(text, 0.0)
-            self.lines.append(execution(self.purpose, example, text, verdict, 1000 * took))
-            if len(self.lines) == LOGGED_AT_ONCE:
-                self.run.executions.append(self.lines)
-                self.lines = []
-            self.run.guards.step()
-            yield number, text, verdict
+            self.guards.step(alone=True)
 
     def _result(self, future: Future) -> executor.ExecResult:
         """Waits for a program; raises Stopped if the run is asked to stop meanwhile: no program, no verdict."""
@@ -91,14 +89,14 @@ class Grading:
             try:
                 return future.result(timeout=POLL_S)
             except TimeoutError:
-                self.run.guards.check()
+                self.guards.check(alone=True)
             except executor.InfrastructureError:
-                self.run.guards.check()  # a machine that is shut down may have ended the executors first
+                self.guards.check(alone=True)  # a machine that is shut down may have ended the executors first
                 raise
 
     def _stream(self, want: str) -> executor.Stream:
         if want not in self._streams:
-            limits = self.run.config.executor
+            limits = self.config.executor
             self._streams[want] = self._stack.enter_context(
                 executor.stream(
                     timeout_s=limits.timeout_s, workers=limits.workers, memory_mb=limits.memory_mb, want=want
@@ -110,26 +108,40 @@ class Grading:
 def roll_out(
     run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
 ) -> Iterator[tuple[int, Graded]]:
-    """Yields (index of the prompt, what became of it) as verdicts come; `examples[i]` is what prompts[i] asks.
+    """Yields (index of the prompt, what became of it) in the order in which rows ended, once all are graded and in the
+    audit log; `examples[i]` is what prompts[i] asks.
 
     `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
     """
-    clock, completions = clock or Clock(), {}
-    with Grading(run, purpose) as grading:
-
-        def graded(wait: bool):
-            for i, text, verdict in grading.ready(wait):
-                yield i, Graded(completions.pop(i), text, verdict)
-
+    clock, ended, owners = clock or Clock(), [], shares(prompts)
+    with Grading(run) as grading:
         begun = time.monotonic()
         for i, completion in run.engine.generate(lm, prompts, **sampling):
-            completions[i] = completion
-            grading.submit(i, examples[i], run.text(prompts[i], completion))
-            yield from graded(wait=False)
+            text = run.text(prompts[i], completion)
+            ended.append((i, completion, text))
+            if owners[i] == hosts.number():
+                grading.submit(i, examples[i], text)
+            grading.collect()
         clock.decoding, begun = time.monotonic() - begun, time.monotonic()
-        yield from graded(wait=True)
+        grading.collect(wait=True)
+    verdicts, seconds = {}, {}
+    for theirs in hosts.gather(f"verdicts of {purpose}", [grading.verdicts, grading.seconds, grading.outcomes]):
+        verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}
+        seconds |= theirs[1]
+        clock.programs += theirs[1].values()
+        run.programs.update(theirs[2])
     clock.waiting = time.monotonic() - begun
-    clock.programs = list(grading.seconds.values())
+    run.executions.append(
+        execution(purpose, examples[i], text, verdicts[i], 1000 * seconds.get(text, 0.0)) for i, _, text in ended
+    )
+    for i, completion, text in ended:
+        yield i, Graded(completion, text, verdicts[i])
+
+
+def shares(prompts: list[Prompt]) -> list[int]:
+    """The host that runs the program of each prompt: questions in turn, so that equal answers to one meet on a host."""
+    turn: dict[str, int] = {}
+    return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from reft_jax.parallel import hosts
 from reft_jax.runs.rollout import roll_out
 from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import load_model
@@ -45,14 +46,16 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
         examples, n = shorten(run.data.train, settings.train_limit, run.config.seed), settings.train_n
     path = samples_path(run, name, split)
     records = {record["item_id"]: record for record in read_samples(path)}
+    hosts.agree(str(path), questions=len(records))
     left = [example for example in examples if example.item_id not in records]
     if left:
         path.parent.mkdir(exist_ok=True)
-        if path.exists():
+        if hosts.is_first() and path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         lm, voted = load_model(run, name)["lm"], sum(record["is_correct"] for record in records.values())
         progress = Progress(f"sample {name} on {split}", len(examples) * n, "completion", done0=len(records) * n)
-        with path.open("a", encoding="utf-8", buffering=1) as file:  # by the line: a crash loses none written
+        written = path if hosts.is_first() else Path(os.devnull)
+        with written.open("a", encoding="utf-8", buffering=1) as file:  # by the line: a crash loses none written
             group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
             for start in range(0, len(left), group):
                 for record in sample_questions(run, lm, left[start : start + group], n, f"{name} samples on {split}"):
@@ -60,6 +63,7 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
                     records[record["item_id"]], voted = record, voted + record["is_correct"]
                     progress.update(len(records) * n, voted_correct=voted / len(records))
         progress.close()
+        hosts.gather(f"{path} is written", None)
     return [records[example.item_id] for example in examples]
 
 

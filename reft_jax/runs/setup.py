@@ -21,6 +21,7 @@ import numpy as np
 
 from reft_jax import __version__, executor
 from reft_jax.config import flatten, to_json
+from reft_jax.parallel import hosts
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.task import datasets, prompts
@@ -139,18 +140,23 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def create_workdir(config, workdir: Path) -> None:
-    """Makes the work directory, if it is new, and records config and versions; a changed config takes its place."""
+    """Makes the work directory, if it is new, and records config and versions; a changed config takes its place.
+
+    One host does it; all must see it.
+    """
     path, text = workdir / "config.json", to_json(config) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-        whole = path.with_suffix(".tmp")
-        whole.write_text(text)
-        whole.rename(path)  # last: from here on the directory is in use
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another") from error
+    if hosts.is_first() and not (path.exists() and path.read_text() == text):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+            whole = path.with_suffix(".tmp")
+            whole.write_text(text)
+            whole.rename(path)  # last: from here on the directory is in use
+        except OSError as error:
+            raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another") from error
+    hosts.gather("the work directory", None)
+    if not path.exists():
+        raise InputError(f"--workdir: {workdir} of host 0 is not there on host {hosts.number()}; choose a shared one")
 
 
 def load_data(config, paths: dict[str, str]) -> Data:
@@ -200,6 +206,18 @@ def tokenized(run: Run) -> Run:
     return run
 
 
+def data_facts(run: Run) -> dict:
+    """What must be alike on all hosts: rows and a digest of them."""
+    splits = {name: getattr(run.data, name) for name in ("train", "dev", "test")}
+    text = json.dumps([splits, run.sft])
+    rows = {f"{name} rows": len(examples) for name, examples in splits.items()}
+    return rows | {
+        "SFT rows": len(run.sft),
+        "PPO questions": len(run.questions),
+        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
 def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
     """Before JAX; says on stderr what guards a program. InputError if nothing does and that is not allowed."""
     try:
@@ -226,8 +244,6 @@ def open_mesh(config):
 
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    if jax.process_count() > 1:
-        raise InputError("several processes in one run are not supported; start it on one host")
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
@@ -238,6 +254,7 @@ def open_run(config, workdir: Path, needs: list[str], allowed: Sequence[str] = (
     `allowed` are settings that may differ from those the work directory was made with.
     """
     workdir = workdir.absolute()
+    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
     check_workdir(config, workdir, needs, allowed)
     with Guards(config.watchdog_minutes) as guards:
         with _opened(config, workdir, guards) as run:
@@ -269,13 +286,18 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
         if toy:
             from reft_jax.runs.toy import write_data, write_model
 
-            if not (workdir / "config.json").exists():  # what a start with other settings may have left
-                shutil.rmtree(workdir / "toy", ignore_errors=True)
-            data = load_data(config, write_data(config, workdir / "toy"))
+            def write_toy_data() -> dict[str, str]:
+                if not (workdir / "config.json").exists():  # what a start with other settings may have left
+                    shutil.rmtree(workdir / "toy", ignore_errors=True)
+                return write_data(config, workdir / "toy")
+
+            data = load_data(config, hosts.from_first("the toy's data", write_toy_data))
             base = workdir / "toy" / "model"
-            write_model(config, data.train, base)
+            hosts.from_first("the toy's model", lambda: write_model(config, data.train, base))
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
         create_workdir(config, workdir)
+        hosts.log_to(workdir / "logs")
+        hosts.agree("the data", **data_facts(run))
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)

@@ -7,7 +7,8 @@ import jax
 
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
-from reft_jax.parallel.mesh import abstract_arrays, shardings
+from reft_jax.parallel import hosts
+from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.runs.setup import Run
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.state import abstract_params, init_head
@@ -31,7 +32,7 @@ def base_policy(run: Run):
     _, lm = load_hf(run.base, shardings=where["lm"])
     if head := load_value_head(run.base):
         print(f"the value head is that of {run.base}", flush=True)
-        return {"lm": lm, "value_head": jax.device_put(head, where["value_head"])}
+        return {"lm": lm, "value_head": put(head, where["value_head"])}
     head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
     return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.ppo.value_init * x, head)}
 
@@ -52,4 +53,4 @@ def load_model(run: Run, name: str, abstract=None):
 def finished(run: Run, stage: str) -> dict | None:
     """What `Training.finish` wrote for this stage, or None if it has not ended."""
     path = run.workdir / stage / "done.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return hosts.from_first(f"is {stage} done?", lambda: json.loads(path.read_text()) if path.exists() else None)

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from reft_jax.executor import InfrastructureError
+from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays
-from reft_jax.runs.guards import Stopped, check_finite
+from reft_jax.runs.guards import check_finite
 from reft_jax.runs.rollout import greedy, top1
 from reft_jax.runs.setup import Run
 from reft_jax.train.batches import epoch_order
@@ -19,7 +20,7 @@ from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.metrics import MetricsWriter, Progress
 from reft_jax.train.state import abstract_state, new_state, state_shardings
-from reft_jax.types import InputError
+from reft_jax.types import InputError, Stopped
 
 
 class Training:
@@ -67,9 +68,10 @@ class Training:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Saves first if the run was asked to stop, or if programs cannot be run any more."""
+        """Saves first if the run was asked to stop, or if programs cannot be run any more (and other hosts know)."""
+        together = isinstance(error, Stopped) or (isinstance(error, InfrastructureError) and hosts.count() == 1)
         try:
-            if isinstance(error, Stopped | InfrastructureError) and self.done:
+            if together and self.done:
                 self.save()
         finally:
             with contextlib.suppress(OSError):  # of a full disk; every line is on it already
@@ -112,13 +114,14 @@ class Training:
         if self.done == self._saved:
             return
         self.info["seconds"] = time.monotonic() - self._clock
-        pending = json.loads(json.dumps(jax.device_get(self.pending), default=float))
+        pending = json.loads(json.dumps(hosts.fetch(self.pending), default=float))
+        hosts.agree(f"{self.folder.name}: save", done=self.done, step=self.info["step"], best=self.info.get("best"))
         self.checkpoints.wait()
         wanted = {saved["info"].get("best") for saved in self.checkpoints.infos()} | {self.info.get("best")}
         self.checkpoints.save(self.done, self.state, {"info": self.info, "pending": pending})
         self._saved = self.done
         for folder in self.folder.glob("best_*"):  # a step that a resume may use wants its best model
-            if folder.name not in {f"best_{at}" for at in wanted}:
+            if hosts.is_first() and folder.name not in {f"best_{at}" for at in wanted}:
                 shutil.rmtree(folder)
 
     def finish(self, model: Path, result: dict) -> dict:
@@ -129,15 +132,18 @@ class Training:
         self.check_finite()
         self.metrics.close()
         self.checkpoints.close()
+        if "best" not in self.info:
+            save_params(model, self.state.params)
+        self.info["seconds"] = time.monotonic() - self._clock
+        result = self.info | result | {"checksum": digest(array_checksums(self.state))}
+        return hosts.from_first(f"{self.folder.name} is done", lambda: self._hand_on(model, result))
+
+    def _hand_on(self, model: Path, result: dict) -> dict:
         best = self.folder / f"best_{self.info.get('best')}"
         if best.exists():
             model.parent.mkdir(exist_ok=True)
             shutil.rmtree(model, ignore_errors=True)
             best.rename(model)
-        elif "best" not in self.info:
-            save_params(model, self.state.params)
-        self.info["seconds"] = time.monotonic() - self._clock
-        result = self.info | result | {"checksum": digest(array_checksums(self.state))}
         whole = self.folder / "done.tmp"
         whole.write_text(json.dumps(result, indent=1) + "\n")
         whole.rename(self.folder / "done.json")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from reft_jax.parallel import hosts
 from reft_jax.train.checksums import MANIFEST, array_checksums, damage, write_manifest
 from reft_jax.types import InputError, SaveError
 
@@ -28,7 +29,7 @@ def save_params(folder: Path, params) -> None:
     checksums = array_checksums(params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(whole, params, force=True)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
         write_manifest(whole)
         old = folder.with_name(folder.name + ".old")
@@ -37,6 +38,7 @@ def save_params(folder: Path, params) -> None:
             folder.rename(old)
         whole.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+    hosts.gather(f"{folder} is whole", None)
 
 
 def load_params(folder: Path, abstract):

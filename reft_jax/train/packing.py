@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import sizes_up_to
 from reft_jax.types import Array, Rollout
 
@@ -91,9 +92,10 @@ class Packing:
         return jax.tree.map(lambda x: self.spread(np.asarray(x)[self.at]), tree)
 
     def collect(self, values, length: int) -> np.ndarray:
-        """float32[B,length], 0 where no decision is, of values [M,b,W]: the way back from `spread(x[packing.at])`."""
+        """float32[B,length], 0 where no decision is, of values [M,b,W] on the mesh: the way back from
+        `spread(x[packing.at])`."""
         out = np.zeros((len(self.line), length), np.float32)
-        out[self.at] = np.asarray(values).reshape(-1, self.length)[self.slot]
+        out[self.at] = fetch(values).reshape(-1, self.length)[self.slot]
         return out
 
 

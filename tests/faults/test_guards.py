@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import starts
 
-from reft_jax.runs.guards import Guards, NotFiniteError, Stopped, check_finite
+from reft_jax.runs.guards import Guards, check_finite
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_inputs(cache, tmp_path):

@@ -27,7 +27,7 @@ from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.sharding import PartitionSpec
 
 from reft_jax.parallel import host_log
-from reft_jax.types import InputError
+from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 CONNECT_S = 300  # for the slowest host to start
 HEARTBEAT_S = 45  # JAX ends every host so long after one has died
@@ -84,10 +84,10 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     try:
         yield
         gather("the end of the run", None)
-    except SystemExit:  # all hosts leave by the same decision
+    except (SystemExit, Stopped):  # all hosts leave by the same decision
         raise
-    except InputError as error:
-        _fail("error: " + " ".join(str(error).splitlines()), 2)
+    except (InputError, NotFiniteError, SaveError) as error:
+        _fail("error: " + " ".join(str(error).splitlines()), error.exit_code)
     except BaseException as error:
         traceback.print_exc()
         if _of_the_devices(error):  # it may be that the other side of a connection has died

@@ -81,9 +81,10 @@ def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inpu
     if not bad:
         return
     saved = folder / f"not_finite_{at}.npz"
-    np.savez(saved, **inputs)
     about = {"step": at, "numbers": {name: str(value) for name, value in numbers.items()}, "item_ids": list(item_ids)}
-    saved.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    if hosts.is_first():
+        np.savez(saved, **inputs)
+        saved.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     raise NotFiniteError(
         f"{folder.name} {at}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; items "
         f"{', '.join(list(item_ids)[:8])}{', …' if len(item_ids) > 8 else ''}; what it read is in {saved}"

@@ -114,9 +114,9 @@ class Training:
         if self.done == self._saved:
             return
         self.info["seconds"] = time.monotonic() - self._clock
-        pending = json.loads(json.dumps(hosts.fetch(self.pending), default=float))
-        hosts.agree(f"{self.folder.name}: save", done=self.done, step=self.info["step"], best=self.info.get("best"))
+        pending = json.loads(json.dumps(jax.device_get(self.pending), default=float))
         self.checkpoints.wait()
+        hosts.agree(f"{self.folder.name}: save", done=self.done, step=self.info["step"], best=self.info.get("best"))
         wanted = {saved["info"].get("best") for saved in self.checkpoints.infos()} | {self.info.get("best")}
         self.checkpoints.save(self.done, self.state, {"info": self.info, "pending": pending})
         self._saved = self.done

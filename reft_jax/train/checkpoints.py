@@ -13,7 +13,6 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
@@ -46,7 +45,7 @@ def load_params(folder: Path, abstract):
 
     InputError if a file of it, or an array once it is read, is not what was saved.
     """
-    problem = damage(folder)
+    problem = hosts.from_first(f"damage of {folder}", lambda: damage(folder))
     if not problem:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder.absolute(), abstract)
@@ -86,11 +85,12 @@ class Checkpoints:
             raise ValueError(f"{self.folder}: step {step} was not saved; step {self._newest} is there")
         folder, checksums = self.folder / str(step), array_checksums(state)
         try:
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 about = {"step": step, "info": info, "made_by": self.made_by, "arrays": checksums}
                 (folder / "step.json").write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
+            hosts.gather(f"{folder} is there", None)
             self._checkpointer.save(folder / "state", state)
         except Exception as error:  # Orbax has its own kind for every file system
             self._failed(folder, error)
@@ -123,21 +123,23 @@ class Checkpoints:
         steps and none is good: a run never begins again unless its owner removes them.
         """
         bad: dict[int, str] = {}
-        for step in sorted(self._steps(), reverse=True):
+        for step in hosts.from_first(f"steps in {self.folder}", lambda: self._steps()[::-1]):
             found = self._read(step, abstract_state)
             if isinstance(found, Restored):
                 break
             bad[step] = found
         else:
             found = None
-            if self._whole():
+            if hosts.from_first(f"whole steps in {self.folder}", self._whole):
                 told = "; ".join(f"{step}: {reason}" for step, reason in bad.items())
                 raise InputError(
                     f"{self.folder}: no saved step can be used ({told}); restore one from a copy, or remove the folder "
                     "to begin this stage again"
                 )
-        for step, reason in bad.items():
-            self._quarantine(step, reason)
+        if hosts.is_first():
+            for step, reason in bad.items():
+                self._quarantine(step, reason)
+        hosts.gather(f"{self.folder} holds good steps only", None)
         self._newest = found.step if found else -1
         return found
 
@@ -151,7 +153,7 @@ class Checkpoints:
     def _read(self, step: int, abstract_state) -> Restored | str:
         """The step, or what is wrong with it."""
         folder = self.folder / str(step)
-        if reason := damage(folder):
+        if reason := hosts.from_first(f"damage of {folder}", lambda: damage(folder)):
             return reason
         about = json.loads((folder / "step.json").read_text())
         state = self._checkpointer.restore(folder / "state", abstract_state)
@@ -163,7 +165,7 @@ class Checkpoints:
         """In the background: the manifest once everything else is on the disk, then older steps go."""
         try:
             self._checkpointer.wait_until_finished()
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 write_manifest(folder)
                 for step in self._whole()[: -self.keep]:
                     (self.folder / str(step) / MANIFEST).unlink()  # from here on it is no step any more
@@ -173,7 +175,8 @@ class Checkpoints:
             self._error = error
 
     def _failed(self, folder: Path, error: BaseException) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
+        if hosts.is_first():
+            shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
         whole = self._whole()
         last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
         first_line = next(iter(str(error).splitlines()), type(error).__name__)

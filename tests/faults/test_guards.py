@@ -11,6 +11,7 @@ import pytest
 import starts
 
 from reft_jax.runs.guards import Guards, check_finite
+from reft_jax.types import NotFiniteError, Stopped
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_inputs(cache, tmp_path):

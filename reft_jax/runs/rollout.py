@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -117,6 +117,16 @@ def roll_out(
         yield from graded(wait=True)
     clock.waiting = time.monotonic() - begun
     clock.programs = list(grading.seconds.values())
+
+
+def one_each(run: Run, examples: list[Example]) -> list[Prompt]:
+    """A prompt of each example for one iteration; one that comes twice is sampled under another number, or both rows
+    would be the same."""
+    seen, prompts = Counter(), []
+    for prompt in run.prompts(examples):
+        prompts.append(prompt._replace(sample=seen[prompt.item_id]))
+        seen[prompt.item_id] += 1
+    return prompts
 
 
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:

@@ -143,14 +143,17 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
 
 
 def sft_rows(run: Run) -> list[tuple[list[int], int]]:
-    """Training rows that fit: (ids of prompt + target + EOS, prompt length). Tokenized apart, as the authors do."""
-    rows, config = [], run.config
-    for example in run.data.train:
-        prompt = encode(run.tokenizer, prompts.prompt_text(example.question))
-        target = encode(run.tokenizer, prompts.sft_target(example, config.data.engine))
-        rows.append((prompt + target + [run.tokenizer.eos_token_id], len(prompt)))
+    """Training rows that fit, of `supervised_row`."""
+    config = run.config
+    rows = [supervised_row(run, e.question, prompts.sft_target(e, config.data.engine)) for e in run.data.train]
     lengths = [len(row) for row, _ in rows]
     return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
+
+
+def supervised_row(run: Run, question: str, target: str) -> tuple[list[int], int]:
+    """(ids of prompt + target + EOS, prompt length). Prompt and target are tokenized apart, as the authors do."""
+    prompt = encode(run.tokenizer, prompts.prompt_text(question))
+    return prompt + encode(run.tokenizer, target) + [run.tokenizer.eos_token_id], len(prompt)
 
 
 def ppo_examples(run: Run) -> list[Example]:
@@ -196,6 +199,20 @@ def open_mesh(config):
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
+def make_engine(run: Run):
+    """The rollout engine of the run's model, tokenizer and mesh."""
+    from reft_jax.engine.generate import Engine
+
+    return Engine(
+        run.model,
+        run.mesh,
+        slots=run.config.engine.slots,
+        pad_multiple=run.config.data.pad_multiple,
+        eos_id=run.tokenizer.eos_token_id,
+        seed=run.config.seed,
+    )
+
+
 @contextmanager
 def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
@@ -210,7 +227,6 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     try:
         import jax
 
-        from reft_jax.engine.generate import Engine
         from reft_jax.model.hf import read_config
         from reft_jax.model.llama import Llama
         from reft_jax.parallel.compilation import keep_compiled
@@ -233,14 +249,7 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
-        run.engine = Engine(
-            model,
-            mesh,
-            slots=config.engine.slots,
-            pad_multiple=config.data.pad_multiple,
-            eos_id=run.tokenizer.eos_token_id,
-            seed=config.seed,
-        )
+        run.engine = make_engine(run)
         with on_mesh(mesh):
             yield run
     finally:

@@ -103,6 +103,13 @@ def pack_rollout(rollout: Rollout, **size) -> Packing:
     return Packing(rows, rollout.prompt_len - 1, rollout.total_len - rollout.prompt_len, **size)
 
 
+def pack_targets(rows: list[tuple[list[int], int]], **size) -> Packing:
+    """Rows (ids, prompt length); their decisions chose the tokens after the prompt. `size` as in Packing."""
+    ids, prompt_lens = zip(*rows, strict=True)
+    first, decisions = [prompt - 1 for prompt in prompt_lens], [len(row) - prompt for row, prompt in rows]
+    return Packing(ids, first, decisions, **size)
+
+
 def _ranges(first, count) -> np.ndarray:
     """first[i] … first[i]+count[i]-1 of every i, one after another."""
     return np.concatenate([np.arange(begin, begin + n) for begin, n in zip(first, count, strict=True)])

@@ -26,7 +26,7 @@ def answers_of(run: Run, name: str) -> Answers:
     greedy_answers(run, path, run.data.test, lambda: load_model(run, name)["lm"], f"{name} top-1 on test")
     records, reranker = read_lines(path), f"rerank_{name}"
     if len(records) < len(run.data.test):
-        return read_answers(TITLES[name], path)._replace(samples=[], probabilities=[])
+        return read_answers(TITLES[name], path)._replace(samples={}, probabilities={})
     if model_folder(run, reranker).exists():
         load = partial(load_model, run, reranker, abstract_reranker(run))
         rerank_scores(run, path, records, load, f"{reranker} on test")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.runs.report import print_report, write_sweep
-from reft_jax.runs.results import Answers, read_answers, table
+from reft_jax.runs.results import Answers, by_item, read_answers, table
 from reft_jax.runs.setup import check_writable, start_executor
 from reft_jax.task.records import GREEDY, RERANK, read_records, regrade
 from reft_jax.types import InputError
@@ -33,7 +33,7 @@ def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed
         executor.shutdown()
     by_questions: dict[tuple[str, ...], list[Answers]] = {}
     for answers in found:
-        by_questions.setdefault(tuple(record["item_id"] for record in answers.samples), []).append(answers)
+        by_questions.setdefault(tuple(sorted(answers.samples)), []).append(answers)
     reports = []
     for models in by_questions.values():
         title = ", ".join(answers.model for answers in models)
@@ -68,4 +68,4 @@ def _graded(path: Path, records: list[dict], execute: bool) -> Answers:
     total = sum(len(record["predictions"]) for record in [*samples, *first])
     how = "executed" if execute else "graded from its stored value"
     print(f"{path}: each of {total} answers {how}; {changed + more} differ from what the file says")
-    return read_answers(path.stem, path)._replace(samples=samples, greedy=first)
+    return read_answers(path.stem, path)._replace(samples=by_item(samples), greedy=by_item(first))

@@ -100,18 +100,19 @@ def rerank_scores(run: Run, path: Path, records: list[dict], load: Callable[[], 
     records: those of `path`. `load()` gives the reranker's parameters, if they are needed.
     """
     beside = path.with_suffix(RERANK)
-    done = len(read_lines(beside))
-    if done == len(records):
+    done = {line["item_id"] for line in read_lines(beside)}
+    left = [record for record in records if record["item_id"] not in done]
+    if not left:
         return
     params, score = load(), make_rerank_scorer(run.model)
-    progress = Progress(what, len(records), "question", done0=done)
+    progress = Progress(what, len(records), "question", done0=len(done))
     with appending(beside) as file:
-        for start in range(done, len(records), SCORED_AT_ONCE):
-            group = records[start : start + SCORED_AT_ONCE]
+        for start in range(0, len(left), SCORED_AT_ONCE):
+            group = left[start : start + SCORED_AT_ONCE]
             for record, row in zip(group, score_questions(run, params, score, group), strict=True):
                 file.write(json.dumps({"item_id": record["item_id"], "probabilities": row}) + "\n")
             file.flush()
-            progress.update(start + len(group))
+            progress.update(len(done) + start + len(group))
     progress.close()
 
 

@@ -1,5 +1,6 @@
 """The numbers of a table from graded answers alone: no model, no program, no accelerator."""
 
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -16,41 +17,49 @@ COLUMNS = ("top1", "voting", "rerank", "upper_bound")
 
 
 class Answers(NamedTuple):
-    """One model's graded answers to the same questions, in one order; what there is nothing of is empty.
+    """One model's graded answers by item_id; empty where there are none.
 
-    greedy, samples: question records with one and with n predictions. probabilities: of the distinct samples of each
-    question, by its reranker.
+    greedy, samples: question records with one and with n predictions. probabilities: of the distinct samples of a
+    question, by the model's reranker.
     """
 
     model: str
-    greedy: list[dict]
-    samples: list[dict]
-    probabilities: list[list[float]]
+    greedy: dict[str, dict]
+    samples: dict[str, dict]
+    probabilities: dict[str, list[float]]
 
 
 def read_answers(model: str, path: Path) -> Answers:
     """What lies at `path` (NAME.jsonl) and beside it (see task/records.py), as far as it is there."""
-    scored = read_lines(path.with_suffix(RERANK))
-    return Answers(
-        model, read_lines(path.with_suffix(GREEDY)), read_lines(path), [line["probabilities"] for line in scored]
-    )
+    scored = {line["item_id"]: line["probabilities"] for line in read_lines(path.with_suffix(RERANK))}
+    return Answers(model, by_item(read_lines(path.with_suffix(GREEDY))), by_item(read_lines(path)), scored)
+
+
+def by_item(records: Sequence[dict]) -> dict[str, dict]:
+    return {record["item_id"]: record for record in records}
 
 
 def by_question(answers: Answers, column: str) -> np.ndarray | None:
-    """bool[Q]: whether the model has each question right by greedy decoding ("top1"), by all its samples ("voting",
-    "rerank"), or by any of them ("upper_bound"); None where there are no such answers."""
+    """bool[Q], questions in the order of their ids: whether the model has each right by greedy decoding ("top1"), by
+    all its samples ("voting", "rerank"), or by any of them ("upper_bound"); None where there are no such answers."""
     records = answers.greedy if column == "top1" else answers.samples
     if not records or (column == "rerank" and not answers.probabilities):
         return None
     if column == "rerank":
-        return np.array([reranked(*pair) for pair in zip(records, answers.probabilities, strict=True)])
+        return np.array([_reranked(*pair) for pair in judged(answers)])
     if column == "upper_bound":
-        return np.array([upper_bound(record["predictions"]) for record in records])
-    return np.array([record["is_correct"] for record in records])
+        return np.array([upper_bound(records[item_id]["predictions"]) for item_id in sorted(records)])
+    return np.array([records[item_id]["is_correct"] for item_id in sorted(records)])
 
 
-def reranked(record: dict, probabilities: list[float]) -> bool:
-    distinct = deduplicate(record["predictions"])
+def judged(answers: Answers) -> Iterator[tuple[list[dict], list[float]]]:
+    """(predictions, probabilities of the distinct ones) of each question, in the order of their ids."""
+    for item_id in sorted(answers.samples):
+        yield answers.samples[item_id]["predictions"], answers.probabilities[item_id]
+
+
+def _reranked(predictions: list[dict], probabilities: list[float]) -> bool:
+    distinct = deduplicate(predictions)
     choice = rerank_choice(distinct, probabilities)
     return choice is not None and distinct[choice]["correctness"]
 
@@ -69,8 +78,8 @@ def row(answers: Answers, seed: int) -> dict:
     if answers.probabilities:
         found["classification_accuracy"] = count(
             (probability > 0.5) == prediction["correctness"]
-            for record, row in zip(answers.samples, answers.probabilities, strict=True)
-            for prediction, probability in zip(deduplicate(record["predictions"]), row, strict=True)
+            for predictions, row in judged(answers)
+            for prediction, probability in zip(deduplicate(predictions), row, strict=True)
         )
     if answers.samples:
         found["curve"] = curve(answers, seed)
@@ -79,17 +88,16 @@ def row(answers: Answers, seed: int) -> dict:
 
 def curve(answers: Answers, seed: int) -> list[dict]:
     """[{"k", "voting", "rerank", "upper_bound"}]: shares for k = 1, 2, 4, … and all samples (see task/subsets.py)."""
-    predictions = [record["predictions"] for record in answers.samples]
+    predictions = [answers.samples[item_id]["predictions"] for item_id in sorted(answers.samples)]
     *smaller, n = sizes(len(predictions[0]))
-    voted = np.mean([voting_at(p, smaller, [seed, q]) for q, p in enumerate(predictions)], 0) if smaller else []
+    voted = np.mean([voting_at(p, smaller, [seed, q]) for q, p in enumerate(predictions)], 0)
     points = []
     for k, voting in zip(smaller, voted, strict=True):
-        point = {"k": k, "voting": float(voting), "upper_bound": np.mean([upper_bound_at(p, k) for p in predictions])}
+        point = {"k": k, "voting": voting, "upper_bound": np.mean([upper_bound_at(p, k) for p in predictions])}
         if answers.probabilities:
-            pairs = zip(predictions, answers.probabilities, strict=True)
-            point["rerank"] = np.mean([rerank_at(p, probabilities, k) for p, probabilities in pairs])
+            point["rerank"] = np.mean([rerank_at(*pair, k) for pair in judged(answers)])
         points.append(point)
-    whole = {column: by_question(answers, column) for column in ("voting", "rerank", "upper_bound")}
+    whole = {column: by_question(answers, column) for column in COLUMNS[1:]}
     points.append({"k": n} | {column: flags.mean() for column, flags in whole.items() if flags is not None})
     return [{key: value if key == "k" else float(value) for key, value in point.items()} for point in points]
 
@@ -116,14 +124,14 @@ def table(models: list[Answers], seed: int) -> dict:
 
     Raises InputError, naming a model, where the answers of one are to other questions, or not to all.
     """
-    ids = [record["item_id"] for record in models[0].greedy or models[0].samples]
+    ids = (models[0].greedy or models[0].samples).keys()
     for one in models:
-        for records in (one.greedy, one.samples):
-            if records and [record["item_id"] for record in records] != ids:
+        for answered in (one.greedy, one.samples):
+            if answered and answered.keys() != ids:
                 raise InputError(f"{one.model} answered other questions than {models[0].model}; compare what is alike")
-        if one.probabilities and len(one.probabilities) != len(ids):
-            have = f"{len(one.probabilities)} of {len(ids)} questions"
+        if one.probabilities and one.probabilities.keys() != one.samples.keys():
+            have = f"{len(one.probabilities)} of {len(one.samples)} questions"
             raise InputError(f"{one.model}: the reranker has judged {have}; finish it first")
-    n = max((len(one.samples[0]["predictions"]) for one in models if one.samples), default=0)
+    n = max((len(record["predictions"]) for one in models for record in one.samples.values()), default=0)
     rows = [row(one, seed) for one in models]
     return {"test_questions": len(ids), "n": n, "rows": rows, "comparisons": comparisons(models, seed)}

@@ -7,12 +7,14 @@ drawn with a seed. At k = n there is one subset, and each number is the plain on
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
 
 import numpy as np
 
 from reft_jax.task.voting import deduplicate, is_valid
 
-SUBSETS = 200  # a question, for voting: their noise is a tenth of that of the questions
+SUBSETS = 200  # a question, for voting: their noise is less than a tenth of that of the questions
 
 
 def sizes(n: int) -> list[int]:
@@ -43,9 +45,9 @@ def rerank_at(predictions: Sequence[dict], probabilities: Sequence[float], k: in
 
 
 def voting_at(predictions: Sequence[dict], ks: Sequence[int], seed: int) -> list[float]:
-    """For each k, the share of random subsets of k whose vote is correct; within a subset the first seen wins a tie.
+    """For each k, the share of subsets of k whose vote is correct; within a subset the first seen wins a tie.
 
-    The subsets of different ks are nested. A function of (predictions, seed).
+    Over all subsets where they are few, else over SUBSETS random ones: a function of (predictions, seed).
     """
     n = len(predictions)
     values = [p["solving_res"] if is_valid(p["solving_res"]) else None for p in predictions]
@@ -58,13 +60,22 @@ def voting_at(predictions: Sequence[dict], ks: Sequence[int], seed: int) -> list
     end = int((kind < len(kinds)).sum())
     order = order[:end]
     right = np.array([predictions[i]["correctness"] for i in order[begins]])
-    rank = np.random.default_rng(seed).permuted(np.tile(np.arange(n), (SUBSETS, 1)), axis=1)[:, order]
+    rank = np.random.default_rng(seed).permuted(np.tile(np.arange(n), (SUBSETS, 1)), axis=1)
     shares = []
     for k in ks:
-        chosen = rank < k
+        chosen = (all_subsets(n, k) if math.comb(n, k) <= SUBSETS else rank < k)[:, order]
         votes = np.add.reduceat(chosen, begins, axis=1, dtype=np.int64)
         first = np.minimum.reduceat(np.where(chosen, order, n), begins, axis=1)
         best = np.argmax(votes * (n + 1) - first, axis=1)
-        won = right[best] & (votes[np.arange(SUBSETS), best] > 0)
+        won = right[best] & (votes[np.arange(len(best)), best] > 0)
         shares.append(float(won.mean()))
     return shares
+
+
+@cache
+def all_subsets(n: int, k: int) -> np.ndarray:
+    """bool[C(n,k),n], a row a subset."""
+    members = np.array(list(combinations(range(n), k)))
+    chosen = np.zeros((len(members), n), bool)
+    np.put_along_axis(chosen, members, True, axis=1)
+    return chosen

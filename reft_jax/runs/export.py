@@ -86,11 +86,10 @@ def stages(run: Run, name: str, base: str) -> list[str]:
     """How the model came about, one line a stage."""
     config, policy = run.config, name.removeprefix("rerank_")
     sft = finished(run, "sft") or {}
-    epoch = config.sft.warmup_epoch
-    warmup = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.engine}), epoch {epoch}"
-    lines = [f"{warmup} of a schedule of {config.sft.epochs}."]
+    first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.engine})"
+    lines = [f"{first}, epoch {config.sft.warmup_epoch} of a schedule of {config.sft.epochs}."]
     if policy == "sft":
-        lines = [f"{warmup.rpartition(',')[0]}, best epoch ({sft.get('best', '?')} of {sft.get('epochs', '?')})."]
+        lines = [f"{first}, best epoch ({sft.get('best', '?')} of {sft.get('epochs', '?')})."]
     elif policy == "self_train_offline":
         done = finished(run, policy) or {}
         lines.append(f"Its correct samples and the worked solutions: {done.get('rows', '?')} rows.")

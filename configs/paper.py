@@ -36,7 +36,8 @@ WARMUP_EPOCH = {("mathqa", "nl"): 5, ("mathqa-numeric", "nl"): 10}  # of the oth
 
 
 def get_config(argument="gsm8k,python"):
-    dataset, engine, size = (argument.split(",") + ["7b"])[:3] if "," in argument else (argument, "", "")
+    parts = argument.split(",")
+    dataset, engine, size = parts if len(parts) == 3 else (*parts, "7b") if len(parts) == 2 else ("", "", "")
     if dataset not in DATASETS or engine not in ENGINES or size not in SIZES:
         raise ValueError(f"{argument!r} is not DATASET,ENGINE[,small] of {DATASETS} and {ENGINES}")
     config = default_config()

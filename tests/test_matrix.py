@@ -23,6 +23,7 @@ from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import Example
 
 DATASETS, ENGINES = ("gsm8k", "svamp", "mathqa", "mathqa-numeric"), ("python", "nl")
+CELLS = list(product(DATASETS, ENGINES))
 TRAINED = ("warmup", "sft", "self_train_offline", "self_train_online", "reft", "rerank_sft", "rerank_reft")
 LENGTH = 128
 SETTINGS = {
@@ -72,7 +73,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("matrix") / "model"
     texts = [
         prompt_text(example.question) + sft_target(example, engine)
-        for dataset, engine in product(DATASETS, ENGINES)
+        for dataset, engine in CELLS
         for example in examples(dataset, engine)
     ]
     tokenizer = train_bpe(texts, 340)
@@ -97,7 +98,7 @@ def compiled_once(model):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
-@pytest.mark.parametrize(("dataset", "engine"), list(product(DATASETS, ENGINES)), ids="-".join)
+@pytest.mark.parametrize(("dataset", "engine"), CELLS, ids=map("-".join, CELLS))
 def test_every_stage(model, tmp_path, dataset, engine, capsys):
     rows = [example._asdict() for example in examples(dataset, engine)]
     for name, fields in (("train", rows), ("test", [row | {"answer_cot": None} for row in rows[:8]])):

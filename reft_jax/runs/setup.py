@@ -196,6 +196,15 @@ def open_mesh(config):
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
+def check_rows(config, mesh) -> None:
+    """InputError unless what is spread by row divides evenly among the mesh's row shards."""
+    from reft_jax.parallel.mesh import row_shards
+
+    for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots"):
+        if flatten(config)[key] % row_shards(mesh):
+            raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+
+
 @contextmanager
 def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
@@ -211,15 +220,15 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         import jax
 
         from reft_jax.engine.generate import Engine
+        from reft_jax.model.heads import ValueHead
         from reft_jax.model.hf import read_config
         from reft_jax.model.llama import Llama
         from reft_jax.parallel.compilation import keep_compiled
-        from reft_jax.parallel.mesh import on_mesh, row_shards
+        from reft_jax.parallel.mesh import check_divides, on_mesh
+        from reft_jax.train.state import abstract_params
 
         mesh = open_mesh(config)
-        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots"):
-            if flatten(config)[key] % row_shards(mesh):
-                raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+        check_rows(config, mesh)
         if toy:
             from reft_jax.runs.toy import write_data, write_model
 
@@ -229,9 +238,10 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
             base = workdir / "toy" / "model"
             write_model(config, data.train, base)
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
+        model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
+        check_divides(mesh, abstract_params(model, ValueHead(), "value_head"))
         create_workdir(config, workdir)
         keep_compiled(Path(config.compiled or workdir / "compiled"))
-        model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
         run.engine = Engine(
             model,

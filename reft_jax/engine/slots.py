@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from reft_jax.engine.sampling import draw, row_keys
 from reft_jax.model import cache as kv
-from reft_jax.model import llama
+from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES
 
 CHUNK = 16  # decode steps at most between two looks at who has ended
@@ -79,14 +79,14 @@ on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is tr
 @on_rollout_rules
 def layer_weights(model, layers, i):
     """Layer i of the stacked ones, cast and laid out for rollouts."""
-    return nn.unbox(llama.rollout_layer(model, layers, i))
+    return nn.unbox(rollout_layer(model, layers, i))
 
 
 @partial(jax.jit, static_argnames="model")
 @on_rollout_rules
 def rest_weights(model, lm):
     """Everything but the layers, the same way."""
-    return nn.unbox(llama.rollout_rest(model, lm))
+    return nn.unbox(rollout_rest(model, lm))
 
 
 def rollout_weights(model, lm):

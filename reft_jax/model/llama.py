@@ -1,7 +1,7 @@
 """Llama in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Training and scoring scan over the layers, whose weights are stacked: one layer is compiled, and rematerialized.
-Rollouts unroll them (`unrolled`, `rollout_layer`): a slice of stacked weights or of a stacked cache would be copied
+Rollouts unroll them (`unrolled`, rollout_weights.py): a slice of stacked weights or of a stacked cache would be copied
 in every layer of every step, 200 ms instead of 142 for a step of SmolLM2-135M with 64 rows on two CPU cores.
 
 Axes as in `reft_jax.types`. Parameters are kept in the type they were given (float32 at init) and cast to the
@@ -9,7 +9,6 @@ compute dtype where they are used; norms, rotations and softmax are float32.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -137,8 +136,8 @@ def _residual(x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """One layer, in the form that `nn.scan` takes: (x, shared inputs) -> (x, what is kept of the layer).
 
-    `flat`: heads and head dimension are one axis of the weights, the form that the products take; a TPU would copy a
-    weight of the other form into it.
+    `flat`: of the weights heads and head dimension are one axis, and the model axis is the last of all; a TPU would
+    copy weights of another form into this one before it decodes.
     """
 
     config: LlamaConfig
@@ -161,12 +160,18 @@ class Block(nn.Module):
             scale = self.param(name, _scale("embed"), (c.hidden_size,))
             return rms_norm(x, scale, c.rms_norm_eps)
 
+        def into(name, y, size, axis):
+            if self.flat:
+                return project(y, weight(name, (size, c.hidden_size), axis, "embed").T)
+            return project(y, weight(name, (c.hidden_size, size), "embed", axis))
+
         def heads_of(name, y, count, axis):
             if self.flat:
-                matrix = weight(name, (c.hidden_size, count * c.head_dim), "embed", axis)
+                out = into(name, y, count * c.head_dim, axis)
             else:
                 matrix = weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
-            return project(y, matrix.reshape(c.hidden_size, -1)).reshape(*y.shape[:2], count, c.head_dim)
+                out = project(y, matrix.reshape(c.hidden_size, -1))
+            return out.reshape(*y.shape[:2], count, c.head_dim)
 
         y = norm("attention_norm", x)
         q = rotate(heads_of("q", y, c.num_heads, "heads"), tables)
@@ -188,8 +193,7 @@ class Block(nn.Module):
         x = _residual(x + project(heads.reshape(*x.shape[:2], -1), o_weight.reshape(-1, c.hidden_size)))
 
         y = norm("mlp_norm", x)
-        gate = project(y, weight("gate", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
-        up = project(y, weight("up", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
+        gate, up = (into(name, y, c.intermediate_size, "mlp") for name in ("gate", "up"))
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
         x = _residual(x + project(y, weight("down", (c.intermediate_size, c.hidden_size), "mlp", "embed")))
         return x, kept
@@ -210,7 +214,7 @@ class Unembed(nn.Module):
 class Llama(nn.Module):
     """The language model. `dtype` is the compute dtype; `remat` is "none", "full" or "dots" (see REMAT_POLICIES).
 
-    `unrolled`: the layers' parameters are those of `rollout_layer`; what rollouts run.
+    `unrolled`: the layers' parameters are those of rollout_weights.py; what rollouts run.
     """
 
     config: LlamaConfig
@@ -306,31 +310,3 @@ class Llama(nn.Module):
             return self.lm_head(hidden)
         embed = self.embed.astype(self.dtype)
         return jnp.einsum("...D,VD->...V", hidden, embed, preferred_element_type=jnp.float32)
-
-
-def rollout_layer(model: Llama, layers, i):
-    """Layer i of stacked layers in the form and compute dtype that the `unrolled` clone takes, with its logical axes
-    (boxed)."""
-    return {name: _rollout_form(model, x[i], _axes(model)["layers"][name][1:]) for name, x in layers.items()}
-
-
-def rollout_rest(model: Llama, lm):
-    """The same of everything but the layers."""
-    axes = _axes(model)
-    return {name: jax.tree.map(partial(_rollout_form, model), lm[name], axes[name]) for name in lm if name != "layers"}
-
-
-def _rollout_form(model: Llama, x, axes):
-    if "head_dim" in axes:  # becomes one axis with the heads before it (`flat`)
-        at = axes.index("head_dim")
-        x, axes = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
-    return nn.LogicallyPartitioned(x.astype(model.dtype), tuple(axes))
-
-
-def _axes(model: Llama):
-    """The logical axes of the parameters as training has them."""
-
-    def init():
-        return model.clone(unrolled=False).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-
-    return nn.get_partition_spec(jax.eval_shape(init))

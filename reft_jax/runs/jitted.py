@@ -16,7 +16,8 @@ from reft_jax.engine import slots as rollout
 from reft_jax.engine.generate import Engine
 from reft_jax.model import cost
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.llama import Llama, rollout_layer, rollout_rest
+from reft_jax.model.llama import Llama
+from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES, abstract_arrays, by_row, on_mesh, round_up, row_shards, with_axes
 from reft_jax.train.packing import Lines
 from reft_jax.train.scoring import decisions_at_once, make_scorer

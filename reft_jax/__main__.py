@@ -145,8 +145,9 @@ def plan(argv: list[str]) -> None:
     config = parse_config(argv, values)
     if not values.topology or (len(values.topology) > 1 and not values.search):
         raise InputError("--topology is missing, or several without --search; write --topology=v5e:4x8")
-    # Before JAX starts: the TPU compiler needs no TPU, but would ask a TPU machine's server for one.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # Before JAX starts: the TPU compiler needs no TPU, but would ask a TPU machine's server for one, and let no other
+    # process compile.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from reft_jax.runs.plan_table import run_plan
 
     sys.exit(0 if run_plan(config, values) else 1)

@@ -75,6 +75,11 @@ class Plan(NamedTuple):
     def seconds(self) -> float:
         return sum(self.iteration.values())
 
+    @property
+    def cost(self) -> float:
+        """Seconds of all chips together, of an iteration."""
+        return self.seconds * self.devices
+
 
 def topology_devices(topology: str) -> list:
     """The chips of `v5e:4x8`, as the TPU compiler knows them. InputError if it is missing or knows no such pod."""

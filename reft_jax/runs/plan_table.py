@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 from reft_jax.runs.plan import SPARE, Plan, Planned, advice, as_json, make_plan, shapes_of
+from reft_jax.runs.search import COMPILED, candidates, words
 from reft_jax.types import InputError
 
 GIB = 2**30
+SHOWN = 12  # candidates of a search
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -28,14 +30,33 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def run_plan(config, values) -> bool:
     """The command: prints the plan as the flags `values` say; whether it fits."""
     shapes, source = shapes_of(config, Path(values.config.partition(":")[0]))
-    cache, (topology,) = Path(values.cache), values.topology
     to_people = sys.stderr if values.json else sys.stdout
-    print(
-        f"{source} on {topology}, mesh data {config.mesh.data} fsdp {config.mesh.fsdp} tensor {config.mesh.tensor}",
-        file=to_people,
-        flush=True,
-    )
-    plan = make_plan(config, shapes, topology, cache, lambda said: print("  " + said, file=to_people, flush=True))
+
+    def say(said: str) -> None:
+        print(said, file=to_people, flush=True)
+
+    def planned(config, topology: str) -> Plan:
+        mesh = config.mesh
+        say(f"{source} on {topology}, mesh data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}")
+        plan = make_plan(config, shapes, topology, Path(values.cache), lambda said: say("  " + said))
+        say("  " + verdict(plan))
+        return plan
+
+    if values.search:
+        found = candidates(config, shapes, values.topology)
+        head = ["pod", "data × fsdp × tensor", "micro-batches", "remat", "GiB a chip", "seconds"]
+        say(
+            "On paper, the first to be compiled:\n\n" + plain(table(head, [words(one) for one in found[:SHOWN]])) + "\n"
+        )
+        best = [(one.apply(config), one) for one in found[:COMPILED]]
+        plans = [(planned(changed, one.topology), one) for changed, one in best]
+        # Of those that fit the one whose chips are busy shortest, else the one that needs least.
+        plan, one = min(plans, key=lambda p: (not p[0].fits, p[0].cost if p[0].fits else p[0].largest.resident))
+        topology = one.topology
+        say(f"Chosen: {', '.join(words(one)[:4])}\n")
+    else:
+        (topology,) = values.topology
+        plan = planned(config, topology)
     text = report(plan, f"{config.name} on {topology}", values.questions, config.ppo.prompts)
     if values.into:
         write_into(Path(values.into), f"{Path(values.config).stem} {topology}", text)

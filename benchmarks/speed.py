@@ -107,7 +107,7 @@ class Ours:
     def decode(self) -> str:
         """One decode step with every slot full, against the machine's limits."""
         slots, steps, begin, length = FLAGS.slots, 16, 208, 256
-        weights = programs.rollout_weights(self.lm, dtype=self.model.dtype)
+        weights = programs.rollout_weights(self.model, self.lm)
         model, zeros = self.model.clone(unrolled=True), np.zeros(slots, np.int32)
         state = programs.empty_slots(model, slots, length, length)
         settings = {"eos_id": -1, "temperature": 1.0, "top_k": 0}

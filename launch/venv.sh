@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes or completes .venv: what requirements.txt pins, and this package in place. Does nothing if that is done.
 #   launch/venv.sh                        what a run needs
-#   launch/venv.sh test                   and an extra of pyproject.toml: test, cuda, tpu
+#   launch/venv.sh test                   and an extra of pyproject.toml: test, plan, cuda, tpu
 #   PYTHON=python3.12 launch/venv.sh      with that interpreter (3.11, 3.12 or 3.13; default: python3)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

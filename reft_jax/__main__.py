@@ -14,6 +14,7 @@
                          (no --config, no --workdir)
   export     a Hugging Face folder:     --model=warmup|sft|reft|self_train_…|rerank_… --out=DIR
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
+  plan       does it fit a pod, how fast can it be?  --topology=v5e:4x8 [--search] [--json] (no --workdir; docs/pods.md)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
@@ -49,6 +50,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "check",
+    "plan",
     "solve",
     "convert",
 )
@@ -97,6 +99,9 @@ def run_command(argv: list[str]) -> None:
         return
     if command == "convert":
         convert(argv)
+        return
+    if command == "plan":
+        plan(argv)
         return
     if command == "evaluate" and any(argument.lstrip("-").startswith("samples") for argument in argv):
         regrade(argv)
@@ -195,6 +200,26 @@ def check(argv: list[str]) -> None:
     from reft_jax.runs.check import run_check
 
     sys.exit(0 if run_check(Path(values.model), config) else 1)
+
+
+def plan(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_list("topology", None, "a pod, as v5e:4x8 or v5p:4x4x4; with --search several", flag_values=values)
+    flags.DEFINE_bool("search", False, "rank meshes, micro-batches and remat; compile the best", flag_values=values)
+    flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
+    flags.DEFINE_integer("questions", 7473, "of an epoch (GSM8K's)", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("into", "", "also write the tables between their marks in this file", flag_values=values)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft_jax" / "plan"
+    flags.DEFINE_string("cache", str(cache), "folder that keeps what was compiled", flag_values=values)
+    config = parse_config(argv, values)
+    if not values.topology or (len(values.topology) > 1 and not values.search):
+        raise InputError("--topology is missing, or several without --search; write --topology=v5e:4x8")
+    # Before JAX starts: the TPU compiler needs no TPU, but would ask a TPU machine's server for one, and let no other
+    # process compile.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    from reft_jax.runs.plan_table import run_plan
+
+    sys.exit(0 if run_plan(config, values) else 1)
 
 
 def solve(argv: list[str]) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_model
 
-from reft_jax.model import llama
-from reft_jax.model.cache import CACHE_AXES, grow, init_cache
+from reft_jax.engine.slots import rollout_weights
+from reft_jax.model import attention
+from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables, unstack
+from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
 from reft_jax.model.llama_config import LlamaConfig
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 61, (3, 9)))
@@ -33,13 +34,18 @@ def prefill(model, params, tokens, length):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def decode(model, params, tokens, positions, cache):
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache, method="decode")
-    return model.apply({"params": params}, hidden, method="unembed"), cache
+def decode(model, params, tokens, begin, step, cache, recent):
+    hidden, recent = model.apply({"params": params}, tokens, begin, step, cache, recent, method="decode")
+    return model.apply({"params": params}, hidden, method="unembed"), recent
+
+
+@jax.jit
+def join_all(cache, recent, begin, count):
+    return tuple(join(old, new, begin, count) for old, new in zip(cache, recent, strict=True))
 
 
 def unrolled(model, params):
-    return model.clone(unrolled=True), unstack(params, model.dtype)
+    return model.clone(unrolled=True), rollout_weights(model, params)
 
 
 @pytest.mark.parametrize(("tied", "room"), [(False, 12), (True, 9)])
@@ -49,36 +55,45 @@ def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
     lengths = np.array([3, 5, 1])  # rows are padded on the right to 5; what padding wrote is overwritten unseen
     rollout = unrolled(model, params)
     cache = prefill(*rollout, TOKENS[:, :5], length=room)
-    for _ in range(4):
-        logits, cache = decode(*rollout, TOKENS[np.arange(3), lengths], jnp.asarray(lengths), cache)
-        np.testing.assert_allclose(logits, full[np.arange(3), lengths], atol=1e-5)
-        lengths += 1
+    for _ in range(2):
+        begin, recent = jnp.asarray(lengths), init_recent(model.config, 3, 2)
+        for step in range(2):
+            logits, recent = decode(*rollout, TOKENS[np.arange(3), lengths], begin, step, cache, recent)
+            np.testing.assert_allclose(logits, full[np.arange(3), lengths], atol=1e-5)
+            lengths += 1
+        cache = join_all(cache, recent, begin, jnp.full(3, 2))
 
 
-def test_a_position_outside_the_cache_writes_nothing():
-    rollout = unrolled(*tiny_model())
-    cache = prefill(*rollout, TOKENS, length=12)
-    _, after = decode(*rollout, TOKENS[:, 0], jnp.array([12, 9, 500]), cache)
-    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(old[np.array([0, 2])], new[np.array([0, 2])])
-        assert np.any(np.asarray(old[1] != new[1]))
+def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else():
+    rng, begin, count = np.random.default_rng(0), [1, 4, 5, 2], [2, 0, 3, 3]
+    k, v, k_new, v_new = (rng.normal(size=(4, *shape)).astype(np.float32) for shape in ((2, 5, 6), (2, 6, 5)) * 2)
+    k_new, v_new = k_new.swapaxes(2, 3)[:, :, :3], v_new[:, :, :3]
+    found = join_all((KVCache(k, v),), (KVCache(k_new, v_new),), jnp.array(begin), jnp.array(count))[0]
+    for row in range(4):
+        for i in range(count[row]):
+            if begin[row] + i < 6:
+                k[row, :, :, begin[row] + i], v[row, :, begin[row] + i] = k_new[row, :, i], v_new[row, :, i]
+    np.testing.assert_array_equal(found.k, k)
+    np.testing.assert_array_equal(found.v, v)
 
 
-def test_a_decode_step_never_copies_the_cache():
+def test_decoding_never_copies_the_cache():
     model, params = unrolled(*tiny_model(num_layers=8))
-    cache = init_cache(model.config, batch=4, length=512)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    step = jax.jit(functools.partial(decode.__wrapped__, model), donate_argnums=3)
-    memory = step.lower(params, TOKENS[0, :4], jnp.zeros(4, jnp.int32), cache).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == size
-    assert memory.temp_size_in_bytes < size / 2  # one layer and the scores, not the whole
+    cache, recent = init_cache(model.config, batch=4, length=512), init_recent(model.config, batch=4, length=2)
+    size, begin = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)), jnp.zeros(4, jnp.int32)
+    step = decode.lower(model, params, TOKENS[0, :4], begin, 0, cache, recent).compile().memory_analysis()
+    assert step.temp_size_in_bytes < size / 2  # one layer and the scores, not the whole
+    joined = jax.jit(join, donate_argnums=0).lower(cache[0], recent[0], begin, begin).compile().memory_analysis()
+    assert joined.alias_size_in_bytes == size / 8  # written where it lies
 
 
 def test_a_cache_of_half_the_size_costs_only_precision():
     model, params = tiny_model()
     rollout = unrolled(model, params)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), prefill(*rollout, TOKENS[:, :8], length=9))
-    logits, after = decode(*rollout, TOKENS[:, 8], jnp.full(3, 8), half)
+    recent, begin = init_recent(model.config, 3, 2, jnp.bfloat16), jnp.full(3, 8)
+    logits, recent = decode(*rollout, TOKENS[:, 8], begin, 0, half, recent)
+    after = join_all(half, recent, begin, jnp.ones(3, jnp.int32))
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(logits, forward(model, params, TOKENS)[:, 8], atol=0.1)
 
@@ -105,7 +120,7 @@ def test_blocks_of_queries_see_what_the_whole_row_does(monkeypatch, block):
         return jnp.sum(PROBE * model.apply({"params": params}, TOKENS, positions, segments, method="hidden"))
 
     expected = jax.jit(jax.value_and_grad(loss))(params)
-    monkeypatch.setattr(llama, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     jax.clear_caches()
     found = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
     for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):

@@ -8,6 +8,7 @@ short list: slots in halves, cache lengths in sixths of the limit, prompt length
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,10 +20,20 @@ from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
 
-CHUNK = 16  # decode steps between two looks at who has ended
 FEWEST_ROWS = 8  # fewer are not worth a program of their own: below, a step costs what reading the weights costs
 PREFILL_ROWS = 8  # prompts a prefill
 LENGTHS = 6  # cache lengths on the way to the limit
+
+
+class Shapes(NamedTuple):
+    """What a rollout's arrays are sized by: slots and rows of a prefill a shard, seats taken at once a shard, positions
+    of a row, and the lengths that the cache may have on the way there."""
+
+    slots: int
+    prefill_rows: int
+    seats: int
+    width: int
+    lengths: list[int]
 
 
 class Engine:
@@ -53,6 +64,14 @@ class Engine:
             self.sizes.append(self.sizes[-1] // 2)
         self.key, self.after_chunk = jax.random.key(seed), after_chunk
         self.counts: Counter[str] = Counter()
+
+    def shapes(self, requests: int, longest: int) -> Shapes:
+        """Of a rollout of so many requests, the longest of so many tokens with its prompt."""
+        wanted = -(-requests // self.shards)
+        slots = min((size for size in self.sizes if size >= wanted), default=self.sizes[0])
+        width = round_up(longest, self.pad_multiple)
+        lengths = sizes_up_to(width, LENGTHS, self.pad_multiple)
+        return Shapes(slots, min(slots, -(-PREFILL_ROWS // self.shards)), max(1, slots // 8), width, lengths)
 
     def generate(
         self,
@@ -86,14 +105,11 @@ class _Rollout:
     def __init__(self, engine: Engine, lm, prompts, limits, fits: list[int], iteration: int, settings: dict):
         self.engine, self.prompts, self.limits = engine, prompts, limits
         self.iteration, self.settings = iteration, settings
-        self.width = round_up(int(limits.max()), engine.pad_multiple)
-        self.lengths = sizes_up_to(self.width, LENGTHS, engine.pad_multiple)
-        groups, wanted = group_prompts(prompts, fits), -(-len(fits) // engine.shards)
-        size = min((size for size in engine.sizes if size >= wanted), default=engine.sizes[0])
-        self.seats_at_once = max(1, size // 8)
-        prefill_rows = min(size, -(-PREFILL_ROWS // engine.shards))
-        self.schedule = Schedule(groups, shards=engine.shards, slots=size, rows=prefill_rows)
-        self.weights = programs.rollout_weights(lm, dtype=engine.model.dtype)
+        shapes = engine.shapes(len(fits), int(limits.max()))
+        self.width, self.lengths, self.seats_at_once = shapes.width, shapes.lengths, shapes.seats
+        groups, size = group_prompts(prompts, fits), shapes.slots
+        self.schedule = Schedule(groups, shards=engine.shards, slots=size, rows=shapes.prefill_rows)
+        self.weights = programs.rollout_weights(engine.model, lm)
         self.slots = programs.empty_slots(engine.model, size * engine.shards, self.width, self.lengths[0])
         self.prefixes: dict[int, programs.Prefix] = {}
 
@@ -107,7 +123,7 @@ class _Rollout:
             queued = schedule.queued
             longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
             self.make_room(longest + 1)
-            steps = min(CHUNK, self.slots.cache[0].k.shape[-1] + 1 - longest)
+            steps = min(programs.CHUNK, self.slots.cache[0].k.shape[-1] + 1 - longest)
             taken = int((schedule.owner >= 0).sum())
             enough = max(1, taken // 16) if queued else max(1, taken - self.next_size() * engine.shards)
             self.slots = programs.decode(

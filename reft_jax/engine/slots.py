@@ -10,10 +10,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from reft_jax.engine.sampling import draw, row_keys
 from reft_jax.model import cache as kv
-from reft_jax.model.llama import unstack
+from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
+from reft_jax.parallel.mesh import ROLLOUT_RULES
+
+CHUNK = 16  # decode steps at most between two looks at who has ended
 
 
 class Slots(NamedTuple):
@@ -53,16 +57,50 @@ class Seats(NamedTuple):
     limit: jax.Array
 
 
-def _placed(slots: Slots) -> Slots:
-    """The slots with their places on the mesh written down; where nothing is said, XLA might choose others."""
-    cache = tuple(kv.KVCache(*map(nn.with_logical_constraint, layer, kv.CACHE_AXES)) for layer in slots.cache)
-    return Slots(cache, *(nn.with_logical_constraint(x, ("batch", "length")[: x.ndim]) for x in slots[1:]))
+def axes(tree: Slots | Prefix) -> Slots | Prefix:
+    """The logical axes of slots or of a prefix."""
+    cache = (kv.CACHE_AXES,) * len(tree.cache)
+    return type(tree)(cache, *(PartitionSpec(*("batch", "length")[: x.ndim]) for x in tree[1:]))
 
 
-rollout_weights = jax.jit(unstack, static_argnames="dtype")
+def _placed(tree):
+    """With their places on the mesh written down; where nothing is said, XLA might choose others."""
+    return jax.tree.map(nn.with_logical_constraint, tree, axes(tree))
+
+
+def _placed_recent(x):
+    return nn.with_logical_constraint(x, kv.CACHE_AXES.v)
+
+
+on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is traced
+
+
+@partial(jax.jit, static_argnames="model")
+@on_rollout_rules
+def layer_weights(model, layers, i):
+    """Layer i of the stacked ones, cast and laid out for rollouts."""
+    return nn.unbox(rollout_layer(model, layers, i))
+
+
+@partial(jax.jit, static_argnames="model")
+@on_rollout_rules
+def rest_weights(model, lm):
+    """Everything but the layers, the same way."""
+    return nn.unbox(rollout_rest(model, lm))
+
+
+def rollout_weights(model, lm):
+    """The parameters as the engine's programs take them, from where and how training has them.
+
+    Layer by layer with one small program: a program that makes them all keeps a second copy of them meanwhile.
+    """
+    rest = {name: x for name, x in lm.items() if name != "layers"}
+    layers = {f"layers_{i}": layer_weights(model, lm["layers"], i) for i in range(model.config.num_layers)}
+    return rest_weights(model, rest) | layers
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "width", "length"))
+@on_rollout_rules
 def empty_slots(model, rows: int, width: int, length: int) -> Slots:
     """Free slots for rows of at most `width` tokens, with a cache of `length` positions to begin with."""
     zeros = jnp.zeros(rows, jnp.int32)
@@ -72,9 +110,10 @@ def empty_slots(model, rows: int, width: int, length: int) -> Slots:
 
 
 @partial(jax.jit, static_argnames="model")
+@on_rollout_rules
 def prefill(model, weights, tokens, length) -> Prefix:
     """tokens int32[R,P], padded on the right; length int32[R]. What padding adds to the cache is overwritten unread."""
-    return Prefix(model.apply({"params": weights}, tokens, method="prefill"), tokens, length)
+    return _placed(Prefix(model.apply({"params": weights}, tokens, method="prefill"), tokens, length))
 
 
 def _by_shard(x, shards: int):
@@ -82,6 +121,7 @@ def _by_shard(x, shards: int):
 
 
 @partial(jax.jit, donate_argnums=0)
+@on_rollout_rules
 def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
     """Puts prompts into free slots, each with its identity and limit; one prompt may go into many.
 
@@ -123,6 +163,7 @@ def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
 
 
 @jax.jit
+@on_rollout_rules
 def keep(slots: Slots, kept) -> Slots:
     """The rows `kept` int32[D,M] of each shard, in fewer slots; a row that does not exist leaves its slot free."""
     shards, rows = kept.shape
@@ -137,46 +178,53 @@ def keep(slots: Slots, kept) -> Slots:
 
 
 @partial(jax.jit, static_argnames="length")
+@on_rollout_rules
 def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
     """Layer by layer, so that there is never more than one layer twice."""
     return kv.KVCache(*map(nn.with_logical_constraint, kv.grow(layer, length), kv.CACHE_AXES))
 
 
 @partial(jax.jit, static_argnames=("model", "eos_id", "temperature", "top_k"), donate_argnums=2)
+@on_rollout_rules
 def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_id, temperature, top_k) -> Slots:
-    """At most `steps` steps over all slots, fewer if `enough` of the rows that decode now have ended.
+    """At most `steps` (of CHUNK) steps over all slots, fewer if `enough` of the rows that decode now have ended.
 
-    Each row draws until EOS or its limit. `steps` must not lead a row past the cache.
+    Each row draws until EOS or its limit. `steps` must not lead a row past the cache, which is read by every step and
+    written after the last.
     """
     index = jnp.arange(slots.tokens.shape[1])[None]
     keys = row_keys(key, iteration, slots.item, slots.sample)
     begun = (slots.total_len < slots.limit).sum()
+    begin, cache, slots = slots.total_len - 1, slots.cache, slots._replace(cache=())
 
     def undecided(carry):
-        step, slots = carry
+        step, slots, _ = carry
         left = (slots.total_len < slots.limit).sum()
         return (step < steps) & (begun - left < enough) & (left > 0)
 
     def one_step(carry):
-        step, slots = carry
+        step, slots, recent = carry
         active = slots.total_len < slots.limit
         last = slots.total_len - 1
         token = jnp.take_along_axis(slots.tokens, last[:, None], 1)[:, 0]
-        beyond = slots.cache[0].k.shape[-1]
-        position = jnp.where(active, last, beyond)
-        hidden, cache = model.apply({"params": weights}, token, position, slots.cache, method="decode")
+        hidden, recent = model.apply({"params": weights}, token, begin, step, cache, recent, method="decode")
         logits = model.apply({"params": weights}, hidden, method="unembed")
         response = slots.total_len - slots.prompt_len
         token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
         here = active[:, None] & (index == slots.total_len[:, None])
         total_len = jnp.where(active, slots.total_len + 1, slots.total_len)
-        return step + 1, slots._replace(
-            cache=cache,
+        slots = slots._replace(
             tokens=jnp.where(here, token[:, None], slots.tokens),
             logprobs=jnp.where(here, logprob[:, None], slots.logprobs),
             total_len=total_len,
             limit=jnp.where(active & (token == eos_id), total_len, slots.limit),
         )
+        return step + 1, slots, jax.tree.map(_placed_recent, recent)
 
-    _, slots = jax.lax.while_loop(undecided, one_step, (0, slots))
-    return _placed(slots)
+    recent = kv.init_recent(model.config, len(begin), CHUNK, model.dtype)
+    with jax.named_scope("decode_steps"):
+        _, slots, recent = jax.lax.while_loop(undecided, one_step, (0, slots, jax.tree.map(_placed_recent, recent)))
+    drawn = slots.total_len - begin - 1
+    return _placed(
+        slots._replace(cache=tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, recent, strict=True)))
+    )

@@ -3,12 +3,16 @@
 Keys keep the cache position last and values keep it second to last: the two layouts in which the matrix products of a
 decode step read memory in order. Layers are separate arrays, and as long as the longest row needs (`grow`): a product
 cannot read a slice of a larger array in place, so one stacked cache would be copied, layer by layer, in every step.
+
+Decode steps do not write to it. What a few steps add is kept beside it (`init_recent`), where all rows write at one
+place, and joined to it after them.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from reft_jax.model.llama_config import LlamaConfig
 
@@ -21,7 +25,8 @@ class KVCache(NamedTuple):
 
 
 CACHE_AXES = KVCache(
-    k=("batch", "kv_heads", "head_dim", "cache_length"), v=("batch", "kv_heads", "cache_length", "head_dim")
+    k=PartitionSpec("batch", "kv_heads", "head_dim", "cache_length"),
+    v=PartitionSpec("batch", "kv_heads", "cache_length", "head_dim"),
 )
 
 
@@ -46,20 +51,32 @@ def grow(cache: KVCache, length: int) -> KVCache:
     )
 
 
-def write_rows(cache: KVCache, positions: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-    """Writes k, v [B,K,H], each row at its own position int32[B]; one outside the cache is dropped."""
+def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
+    """Room for what `length` decode steps add to a cache, layer by layer: k and v are [B,K,length,H] both."""
+    zeros = jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), dtype)
+    return (KVCache(zeros, zeros),) * config.num_layers
 
-    def scatter(array, updates, position_axis):
-        # What `array.at[arange(B), ...].set` means, with the rows declared a batch dimension: indexed by an arange,
-        # rows sharded over devices would be gathered in every layer of every step.
-        numbers = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2),
-            inserted_window_dims=(position_axis,),
-            scatter_dims_to_operand_dims=(position_axis,),
-            operand_batching_dims=(0,),
-            scatter_indices_batching_dims=(0,),
+
+def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """k, v [B,K,1,H] as what step int32[] adds: the same place in every row, so nothing is scattered."""
+    return KVCache(
+        *(
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, 2)
+            for old, new in zip(recent, (k, v), strict=True)
         )
-        updates = updates.astype(array.dtype)
-        return jax.lax.scatter(array, positions[:, None], updates, numbers, unique_indices=True, mode="drop")
+    )
 
-    return KVCache(k=scatter(cache.k, k, 3), v=scatter(cache.v, v, 2))
+
+def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
+    """The cache with the first count int32[B] of a row's recent positions at begin int32[B] and after.
+
+    What lies past the end of the cache is dropped. A choice and not a scatter: a TPU would lay the whole cache out
+    anew for a scatter, and back again. The product with a matrix of zeros and ones only moves numbers.
+    """
+    place = jnp.arange(cache.v.shape[2])[None] - begin[:, None]  # among the recent ones, [B,S]
+    fresh = (place >= 0) & (place < count[:, None])
+    moved = (jnp.arange(recent.v.shape[2])[None, :, None] == place[:, None]).astype(cache.v.dtype)
+    exact = {"precision": jax.lax.Precision.HIGHEST}
+    k = jnp.einsum("BKRH,BRS->BKHS", recent.k, moved, **exact)
+    v = jnp.einsum("BKRH,BRS->BKSH", recent.v, moved, **exact)
+    return KVCache(jnp.where(fresh[:, None, None, :], k, cache.k), jnp.where(fresh[:, None, :, None], v, cache.v))

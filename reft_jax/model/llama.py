@@ -1,8 +1,8 @@
 """Llama in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Training and scoring scan over the layers, whose weights are stacked: one layer is compiled, and rematerialized.
-Rollouts unroll them (`unrolled`, `unstack`): a slice of stacked weights or of a stacked cache would be copied in every
-layer of every step, 200 ms instead of 142 for a step of SmolLM2-135M with 64 rows on two CPU cores.
+Rollouts unroll them (`unrolled`, rollout_weights.py): a slice of stacked weights or of a stacked cache would be copied
+in every layer of every step, 200 ms instead of 142 for a step of SmolLM2-135M with 64 rows on two CPU cores.
 
 Axes as in `reft_jax.types`. Parameters are kept in the type they were given (float32 at init) and cast to the
 compute dtype where they are used; norms, rotations and softmax are float32.
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from reft_jax.model.cache import KVCache, write_rows
+from reft_jax.model.attention import attend, attend_causally
+from reft_jax.model.cache import KVCache, write_recent
 from reft_jax.model.llama_config import LlamaConfig
 
-QUERY_BLOCK = 256  # positions; half of the scores of a long row are masked, and most of those are never computed
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -66,60 +66,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention: q [B,T,N,H], k [B,K,H,S], v [B,K,S,H], mask bool[1 or B,T,S] -> [B,T,N,H]."""
-    batch, length, heads, head_dim = q.shape
-    kv_heads, groups = k.shape[1], heads // k.shape[1]
-    # The queries of a group are the rows of one matrix, always on the left: a batched product with the cache on
-    # the left transposes the cache first, and einsum would choose that order.
-    q = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    out = _attend(q.reshape(batch, kv_heads, groups * length, head_dim), k, v, mask)
-    out = out.reshape(batch, kv_heads, groups, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-@jax.custom_vjp
-def _attend(q, k, v, mask):
-    """`attend` of q [B,K,G*T,H]. Its gradient is written out because what it costs on a CPU is not its products but
-    passes over the scores: two forward and one backward here, and one array of them kept, instead of two."""
-    return _attend_forward(q, k, v, mask)[0]
-
-
-def _attend_forward(q, k, v, mask):
-    batch, kv_heads, rows, head_dim = q.shape
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = scores.reshape(batch, kv_heads, -1, *mask.shape[1:])
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1).reshape(batch, kv_heads, rows, 1)
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, rows, -1)
-    out = jnp.matmul(weights, v, preferred_element_type=jnp.float32) / total
-    return out.astype(q.dtype), (q, k, v, weights, total, out)
-
-
-def _attend_backward(kept, gradient):
-    q, k, v, weights, total, out = kept
-    gradient = gradient.astype(jnp.float32) / total
-    mean = (gradient * out).sum(-1, keepdims=True)
-    gradient = gradient.astype(v.dtype)
-    to_weights = jnp.matmul(gradient, v.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    to_scores = (weights * (to_weights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
-    to_q, to_k = jnp.matmul(to_scores, k.swapaxes(-1, -2)), jnp.matmul(q.swapaxes(-1, -2), to_scores)
-    return to_q, to_k, jnp.matmul(weights.swapaxes(-1, -2), gradient), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` where no position sees a later one (S = T): what no query of a block sees is not computed."""
-    length, parts = q.shape[1], []
-    for queries in np.array_split(np.arange(length), -(-length // QUERY_BLOCK)):
-        block, seen = slice(queries[0], queries[-1] + 1), queries[-1] + 1
-        parts.append(attend(q[:, block], k[..., :seen], v[:, :, :seen], mask[:, block, :seen]))
-    return jnp.concatenate(parts, axis=1)
-
-
 @jax.custom_vjp
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype."""
@@ -154,16 +100,22 @@ def _residual(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer, in the form that `nn.scan` takes: (x, shared inputs) -> (x, what is kept of the layer)."""
+    """One layer, in the form that `nn.scan` takes: (x, shared inputs) -> (x, what is kept of the layer).
+
+    `flat`: of the weights heads and head dimension are one axis, and the model axis is the last of all; a TPU would
+    copy weights of another form into this one before it decodes.
+    """
 
     config: LlamaConfig
     dtype: Any
+    flat: bool = False
 
     @nn.compact
-    def __call__(self, x, tables, mask, cache=None, positions=None, keep=False):
+    def __call__(self, x, tables, mask, past=None, step=None, keep=False):
         """x dtype[B,T,D], mask bool[1 or B,T,S] -> (x, None), or with `keep` the KVCache of these T positions.
 
-        With a cache and positions int32[B] (T = 1) the row writes there and attends to the cache, which is returned.
+        In decoding (T = 1) `past` is (the cache, what recent steps added), `mask` has one mask for each, and the
+        recent part is returned with this step written to it.
         """
         c = self.config
 
@@ -174,9 +126,18 @@ class Block(nn.Module):
             scale = self.param(name, _scale("embed"), (c.hidden_size,))
             return rms_norm(x, scale, c.rms_norm_eps)
 
+        def into(name, y, size, axis):
+            if self.flat:
+                return project(y, weight(name, (size, c.hidden_size), axis, "embed").T)
+            return project(y, weight(name, (c.hidden_size, size), "embed", axis))
+
         def heads_of(name, y, count, axis):
-            matrix = weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
-            return project(y, matrix.reshape(c.hidden_size, -1)).reshape(*y.shape[:2], count, c.head_dim)
+            if self.flat:
+                out = into(name, y, count * c.head_dim, axis)
+            else:
+                matrix = weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
+                out = project(y, matrix.reshape(c.hidden_size, -1))
+            return out.reshape(*y.shape[:2], count, c.head_dim)
 
         y = norm("attention_norm", x)
         q = rotate(heads_of("q", y, c.num_heads, "heads"), tables)
@@ -184,21 +145,24 @@ class Block(nn.Module):
         v = heads_of("v", y, c.num_kv_heads, "kv_heads")
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
-        if cache is None:
+        if past is None:
             heads = attend_causally(q, k, v, mask)
-            cache = KVCache(k, v) if keep else None
+            kept = KVCache(k, v) if keep else None
         else:
-            cache = write_rows(cache, positions, k[:, :, :, 0], v[:, :, 0])
-            heads = attend(q, *cache, mask)
-        o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
+            cache, recent = past
+            kept = write_recent(recent, step, k.swapaxes(2, 3), v)
+            heads = attend(q, (*cache, mask[0]), (kept.k.swapaxes(2, 3), kept.v, mask[1]))
+        if self.flat:
+            o_weight = weight("o", (c.num_heads * c.head_dim, c.hidden_size), "heads", "embed")
+        else:
+            o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
         x = _residual(x + project(heads.reshape(*x.shape[:2], -1), o_weight.reshape(-1, c.hidden_size)))
 
         y = norm("mlp_norm", x)
-        gate = project(y, weight("gate", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
-        up = project(y, weight("up", (c.hidden_size, c.intermediate_size), "embed", "mlp"))
+        gate, up = (into(name, y, c.intermediate_size, "mlp") for name in ("gate", "up"))
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
         x = _residual(x + project(y, weight("down", (c.intermediate_size, c.hidden_size), "mlp", "embed")))
-        return x, cache
+        return x, kept
 
 
 class Unembed(nn.Module):
@@ -216,7 +180,7 @@ class Unembed(nn.Module):
 class Llama(nn.Module):
     """The language model. `dtype` is the compute dtype; `remat` is "none", "full" or "dots" (see REMAT_POLICIES).
 
-    `unrolled`: the layers' parameters are `unstack`ed; what rollouts run.
+    `unrolled`: the layers' parameters are those of rollout_weights.py; what rollouts run.
     """
 
     config: LlamaConfig
@@ -228,7 +192,7 @@ class Llama(nn.Module):
         c = self.config
         self.embed = self.param("embed", _matrix("vocab", "embed"), (c.vocab_size, c.hidden_size))
         if self.unrolled:
-            self.layers = [Block(c, self.dtype) for _ in range(c.num_layers)]
+            self.layers = [Block(c, self.dtype, flat=True) for _ in range(c.num_layers)]
         else:
             block = Block
             if self.remat != "none":
@@ -273,18 +237,25 @@ class Llama(nn.Module):
         return tuple(cache)
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, cache: tuple[KVCache, ...]
+        self,
+        tokens: jax.Array,
+        begin: jax.Array,
+        step: jax.Array,
+        cache: tuple[KVCache, ...],
+        recent: tuple[KVCache, ...],
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """One token a row: tokens, positions int32[B] -> (hidden dtype[B,D], the cache written to) (unrolled only).
+        """One token a row: tokens int32[B] -> (hidden dtype[B,D], `recent` with this step) (unrolled only).
 
-        Each row writes at its own position (one outside the cache is not written) and sees positions up to it.
+        A row sees the first begin int32[B] positions of the cache and then what the steps 0 … step int32[] added.
         """
-        mask = jnp.arange(cache[0].k.shape[-1])[None, None, :] <= positions[:, None, None]
-        tables = rope_tables(self.config, positions[:, None])
+        length, steps = cache[0].v.shape[2], recent[0].v.shape[2]
+        old = jnp.arange(length)[None, None, :] < begin[:, None, None]
+        new = (jnp.arange(steps) <= step)[None, None, :]
+        tables = rope_tables(self.config, (begin + step)[:, None])
         x, written = self._embed(tokens[:, None]), []
-        for layer, old in zip(self.layers, cache, strict=True):
-            x, new = layer(x, tables, mask, old, positions)
-            written.append(new)
+        for layer, *past in zip(self.layers, cache, recent, strict=True):
+            x, kept = layer(x, tables, (old, new), past, step)
+            written.append(kept)
         return self._norm(x)[:, 0], tuple(written)
 
     def _causal(self, tokens, positions):
@@ -305,11 +276,3 @@ class Llama(nn.Module):
             return self.lm_head(hidden)
         embed = self.embed.astype(self.dtype)
         return jnp.einsum("...D,VD->...V", hidden, embed, preferred_element_type=jnp.float32)
-
-
-def unstack(lm, dtype):
-    """Parameters of a Llama, in the form and compute dtype that its `unrolled` clone takes."""
-    lm = jax.tree.map(lambda x: x.astype(dtype), lm)
-    count = len(jax.tree.leaves(lm["layers"])[0])
-    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], lm["layers"]) for i in range(count)}
-    return {name: leaf for name, leaf in lm.items() if name != "layers"} | layers

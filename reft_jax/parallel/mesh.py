@@ -1,5 +1,6 @@
 """Devices as a mesh of (data, fsdp, tensor), and where each logical axis of the model lies on it."""
 
+import math
 from contextlib import contextmanager
 
 import flax.linen as nn
@@ -9,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from reft_jax.types import InputError
 
-# Logical axis -> mesh axes. Rows go over data and fsdp; weights over fsdp (gathered for use) and tensor.
+# Logical axis -> mesh axes, in training and scoring. Rows go over data and fsdp; weights over fsdp (gathered for use)
+# and tensor.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("length", None),
@@ -22,17 +24,22 @@ RULES = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
 )
+# In rollouts: a step reads all weights for one token a row, so nothing of them is gathered; the devices of a tensor
+# group hold all of them together.
+ROLLOUT_RULES = tuple((axis, None if axis == "embed" else where) for axis, where in RULES)
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what the others leave. InputError if the product is not their number."""
-    devices = jax.device_count()
+def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+    """A mesh over `devices` (all if None); `data=-1` takes what the others leave. InputError if the product is not
+    their number."""
+    devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = devices // (fsdp * tensor)
-    if data * fsdp * tensor != devices:
-        raise InputError(f"config: mesh.data*fsdp*tensor = {data}*{fsdp}*{tensor} does not make {devices} devices")
+        data = len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
+        raise InputError(f"config: mesh.data*fsdp*tensor = {data}*{fsdp}*{tensor} does not make {len(devices)} devices")
     # Auto axes: with jax's default Explicit ones Linen's embedding lookup fails.
-    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    return jax.make_mesh((data, fsdp, tensor), axes, axis_types=kinds, devices=devices)
 
 
 @contextmanager
@@ -42,9 +49,24 @@ def on_mesh(mesh: Mesh):
         yield
 
 
-def shardings(mesh: Mesh, abstract_params):
+def shardings(mesh: Mesh, abstract_params, rules=RULES):
     """NamedShardings of a tree that still carries its logical axes (boxed, as `eval_shape` of `model.init` gives)."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, rules)
+
+
+def check_divides(mesh: Mesh, boxed) -> None:
+    """InputError that names a tensor and a dimension of it (logical axes, as above) that the mesh does not divide."""
+    for path, where in jax.tree.leaves_with_path(shardings(mesh, boxed)):
+        box = boxed
+        for key in path:
+            box = box[key.key]
+        for number, (size, axes) in enumerate(zip(box.value.shape, where.spec, strict=False)):
+            ways = math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
+            if size % ways:
+                raise InputError(
+                    f"config: mesh.{axes}={ways} does not divide dimension {number} ({box.names[number]}, {size}) of "
+                    f"{'.'.join(key.key for key in path)} {list(box.value.shape)}; choose a mesh that does"
+                )
 
 
 def by_row(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -98,8 +120,20 @@ def unboxed(boxed):
     return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
 
 
-def abstract_arrays(mesh: Mesh, boxed):
+def abstract_arrays(mesh: Mesh, boxed, rules=RULES):
     """Shapes, dtypes and shardings of a tree that carries its logical axes: what a restore fills in."""
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), unboxed(boxed), shardings(mesh, boxed)
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        unboxed(boxed),
+        shardings(mesh, boxed, rules),
     )
+
+
+def with_axes(mesh: Mesh, tree, axes, rules):
+    """Shapes, dtypes and shardings of a tree, from another that has the logical axes of its arrays in their places."""
+
+    def one(x, axes):
+        where = nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, rules)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(one, tree, axes)

@@ -33,6 +33,7 @@ MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "me
 MACHINE += ("watchdog_minutes",)
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
+BY_ROW = ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots")
 Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
 
 
@@ -247,6 +248,15 @@ def open_mesh(config):
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
+def check_rows(config, mesh, keys: Sequence[str] = BY_ROW) -> None:
+    """InputError unless what is spread by row divides evenly among the mesh's row shards."""
+    from reft_jax.parallel.mesh import row_shards
+
+    for key in keys:
+        if flatten(config)[key] % row_shards(mesh):
+            raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+
+
 def make_engine(run: Run):
     """The rollout engine of the run's model, tokenizer and mesh."""
     from reft_jax.engine.generate import Engine
@@ -288,15 +298,15 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
     try:
         import jax
 
+        from reft_jax.model.heads import ValueHead
         from reft_jax.model.hf import read_config
         from reft_jax.model.llama import Llama
         from reft_jax.parallel.compilation import keep_compiled
-        from reft_jax.parallel.mesh import on_mesh, row_shards
+        from reft_jax.parallel.mesh import check_divides, on_mesh
+        from reft_jax.train.state import abstract_params
 
         mesh = open_mesh(config)
-        for key in ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots"):
-            if flatten(config)[key] % row_shards(mesh):
-                raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+        check_rows(config, mesh)
         if toy:
             from reft_jax.runs.toy import write_data, write_model
 
@@ -309,11 +319,12 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
             base = workdir / "toy" / "model"
             hosts.from_first("the toy's model", lambda: write_model(config, data.train, base))
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
+        model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
+        check_divides(mesh, abstract_params(model, ValueHead(), "value_head"))
         create_workdir(config, workdir)
         hosts.log_to(workdir / "logs")
         hosts.agree("the data", **data_facts(run))
         keep_compiled(Path(config.compiled or workdir / "compiled"))
-        model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
         run.guards = guards
         run.engine = make_engine(run)

@@ -24,6 +24,7 @@ from reft_jax.runs.results import read_answers, table
 from reft_jax.runs.setup import (
     Data,
     Run,
+    check_rows,
     check_workdir,
     checked_tokenizer,
     create_workdir,
@@ -167,12 +168,10 @@ def open_sweep(
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         from reft_jax.parallel.compilation import keep_compiled
-        from reft_jax.parallel.mesh import on_mesh, row_shards
+        from reft_jax.parallel.mesh import on_mesh
 
         mesh = open_mesh(config)
-        for key in ("rerank.micro_batch", "engine.slots"):
-            if flatten(config)[key] % row_shards(mesh):
-                raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
+        check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
         create_workdir(config, workdir)
         if hosts.is_first():
             (workdir / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")

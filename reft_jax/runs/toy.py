@@ -42,6 +42,21 @@ def write_data(config, folder: Path) -> dict[str, str]:
     return paths
 
 
+def toy_config(config, vocab_size: int) -> LlamaConfig:
+    """The shapes of the tiny Llama."""
+    toy = config.toy
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=toy.hidden_size,
+        intermediate_size=toy.mlp_size,
+        num_layers=toy.layers,
+        num_heads=toy.heads,
+        num_kv_heads=toy.heads,
+        head_dim=toy.hidden_size // toy.heads,
+        max_position_embeddings=config.sample.max_len,
+    )
+
+
 def write_model(config, train: list[Example], folder: Path) -> None:
     """Writes a tokenizer trained on the generated text and a randomly initialised Llama as a Hugging Face folder."""
     if (folder / "config.json").exists():
@@ -51,17 +66,7 @@ def write_model(config, train: list[Example], folder: Path) -> None:
     tokenizer = train_bpe(
         [prompts.prompt_text(e.question) + prompts.sft_target(e, engine) for e in train], toy.vocab_size
     )
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=toy.hidden_size,
-        intermediate_size=toy.mlp_size,
-        num_layers=toy.layers,
-        num_heads=toy.heads,
-        num_kv_heads=toy.heads,
-        head_dim=toy.hidden_size // toy.heads,
-        max_position_embeddings=config.sample.max_len,
-    )
-    model, rng = Llama(shape), np.random.default_rng(config.seed)
+    model, rng = Llama(toy_config(config, len(tokenizer))), np.random.default_rng(config.seed)
     tokens = jnp.zeros((1, 2), jnp.int32)
     abstract = jax.eval_shape(lambda key: nn.unbox(model.init(key, tokens))["params"], jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(partial(initial, rng), abstract)

@@ -1,5 +1,8 @@
 """Log-probabilities and values of given rows. Full logits [B,T,V] never exist: 32 × 700 × 32,016 floats are 2.9 GB."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -22,18 +25,31 @@ def hidden_states(model, lm, lines: Lines):
     return at_decisions(hidden, lines.decisions)
 
 
+def decisions_at_once(rows: int, width: int) -> int:
+    """Of each of `rows` lines with at most `width` decisions, how many are scored together."""
+    return min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))
+
+
 def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
     """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D], of the first `used` of W.
 
     A few decisions at a time, forward and backward, and no more than hold `used` int32[], which may differ between
     batches without another compile: that is why the gradient is written out. What lies beyond `used` means nothing.
+
+    Each row shard adds up its own part of the output matrix's gradient, which is summed over shards once, after the
+    last chunk; and the matrix is gathered once, before the first.
     """
     rows, width = targets.shape
-    chunk = min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))
+    chunk, shards = decisions_at_once(rows, width), rows // rows_per_device(rows)
     padding = ((0, 0), (0, -width % chunk))
     hidden, targets = jnp.pad(hidden, (*padding, (0, 0))), jnp.pad(targets, padding)
     head = {name: lm[name] for name in (["embed"] if model.config.tie_embeddings else ["lm_head"])}
     rest = {name: lm[name] for name in ("embed", "final_norm") if name not in head}
+
+    def whole(head):
+        axes = {"embed": ("vocab", "act_embed"), "lm_head": {"kernel": ("act_embed", "vocab")}}
+        axes = {name: axes[name] for name in head}
+        return jax.tree.map(lambda x, axes: nn.with_logical_constraint(x.astype(model.dtype), axes), head, axes)
 
     def logprobs(head, rest, hidden, targets):
         logits = model.apply({"params": head | rest}, hidden, method="unembed") / temperature
@@ -43,10 +59,13 @@ def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1
         return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1)
 
     def over_chunks(used, step, start):
-        return jax.lax.fori_loop(0, (used + chunk - 1) // chunk, step, start)
+        with jax.named_scope("decisions"):
+            return jax.lax.fori_loop(0, (used + chunk - 1) // chunk, step, start)
 
     @jax.custom_vjp
     def scored(head, rest, hidden, targets, used):
+        head = whole(head)
+
         def step(i, out):
             new = logprobs(head, rest, part(hidden, i), part(targets, i))
             return jax.lax.dynamic_update_slice_in_dim(out, new, i * chunk, 1)
@@ -55,20 +74,23 @@ def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1
 
     def backward(kept, gradient):
         head, rest, hidden, targets, used = kept
+        zeros = jax.tree.map(jnp.zeros_like, (head, hidden))
+        head = whole(head)
 
         def step(i, sums):
             to_head, to_hidden = sums
             _, pull = jax.vjp(lambda head, h: logprobs(head, rest, h, part(targets, i)), head, part(hidden, i))
             more, new = pull(part(gradient, i))
             to_hidden = jax.lax.dynamic_update_slice_in_dim(to_hidden, new, i * chunk, 1)
-            return jax.tree.map(jnp.add, to_head, more), to_hidden
+            return jax.tree.map(jnp.add, to_head, more), to_hidden  # summed in the parameters' float32
 
-        zeros = jax.tree.map(jnp.zeros_like, (head, hidden))
         to_head, to_hidden = over_chunks(used, step, zeros)
         return to_head, None, to_hidden, None, None
 
     scored.defvjp(lambda *args: (scored(*args), args), backward)
-    return scored(head, rest, hidden, targets, used)[:, :width]
+    by_shard = (x.reshape(shards, -1, *x.shape[1:]) for x in (hidden, targets))
+    every_shard = jax.vmap(scored, (None, None, 0, 0, None), spmd_axis_name=("data", "fsdp"))
+    return every_shard(head, rest, *by_shard, used).reshape(rows, -1)[:, :width]
 
 
 def score_lines(model, params, lines: Lines, temperature: float = 1.0):
@@ -82,15 +104,27 @@ def score_lines(model, params, lines: Lines, temperature: float = 1.0):
     return logprob, ValueHead().apply({"params": params["value_head"]}, hidden)
 
 
+def for_micro_batches(score, lines: Lines, count, zeros):
+    """Arrays [M,b,…] like `zeros` with `score` of each of the first `count` micro-batches of lines [M,b,…]."""
+    if (
+        len(lines.tokens) == 1
+    ):  # not a loop: XLA would move what never changes in it out of it, and keep it in there too
+        return jax.tree.map(lambda x: x[None], score(jax.tree.map(lambda x: x[0], lines)))
+
+    def one(i, scored):
+        new = score(jax.tree.map(lambda x: x[i], lines))
+        return jax.tree.map(lambda old, new: old.at[i].set(new), scored, new)
+
+    with jax.named_scope("micro_batches"):
+        return jax.lax.fori_loop(0, count, one, zeros)
+
+
 def make_scorer(model, temperature: float):
     """Jitted `score(params, Lines [M,b,…], count) -> (logprob, value)`, [M,b,W] each, the first `count` of M."""
 
     def score(params, lines: Lines, count):
-        def one(i, scored):
-            new = score_lines(model, params, jax.tree.map(lambda x: x[i], lines), temperature)
-            return jax.tree.map(lambda old, new: old.at[i].set(new), scored, new)
-
         zeros = jnp.zeros(lines.decisions.shape, jnp.float32)
-        return jax.lax.fori_loop(0, count, one, (zeros, zeros if "value_head" in params else None))
+        one = partial(score_lines, model, params, temperature=temperature)
+        return for_micro_batches(one, lines, count, (zeros, zeros if "value_head" in params else None))
 
     return jax.jit(score)

@@ -41,11 +41,12 @@ def make_optimizer(schedule, *, weight_decay: float, clip_norm: float) -> optax.
 def abstract_params(model, head: ValueHead | RerankHead, name: str):
     """Shapes of {'lm', name} with their logical axes, without making an array."""
 
-    def init(key):
+    def init():
         tokens, hidden = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, model.config.hidden_size))
+        key = jax.random.key(0)
         return {"lm": model.init(key, tokens)["params"], name: head.init(key, hidden)["params"]}
 
-    return jax.eval_shape(init, jax.random.key(0))
+    return jax.eval_shape(init)
 
 
 def init_head(mesh, head: ValueHead | RerankHead, hidden_size: int, seed: int):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from reft_jax.algo import advantages, losses
 from reft_jax.model.heads import RerankHead
 from reft_jax.train.packing import Lines
-from reft_jax.train.scoring import hidden_states, score_lines
+from reft_jax.train.scoring import for_micro_batches, hidden_states, score_lines
 from reft_jax.train.state import TrainState, apply_gradients
 from reft_jax.types import PPOBatch
 
@@ -32,13 +32,18 @@ def over_micro_batches(loss_fn, params, batch, count):
     def one(i):
         return jax.value_and_grad(loss_fn, has_aux=True)(params, jax.tree.map(lambda x: x[i], batch))
 
+    if len(jax.tree.leaves(batch)[0]) == 1:  # no loop, as in `for_micro_batches`
+        (loss, (sums, largest)), grads = one(0)
+        return grads, loss, sums, largest
+
     def step(i, total):
         ((loss, (sums, largest)), grads), ((more, (others, larger)), new) = total, one(i)
         sums = jax.tree.map(jnp.add, sums, others)
         return (loss + more, (sums, jnp.maximum(largest, larger))), jax.tree.map(jnp.add, grads, new)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    (loss, (sums, largest)), grads = jax.lax.fori_loop(0, count, step, zeros)
+    with jax.named_scope("micro_batches"):
+        (loss, (sums, largest)), grads = jax.lax.fori_loop(0, count, step, zeros)
     return grads, loss, sums, largest
 
 
@@ -173,10 +178,9 @@ def make_rerank_scorer(model):
     """Jitted `score(params, Lines [M,b,…], count) -> float32[M,b,W]`, the probability of class 1."""
 
     def score(params, lines: Lines, count):
-        def one(i, scored):
-            logits = rerank_logits(model, params, jax.tree.map(lambda x: x[i], lines))
-            return scored.at[i].set(jax.nn.softmax(logits, -1)[..., 1])
+        def one(lines):
+            return jax.nn.softmax(rerank_logits(model, params, lines), -1)[..., 1]
 
-        return jax.lax.fori_loop(0, count, one, jnp.zeros(lines.decisions.shape, jnp.float32))
+        return for_micro_batches(one, lines, count, jnp.zeros(lines.decisions.shape, jnp.float32))
 
     return jax.jit(score)

@@ -1,0 +1,44 @@
+"""A Llama's parameters as rollouts take them: in the compute dtype, layer by layer, each matrix in the form in which a
+decode step reads it without copying it first (`Block.flat`)."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from reft_jax.model.llama import Llama
+
+
+def rollout_layer(model: Llama, layers, i):
+    """Layer i of stacked layers in the form that the `unrolled` clone takes, with its logical axes (boxed)."""
+
+    def form(x, axes):
+        if "head_dim" in axes:  # becomes one axis with the heads before it
+            at = axes.index("head_dim")
+            x, axes = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
+        if axes[0] == "embed" and x.ndim == 2:
+            x, axes = x.T, axes[::-1]
+        return _rollout_form(model, x, axes)
+
+    axes = _axes(model)["layers"]
+    return {name: form(x[i], tuple(axes[name][1:])) for name, x in layers.items()}
+
+
+def rollout_rest(model: Llama, lm):
+    """The same of everything but the layers."""
+    axes = _axes(model)
+    return {name: jax.tree.map(partial(_rollout_form, model), lm[name], axes[name]) for name in lm if name != "layers"}
+
+
+def _rollout_form(model: Llama, x, axes):
+    return nn.LogicallyPartitioned(x.astype(model.dtype), tuple(axes))
+
+
+def _axes(model: Llama):
+    """The logical axes of the parameters as training has them."""
+
+    def init():
+        return model.clone(unrolled=False).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    return nn.get_partition_spec(jax.eval_shape(init))

@@ -15,7 +15,7 @@ SHOWN = 12  # candidates of a search
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """The first column to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    widths = [max(2, *(len(row[i]) for row in [head, *rows])) for i in range(len(head))]
 
     def line(row):
         cells = [

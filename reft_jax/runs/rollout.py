@@ -135,7 +135,10 @@ def roll_out(
             else:
                 mine |= grading.collect()
         clock.decoding, begun = time.monotonic() - begun, time.monotonic()
-        mine |= grading.collect(wait=True)
+        if alone:
+            yield from settled(grading.collect(wait=True), grading.seconds)
+        else:
+            mine |= grading.collect(wait=True)
         verdicts, seconds = {}, {}
         for theirs in hosts.gather(f"verdicts of {purpose}", [mine, grading.seconds, grading.outcomes]):
             verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}

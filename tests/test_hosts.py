@@ -236,6 +236,30 @@ def test_a_killed_host_ends_the_other_and_is_named(cache, together, tmp_path, ki
         assert "lost" in said.splitlines()[-1] and f" {killed} (" in said.splitlines()[-1], said
 
 
+def saved_steps(pair: Pair) -> list[int]:
+    folders = (pair.workdir / "reft" / "checkpoints").glob("[0-9]*")
+    return sorted(int(folder.name) for folder in folders if (folder / "manifest.json").exists())
+
+
+def test_sigterm_to_one_host_stops_both_with_the_same_step(cache, together, tmp_path):
+    """And again after a restart. `together` is there to have filled the cache."""
+    settings, steps = ("ppo.iterations=200", "ppo.save_every=200", "ppo.eval_every=200"), []
+    for asked in (1, 0):
+        pair, deadline = Pair(tmp_path, cache, *settings), time.monotonic() + 300
+        begun, before = pair.workdir / "reft" / "metrics.jsonl", steps[-1] if steps else 0
+        while not (begun.exists() and len(begun.read_text().splitlines()) > before) and time.monotonic() < deadline:
+            assert all(process.poll() is None for process in pair.processes), [log.read_text() for log in pair.logs]
+            time.sleep(0.05)
+        pair.processes[asked].send_signal(signal.SIGTERM)
+        for end in pair.ended(SOON_S):
+            assert end.code == 75, end.said
+            assert "stopped by a signal to one of the hosts" in end.said
+        assert steps == saved_steps(pair)[:-1]  # the one before is kept
+        steps = saved_steps(pair)
+        assert len(begun.read_text().splitlines()) == steps[-1]
+    assert f"reft: resuming after {steps[0]}\n" in (pair.workdir / "logs" / "host_1.log").read_text()
+
+
 TALKS = {
     # case: exit code, what the last line of both says
     "differ": (2, "error: things: size is [1] on host 1 ("),

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from jax.experimental import multihost_utils
 
 from reft_jax.parallel import hosts
 from reft_jax.types import NotFiniteError, Stopped
@@ -20,18 +21,20 @@ class Guards:
     """Signals and the watchdog, inside `with`; outside nothing asks to stop and nothing is watched.
 
     SIGTERM (a machine about to be taken away) and SIGINT ask the run to stop: the next safe point raises Stopped, and
-    what the stage has done so far is saved. A second signal ends the process at once, with what was saved before.
+    what the stage has done so far is saved. A second signal ends the process at once, with what was saved before; where
+    there are several hosts, a second SIGINT does.
     """
 
     def __init__(self, watchdog_minutes: float = 0.0):
         """watchdog_minutes: without a `step` for so long, every thread's stack goes to stderr and the process ends
         with exit code 1; 0 watches nothing."""
-        self.seconds, self.asked, self._armed_at = 60 * watchdog_minutes, None, 0.0
+        self.seconds, self.asked, self._armed_at, self._points = 60 * watchdog_minutes, None, 0.0, 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Guards":
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            ours = (signal.SIGTERM, signal.SIGINT) if hosts.count() == 1 else (signal.SIGINT,)  # JAX takes the other
+            self._before = {number: signal.signal(number, self._ask) for number in ours}
         self._arm()
         return self
 
@@ -44,14 +47,16 @@ class Guards:
     def check(self, alone: bool = False) -> None:
         """A safe point: nothing is half done here. Raises Stopped if the run was asked to stop.
 
-        Where there are several hosts all come here equally often, and one that was asked stops all. `alone`: the others
-        may not be here, so that this is a safe point of a single host only.
+        Where there are several hosts all come here equally often, and stop at the same point once one of them was
+        asked. `alone`: the others may not be here, so that this is a safe point of a single host only.
         """
-        asked = self.asked
-        if hosts.count() > 1:
-            asked = None if alone else next(filter(None, hosts.gather("stop?", self.asked)), None)
-        if asked:
-            raise Stopped(asked)
+        if hosts.count() == 1:
+            if self.asked:
+                raise Stopped(self.asked)
+        elif not alone:
+            self._points += 1
+            if multihost_utils.reached_preemption_sync_point(self._points):
+                raise Stopped("a signal to one of the hosts")
 
     def step(self, alone: bool = False) -> None:
         """A safe point, and something has been done: a decode chunk, a program, an update."""
@@ -68,6 +73,8 @@ class Guards:
         if self.asked:
             os._exit(128 + number)
         self.asked = signal.Signals(number).name
+        if hosts.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # to JAX, which tells the others
         os.write(STDERR, f"{self.asked}: the run stops at the next safe point; once more to end it now\n".encode())
 
 

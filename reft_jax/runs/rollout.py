@@ -19,6 +19,7 @@ from reft_jax.runs.setup import Run
 from reft_jax.task import answers
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
+LOGGED_AT_ONCE = 512  # lines of the audit log
 POLL_S = 0.2  # between two looks at whether to stop, while a program runs
 
 
@@ -44,14 +45,13 @@ class Clock:
 class Grading:
     """Takes completions as they come; a context that ends with their programs.
 
-    An executor that fails raises InfrastructureError here: it is never a reward of 0. verdicts: what is known so far,
-    by number. seconds: how long each program took. outcomes: what became of the programs.
+    An executor that fails raises InfrastructureError here: it is never a reward of 0. seconds: how long each program
+    took. outcomes: what became of the programs.
     """
 
     def __init__(self, run: Run):
         self.config, self.guards = run.config, run.guards
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
-        self.verdicts: dict[int, Verdict] = {}
         self.seconds: dict[str, float] = {}
         self.outcomes: Counter[str] = Counter()
         self._streams: dict[str, executor.Stream] = {}
@@ -64,24 +64,25 @@ class Grading:
         self._stack.__exit__(*error)
 
     def submit(self, number: int, example: Example, text: str) -> None:
-        """Its verdict will be `verdicts[number]`."""
+        """`number` comes back with the verdict."""
         future = None
         if self.config.data.engine == "python":
             future = self._stream(answers.wanted(example)).submit(text)
         self.under_way.append((number, example, text, future))
 
-    def collect(self, wait: bool = False) -> None:
-        """Verdicts of the programs that have ended, in the order in which they came; with `wait`, of all."""
+    def collect(self, wait: bool = False) -> Iterator[tuple[int, Verdict]]:
+        """Verdicts by number, in the order in which they came, as far as they are known; with `wait`, all."""
         while self.under_way and (wait or self.under_way[0][3] is None or self.under_way[0][3].done()):
             number, example, text, future = self.under_way.popleft()
             if future is None:
-                self.verdicts[number] = answers.judge(*answers.stated(text, example), example)
+                verdict = answers.judge(*answers.stated(text, example), example)
             else:
                 result = self._result(future)
-                self.verdicts[number] = answers.judge(*answers.returned(result, example), example)
+                verdict = answers.judge(*answers.returned(result, example), example)
                 self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
                 self.seconds[text] = result.ms / 1000
             self.guards.step(alone=True)
+            yield number, verdict
 
     def _result(self, future: Future) -> executor.ExecResult:
         """Waits for a program; raises Stopped if the run is asked to stop meanwhile: no program, no verdict."""
@@ -108,34 +109,60 @@ class Grading:
 def roll_out(
     run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
 ) -> Iterator[tuple[int, Graded]]:
-    """Yields (index of the prompt, what became of it) in the order in which rows ended, once all are graded and in the
-    audit log; `examples[i]` is what prompts[i] asks.
+    """Yields (index of the prompt, what became of it) as verdicts come or, with several hosts, once all have come;
+    `examples[i]` is what prompts[i] asks.
 
     `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
     """
-    clock, ended, owners = clock or Clock(), [], shares(prompts)
-    with Grading(run) as grading:
+    clock, owners, alone = clock or Clock(), shares(prompts), hosts.count() == 1
+    ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
+    mine: dict[int, Verdict] = {}
+    with Grading(run) as grading, contextlib.closing(Log(run)) as log:
+
+        def settled(verdicts, seconds) -> Iterator[tuple[int, Graded]]:
+            for i, verdict in verdicts:
+                completion, text = ended.pop(i)
+                log.add(execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0)))
+                yield i, Graded(completion, text, verdict)
+
         begun = time.monotonic()
         for i, completion in run.engine.generate(lm, prompts, **sampling):
-            text = run.text(prompts[i], completion)
-            ended.append((i, completion, text))
+            ended[i] = completion, run.text(prompts[i], completion)
             if owners[i] == hosts.number():
-                grading.submit(i, examples[i], text)
-            grading.collect()
+                grading.submit(i, examples[i], ended[i][1])
+            if alone:
+                yield from settled(grading.collect(), grading.seconds)
+            else:
+                mine |= grading.collect()
         clock.decoding, begun = time.monotonic() - begun, time.monotonic()
-        grading.collect(wait=True)
-    verdicts, seconds = {}, {}
-    for theirs in hosts.gather(f"verdicts of {purpose}", [grading.verdicts, grading.seconds, grading.outcomes]):
-        verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}
-        seconds |= theirs[1]
-        clock.programs += theirs[1].values()
-        run.programs.update(theirs[2])
-    clock.waiting = time.monotonic() - begun
-    run.executions.append(
-        execution(purpose, examples[i], text, verdicts[i], 1000 * seconds.get(text, 0.0)) for i, _, text in ended
-    )
-    for i, completion, text in ended:
-        yield i, Graded(completion, text, verdicts[i])
+        if alone:
+            yield from settled(grading.collect(wait=True), grading.seconds)
+        else:
+            mine |= grading.collect(wait=True)
+        verdicts, seconds = {}, {}
+        for theirs in hosts.gather(f"verdicts of {purpose}", [mine, grading.seconds, grading.outcomes]):
+            verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}
+            seconds |= theirs[1]
+            clock.programs += theirs[1].values()
+            run.programs.update(theirs[2])
+        clock.waiting = time.monotonic() - begun
+        yield from settled([(i, verdicts[i]) for i in ended], seconds)
+
+
+class Log:
+    """Lines on their way to the audit log, a batch at a time."""
+
+    def __init__(self, run: Run):
+        self.executions, self.lines = run.executions, []
+
+    def add(self, line: dict) -> None:
+        self.lines.append(line)
+        if len(self.lines) == LOGGED_AT_ONCE:
+            self.close()
+
+    def close(self) -> None:
+        self.executions.append(self.lines)
+        self.lines = []
 
 
 def shares(prompts: list[Prompt]) -> list[int]:

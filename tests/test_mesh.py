@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax.engine import slots as programs
 from reft_jax.engine.generate import Engine
+from reft_jax.model.hf import load_hf, save_hf
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -96,11 +98,22 @@ def sample(mesh) -> dict:
     return {"sampled": [completions[i].tokens.tolist() for i in range(30)], "decode": constraints[0]}
 
 
+def comes_back(mesh) -> bool:
+    """Whether weights that lie on the mesh, written to a folder and read from it onto the mesh, are what they were."""
+    _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
+    where = where.params["lm"]
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(Path(folder) / "model", MODEL, put(PARAMS["lm"], where), max_shard_bytes=30_000)
+        _, lm = load_hf(Path(folder) / "model", shardings=where)
+    same = jax.tree.map(lambda x, y, at: x.sharding == at and np.array_equal(x, y), lm, PARAMS["lm"], where)
+    return all(jax.tree.leaves(same))
+
+
 def results(shape: tuple[int, int, int]) -> dict:
     mesh = make_mesh(*shape)
     with on_mesh(mesh):
         trained = {kind: train(mesh, kind) for kind in STEPS}
-        return trained | sample(mesh)
+        return trained | sample(mesh) | {"comes back": comes_back(mesh)}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +157,10 @@ def test_eight_devices_train_as_one(i, kind, one_device, eight_devices):
 @pytest.mark.parametrize("i", range(len(MESHES)), ids=MESH_NAMES)
 def test_eight_devices_sample_as_one(i, one_device, eight_devices):
     assert eight_devices[i]["sampled"] == one_device["sampled"]
+
+
+def test_weights_come_back_from_a_folder_onto_every_mesh(one_device, eight_devices):
+    assert [found["comes back"] for found in (one_device, *eight_devices)] == [True] * 5
 
 
 def test_constraints_are_in_every_program_on_every_mesh(one_device, eight_devices):

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax.engine import slots as programs
 from reft_jax.engine.generate import Engine
+from reft_jax.model.hf import load_hf, save_hf
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -73,32 +76,44 @@ def lists(tree) -> dict[str, list]:
     return {jax.tree_util.keystr(path): np.asarray(x).tolist() for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def sample(mesh) -> list[list[int]]:
-    """Drawn completions of ten prompts, three each, on 16 slots: prefills are shared, the last rows move together."""
+def sample(mesh) -> dict:
+    """Drawn completions of ten prompts, three each, on 16 slots: prefills are shared, the last rows move together. Also
+    how many constraints the first decode program has."""
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
     engine = Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]
     prompts = [Prompt(f"toy_{i}", sample, row) for i, row in enumerate(rows) for sample in range(3)]
-    lm = put(PARAMS["lm"], where.params["lm"])
-    completions = dict(engine.generate(lm, prompts, max_len=32, temperature=1.0))
+    decode, constraints = programs.decode, []
+
+    def counted(*args, **settings):
+        if not constraints:
+            constraints.append(decode.lower(*args, **settings).as_text().count("sharding_constraint"))
+        return decode(*args, **settings)
+
+    with mock.patch.object(programs, "decode", counted):
+        lm = put(PARAMS["lm"], where.params["lm"])
+        completions = dict(engine.generate(lm, prompts, max_len=32, temperature=1.0))
     assert engine.counts["prompts"] == 10
-    return [completions[i].tokens.tolist() for i in range(30)]
+    return {"sampled": [completions[i].tokens.tolist() for i in range(30)], "decode": constraints[0]}
 
 
-def prefill_constraints(mesh) -> int:
+def comes_back(mesh) -> bool:
+    """Whether weights that lie on the mesh, written to a folder and read from it onto the mesh, are what they were."""
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    engine = Engine(MODEL, mesh, slots=16, pad_multiple=8, eos_id=7, seed=0)
-    weights = programs.rollout_weights(put(PARAMS["lm"], where.params["lm"]), dtype=MODEL.dtype)
-    tokens, length = put_rows(mesh, (np.zeros((8, 8), np.int32), np.ones(8, np.int32)))
-    return programs.prefill.lower(engine.model, weights, tokens, length).as_text().count("sharding_constraint")
+    where = where.params["lm"]
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(Path(folder) / "model", MODEL, put(PARAMS["lm"], where), max_shard_bytes=30_000)
+        _, lm = load_hf(Path(folder) / "model", shardings=where)
+    same = jax.tree.map(lambda x, y, at: x.sharding == at and np.array_equal(x, y), lm, PARAMS["lm"], where)
+    return all(jax.tree.leaves(same))
 
 
 def results(shape: tuple[int, int, int]) -> dict:
     mesh = make_mesh(*shape)
     with on_mesh(mesh):
         trained = {kind: train(mesh, kind) for kind in STEPS}
-        return trained | {"sampled": sample(mesh), "prefill": prefill_constraints(mesh)}
+        return trained | sample(mesh) | {"comes back": comes_back(mesh)}
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +159,16 @@ def test_eight_devices_sample_as_one(i, one_device, eight_devices):
     assert eight_devices[i]["sampled"] == one_device["sampled"]
 
 
+def test_weights_come_back_from_a_folder_onto_every_mesh(one_device, eight_devices):
+    assert [found["comes back"] for found in (one_device, *eight_devices)] == [True] * 5
+
+
 def test_constraints_are_in_every_program_on_every_mesh(one_device, eight_devices):
+    """Training: the embeddings' and three of the scanned layer, and each again for its gradient. A decode step: the
+    same of two layers, then two for each layer's cache and one for each of the other seven arrays of the slots."""
     for found in (one_device, *eight_devices):
-        print({kind: found[kind]["constraints"] for kind in STEPS}, found["prefill"])
-    assert 0
+        assert [found[kind]["constraints"] for kind in STEPS] == [2 * (1 + 3)] * 3
+        assert found["decode"] == 1 + 2 * 3 + 2 * 2 + 7
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (-1, 2, 1), (1, 1, 3)])

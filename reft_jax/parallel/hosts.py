@@ -106,6 +106,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         return
     if coordinator is not None and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id={process_id}: it must be from 0 to num_processes - 1 = {num_processes - 1}")
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, and the run would not hear of it
     try:
         jax.distributed.initialize(
             *given,
@@ -115,9 +116,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the hosts did not come together within {CONNECT_S} s ({error}); see each one's log"
-        ) from error
+        raise InputError(f"the hosts did not meet within {CONNECT_S} s ({error}); see what each one said") from error
     known = distributed.global_state
     if known.num_processes > 1:
         _state.client, _state.number, _state.count = known.client, known.process_id, known.num_processes
@@ -139,9 +138,7 @@ def log_to(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"host_{number()}.log"
-    last = (
-        f"host {number()}: ended by JAX: another host is lost. A task N above is host N, the leader {_state.names[0]}"
-    )
+    last = f"host {number()}: JAX ended it: a host is lost. Above, task N is host N, and the leader {_state.names[0]}"
     for stream, file in ((1, sys.stdout), (2, sys.stderr)):
         file.flush()
         copier = subprocess.Popen(

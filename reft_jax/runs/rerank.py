@@ -95,7 +95,7 @@ def rerank_scores(run: Run, path: Path, records: list[dict], load: Callable[[], 
     beside = path.with_suffix(RERANK)
     done = {line["item_id"] for line in read_lines(beside)}
     hosts.agree(str(beside), questions=len(done))
-    left = [record for record in records if record["item_id"] not in done]
+    left = [record for record in sorted(records, key=lambda record: record["item_id"]) if record["item_id"] not in done]
     if not left:
         return
     params, score = load(), make_rerank_scorer(run.model)

@@ -20,15 +20,19 @@ import pytest
 from flax.linen import unbox
 from test_pipeline import TINY, metrics
 
-from reft_jax.model.hf import save_hf
+from reft_jax.model.heads import ValueHead
+from reft_jax.model.hf import load_hf, load_value_head, save_hf
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel import hosts
+from reft_jax.parallel.mesh import abstract_arrays, make_mesh
 from reft_jax.runs.executions import LOG_NAME, read_executions
 from reft_jax.runs.rollout import shares
 from reft_jax.task import prompts
 from reft_jax.task.intervals import wilson
 from reft_jax.task.tokenizer import encode, encode_rollout, train_bpe
+from reft_jax.train.checkpoints import load_params
+from reft_jax.train.state import abstract_params
 from reft_jax.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +41,7 @@ SMALLER = """
 data.pad_multiple=96 sft.max_len=96 ppo.max_prompt=80 ppo.max_len=96 sample.max_len=96 rerank.max_len=192
 sft.learning_rate=1e-3
 """.split()
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling, for code that runs once
 SOON_S = 3 * 60  # "about 60 s", on a machine that does other things as well
 
 
@@ -47,12 +52,12 @@ class Ended(NamedTuple):
     said: str
 
 
-def start(command: list[str], number: int, port: int, log: Path, **environment) -> subprocess.Popen:
+def start(words: list[str], number: int, port: int, log: Path, **environment) -> subprocess.Popen:
     """Host `number` of two."""
     place = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
     with log.open("w") as file:
         return subprocess.Popen(
-            command + place, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=file
+            words + place, cwd=ROOT, env=os.environ | QUICK | environment, stdout=subprocess.DEVNULL, stderr=file
         )
 
 
@@ -104,24 +109,22 @@ def write_inputs(folder: Path) -> None:
     save_hf(folder / "model", Llama(shape), params, tokenizer=tokenizer)
 
 
-def pipeline(workdir: Path, cache: Path, *settings: str, devices: int) -> list[str]:
-    """The command; `cache` has the inputs and the compiled programs."""
+def command(name: str, workdir: Path, cache: Path, settings: tuple[str, ...] = (), *, devices: int) -> list[str]:
+    """`cache` has the inputs and the compiled programs."""
     inputs = [f"data.{split}={cache / split}.json" for split in ("train", "dev", "test")]
     inputs += [f"model.path={cache / 'model'}", f"compiled={cache / 'compiled'}"]
     changed = [*TINY, *SMALLER, *MESH, *inputs, f"mesh.cpu_devices={devices}", *settings]
     config = [f"--config={ROOT / 'configs/quickstart.py'}", *(f"--config.{setting}" for setting in changed)]
-    return [sys.executable, "-m", "reft_jax", "pipeline", *config, f"--workdir={workdir}"]
+    return [sys.executable, "-m", "reft_jax", name, *config, f"--workdir={workdir}"]
 
 
 class Pair:
-    """Two hosts of one pipeline; `settings` are those of both, `only_second` of host 1 alone."""
+    """Two hosts that run a command each; what they say goes to files in `folder`."""
 
-    def __init__(self, folder: Path, cache: Path, *settings: str, only_second: tuple[str, ...] = ()):
+    def __init__(self, folder: Path, first: list[str], second: list[str] | None = None):
         folder.mkdir(exist_ok=True)
-        self.workdir, self.logs, port = folder / "run", [folder / f"host_{i}.txt" for i in range(2)], free_port()
-        both = pipeline(self.workdir, cache, *settings, devices=4)
-        commands = both, both + [f"--config.{setting}" for setting in only_second]
-        self.processes = [start(commands[i], i, port, self.logs[i]) for i in range(2)]
+        self.logs, port = [folder / f"host_{i}.txt" for i in range(2)], free_port()
+        self.processes = [start((first, second or first)[i], i, port, self.logs[i]) for i in range(2)]
 
     def ended(self, timeout: float) -> list[Ended]:
         return wait(self.processes, self.logs, timeout)
@@ -138,17 +141,18 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def together(cache, tmp_path_factory) -> Path:
     """The work directory of the two."""
-    pair = Pair(tmp_path_factory.mktemp("two"), cache)
-    ends = pair.ended(900)
+    folder = tmp_path_factory.mktemp("two")
+    ends = Pair(folder, command("pipeline", folder / "run", cache, devices=4)).ended(900)
     assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
-    return pair.workdir
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def alone(cache, tmp_path_factory) -> Path:
     """The work directory of the one."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    done = subprocess.run(pipeline(workdir, cache, devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    one = command("pipeline", workdir, cache, devices=8)
+    done = subprocess.run(one, cwd=ROOT, env=os.environ | QUICK, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -204,17 +208,28 @@ def test_every_host_has_a_log_of_its_own_and_the_first_alone_reports(together):
     assert "reft  3/3 iterations" in logs["host_0.log"] and "reft  3/3 iterations" not in logs["host_1.log"]
 
 
+def test_export_gathers_what_the_hosts_hold(together, cache, tmp_path):
+    """What Orbax saved shard by shard, read here on one device, is what the exported folder has."""
+    export = command("export", together, cache, devices=4) + ["--model=reft", f"--out={tmp_path / 'out'}"]
+    ends = Pair(tmp_path, export).ended(SOON_S)
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
+    model, lm = load_hf(tmp_path / "out")
+    abstract = abstract_arrays(make_mesh(1, 1, 1), abstract_params(model, ValueHead(), "value_head"))
+    saved = load_params(together / "models" / "reft", abstract)
+    jax.tree.map(np.testing.assert_array_equal, {"lm": lm, "value_head": load_value_head(tmp_path / "out")}, saved)
+
+
 def test_a_host_with_another_config_ends_both_and_is_named(cache, tmp_path):
-    ends = Pair(tmp_path, cache, only_second=("sft.epochs=3",)).ended(SOON_S)
-    for end in ends:
+    one, other = (command("pipeline", tmp_path / "run", cache, more, devices=4) for more in ((), ("sft.epochs=3",)))
+    for end in Pair(tmp_path, one, other).ended(SOON_S):
         assert end.code == 2, end.said
         assert "error: the command: sft.epochs is 3 on host 1 (" in end.said.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_the_mesh_does_not_divide_end_both(cache, tmp_path):
-    ends = Pair(tmp_path, cache, "engine.slots=18").ended(SOON_S)
-    for end in ends:
+    both = command("pipeline", tmp_path / "run", cache, ("engine.slots=18",), devices=4)
+    for end in Pair(tmp_path, both).ended(SOON_S):
         assert end.code == 2, end.said
         assert "error: config: engine.slots must be a multiple of the 4 row shards of the mesh" in end.said
     assert not (tmp_path / "run").exists()
@@ -223,15 +238,15 @@ def test_rows_that_the_mesh_does_not_divide_end_both(cache, tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_host_ends_the_other_and_is_named(cache, together, tmp_path, killed):
     """In the middle of training. `together` is there to have filled the cache."""
-    pair = Pair(tmp_path, cache)
-    begun, deadline = pair.workdir / "sft" / "metrics.jsonl", time.monotonic() + 300
+    pair = Pair(tmp_path, command("pipeline", tmp_path / "run", cache, devices=4))
+    begun, deadline = tmp_path / "run" / "sft" / "metrics.jsonl", time.monotonic() + 300
     while not (begun.exists() and begun.stat().st_size) and time.monotonic() < deadline:
         assert all(process.poll() is None for process in pair.processes), [log.read_text() for log in pair.logs]
         time.sleep(0.05)
     pair.processes[killed].kill()
     end = pair.ended(SOON_S)[1 - killed]
     assert end.code not in (0, -signal.SIGKILL), end.said
-    last_words = (pair.workdir / "logs" / f"host_{1 - killed}.log").read_text()
+    last_words = (tmp_path / "run" / "logs" / f"host_{1 - killed}.log").read_text()
     for said in (end.said, last_words):
         assert "lost" in said.splitlines()[-1] and f" {killed} (" in said.splitlines()[-1], said
 

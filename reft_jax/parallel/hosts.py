@@ -106,7 +106,6 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         return
     if coordinator is not None and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id={process_id}: it must be from 0 to num_processes - 1 = {num_processes - 1}")
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, and the run would not hear of it
     try:
         jax.distributed.initialize(
             *given,

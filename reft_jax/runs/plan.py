@@ -114,7 +114,8 @@ def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_rows(config, mesh)
     model = Llama(shapes, dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
-    key, chip = cache_key(config, shapes, topology), chips.chip_of(topology)
+    key = cache_key(config, shapes, topology)
+    chip = chips.per_device(chips.chip_of(topology), len(devices) // chips.chips_in(topology))
     functions = RunFunctions(config, model, mesh)
     check_divides(mesh, functions.policy)
 

@@ -206,14 +206,16 @@ def plan(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_list("topology", None, "a pod, as v5e:4x8 or v5p:4x4x4; with --search several", flag_values=values)
     flags.DEFINE_bool("search", False, "rank meshes, micro-batches and remat; compile the best", flag_values=values)
+    grow = "plan several pods, batches in proportion to their chips: the config's are for this many; 0: do not"
+    flags.DEFINE_integer("grow", 0, grow, lower_bound=0, flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
     flags.DEFINE_integer("questions", 7473, "of an epoch (GSM8K's)", lower_bound=1, flag_values=values)
     flags.DEFINE_string("into", "", "also write the tables between their marks in this file", flag_values=values)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft_jax" / "plan"
     flags.DEFINE_string("cache", str(cache), "folder that keeps what was compiled", flag_values=values)
     config = parse_config(argv, values)
-    if not values.topology or (len(values.topology) > 1 and not values.search):
-        raise InputError("--topology is missing, or several without --search; write --topology=v5e:4x8")
+    if not values.topology or (len(values.topology) > 1 and not values.search and not values.grow):
+        raise InputError("--topology is missing, or several without --search or --grow; write --topology=v5e:4x8")
     # Before JAX starts: the TPU compiler needs no TPU, but would ask a TPU machine's server for one, and let no other
     # process compile.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -231,5 +231,32 @@ def test_a_fusion_reads_what_it_slices_and_writes_what_it_updates():
     )
     (work,) = run(text, {})
     assert (work.read, work.written) == (512 + 4, 512)
+    renamed = text.replace("ROOT %new = ", "%new = ").replace(
+        "%at, %at)\n", "%at, %at)\n  ROOT %b = f32[64,128]{1,0} bitcast(%new)\n"
+    )
+    assert (run(renamed, {})[0].read, run(renamed, {})[0].written) == (512 + 4, 512)
     whole = re.sub(r"dynamic-slice\(%q, %z, %z\), dynamic_slice_sizes=\{1,128\}", "custom-call(%q)", text)
     assert run(whole, {})[0].read == 512 * 512 + 4
+
+
+def test_what_a_fusion_inside_a_fusion_only_renames_is_read_by_who_uses_it():
+    text = (
+        HEADER
+        + """%rename (q: f32[512,128]) -> f32[65536] {
+  %q = f32[512,128]{1,0} parameter(0)
+  ROOT %b = f32[65536]{0} bitcast(%q)
+}
+
+%outer (p: f32[512,128]) -> f32[65536] {
+  %p = f32[512,128]{1,0} parameter(0)
+  %flat = f32[65536]{0} fusion(%p), kind=kLoop, calls=%rename
+  ROOT %n = f32[65536]{0} negate(%flat)
+}
+
+"""
+        + entry(
+            "%a = f32[512,128]{1,0} parameter(0)", "ROOT %f = f32[65536]{0} fusion(%a), kind=kLoop, calls=%outer"
+        ).removeprefix(HEADER)
+    )
+    (work,) = run(text, {})
+    assert (work.read, work.written) == (512 * 512, 512 * 512)

@@ -21,6 +21,7 @@ from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel import chips
 from reft_jax.parallel.hlo import Cost
 from reft_jax.parallel.mesh import check_divides, make_mesh
+from reft_jax.runs.growth import grown, growth_row
 from reft_jax.runs.jitted import Jitted, RunFunctions, device_bytes
 from reft_jax.runs.plan import Measured, Plan, Planned, advice, estimated, planned
 from reft_jax.runs.plan_table import table, verdict, write_into
@@ -136,6 +137,20 @@ def test_a_search_ranks_what_divides():
         candidates(CONFIG, tiny_config(hidden_size=25, head_dim=8, vocab_size=61), ["v5e:4x8"])
     with pytest.raises(InputError, match="names no known chip"):
         candidates(CONFIG, SEVEN, ["v3:4x8"])
+
+
+def test_batches_grow_with_the_chips():
+    double = grown(CONFIG, "v5e:8x8", 32)
+    assert (double.ppo.prompts, double.sft.micro_batch, double.engine.slots, double.mesh.fsdp) == (64, 96, 256, 8)
+    half = grown(CONFIG, "v5e:4x4", 32)
+    assert (half.rerank.batch_size, half.mesh.fsdp, half.mesh.tensor) == (12, 2, 8)
+    with pytest.raises(InputError, match="mesh.fsdp=4 on 32 chips makes no whole number on v5e:2x2"):
+        grown(CONFIG, "v5e:2x2", 32)
+    line = made_up()
+    cost = line.measured.cost._replace(collectives={("all-gather", 4): (1, 80), ("all-reduce", 2): (1, 8)})
+    line = line._replace(measured=line.measured._replace(cost=cost))
+    row = growth_row(plan_of(line, made_up("decode, PPO")), CONFIG)
+    assert row[-1] == "all-gather of 4 in PPO update, 60%"  # 2 · 6 s of 20 s: those of the line were made without it
 
 
 def test_tables_go_between_their_marks(tmp_path):

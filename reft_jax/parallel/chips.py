@@ -5,6 +5,7 @@ Peak FLOP/s, memory and its rate: Google Cloud's page of each version (docs.clou
 4, v5p 1,200 over 6, v6e 800 over 4); of v4, 6 links of 50 GB/s, Table 4 of arXiv 2304.01433.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,12 +52,30 @@ class Seconds(NamedTuple):
         return max(self.compute, self.memory) + self.network
 
 
+def chips_in(topology: str) -> int:
+    """Of `v5e:4x8`, 32. InputError if it is not written so."""
+    try:
+        return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+    except ValueError:
+        raise InputError(f"--topology: {topology!r} is not written as v5e:4x8") from None
+
+
 def chip_of(topology: str) -> Chip:
     """Of `v5e:4x8`. InputError if the version is unknown."""
     version = topology.partition(":")[0]
     if version not in CHIPS:
         raise InputError(f"--topology: {topology!r} names no known chip; write one of {', '.join(CHIPS)}, as v5e:4x8")
     return CHIPS[version]
+
+
+def per_device(chip: Chip, devices: int) -> Chip:
+    """Its share where the compiler makes several devices of a chip (two of v4)."""
+    return chip._replace(
+        flops=chip.flops / devices,
+        memory=chip.memory / devices,
+        memory_rate=chip.memory_rate / devices,
+        link_rate=chip.link_rate / devices,
+    )
 
 
 def seconds(chip: Chip, cost: Cost) -> Seconds:

@@ -167,6 +167,8 @@ class _Program:
 
     def read_of(self, fused: Computation, name: str) -> float:
         """Bytes that a fusion reads of a parameter (or of what it renames), by everything that uses it."""
+        if name == fused.root:
+            return math.inf  # all of it
         size = 0
         for user in self.users(fused)[name]:
             if user.op in RENAMED:
@@ -175,10 +177,14 @@ class _Program:
                 size += user.bytes
             elif user.op == "fusion":
                 deeper = self.computations[user.called("calls")[0]]
+                root = deeper.instructions[deeper.root]
+                if root.op in RENAMED and len(deeper.instructions) == 2:  # a fusion of a bitcast alone
+                    size += self.read_of(fused, user.name)
+                    continue
                 names = zip(user.operands, self.parameters(deeper), strict=True)
                 size += sum(self.read_of(deeper, inner) for outer, inner in names if outer == name)
             elif not (user.op in UPDATES and user.operands[0] == name):
-                return math.inf  # all of it
+                return math.inf
         return size
 
     def users(self, fused: Computation) -> dict[str, list[Instruction]]:

@@ -1,6 +1,7 @@
 """Does a run fit a pod, how fast can it be, and what does it cost: every program compiled by the TPU compiler, without
 a TPU, and its text counted (parallel/hlo.py). docs/pods.md says how to read the tables."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -113,12 +114,15 @@ def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_rows(config, mesh)
     model = Llama(shapes, dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
-    key, chip = cache_key(config, shapes, topology), chips.chip_of(topology)
+    key = cache_key(config, shapes, topology)
+    chip = chips.per_device(chips.chip_of(topology), len(devices) // chips.chips_in(topology))
     functions = RunFunctions(config, model, mesh)
     check_divides(mesh, functions.policy)
 
     def result(function: Jitted, compiling: Future | None) -> Measured:
-        measured = compiling.result() if compiling else recall(function, cache, key)
+        if compiling:
+            compiling.result()
+        measured = recall(cache_path(function, cache, key), function.trips)
         say(f"{function.name}: {measured.problem or f'compiled in {measured.compile_seconds:.0f} s'}")
         return measured
 
@@ -126,34 +130,45 @@ def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         under_way = []
         for function in functions.all:
-            compiling = None
-            if not cache_path(function, cache, key).exists():
+            compiling, path = None, cache_path(function, cache, key)
+            if not path.exists():
                 with on_mesh(mesh):
-                    lowered = function.lower()
-                compiling = pool.submit(
-                    lambda f, lowered: remember(measure(f, lowered), f, cache, key), function, lowered
-                )
+                    compiling = pool.submit(compile_into, path, function.lower())
             under_way.append((function, compiling))
         lines = [planned(f, result(f, compiling), functions.residents, chip) for f, compiling in under_way]
     return estimated(topology, len(devices), chip, lines, functions.residents)
 
 
-def measure(function: Jitted, lowered) -> Measured:
-    """Compiles it. A program that needs more memory than a chip has is no error: `problem` says so."""
-    begun = time.monotonic()
+def compile_into(path: Path, lowered) -> None:
+    """Compiles a program and keeps what `recall` reads: its text beside sizes and seconds, written last.
+
+    A program that needs more memory than a chip has is no error: `problem` says so.
+    """
+    begun, text, problem = time.monotonic(), "", ""
+    arguments = temporaries = peak = 0
     try:
         compiled = lowered.compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
-        size = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
-        nothing = Cost(0, 0, 0, {})
-        return Measured(time.monotonic() - begun, 0, size, size, nothing, f"needs {used[1]} {used[2]}iB at once")
-    seconds, memory = time.monotonic() - begun, compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
-    return Measured(seconds, arguments, temporaries, peak, count(compiled.as_text(), function.trips), "")
+        temporaries = peak = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+        problem = f"needs {used[1]} {used[2]}iB at once"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".hlo.gz").write_bytes(gzip.compress(text.encode()))
+    sizes = {"arguments": arguments, "temporaries": temporaries, "peak": peak, "problem": problem}
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps({"compile_seconds": time.monotonic() - begun} | sizes))
+    whole.rename(path)
+
+
+def recall(path: Path, trips: dict[str, int]) -> Measured:
+    """What `compile_into` kept, its text counted."""
+    text = gzip.decompress(path.with_suffix(".hlo.gz").read_bytes()).decode()
+    return Measured(**json.loads(path.read_text()), cost=count(text, trips) if text else Cost(0, 0, 0, {}))
 
 
 def planned(function: Jitted, measured: Measured, residents: dict[str, int], chip: chips.Chip) -> Planned:
@@ -185,27 +200,10 @@ def cache_key(config, shapes: LlamaConfig, topology: str) -> str:
     package = Path(reft_jax.__file__).parent
     parts = [flatten(config), asdict(shapes), topology, *map(version, ("jax", "flax", "optax", "libtpu"))]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for folder in ("algo", "engine", "model", "parallel", "train", "runs/jitted.py"):
-        for path in sorted((package / folder).rglob("*.py")) or [package / folder]:
+    for part in ("algo", "engine", "model", "train", "parallel/mesh.py", "runs/jitted.py"):
+        for path in sorted((package / part).rglob("*.py")) or [package / part]:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
-
-
-def recall(function: Jitted, cache: Path, key: str) -> Measured:
-    """What an earlier plan measured."""
-    fields = json.loads(cache_path(function, cache, key).read_text())
-    cost = fields.pop("cost")
-    cost["collectives"] = {(kind, group): (number, size) for kind, group, number, size in cost["collectives"]}
-    return Measured(**fields, cost=Cost(**cost))
-
-
-def remember(measured: Measured, function: Jitted, cache: Path, key: str) -> Measured:
-    path = cache_path(function, cache, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps(as_json(measured)))
-    whole.rename(path)
-    return measured
 
 
 def cache_path(function: Jitted, cache: Path, key: str) -> Path:

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from reft_jax.runs.growth import HEAD, grown, growth_row
 from reft_jax.runs.plan import SPARE, Plan, Planned, advice, as_json, make_plan, shapes_of
 from reft_jax.runs.search import COMPILED, candidates, words
 from reft_jax.types import InputError
@@ -42,6 +43,14 @@ def run_plan(config, values) -> bool:
         say("  " + verdict(plan))
         return plan
 
+    if values.grow:
+        configs = [(topology, grown(config, topology, values.grow)) for topology in values.topology]
+        plans = [(planned(one, topology), one) for topology, one in configs]
+        text = table(HEAD, [growth_row(plan, one) for plan, one in plans])
+        if values.into:
+            write_into(Path(values.into), f"{Path(values.config).stem} growth", text)
+        print("\n" + plain(text))
+        return all(plan.fits for plan, _ in plans)
     if values.search:
         found = candidates(config, shapes, values.topology)
         head = ["pod", "data × fsdp × tensor", "micro-batches", "remat", "GiB a chip", "seconds"]

@@ -3,7 +3,6 @@
 The arithmetic knows sizes and the roofline, nothing of the compiler: it orders candidates, `plan` judges them.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -64,7 +63,7 @@ def candidates(config, shapes: LlamaConfig, topologies: list[str]) -> list[Candi
 
 
 def _of(config, shapes: LlamaConfig, topology: str) -> Iterator[Candidate]:
-    chip, number = chips.chip_of(topology), math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+    chip, number = chips.chip_of(topology), chips.chips_in(topology)
     for tensor in _divisors(number):
         if any(n % tensor for n in (shapes.num_kv_heads, shapes.intermediate_size, shapes.vocab_size)):
             continue

@@ -1,13 +1,18 @@
 """python -m reft_jax COMMAND --config=FILE --workdir=DIR [--config.KEY=VALUE …]
 
-  pipeline   sft, reft, sample, rerank and evaluate in order; skips what is done; ends with the table
+  pipeline   sft, reft, sample, rerank and evaluate in order; skips what is done; ends with the table; with --baselines
+             the self-trained models too
   sft        supervised fine-tuning: makes the models "warmup" and "sft"
   reft       PPO from "warmup": makes "reft"
-  sample     n completions a question:  --model=warmup|sft|reft --split=test|train
-  rerank     the reranker of a model:   --model=sft|reft
+  self-train a baseline: --kind=offline|online makes "self_train_offline", "self_train_online"
+  sample     n completions a question:  --model=warmup|sft|reft|self_train_… --split=test|train
+  rerank     the reranker of a model:   --model=sft|reft|self_train_…
   evaluate   the table of what is in the work directory; with --replay nothing is run: every logged execution is
-             graded again from its outcome
-  export     a Hugging Face folder:     --model=warmup|sft|reft|rerank_sft|rerank_reft --out=DIR
+             graded again from its outcome (docs/evaluation.md)
+             a sweep:    --models=[NAME=]FOLDER[+RERANKER],… --data=[NAME=]FILE,…
+             no model:   --samples=FILE_OR_FOLDER,… [--execute] [--out-dir=DIR] grades stored answers again
+                         (no --config, no --workdir)
+  export     a Hugging Face folder:     --model=warmup|sft|reft|self_train_…|rerank_… --out=DIR
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
@@ -34,10 +39,24 @@ from absl import flags
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
-COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "solve", "convert")
-MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
-MODELS["export"] = (*MODELS["sample"], "rerank_sft", "rerank_reft")
-NEEDS = {"reft": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}  # models of earlier stages, beside --model
+COMMANDS = (
+    "pipeline",
+    "sft",
+    "reft",
+    "self-train",
+    "sample",
+    "rerank",
+    "evaluate",
+    "export",
+    "check",
+    "solve",
+    "convert",
+)
+RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
+MODELS = {"sample": ("warmup", *RANKED), "rerank": RANKED}
+MODELS["export"] = (*MODELS["sample"], *(f"rerank_{name}" for name in RANKED))
+# Models of earlier stages, beside --model.
+NEEDS = {"reft": ["warmup"], "self-train": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}
 
 
 def main() -> None:
@@ -79,6 +98,9 @@ def run_command(argv: list[str]) -> None:
     if command == "convert":
         convert(argv)
         return
+    if command == "evaluate" and any(argument.lstrip("-").startswith("samples") for argument in argv):
+        regrade(argv)
+        return
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
     flags.DEFINE_list("allow_config_change", [], "settings that may differ from the workdir's", flag_values=values)
@@ -88,13 +110,19 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_enum("split", "test", ("test", "train"), "which questions", flag_values=values)
     if command == "evaluate":
         flags.DEFINE_bool("replay", False, "grade executions.jsonl.gz again, without a model", flag_values=values)
+        flags.DEFINE_string("models", "", "checkpoints of a sweep: [NAME=]FOLDER[+RERANKER],…", flag_values=values)
+        flags.DEFINE_string("data", "", "its files: [NAME=]FILE,…; if left out, data.test", flag_values=values)
+    if command == "self-train":
+        flags.DEFINE_enum("kind", None, ("offline", "online"), "which baseline", flag_values=values)
+    if command == "pipeline":
+        flags.DEFINE_bool("baselines", False, "self-training too, offline and online", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
     flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
     config = parse_config(argv, values)
-    for name in ("workdir", "model", "out"):
+    for name in ("workdir", "model", "kind", "out"):
         if name in values and not values[name].value:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
     for key in values.allow_config_change:
@@ -106,22 +134,28 @@ def run_command(argv: list[str]) -> None:
         from reft_jax.runs.executions import replay
 
         sys.exit(0 if replay(Path(values.workdir)) else 1)
+    if command == "evaluate" and values.data and not values.models:
+        raise InputError("--data belongs to a sweep: --models=FOLDER,… is missing; see python -m reft_jax --help")
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
     from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
-    with (
-        hosts.joined(values.coordinator, values.num_processes, values.process_id),
-        open_run(config, Path(values.workdir), needs, values.allow_config_change) as run,
-    ):
-        dispatch(command, run, values)
+    with hosts.joined(values.coordinator, values.num_processes, values.process_id):
+        if command == "evaluate" and values.models:
+            from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
+
+            checkpoints, files = parse_checkpoints(values.models), parse_data(values.data or config.data.test)
+            run_sweep(config, Path(values.workdir).absolute(), checkpoints, files, values.allow_config_change)
+            return
+        with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
+            dispatch(command, run, values)
 
 
 def dispatch(command: str, run, values: flags.FlagValues) -> None:
     if command == "pipeline":
         from reft_jax.runs.pipeline import run_pipeline
 
-        run_pipeline(run)
+        run_pipeline(run, baselines=values.baselines)
     elif command == "sft":
         from reft_jax.runs.sft import run_sft
 
@@ -130,6 +164,10 @@ def dispatch(command: str, run, values: flags.FlagValues) -> None:
         from reft_jax.runs.reft import run_reft
 
         run_reft(run)
+    elif command == "self-train":
+        from reft_jax.runs.self_train import run_offline, run_online
+
+        {"offline": run_offline, "online": run_online}[values.kind](run)
     elif command == "sample":
         from reft_jax.runs.sample import run_sample
 
@@ -175,6 +213,28 @@ def solve(argv: list[str]) -> None:
         questions[0],
         engine=values.engine,
         max_len=values.max_len,
+        allow_unsandboxed=values.allow_unsandboxed,
+    )
+
+
+def regrade(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("samples", None, "sample files, or folders of them, with commas between", flag_values=values)
+    flags.DEFINE_bool("execute", False, "run every program again", flag_values=values)
+    flags.DEFINE_string("out-dir", None, "folder for sweep.md and sweep.json", flag_values=values)
+    flags.DEFINE_integer("seed", 42, "of subsets and intervals", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
+    if extra := parse_flags(argv, values):
+        raise InputError(f"unexpected argument {extra[0]!r}; name all sample files in --samples, with commas")
+    if not values.samples:
+        raise InputError("--samples is empty; name sample files, or a folder of them")
+    from reft_jax.runs.regrade import run_regrade
+
+    run_regrade(
+        values.samples.split(","),
+        execute=values.execute,
+        out_dir=Path(values["out-dir"].value) if values["out-dir"].value else None,
+        seed=values.seed,
         allow_unsandboxed=values.allow_unsandboxed,
     )
 

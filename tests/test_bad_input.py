@@ -142,6 +142,24 @@ CASES = MAIN | {
     "no model flag": Case(f"rerank {RUN}", ("--model is missing; see",)),
     "no out flag": Case(f"export {RUN} --model=sft", ("--out is missing; see",)),
     "another model flag": Case(f"sample {RUN} --model=best", ("--model=best", "warmup|sft|reft")),
+    "no kind of self-training": Case(f"self-train {RUN}", ("--kind is missing; see",)),
+    "self-train before sft": Case(f"self-train {RUN} --kind=online", ("/run has no model 'warmup'",)),
+    "sweep over a missing folder": Case(f"evaluate {RUN} --models={{tmp}}/no", ("/no: neither a Hugging Face folder",)),
+    "sweep with two models of one name": Case(
+        f"evaluate {RUN} --models={{tmp}}/model,{{tmp}}/model", ("--models: the names model, model must differ",)
+    ),
+    "sweep with two rerankers": Case(f"evaluate {RUN} --models=a+b+c", ("'a+b+c' has more than one '+'",)),
+    "sweep with missing data": Case(
+        f"evaluate {RUN} --models={{tmp}}/model --data={{tmp}}/no.json", ("/no.json: cannot be read",)
+    ),
+    "sweep without models": Case(f"evaluate {RUN} --data={{tmp}}/data.json", ("--models=FOLDER,… is missing",)),
+    "sweep over truncated weights": Case(
+        f"evaluate {RUN} --models={{tmp}}/model", ("its header promises",), damage=cut_weights
+    ),
+    "no sample files": Case("evaluate --samples={tmp}/model", ("no sample files", "sample first")),
+    "missing sample file": Case("evaluate --samples={tmp}/no.jsonl", ("/no.jsonl: cannot be read",)),
+    "questions as sample file": Case("evaluate --samples={tmp}/data.json", ("record 0, field 'predictions'",)),
+    "sample files without commas": Case("evaluate --samples=a.jsonl b.jsonl", ("unexpected argument 'b.jsonl'",)),
     "unknown command": Case("train", ("unknown command 'train'; commands: pipeline, sft, reft",)),
     "unknown flag": Case(f"{SFT} --wokdir=x", ("unknown flag --wokdir; did you mean --workdir?",)),
     "missing model folder": Case(f"{SFT} --config.model.path={{tmp}}/no", ("/no: no such folder; give",)),

@@ -98,6 +98,8 @@ def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_pa
     workdir, _ = finished
     done = run("export", workdir, "--model=reft", f"--out={tmp_path / 'reft'}")
     assert done.returncode == 0, done.stderr
+    card = (tmp_path / "reft" / "README.md").read_text()
+    assert "ReFT: PPO on executed answers" in card and "| Model | top-1 | voting@2 | rerank@2 |" in card
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "reft", dtype=torch.float32)
     tokens = np.arange(12)[None] % 300
 

@@ -10,7 +10,7 @@ from reft_jax import executor
 from reft_jax.algo.advantages import action_mask
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import put_rows, round_up
-from reft_jax.runs.rollout import Clock, roll_out
+from reft_jax.runs.rollout import Clock, one_each, roll_out
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder
 from reft_jax.runs.training import Training, train_iterations
@@ -40,14 +40,10 @@ class Iteration:
     def rollout(self, lm, examples: list[Example], iteration: int) -> tuple[Rollout, list[np.ndarray], dict]:
         """One sampled and graded response a question; the sampled ids are the trained ids.
 
-        Also the sampler's own log-probabilities of each response, and metrics. A question that comes twice in one
-        iteration is sampled under another number, or both rows would be the same.
+        Also the sampler's own log-probabilities of each response, and metrics.
         """
         run, ppo, clock, before = self.run, self.run.config.ppo, Clock(), Counter(self.run.engine.counts)
-        seen, prompts = Counter(), []
-        for prompt in run.prompts(examples):
-            prompts.append(prompt._replace(sample=seen[prompt.item_id]))
-            seen[prompt.item_id] += 1
+        prompts = one_each(run, examples)
         sampling = {"max_len": ppo.max_len, "temperature": ppo.temperature, "iteration": iteration}
         found = dict(roll_out(run, lm, prompts, examples, "reft rollout", clock, **sampling))
         completions, _, verdicts = zip(*(found[i] for i in range(len(examples))), strict=True)

@@ -1,21 +1,29 @@
 """The reranker: a model's trunk and two classes, trained on the warm-up model's samples of the training questions."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 
 from reft_jax.model.heads import RerankHead
+from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import put_rows
-from reft_jax.runs.sample import run_sample
+from reft_jax.runs.sample import appended, run_sample
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import abstract_reranker, finished, load_model, model_folder
 from reft_jax.runs.training import Training, train_epochs
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
+from reft_jax.task.records import RERANK, read_lines
 from reft_jax.task.tokenizer import encode
 from reft_jax.task.voting import deduplicate
 from reft_jax.train.metrics import Progress
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
+
+SCORED_AT_ONCE = 64  # questions between two writes
 
 
 def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int, str]]:
@@ -29,7 +37,7 @@ def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int, str
 
 
 def run_rerank(run: Run, name: str) -> dict:
-    """Trains models/rerank_NAME from models/NAME ("sft" or "reft"). Returns {'rows', 'train_accuracy', 'positive'}."""
+    """Trains models/rerank_NAME from models/NAME. Returns {'rows', 'train_accuracy', 'positive'}."""
     stage = f"rerank_{name}"
     if result := finished(run, stage):
         return result
@@ -79,13 +87,34 @@ def pack(run: Run, rows: list[list[int]]) -> Packing:
     )
 
 
-def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]:
+def rerank_scores(run: Run, path: Path, records: list[dict], load: Callable[[], dict], what: str) -> None:
+    """Probabilities of "correct" of the samples at `path`, into the file beside it (see task/records.py); resumes.
+
+    records: those of `path`. `load()` gives the reranker's parameters, if they are needed.
+    """
+    beside = path.with_suffix(RERANK)
+    done = {line["item_id"] for line in read_lines(beside)}
+    hosts.agree(str(beside), questions=len(done))
+    left = [record for record in records if record["item_id"] not in done]
+    if not left:
+        return
+    params, score = load(), make_rerank_scorer(run.model)
+    progress = Progress(what, len(records), "question", done0=len(done))
+    with appended(beside) as file:
+        for start in range(0, len(left), SCORED_AT_ONCE):
+            group = left[start : start + SCORED_AT_ONCE]
+            for record, row in zip(group, score_questions(run, params, score, group), strict=True):
+                file.write(json.dumps({"item_id": record["item_id"], "probabilities": row}) + "\n")
+            progress.update(len(done) + start + len(group))
+    progress.close()
+    hosts.gather(f"{beside} is written", None)
+
+
+def score_questions(run: Run, params, score, records: list[dict]) -> list[list[float]]:
     """Probability of "correct" for each distinct completion of each record (in `deduplicate`'s order).
 
     A completion too long to score gets 0, so that it is chosen only if there is no other.
     """
-    params = load_model(run, f"rerank_{name}", abstract_reranker(run))
-    score = make_rerank_scorer(run.model)
     ids = [
         [
             encode(run.tokenizer, rerank_text(record["question"], p["completion"]))
@@ -97,7 +126,6 @@ def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]
     flat.sort(key=lambda at: len(ids[at[0]][at[1]]))
     scores = [[0.0] * len(rows) for rows in ids]
     batch = run.config.rerank.batch_size
-    progress = Progress(f"score samples of {name}", len(flat), "completion")
     for start in range(0, len(flat), batch):
         chosen = flat[start : start + batch]
         packing = pack(run, [ids[q][i] for q, i in chosen])
@@ -105,7 +133,5 @@ def rerank_scores(run: Run, name: str, records: list[dict]) -> list[list[float]]
         probabilities = packing.collect(probabilities, run.config.rerank.max_len)[packing.at]
         for (q, i), probability in zip(chosen, probabilities, strict=True):
             scores[q][i] = float(probability)
-        progress.update(start + len(chosen))
         run.guards.step()
-    progress.close()
     return scores

@@ -171,6 +171,16 @@ def shares(prompts: list[Prompt]) -> list[int]:
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
+def one_each(run: Run, examples: list[Example]) -> list[Prompt]:
+    """A prompt of each example for one iteration; one that comes twice is sampled under another number, or both rows
+    would be the same."""
+    seen, prompts = Counter(), []
+    for prompt in run.prompts(examples):
+        prompts.append(prompt._replace(sample=seen[prompt.item_id]))
+        seen[prompt.item_id] += 1
+    return prompts
+
+
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
     """The greedy completion of each example, continued from the forced prefix."""
     max_len = run.config.sample.max_len

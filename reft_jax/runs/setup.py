@@ -33,6 +33,8 @@ MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "me
 MACHINE += ("watchdog_minutes",)
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
+Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
+
 
 @dataclass
 class Data:
@@ -61,7 +63,7 @@ class Run:
     base: Path
     tokenizer: object
     data: Data
-    sft: list[tuple[list[int], int, str]] = ()
+    sft: list[Row] = ()
     questions: list[Example] = ()
     mesh: object = None
     model: object = None
@@ -183,15 +185,18 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])]
 
 
-def sft_rows(run: Run) -> list[tuple[list[int], int, str]]:
-    """Training rows that fit: (ids of prompt + target + EOS, prompt length, item). Tokenized apart, as theirs are."""
-    rows, config = [], run.config
-    for example in run.data.train:
-        prompt = encode(run.tokenizer, prompts.prompt_text(example.question))
-        target = encode(run.tokenizer, prompts.sft_target(example, config.data.engine))
-        rows.append((prompt + target + [run.tokenizer.eos_token_id], len(prompt), example.item_id))
-    lengths = [len(row) for row, _, _ in rows]
+def sft_rows(run: Run) -> list[Row]:
+    """Training rows that fit, of `supervised_row`."""
+    config = run.config
+    rows = [supervised_row(run, example, prompts.sft_target(example, config.data.engine)) for example in run.data.train]
+    lengths = [len(ids) for ids, _, _ in rows]
     return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
+
+
+def supervised_row(run: Run, example: Example, target: str) -> Row:
+    """Prompt and target are tokenized apart, as the authors do."""
+    prompt = encode(run.tokenizer, prompts.prompt_text(example.question))
+    return prompt + encode(run.tokenizer, target) + [run.tokenizer.eos_token_id], len(prompt), example.item_id
 
 
 def ppo_examples(run: Run) -> list[Example]:
@@ -242,6 +247,21 @@ def open_mesh(config):
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
+def make_engine(run: Run):
+    """The rollout engine of the run's model, tokenizer and mesh."""
+    from reft_jax.engine.generate import Engine
+
+    return Engine(
+        run.model,
+        run.mesh,
+        slots=run.config.engine.slots,
+        pad_multiple=run.config.data.pad_multiple,
+        eos_id=run.tokenizer.eos_token_id,
+        seed=run.config.seed,
+        after_chunk=run.guards.step,
+    )
+
+
 @contextmanager
 def open_run(config, workdir: Path, needs: list[str], allowed: Sequence[str] = ()) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end.
@@ -268,7 +288,6 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
     try:
         import jax
 
-        from reft_jax.engine.generate import Engine
         from reft_jax.model.hf import read_config
         from reft_jax.model.llama import Llama
         from reft_jax.parallel.compilation import keep_compiled
@@ -297,15 +316,7 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
         run.guards = guards
-        run.engine = Engine(
-            model,
-            mesh,
-            slots=config.engine.slots,
-            pad_multiple=config.data.pad_multiple,
-            eos_id=run.tokenizer.eos_token_id,
-            seed=config.seed,
-            after_chunk=run.guards.step,
-        )
+        run.engine = make_engine(run)
         with on_mesh(mesh):
             yield run
     finally:

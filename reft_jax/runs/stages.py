@@ -14,8 +14,14 @@ from reft_jax.train.checkpoints import load_params
 from reft_jax.train.state import abstract_params, init_head
 from reft_jax.types import InputError
 
-POLICIES = ("warmup", "sft", "reft")
-TITLES = {"warmup": "SFT warm-up", "sft": "SFT", "reft": "ReFT"}
+TITLES = {
+    "warmup": "SFT warm-up",
+    "sft": "SFT",
+    "self_train_offline": "offline self-training",
+    "self_train_online": "online self-training",
+    "reft": "ReFT",
+}
+POLICIES = tuple(TITLES)
 
 
 def abstract_policy(run: Run):

@@ -105,6 +105,14 @@ def pack_rollout(rollout: Rollout, **size) -> Packing:
     return Packing(rows, rollout.prompt_len - 1, rollout.total_len - rollout.prompt_len, **size)
 
 
+def pack_targets(rows: list[tuple], **size) -> Packing:
+    """Rows (ids, prompt length, …); their decisions chose the tokens after the prompt. `size` as in Packing."""
+    ids, prompt_lens, *_ = zip(*rows, strict=True)
+    first = [prompt - 1 for prompt in prompt_lens]
+    decisions = [len(row) - prompt for row, prompt in zip(ids, prompt_lens, strict=True)]
+    return Packing(ids, first, decisions, **size)
+
+
 def _ranges(first, count) -> np.ndarray:
     """first[i] … first[i]+count[i]-1 of every i, one after another."""
     return np.concatenate([np.arange(begin, begin + n) for begin, n in zip(first, count, strict=True)])

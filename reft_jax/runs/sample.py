@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
 
 from reft_jax.parallel import hosts
-from reft_jax.runs.rollout import roll_out
+from reft_jax.runs.rollout import Graded, roll_out
 from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import load_model
 from reft_jax.task.records import GREEDY, appending, question_record, read_lines
@@ -41,7 +41,7 @@ def sampled(
 ) -> list[dict]:
     """The records of `examples`, in their order; those that are not in the file at `path` are made now and appended.
 
-    Questions are asked and written a group at a time, so that a start which ends early repeats at most one group.
+    A question is on the disk once its last completion is graded; with several hosts, once those of its group are.
     `load()` gives the model's parameters, if they are needed; `what` names the completions in the audit log;
     `sampling` replaces settings of config.sample.
     """
@@ -62,7 +62,7 @@ def sampled(
                 for record in sample_questions(run, lm, left[start : start + group], n, what, sampling):
                     file.write(json.dumps(record) + "\n")
                     records[record["item_id"]], right = record, right + record["is_correct"]
-                progress.update(len(records) * n, correct=right / len(records))
+                    progress.update(len(records) * n, correct=right / len(records))
         progress.close()
         hosts.gather(f"{path} is written", None)
     return [records[example.item_id] for example in examples]
@@ -73,11 +73,13 @@ def appended(path: Path) -> AbstractContextManager[TextIO]:
     return appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
 
 
-def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str, sampling: dict) -> list[dict]:
+def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str, sampling: dict) -> Iterator[dict]:
+    """The record of each question, as its last completion is graded."""
     asked = [example for example in examples for _ in range(n)]
-    found = dict(roll_out(run, lm, run.prompts(examples, n), asked, purpose, **sampling))
-    records = []
-    for q, example in enumerate(examples):
-        _, texts, verdicts = zip(*(found[i] for i in range(q * n, q * n + n)), strict=True)
-        records.append(question_record(example, texts, verdicts))
-    return records
+    found: list[dict[int, Graded]] = [{} for _ in examples]  # by sample
+    for i, graded in roll_out(run, lm, run.prompts(examples, n), asked, purpose, **sampling):
+        q, sample = divmod(i, n)
+        found[q][sample] = graded
+        if len(found[q]) == n:
+            _, texts, verdicts = zip(*(found[q][sample] for sample in range(n)), strict=True)
+            yield question_record(examples[q], texts, verdicts)

@@ -41,7 +41,7 @@ def sampled(
 ) -> list[dict]:
     """The records of `examples`, in their order; those that are not in the file at `path` are made now and appended.
 
-    A question is on the disk once its last completion is graded; where there are several hosts, once its group is.
+    A question is on the disk once its last completion is graded; with several hosts, once those of its group are.
     `load()` gives the model's parameters, if they are needed; `what` names the completions in the audit log;
     `sampling` replaces settings of config.sample.
     """
@@ -74,7 +74,7 @@ def appended(path: Path) -> AbstractContextManager[TextIO]:
 
 
 def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str, sampling: dict) -> Iterator[dict]:
-    """The record of each question, once its last completion is graded."""
+    """The record of each question, as its last completion is graded."""
     asked = [example for example in examples for _ in range(n)]
     found: list[dict[int, Graded]] = [{} for _ in examples]  # by sample
     for i, graded in roll_out(run, lm, run.prompts(examples, n), asked, purpose, **sampling):

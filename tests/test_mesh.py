@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from tiny import tiny_policy, tiny_state
 
 from reft_jax.engine.generate import Engine
+from reft_jax.engine.slots import rollout_weights
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -61,10 +62,18 @@ def sample(mesh) -> list[list[int]]:
     return [completions[i].tokens.tolist() for i in range(30)]
 
 
+def rollout_share(mesh) -> float:
+    """The largest share of a matrix of the rollouts' weights that a device holds."""
+    _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
+    lm = jax.device_put(PARAMS["lm"], where.params["lm"])
+    weights = rollout_weights(MODEL.clone(unrolled=True), lm)
+    return max(x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(weights) if x.size > 1000)
+
+
 def results(shape: tuple[int, int, int]) -> dict:
     mesh = make_mesh(*shape)
     with on_mesh(mesh):
-        return train(mesh, sft_rows()) | {"sampled": sample(mesh)}
+        return train(mesh, sft_rows()) | {"sampled": sample(mesh), "rollout_share": rollout_share(mesh)}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,7 @@ def test_four_devices_train_and_sample_as_one(i, one_device, four_devices):
     np.testing.assert_allclose(found["norms"], one_device["norms"], rtol=1e-4)
     assert found["losses"][1] < found["losses"][0] - 0.01
     assert found["share"] == 1 / (fsdp * tensor)  # no matrix is whole on a device
+    assert found["rollout_share"] == 1 / tensor  # every fsdp group has all of them
     assert found["sampled"] == one_device["sampled"]
 
 

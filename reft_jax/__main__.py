@@ -219,6 +219,7 @@ def plan(argv: list[str]) -> None:
     # Before JAX starts: the TPU compiler needs no TPU, but would ask a TPU machine's server for one, and let no other
     # process compile.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # else it warns
     from reft_jax.runs.plan_table import run_plan
 
     sys.exit(0 if run_plan(config, values) else 1)

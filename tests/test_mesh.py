@@ -98,6 +98,13 @@ def sample(mesh) -> dict:
     return {"sampled": [completions[i].tokens.tolist() for i in range(30)], "decode": constraints[0]}
 
 
+def rollout_share(mesh) -> float:
+    """The largest share of a matrix of the rollouts' weights that a device holds."""
+    _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
+    weights = programs.rollout_weights(MODEL.clone(unrolled=True), put(PARAMS["lm"], where.params["lm"]))
+    return max(x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(weights) if x.size > 1000)
+
+
 def comes_back(mesh) -> bool:
     """Whether weights that lie on the mesh, written to a folder and read from it onto the mesh, are what they were."""
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
@@ -113,7 +120,7 @@ def results(shape: tuple[int, int, int]) -> dict:
     mesh = make_mesh(*shape)
     with on_mesh(mesh):
         trained = {kind: train(mesh, kind) for kind in STEPS}
-        return trained | sample(mesh) | {"comes back": comes_back(mesh)}
+        return trained | sample(mesh) | {"comes back": comes_back(mesh), "rollout share": rollout_share(mesh)}
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +164,7 @@ def test_eight_devices_train_as_one(i, kind, one_device, eight_devices):
 @pytest.mark.parametrize("i", range(len(MESHES)), ids=MESH_NAMES)
 def test_eight_devices_sample_as_one(i, one_device, eight_devices):
     assert eight_devices[i]["sampled"] == one_device["sampled"]
+    assert eight_devices[i]["rollout share"] == 1 / MESHES[i][2]  # each group of `tensor` devices has all weights
 
 
 def test_weights_come_back_from_a_folder_onto_every_mesh(one_device, eight_devices):

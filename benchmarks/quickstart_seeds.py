@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from reft_jax.task.intervals import paired_bootstrap
+from reft_jax.task.records import GREEDY, read_lines
 
 CONDITIONS = {
     "mixed": (["pipeline"], []),
@@ -60,8 +61,14 @@ def run(condition: str, seed: str, cores: Queue) -> dict | None:
 
 
 def answers(condition: str, seed: str, name: str) -> np.ndarray:
-    lines = (folder(condition, seed) / "evaluations" / f"{name}.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["correctness"] for line in lines])
+    records = read_lines(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}")
+    return np.array([record["is_correct"] for record in records])
+
+
+def gap_of(report: dict) -> dict | None:
+    """ReFT against SFT in top-1."""
+    pairs = {(found["a"], found["b"], found["column"]): found for found in report["comparisons"]}
+    return pairs.get(("ReFT", "SFT", "top1"))
 
 
 def percent(cell: dict | None) -> str:
@@ -78,7 +85,7 @@ def top1_table(reports: dict) -> list[str]:
             lines.append(f"| {condition} | {seed} | failed | | | |")
             continue
         cells = {row["model"]: percent(row["top1"]) for row in report["rows"]}
-        sft, reft, comparison = report["stages"]["sft"], report["stages"]["reft"], report["comparison"]
+        sft, reft, comparison = report["stages"]["sft"], report["stages"].get("reft"), gap_of(report)
         reft_cell = f"{cells['ReFT']} ({reft['best']})" if reft else ""
         gap = f"{100 * comparison['difference']:+.1f}" if comparison else ""
         best = f"{cells['SFT']} ({sft['best']} of {sft['epochs']})"
@@ -87,7 +94,7 @@ def top1_table(reports: dict) -> list[str]:
 
 
 def pooled(reports: dict, condition: str, seeds: list[str]) -> str:
-    done = [seed for seed in seeds if reports.get((condition, seed)) and reports[condition, seed]["comparison"]]
+    done = [seed for seed in seeds if reports.get((condition, seed)) and gap_of(reports[condition, seed])]
     if not done:
         return f"{condition}: no finished run"
     reft, sft = (np.concatenate([answers(condition, seed, name) for seed in done]) for name in ("reft", "sft"))

@@ -7,17 +7,15 @@
 
 The paper: SFT 63.68, voting@100 68.0, rerank@100 77.0; ReFT 75.28, 78.0, 81.2. Checkpoints are chosen on the test file,
 as there; set data.dev_rows to hold out training questions instead. Not run here: it needs a pod. What `plan` says of it
-stands in docs/pods.md.
+stands in docs/pods.md; the other rows of the paper are in configs/paper.py: this is its gsm8k,python.
 """
 
-from reft_jax.config import default_config
+from pathlib import Path
+
+from reft_jax.config import load_config
 
 
 def get_config():
-    config = default_config()
-    config.name = "GSM8K programs, CodeLlama-7B"
-    config.model.path = "models/CodeLlama-7b-hf"
-    config.data.train = "data/gsm8k_python_sdp.json"
-    config.data.test = "data/gsm8k_test_set.json"
+    config = load_config(f"{Path(__file__).with_name('paper.py')}:gsm8k,python")
     config.mesh.update(data=-1, fsdp=4, tensor=8)
     return config

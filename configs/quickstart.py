@@ -23,6 +23,7 @@ def get_config():
     )
     # A random value head takes hundreds of updates to unlearn at this size, and its noise is all the policy would see.
     config.ppo.update(value_init=0.0, max_prompt=96, max_len=128, eval_every=10, save_every=10)
+    config.self_train.update(epochs=16, learning_rate=3e-4)
     config.sample.update(n=16, train_n=8, train_limit=800, max_len=128)
     config.rerank.update(epochs=3, batch_size=64, micro_batch=32, learning_rate=1e-3, max_len=128)
     config.executor.update(timeout_s=2.0)

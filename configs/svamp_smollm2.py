@@ -8,12 +8,20 @@ Shortened, against the paper: the short questions among 1,000 training rows (60 
 SFT at a small model's learning rate with the second as warm-up, 50 PPO iterations of 32 questions with one pass of two
 updates each, 60 test questions, 4 samples for voting. The value head begins at 0: with so few updates a random one
 would be noise to the policy until the end. docs/results.md lists every run.
+
+    python -m reft_jax pipeline --baselines --config=configs/svamp_smollm2.py:baselines --workdir=runs/baselines …
+
+is SFT, offline and online self-training and ReFT side by side: 100 test questions, 16 samples each, a reranker each,
+40 iterations of both online methods, 16 samples of 80 training questions for offline self-training and the rerankers.
+At the rates of docs/performance.md about 3.5 hours on two quiet cores.
 """
 
 from reft_jax.config import default_config
 
 
-def get_config():
+def get_config(variant=""):
+    if variant not in ("", "baselines"):
+        raise ValueError(f"variant {variant!r} is not known; the only one is baselines")
     config = default_config()
     config.name = "SVAMP programs, SmolLM2-135M"
     config.model.path = "runs/models/SmolLM2-135M"
@@ -28,5 +36,11 @@ def get_config():
     config.sample.update(n=4, train_n=4, train_limit=24, max_len=256)
     config.engine.slots = 64
     config.rerank.update(epochs=1, batch_size=16, micro_batch=8, learning_rate=2e-5, max_len=224)
+    config.self_train.update(epochs=3, updates=2, learning_rate=1e-5)
     config.executor.update(timeout_s=5.0)
+    if variant == "baselines":
+        config.name += ", with baselines"
+        config.data.test_limit = 100
+        config.ppo.update(iterations=40, eval_every=20)
+        config.sample.update(n=16, train_n=16, train_limit=80)
     return config

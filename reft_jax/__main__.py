@@ -1,36 +1,64 @@
 """python -m reft_jax COMMAND --config=FILE --workdir=DIR [--config.KEY=VALUE …]
 
-  pipeline   sft, reft, sample, rerank and evaluate in order; skips what is done; ends with the table
+  pipeline   sft, reft, sample, rerank and evaluate in order; skips what is done; ends with the table; with --baselines
+             the self-trained models too
   sft        supervised fine-tuning: makes the models "warmup" and "sft"
   reft       PPO from "warmup": makes "reft"
-  sample     n completions a question:  --model=warmup|sft|reft --split=test|train
-  rerank     the reranker of a model:   --model=sft|reft
+  self-train a baseline: --kind=offline|online makes "self_train_offline", "self_train_online"
+  sample     n completions a question:  --model=warmup|sft|reft|self_train_… --split=test|train
+  rerank     the reranker of a model:   --model=sft|reft|self_train_…
   evaluate   the table of what is in the work directory; with --replay nothing is run: every logged execution is
-             graded again from its outcome
-  export     a Hugging Face folder:     --model=warmup|sft|reft|rerank_sft|rerank_reft --out=DIR
+             graded again from its outcome (docs/evaluation.md)
+             a sweep:    --models=[NAME=]FOLDER[+RERANKER],… --data=[NAME=]FILE,…
+             no model:   --samples=FILE_OR_FOLDER,… [--execute] [--out-dir=DIR] grades stored answers again
+                         (no --config, no --workdir)
+  export     a Hugging Face folder:     --model=warmup|sft|reft|self_train_…|rerank_… --out=DIR
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   plan       does it fit a pod, how fast can it be?  --topology=v5e:4x8 [--search] [--json] (no --workdir; docs/pods.md)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
 
-Every setting, its default and its meaning stand in reft_jax/config.py.
-Exit codes: 0 done, 1 a check failed, 2 wrong input.
+Several hosts run one command together: each the same, on a TPU pod and under srun just so, elsewhere with
+--coordinator=HOST:PORT --num_processes=N --process_id=0…N-1 (docs/pods.md). --workdir is a folder that all of them see.
+
+Every setting, its default and its meaning stand in reft_jax/config.py. The same command goes on where a run ended; if
+settings have changed since, name those that may: --allow_config_change=KEY,KEY (docs/reliability.md)
+Exit codes: 0 done; 1 a check failed, or the program broke down; 2 wrong input; 3 a number was NaN or infinite, and what
+made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM or SIGINT with everything saved: run it
+again. A second signal ends it at once: 128 + its number.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
-from reft_jax.config import parse_config, parse_flags
-from reft_jax.types import InputError
+from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
-COMMANDS = ("pipeline", "sft", "reft", "sample", "rerank", "evaluate", "export", "check", "plan", "solve", "convert")
-MODELS = {"sample": ("warmup", "sft", "reft"), "rerank": ("sft", "reft")}
-MODELS["export"] = (*MODELS["sample"], "rerank_sft", "rerank_reft")
-NEEDS = {"reft": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}  # models of earlier stages, beside --model
+COMMANDS = (
+    "pipeline",
+    "sft",
+    "reft",
+    "self-train",
+    "sample",
+    "rerank",
+    "evaluate",
+    "export",
+    "check",
+    "plan",
+    "solve",
+    "convert",
+)
+RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
+MODELS = {"sample": ("warmup", *RANKED), "rerank": RANKED}
+MODELS["export"] = (*MODELS["sample"], *(f"rerank_{name}" for name in RANKED))
+# Models of earlier stages, beside --model.
+NEEDS = {"reft": ["warmup"], "self-train": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}
 
 
 def main() -> None:
@@ -39,9 +67,20 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         run_command(sys.argv[1:])
-    except InputError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except (InputError, NotFiniteError, SaveError) as error:
+        end(error.exit_code, error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        end(SaveError.exit_code, f"{error}; what was saved before is whole: make room and run the same command again")
+
+
+def end(code: int, error) -> NoReturn:
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    sys.exit(code)
 
 
 def run_command(argv: list[str]) -> None:
@@ -64,38 +103,64 @@ def run_command(argv: list[str]) -> None:
     if command == "plan":
         plan(argv)
         return
+    if command == "evaluate" and any(argument.lstrip("-").startswith("samples") for argument in argv):
+        regrade(argv)
+        return
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
+    flags.DEFINE_list("allow_config_change", [], "settings that may differ from the workdir's", flag_values=values)
     if command in MODELS:
         flags.DEFINE_enum("model", None, MODELS[command], "which model of the work directory", flag_values=values)
     if command == "sample":
         flags.DEFINE_enum("split", "test", ("test", "train"), "which questions", flag_values=values)
     if command == "evaluate":
         flags.DEFINE_bool("replay", False, "grade executions.jsonl.gz again, without a model", flag_values=values)
+        flags.DEFINE_string("models", "", "checkpoints of a sweep: [NAME=]FOLDER[+RERANKER],…", flag_values=values)
+        flags.DEFINE_string("data", "", "its files: [NAME=]FILE,…; if left out, data.test", flag_values=values)
+    if command == "self-train":
+        flags.DEFINE_enum("kind", None, ("offline", "online"), "which baseline", flag_values=values)
+    if command == "pipeline":
+        flags.DEFINE_bool("baselines", False, "self-training too, offline and online", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
     config = parse_config(argv, values)
-    for name in ("workdir", "model", "out"):
+    for name in ("workdir", "model", "kind", "out"):
         if name in values and not values[name].value:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
+    for key in values.allow_config_change:
+        if key not in SETTINGS:
+            raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
     if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
         raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     if command == "evaluate" and values.replay:
         from reft_jax.runs.executions import replay
 
         sys.exit(0 if replay(Path(values.workdir)) else 1)
+    if command == "evaluate" and values.data and not values.models:
+        raise InputError("--data belongs to a sweep: --models=FOLDER,… is missing; see python -m reft_jax --help")
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
+    from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
-    with open_run(config, Path(values.workdir), needs) as run:
-        dispatch(command, run, values)
+    with hosts.joined(values.coordinator, values.num_processes, values.process_id):
+        if command == "evaluate" and values.models:
+            from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
+
+            checkpoints, files = parse_checkpoints(values.models), parse_data(values.data or config.data.test)
+            run_sweep(config, Path(values.workdir).absolute(), checkpoints, files, values.allow_config_change)
+            return
+        with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
+            dispatch(command, run, values)
 
 
 def dispatch(command: str, run, values: flags.FlagValues) -> None:
     if command == "pipeline":
         from reft_jax.runs.pipeline import run_pipeline
 
-        run_pipeline(run)
+        run_pipeline(run, baselines=values.baselines)
     elif command == "sft":
         from reft_jax.runs.sft import run_sft
 
@@ -104,6 +169,10 @@ def dispatch(command: str, run, values: flags.FlagValues) -> None:
         from reft_jax.runs.reft import run_reft
 
         run_reft(run)
+    elif command == "self-train":
+        from reft_jax.runs.self_train import run_offline, run_online
+
+        {"offline": run_offline, "online": run_online}[values.kind](run)
     elif command == "sample":
         from reft_jax.runs.sample import run_sample
 
@@ -172,6 +241,28 @@ def solve(argv: list[str]) -> None:
         questions[0],
         engine=values.engine,
         max_len=values.max_len,
+        allow_unsandboxed=values.allow_unsandboxed,
+    )
+
+
+def regrade(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("samples", None, "sample files, or folders of them, with commas between", flag_values=values)
+    flags.DEFINE_bool("execute", False, "run every program again", flag_values=values)
+    flags.DEFINE_string("out-dir", None, "folder for sweep.md and sweep.json", flag_values=values)
+    flags.DEFINE_integer("seed", 42, "of subsets and intervals", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
+    if extra := parse_flags(argv, values):
+        raise InputError(f"unexpected argument {extra[0]!r}; name all sample files in --samples, with commas")
+    if not values.samples:
+        raise InputError("--samples is empty; name sample files, or a folder of them")
+    from reft_jax.runs.regrade import run_regrade
+
+    run_regrade(
+        values.samples.split(","),
+        execute=values.execute,
+        out_dir=Path(values["out-dir"].value) if values["out-dir"].value else None,
+        seed=values.seed,
         allow_unsandboxed=values.allow_unsandboxed,
     )
 

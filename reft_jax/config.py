@@ -52,6 +52,10 @@ SETTINGS = {
     "name": Setting("reft", ANY, "title of the report"),
     "seed": Setting(42, at_least(0), "initial heads, data order and sampling are functions of it"),
     "compiled": Setting("", ANY, "folder that keeps compiled programs; empty: compiled/ in the work directory"),
+    "keep_steps": Setting(2, POSITIVE, "saved steps of a running stage that are kept: with 2 one may be damaged"),
+    "watchdog_minutes": Setting(
+        60.0, at_least(0), "end the process if no decode chunk, program or update ends for so long; 0: never"
+    ),
     # Model: a folder in Hugging Face format, or "toy": a tiny Llama made from the seed.
     "model.path": Setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"'),
     "model.dtype": Setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32"),
@@ -118,10 +122,15 @@ SETTINGS = {
         0, at_least(0), "iterations between greedy evaluations; 0: once a pass over the questions"
     ),
     "ppo.save_every": Setting(0, at_least(0), "iterations between resumable checkpoints; 0: once a pass"),
-    # Sampling for voting and reranking
+    # Self-training, the paper's two baselines. What is not here is as in `sft` (offline) and `ppo` (online).
+    "self_train.samples": Setting(10, POSITIVE, "offline: distinct correct samples a question, beside its solution"),
+    "self_train.epochs": Setting(20, POSITIVE, "offline: length of the run and of its schedule"),
+    "self_train.updates": Setting(2, POSITIVE, "online: updates on each batch"),
+    "self_train.learning_rate": Setting(3e-7, POSITIVE, "online: constant after ppo.lr_warmup"),
+    # Sampling for voting, reranking and offline self-training
     "sample.n": Setting(100, POSITIVE, "completions a test question"),
-    "sample.train_n": Setting(100, POSITIVE, "completions a training question, for the reranker"),
-    "sample.train_limit": Setting(0, at_least(0), "training questions sampled for the reranker; 0: all"),
+    "sample.train_n": Setting(100, POSITIVE, "completions a training question, for the reranker and self-training"),
+    "sample.train_limit": Setting(0, at_least(0), "training questions sampled for these; 0: all"),
     "sample.temperature": Setting(1.0, POSITIVE, "of sampling for voting and reranking"),
     "sample.top_k": Setting(50, at_least(0), "0: the whole vocabulary"),
     "sample.max_len": Setting(1024, POSITIVE, "tokens of prompt and response, also of greedy evaluation"),

@@ -35,8 +35,12 @@ class Mutation(NamedTuple):
 A, L, S = "reft_jax.algo.advantages", "reft_jax.algo.losses", "reft_jax.train.steps"
 P, C, SLOTS = "reft_jax.train.packing", "reft_jax.train.scoring", "reft_jax.engine.slots"
 SCHEDULE = "reft_jax.engine.schedule"
+CHECKSUMS, CHECKPOINTS, DAMAGE = "reft_jax.train.checksums", "reft_jax.train.checkpoints", "faults/test_damage.py"
 BATCH = ("test_steps.py::test_a_ppo_batch_equals_its_slow_twin",)
 PACKING = ("test_packing.py",)
+SELF = "reft_jax.runs.self_train"
+ONLINE = ("test_self_train.py::test_online_trains_responses_of_correct_rows_and_gold_targets_half_each",)
+SUBSETS, OVER_ALL = "reft_jax.task.subsets", ("test_subsets.py::test_closed_forms_are_the_mean_over_all_subsets",)
 SCORES = ("test_scoring.py::test_decisions_equal_the_full_log_softmax",)
 ENDS = ("test_engine.py::test_a_row_ends_with_its_first_eos_or_at_max_len",)
 SERVED = ("test_schedule.py::test_every_request_is_served_once_however_rows_end[3-5-8-4]",)
@@ -141,7 +145,7 @@ MUTATIONS = [
              PACKING),
     Mutation("padding of what is not run", P, "self.count * micro_batch * self.length",
              "np.prod(self.shape) * self.length", PACKING),
-    Mutation("SFT trains one token late", "reft_jax.runs.sft", "[prompt - 1 for", "[prompt for", PACKING),
+    Mutation("SFT trains one token late", P, "[prompt - 1 for", "[prompt for", PACKING),
     Mutation("PPO acts one token late", P, "rollout.prompt_len - 1,", "rollout.prompt_len,", PACKING),
     Mutation("the reranker judges one token early", "reft_jax.runs.rerank", "        lengths - 1,\n",
              "        lengths - 2,\n", PACKING),
@@ -170,6 +174,32 @@ MUTATIONS = [
              "(self.owner >= 0) & active", SERVED),
     Mutation("request 0 lost on shrinking", SCHEDULE, "np.flatnonzero(row >= 0)", "np.flatnonzero(row > 0)",
              ("test_schedule.py::test_shrinking_keeps_everybody_in_order_and_shard",)),
+    Mutation("a file of the same size is the same", CHECKSUMS, "if found[name] != listed[name]",
+             "if found[name][0] != listed[name][0]", (f"{DAMAGE}::test_twenty_bits_flipped_anywhere",)),
+    Mutation("an element's place not in the checksum", CHECKSUMS, "((index ^ (index >> 15)) | 1)", "jnp.uint32(1)",
+             (f"{DAMAGE}::test_checksums_tell_elements_places_and_bits_apart",)),
+    Mutation("restored arrays not looked at", CHECKPOINTS,
+             'if reason := _difference(about["arrays"], state):\n            return reason\n        ', "",
+             (f"{DAMAGE}::test_an_array_that_is_not_the_one_that_was_saved",)),
+    Mutation("a run whose steps are damaged begins again", CHECKPOINTS, "found = None\n            if self._whole():",
+             "found = None\n            if False:",
+             (f"{DAMAGE}::test_a_run_whose_every_step_is_damaged_never_begins_again_by_itself",)),
+    Mutation("self-training on wrong samples", SELF, "if one.verdict.correct", "if one.verdict.value", ONLINE),
+    Mutation("self-training: one mean over both halves", SELF, "max(1, half.sum())", "half.size", ONLINE),
+    Mutation("self-training: gold counts twice", S, "return sampled + gold, ", "return sampled + 2 * gold, ",
+             ("test_self_train.py::test_the_online_loss_equals_a_slow_twin",)),
+    Mutation("self-training on repeated samples", SELF, "list(dict.fromkeys(right))", "right",
+             ("test_self_train.py::test_offline_rows_are_the_gold_solution_and_the_first_distinct_correct_samples",)),
+    Mutation("of k, the last seen wins a tie", SUBSETS, "votes * (n + 1) - first", "votes * (n + 1) + first", OVER_ALL),
+    Mutation("of k, with replacement", SUBSETS, "math.comb(n - correct, k) / math.comb(n, k)", "(1 - correct / n) ** k",
+             OVER_ALL),
+    Mutation("of k, the least probable is chosen", SUBSETS, "-by_text[", "by_text[", OVER_ALL),
+    Mutation("of k, invalid answers are reranked", SUBSETS, 'if is_valid(p["solving_res"])]', "]", OVER_ALL),
+    Mutation("McNemar's test on one side", "reft_jax.task.intervals", "2 * tail", "tail",
+             ("test_intervals.py::test_mcnemar_is_the_binomial_test_of_the_questions_on_which_two_systems_differ",)),
+    Mutation("grading again keeps the flag", "reft_jax.task.records",
+             'old | {"solving_res": verdict.value, "correctness"', 'old | {"solving_res": verdict.value, "was"',
+             ("test_records.py::test_stored_answers_are_read_by_the_rules_of_their_dataset",)),
     Mutation("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
     Mutation("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
              ("test_answers.py",)),
@@ -198,7 +228,7 @@ def forget() -> None:
     """The next import of the package or of a test reads it anew. The heavy libraries stay."""
     for name in list(sys.modules):
         path = getattr(sys.modules[name], "__file__", None) or ""
-        if name.partition(".")[0] == "reft_jax" or (Path(path).parent == TESTS and name != "__main__"):
+        if name.partition(".")[0] == "reft_jax" or (TESTS in Path(path).parents and name != "__main__"):
             del sys.modules[name]
 
 

@@ -19,9 +19,9 @@ from absl import flags
 from tiny import tiny_model
 
 from reft_jax import __main__, executor
-from reft_jax.config import parse_config, to_json
+from reft_jax.config import load_config, parse_config, to_json
 from reft_jax.model.hf import save_hf
-from reft_jax.runs.setup import start_executor
+from reft_jax.runs.setup import check_workdir, create_workdir, start_executor
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import InputError
 
@@ -142,6 +142,24 @@ CASES = MAIN | {
     "no model flag": Case(f"rerank {RUN}", ("--model is missing; see",)),
     "no out flag": Case(f"export {RUN} --model=sft", ("--out is missing; see",)),
     "another model flag": Case(f"sample {RUN} --model=best", ("--model=best", "warmup|sft|reft")),
+    "no kind of self-training": Case(f"self-train {RUN}", ("--kind is missing; see",)),
+    "self-train before sft": Case(f"self-train {RUN} --kind=online", ("/run has no model 'warmup'",)),
+    "sweep over a missing folder": Case(f"evaluate {RUN} --models={{tmp}}/no", ("/no: neither a Hugging Face folder",)),
+    "sweep with two models of one name": Case(
+        f"evaluate {RUN} --models={{tmp}}/model,{{tmp}}/model", ("--models: the names model, model must differ",)
+    ),
+    "sweep with two rerankers": Case(f"evaluate {RUN} --models=a+b+c", ("'a+b+c' has more than one '+'",)),
+    "sweep with missing data": Case(
+        f"evaluate {RUN} --models={{tmp}}/model --data={{tmp}}/no.json", ("/no.json: cannot be read",)
+    ),
+    "sweep without models": Case(f"evaluate {RUN} --data={{tmp}}/data.json", ("--models=FOLDER,… is missing",)),
+    "sweep over truncated weights": Case(
+        f"evaluate {RUN} --models={{tmp}}/model", ("its header promises",), damage=cut_weights
+    ),
+    "no sample files": Case("evaluate --samples={tmp}/model", ("no sample files", "sample first")),
+    "missing sample file": Case("evaluate --samples={tmp}/no.jsonl", ("/no.jsonl: cannot be read",)),
+    "questions as sample file": Case("evaluate --samples={tmp}/data.json", ("record 0, field 'predictions'",)),
+    "sample files without commas": Case("evaluate --samples=a.jsonl b.jsonl", ("unexpected argument 'b.jsonl'",)),
     "unknown command": Case("train", ("unknown command 'train'; commands: pipeline, sft, reft",)),
     "unknown flag": Case(f"{SFT} --wokdir=x", ("unknown flag --wokdir; did you mean --workdir?",)),
     "missing model folder": Case(f"{SFT} --config.model.path={{tmp}}/no", ("/no: no such folder; give",)),
@@ -297,6 +315,30 @@ def test_a_work_directory_of_other_settings(write, run_main, tmp_path):
     )
     assert stderr.count("->") == 2
     assert files(tmp_path) == before
+
+
+def test_named_settings_may_change_and_where_a_run_computes_always(write, run_main, tmp_path):
+    changes = "--config.seed=7 --config.ppo.kl_coef=0.05 --config.mesh.fsdp=2 --config.executor.workers=1"
+    argv = write(Case(f"{SFT} {changes} --allow_config_change=seed", ()))
+    use(tmp_path / "run", argv[:2])
+    code, stderr = run_main(argv)
+    assert code == 2
+    check_line(stderr, ("seed: 42 -> 7", "ppo.kl_coef: 0.01 -> 0.05", "--allow_config_change=ppo.kl_coef"))
+    assert "mesh" not in stderr and "workers" not in stderr
+    with pytest.raises(AssertionError, match="nothing was found wrong"):
+        run_main([*argv[:-1], "--allow_config_change=seed,ppo.kl_coef"])
+    code, stderr = run_main([*argv[:-1], "--allow_config_change=ppo.kl_coeff"])
+    assert code == 2
+    check_line(stderr, ("--allow_config_change: unknown key 'ppo.kl_coeff'", "did you mean 'ppo.kl_coef'"))
+
+
+def test_a_changed_config_takes_the_place_of_the_first(tmp_path):
+    config = load_config(str(REPO / "configs" / "quickstart.py"))
+    for seed in (7, 8, 8):
+        config.seed = seed
+        create_workdir(config, tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == seed
+        check_workdir(config, tmp_path / "run", [])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null"])

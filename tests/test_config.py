@@ -51,6 +51,10 @@ PAPER = {
     "rerank.weight_decay": 0.0,
     "rerank.clip_norm": 1.0,
     "rerank.max_len": 700,
+    "self_train.samples": 10,
+    "self_train.epochs": 20,
+    "self_train.updates": 2,
+    "self_train.learning_rate": 3e-7,
     "sample.n": 100,
     "sample.train_n": 100,
     "sample.temperature": 1.0,
@@ -93,6 +97,47 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_every_config_file_passes(path):
     parse_config(["reft", f"--config={path}"], flags.FlagValues())
+
+
+# The authors' settings: warm-up epoch and β of the KL reward differ by dataset and kind of solution.
+CELLS = {
+    "gsm8k,python": (2, 0.01),
+    "gsm8k,nl": (2, 0.05),
+    "svamp,python": (2, 0.01),
+    "svamp,nl": (2, 0.05),
+    "mathqa,python": (2, 0.01),
+    "mathqa,nl": (5, 0.05),
+    "mathqa-numeric,python": (2, 0.01),
+    "mathqa-numeric,nl": (10, 0.01),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_of_the_paper_differs_from_the_defaults_in_what_it_must(cell):
+    dataset, engine = cell.split(",")
+    config = flatten(parse_config(["reft", f"--config={REPO}/configs/paper.py:{cell}"], flags.FlagValues()))
+    assert (config["sft.warmup_epoch"], config["ppo.kl_coef"]) == CELLS[cell]
+    kind = {"python": "python_sdp", "nl": "nl"}[engine]
+    assert config["data.train"].endswith(f"{dataset}_{kind}.json")
+    assert config["data.test"].endswith(f"{dataset}_test_set.json")
+    changed = {key for key, value in config.items() if value != SETTINGS[key].default}
+    may = {"name", "model.path", "data.train", "data.test", "data.engine", "sft.warmup_epoch", "ppo.kl_coef"}
+    assert changed <= may and config["data.engine"] == engine
+
+
+def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
+    def parsed(file):
+        return flatten(parse_config(["reft", f"--config={REPO}/configs/{file}"], flags.FlagValues()))
+
+    main, cell = parsed("gsm8k_codellama_7b_reft.py"), parsed("paper.py:gsm8k,python")
+    assert {key for key in cell if main[key] != cell[key]} <= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    assert cell == parsed("paper.py")
+    small = parsed("paper.py:gsm8k,nl,small")
+    expected = {"sft.learning_rate": 2e-5, "sft.warmup_epoch": 10, "ppo.learning_rate": 3e-6, "ppo.prompts": 256}
+    assert {key: small[key] for key in expected} == expected and small["ppo.kl_coef"] == 0.05
+    for wrong in ("gsm8k", "aqua,nl", "gsm8k,c", "gsm8k,nl,13b"):
+        with pytest.raises(InputError, match="is not DATASET,ENGINE"):
+            parsed(f"paper.py:{wrong}")
 
 
 def test_a_checked_config_is_frozen():

@@ -9,6 +9,7 @@ import pytest
 from tiny import tiny_config, tiny_model
 
 from reft_jax import load_hf, save_hf
+from reft_jax.model import safetensors
 from reft_jax.model.hf import check_folder, load_rerank_head, load_value_head, read_config
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.types import InputError
@@ -64,6 +65,18 @@ def test_round_trip_is_bitwise(tmp_path, dtype, shard_bytes):
     assert_same(params, again)
     assert_same(value, load_value_head(tmp_path / "out"))
     assert load_rerank_head(tmp_path / "out") is None
+
+
+def test_files_of_several_types_load_as_one(tmp_path):
+    model, params = tiny_model()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    save_hf(tmp_path / "out", model, params, max_shard_bytes=6000)
+    first, second, *_ = sorted((tmp_path / "out").glob("*.safetensors"))
+    for file, dtype in ((first, np.float32), (second, np.float16)):  # both have every number that is in there
+        stored = safetensors.read_header(file)
+        layout = {name: (np.dtype(dtype), one.shape) for name, one in stored.items()}
+        safetensors.write_tensors(file, layout, [np.array(safetensors.map_tensor(one)) for one in stored.values()])
+    assert_same(params, load_hf(tmp_path / "out", dtype=jnp.bfloat16)[1])
 
 
 def test_parameters_land_on_their_shardings(saved):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reft_jax.task.intervals import paired_bootstrap, slope_interval, wilson
+from reft_jax.task.intervals import mcnemar, paired_bootstrap, slope_interval, wilson
 from reft_jax.types import InputError
 
 
@@ -93,3 +93,24 @@ def test_slope_is_the_least_squares_one_and_its_interval_covers_the_truth():
 def test_slope_refuses_what_has_none(y):
     with pytest.raises(InputError, match="at least 3 finite values"):
         slope_interval(np.array(y), seed=0)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_questions_on_which_two_systems_differ():
+    """5 against 1 of 6: 2 · (1 + 6) / 64; equally many: 1; what both have right or wrong does not count."""
+    a, b = np.array([1, 1, 1, 1, 1, 0, 1, 0], bool), np.array([0, 0, 0, 0, 0, 1, 1, 0], bool)
+    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(14 / 64)
+    assert mcnemar(np.tile(a[:6], 50), np.tile(b[:6], 50)) < 1e-30
+    assert mcnemar(np.array([True, False]), np.array([False, True])) == 1
+    assert mcnemar(a, a) == 1
+    with pytest.raises(InputError, match="cannot pair"):
+        mcnemar(a, b[:7])
+
+
+def test_wilson_of_a_mean_of_shares_covers_the_truth_in_at_least_95_percent():
+    """50 questions, each with a share of its own; the truth is the mean over all questions there could be."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        shares = rng.beta(0.6, 0.4, 50)
+        low, high = wilson(shares.sum(), 50)
+        covered += low <= 0.6 <= high
+    assert covered >= 0.95 * 2000

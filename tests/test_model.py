@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_config, tiny_model
 
 from reft_jax.engine.slots import rollout_weights
-from reft_jax.model import llama
+from reft_jax.model import attention
 from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
@@ -120,7 +120,7 @@ def test_blocks_of_queries_see_what_the_whole_row_does(monkeypatch, block):
         return jnp.sum(PROBE * model.apply({"params": params}, TOKENS, positions, segments, method="hidden"))
 
     expected = jax.jit(jax.value_and_grad(loss))(params)
-    monkeypatch.setattr(llama, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     jax.clear_caches()
     found = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
     for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):

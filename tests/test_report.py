@@ -7,7 +7,15 @@ import pytest
 
 from reft_jax.runs import curves, report
 from reft_jax.runs.curves import moving_average, plot_curves, series
-from reft_jax.runs.report import markdown_table, print_table, write_report
+from reft_jax.runs.report import (
+    markdown,
+    markdown_comparisons,
+    markdown_curves,
+    markdown_table,
+    print_report,
+    write_report,
+    write_sweep,
+)
 from reft_jax.types import InputError
 
 
@@ -16,7 +24,9 @@ def count(correct, total=500):
 
 
 def full_report():
-    sampled = {"voting": count(325), "rerank": count(341), "upper_bound": count(450)}
+    points = [{"k": 1, "voting": 0.5, "upper_bound": 0.5}, {"k": 100, "voting": 0.65, "upper_bound": 0.9}]
+    sampled = {"voting": count(325), "rerank": count(341), "upper_bound": count(450), "curve": points}
+    gap = {"a": "ReFT", "b": "SFT", "column": "top1", "difference": 0.382, "low": 0.34, "high": 0.424, "p": 0.0001}
     return {
         "title": "Toy word problems",
         "n": 100,
@@ -28,7 +38,7 @@ def full_report():
             {"model": "ReFT", "top1": count(500), **sampled},
         ],
         "notes": ["12 of 2,000 training rows were over the length limit."],
-        "comparison": {"a": "ReFT", "b": "SFT", "difference": 0.382, "low": 0.34, "high": 0.424},
+        "comparisons": [gap, gap | {"column": "voting", "difference": 0.0, "low": -0.03, "high": 0.02, "p": 1.0}],
         "settings": {"seed": 42, "ppo.kl_coef": 0.01},
         "seconds": {"sft": 75.4, "reft": 3723.0},
     }
@@ -36,7 +46,7 @@ def full_report():
 
 def top1_report():
     rows = [{"model": "SFT", "top1": count(309)}]
-    return {**full_report(), "rows": rows, "comparison": None, "notes": [], "settings": {}, "seconds": {}}
+    return {**full_report(), "rows": rows, "comparisons": [], "notes": [], "settings": {}, "seconds": {}}
 
 
 def test_markdown_table():
@@ -57,7 +67,7 @@ def test_columns_that_nothing_was_measured_for_are_left_out():
 
 
 def test_terminal_table_is_aligned_and_fits(capsys):
-    print_table(full_report())
+    print_report(full_report())
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 110
     head = next(line for line in lines if line.startswith("model"))
@@ -72,7 +82,7 @@ def test_terminal_table_is_aligned_and_fits(capsys):
 def test_terminal_table_of_all_of_gsm8k_fits_too(capsys):
     rows = [dict.fromkeys(("top1", "voting", "rerank", "upper_bound"), count(1319, 1319))]
     rows[0]["model"] = "online self-training"
-    print_table({**full_report(), "rows": rows})
+    print_report({**full_report(), "rows": rows})
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
 
 
@@ -80,11 +90,43 @@ def test_terminal_table_of_all_of_gsm8k_fits_too(capsys):
     ("low", "high", "verdict"), [(0.34, 0.424, "excludes 0"), (-0.01, 0.02, "no difference is shown")]
 )
 def test_comparison_is_told_in_points_with_its_interval(capsys, low, high, verdict):
-    comparison = {"a": "ReFT", "b": "SFT", "difference": 0.005, "low": low, "high": high}
-    print_table({**full_report(), "comparison": comparison})
+    gap = full_report()["comparisons"][0] | {"difference": 0.005, "low": low, "high": high}
+    print_report({**full_report(), "comparisons": [gap, gap | {"a": "SFT", "b": "SFT warm-up"}]})
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"ReFT minus SFT, top-1: +0.5 points [{100 * low:+.1f}, {100 * high:+.1f}]" in printed
-    assert verdict in printed
+    told = f"ReFT minus SFT, top-1: +0.5 [{100 * low:+.1f}, {100 * high:+.1f}] points, p 0.0001; the interval"
+    assert told in printed and verdict in printed
+    assert "SFT minus SFT warm-up" not in printed  # the last model against each of the others
+
+
+def test_every_pair_is_in_the_markdown():
+    first, second = full_report()["comparisons"]
+    report = {**full_report(), "comparisons": [first, second, first | {"b": "SFT warm-up"}]}
+    assert markdown_comparisons(report) == (
+        "| points | top-1 | voting@100 |\n"
+        "| --- | --- | --- |\n"
+        "| ReFT − SFT | +38.2 [+34.0, +42.4], p 0.0001 | +0.0 [-3.0, +2.0], p 1 |\n"
+        "| ReFT − SFT warm-up | +38.2 [+34.0, +42.4], p 0.0001 | – |\n"
+    )
+
+
+def test_curves_are_a_table_a_column():
+    curves = markdown_curves(full_report())
+    assert curves.startswith(
+        "| voting@k, by samples a question | 1 | 100 |\n"
+        "| --- | --- | --- |\n"
+        "| SFT | 50.0 [45.6, 54.4] | 65.0 [60.7, 69.1] |\n"
+    )
+    assert "rerank" not in curves  # no point has it
+    assert "| ReFT | 50.0 [45.6, 54.4] | 90.0 [87.1, 92.3] |" in curves
+    assert markdown_curves(top1_report()) == ""
+
+
+def test_a_sweep_is_its_reports_one_after_another(tmp_path):
+    reports = [full_report(), top1_report() | {"title": "SVAMP", "chosen_on": ""}]
+    write_sweep(tmp_path, reports)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == reports
+    assert (tmp_path / "sweep.md").read_text() == markdown(reports[0]) + "\n" + markdown(reports[1])
+    assert "\n# SVAMP\n\n500 test questions. Brackets: 95 % intervals.\n" in (tmp_path / "sweep.md").read_text()
 
 
 def test_files_hold_the_whole_report(tmp_path):

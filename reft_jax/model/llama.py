@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.model.attention import attend, attend_causally
 from reft_jax.model.cache import KVCache, write_recent
 from reft_jax.model.llama_config import LlamaConfig
 
-QUERY_BLOCK = 256  # positions; half of the scores of a long row are masked, and most of those are never computed
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -64,40 +64,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
-
-
-def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """Grouped-query attention -> [B,T,N,H] of q [B,T,N,H] to everything in `parts`, each of them (k [B,K,H,S],
-    v [B,K,S,H], mask bool[1 or B,T,S])."""
-    batch, length, heads, head_dim = q.shape
-    kv_heads = parts[0][0].shape[1]
-    groups = heads // kv_heads
-    # The queries of a group are the rows of one matrix, always on the left: a batched product with the cache on
-    # the left transposes the cache first, and einsum would choose that order.
-    q = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, groups * length, head_dim)
-    scores = []
-    for k, _, mask in parts:
-        each = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        each = each.reshape(batch, kv_heads, groups, length, -1)
-        scores.append(jnp.where(mask[:, None, None], each, jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    out, begin, sums = 0, 0, jnp.float32 if len(parts) > 1 else None
-    for _, v, mask in parts:
-        end = begin + mask.shape[-1]
-        share = weights[..., begin:end].astype(v.dtype).reshape(batch, kv_heads, groups * length, -1)
-        out, begin = out + jnp.matmul(share, v, preferred_element_type=sums), end
-    out = out.reshape(batch, kv_heads, groups, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
-
-
-def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` where no position sees a later one (S = T): what no query of a block sees is not computed."""
-    length, parts = q.shape[1], []
-    for begin in range(0, length, QUERY_BLOCK):
-        block, seen = slice(begin, begin + QUERY_BLOCK), min(begin + QUERY_BLOCK, length)
-        parts.append(attend(q[:, block], (k[..., :seen], v[:, :, :seen], mask[:, block, :seen])))
-    return jnp.concatenate(parts, axis=1)
 
 
 @jax.custom_vjp

@@ -1,18 +1,113 @@
-"""A stage's model as a Hugging Face folder that transformers loads."""
+"""A stage's model as a Hugging Face folder that transformers loads, with a card that says what it is."""
 
+import json
+import shutil
 from pathlib import Path
 
+from reft_jax import __version__
 from reft_jax.model.hf import save_hf
+from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import abstract_reranker, load_model
+from reft_jax.runs.stages import TITLES, abstract_reranker, finished, load_model
+from reft_jax.task.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
 
 
 def run_export(run: Run, name: str, out: Path) -> None:
-    """`name`: warmup, sft, reft (the value head goes into a file of its own beside it), rerank_sft or rerank_reft."""
+    """`name`: a policy (the value head goes into a file of its own beside it) or the reranker of one."""
     if name.startswith("rerank_"):
         params = load_model(run, name, abstract_reranker(run))
         save_hf(out, run.model, params["lm"], rerank_head=params["rerank_head"], tokenizer=run.tokenizer)
     else:
         params = load_model(run, name)
         save_hf(out, run.model, params["lm"], value_head=params["value_head"], tokenizer=run.tokenizer)
+    licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
+    for path in licences:
+        shutil.copy(path, out / path.name)
+    (out / "README.md").write_text(model_card(run, name, [path.name for path in licences]), encoding="utf-8")
     print(f"{name} -> {out}")
+
+
+def model_card(run: Run, name: str, licences: list[str]) -> str:
+    """Base, licence notice, prompt format, stages and, if `evaluate` has run, the measured table, as Markdown."""
+    base, policy = run.base.name, name.removeprefix("rerank_")
+    title = f"{TITLES[policy]} reranker" if name != policy else TITLES[policy]
+    notice = (
+        f"Copied from there: {', '.join(licences)}." if licences else "Its folder held no licence file; look it up."
+    )
+    report = run.workdir / "report.json"
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"pipeline_tag: {'text-classification' if name != policy else 'text-generation'}",
+            "---",
+            "",
+            f"# {run.config.name}: {title}",
+            "",
+            f"Made from {base} by reft_jax {__version__}, an implementation of ReFT (arXiv 2401.08967).",
+            "",
+            "## Licence",
+            "",
+            f"This model is derived from {base}: the licence and the use policy of {base} apply to it. {notice}",
+            "",
+            "## Prompt",
+            "",
+            *prompt_format(run.config.data.engine, is_reranker=name != policy),
+            "",
+            "## Stages",
+            "",
+            *(f"{i}. {line}" for i, line in enumerate(stages(run, name, base), 1)),
+            "",
+            "## Measured",
+            "",
+            *(measured(json.loads(report.read_text())) if report.exists() else ["Not evaluated yet."]),
+            "",
+        ]
+    )
+
+
+def prompt_format(engine: str, *, is_reranker: bool) -> list[str]:
+    """What the model reads, and what becomes of its answer."""
+    if is_reranker:
+        text, then = (
+            rerank_text("{question}", "{completion}"),
+            "Class 1 is the probability that the completion is right.",
+        )
+    else:
+        text = rollout_prompt("{question}", engine)
+        program = "The program, from `def solution():` on, is executed; the answer is what `solution()` returns."
+        then = program if engine == "python" else f"The answer follows the last `{ANSWER_PHRASE}`."
+    return ["```", *text.split("\n"), "```", "", f"Tokenized as one string, without special tokens. {then}"]
+
+
+def stages(run: Run, name: str, base: str) -> list[str]:
+    """How the model came about, one line a stage."""
+    config, policy = run.config, name.removeprefix("rerank_")
+    sft = finished(run, "sft") or {}
+    first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.engine})"
+    lines = [f"{first}, epoch {config.sft.warmup_epoch} of a schedule of {config.sft.epochs}."]
+    if policy == "sft":
+        lines = [f"{first}, best epoch ({sft.get('best', '?')} of {sft.get('epochs', '?')})."]
+    elif policy == "self_train_offline":
+        done = finished(run, policy) or {}
+        lines.append(f"Its correct samples and the worked solutions: {done.get('rows', '?')} rows.")
+        lines.append(f"SFT of {base} on these, best epoch ({done.get('best', '?')} of {done.get('epochs', '?')}).")
+    elif policy != "warmup":
+        done = finished(run, policy) or {}
+        best = f"best iteration ({done.get('best', '?')} of {done.get('iterations', '?')})"
+        how = "PPO on executed answers" if policy == "reft" else "online self-training"
+        lines.append(f"{TITLES[policy]}: {how}, {done.get('questions', '?')} questions, {best}.")
+    if name != policy:
+        done = finished(run, name) or {}
+        lines.append(f"A classifier on {done.get('rows', '?')} distinct samples of the warm-up model, from that model.")
+    return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
+
+
+def measured(report: dict) -> list[str]:
+    return [
+        f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets.",
+        "",
+        markdown_table(report).rstrip(),
+    ]

@@ -1,26 +1,34 @@
 """The whole chain in one work directory. What is done already is not done again."""
 
 import time
+from functools import partial
 
 from reft_jax.runs.evaluate import run_evaluate
 from reft_jax.runs.reft import run_reft
 from reft_jax.runs.rerank import run_rerank
 from reft_jax.runs.sample import run_sample
+from reft_jax.runs.self_train import OFFLINE, ONLINE, online_rows, run_offline, run_online
 from reft_jax.runs.setup import Run
 from reft_jax.runs.sft import run_sft
+from reft_jax.runs.stages import TITLES
 
 
-def run_pipeline(run: Run) -> dict:
-    """SFT, ReFT, sampling, two rerankers, the table. Returns the report."""
-    stages = [
-        ("SFT: warm-up and best checkpoint", lambda: run_sft(run)),
-        ("ReFT: PPO from the warm-up model", lambda: run_reft(run)),
-        ("samples of the warm-up model on training questions", lambda: run_sample(run, "warmup", "train")),
-        ("samples of SFT on test questions", lambda: run_sample(run, "sft", "test")),
-        ("samples of ReFT on test questions", lambda: run_sample(run, "reft", "test")),
-        ("reranker for SFT", lambda: run_rerank(run, "sft")),
-        ("reranker for ReFT", lambda: run_rerank(run, "reft")),
+def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
+    """SFT, ReFT, with `baselines` self-training of both kinds, sampling, rerankers, the table. Returns the report."""
+    names = ["sft", OFFLINE, ONLINE, "reft"] if baselines else ["sft", "reft"]
+    stages = [("SFT: warm-up and best checkpoint", lambda: run_sft(run))]
+    if baselines:
+        online_rows(run)  # a limit that drops too many rows ends the run here
+        stages += [
+            ("offline self-training of the base model", lambda: run_offline(run)),
+            ("online self-training from the warm-up model", lambda: run_online(run)),
+        ]
+    stages.append(("ReFT: PPO from the warm-up model", lambda: run_reft(run)))
+    stages.append(("samples of the warm-up model on training questions", lambda: run_sample(run, "warmup", "train")))
+    stages += [
+        (f"samples of {TITLES[name]} on test questions", partial(run_sample, run, name, "test")) for name in names
     ]
+    stages += [(f"reranker for {TITLES[name]}", partial(run_rerank, run, name)) for name in names]
     started = time.monotonic()
     for i, (title, stage) in enumerate(stages, start=1):
         print(f"[{i}/{len(stages) + 1}] {title}", flush=True)

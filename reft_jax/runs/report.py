@@ -1,14 +1,15 @@
-"""The result of a run as a table: in the terminal, in report.md and, for programs, in report.json.
+"""The results of a run or a sweep as tables: in the terminal, in Markdown and, for programs, in JSON.
 
-A report is a dict of plain JSON values. Counts are counts, differences are fractions; percentages exist only in print.
+A report is about one data file: a dict of plain JSON values. Counts are counts, shares and differences are fractions;
+percentages exist only in print. A run has one report, a sweep one for each data file.
 
     title            str
     n                samples a question, for the voting and rerank columns
     test_questions   int
-    chosen_on        which data chose the checkpoints: "third split", or "test file, as the paper did"
+    chosen_on        which data chose the checkpoints: "third split", "test file, as the paper did"; "" if not known
     rows             [{"model": "ReFT", "top1": {"correct": 309, "total": 500}, "voting": the same or None, "rerank",
-                     "upper_bound"}]
-    comparison       None or {"a": "ReFT", "b": "SFT", "difference", "low", "high"}: top-1, `intervals.paired_bootstrap`
+                     "upper_bound", "curve": [{"k": 1, "voting": 0.31, "rerank": 0.33, "upper_bound": 0.31}, …]}]
+    comparisons      [{"a": "ReFT", "b": "SFT", "column": "top1", "difference", "low", "high", "p"}]
     notes            [str]
     settings         {name: value}
     seconds          {stage: seconds}
@@ -23,32 +24,59 @@ from pathlib import Path
 from reft_jax.task.intervals import wilson
 
 NOTHING = "–"
+HOW_COMPARED = "Intervals: paired bootstrap over questions. p: McNemar's exact test. Each is of that pair alone."
+SAMPLED = {"voting": "voting@{}", "rerank": "rerank@{}", "upper_bound": "upper bound"}
 
 
 def markdown_table(report: dict) -> str:
     """The rows as a Markdown table, cells like `61.8 % (309/500) [57.5, 66.0]`; columns without any entry left out."""
     columns = _columns(report)
-    lines = [["Model", *columns.values()], ["---"] * (1 + len(columns))]
-    for row in report["rows"]:
-        lines.append([row["model"], *(" ".join(_cell(row.get(key))).strip() for key in columns)])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    lines = [[row["model"], *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]]
+    return _markdown(["Model", *columns.values()], lines)
 
 
-def write_report(workdir: Path, report: dict) -> None:
-    """Writes report.md and report.json into `workdir`, each replaced in one go: a reader never sees half a file."""
-    for name, text in (
-        ("report.md", _markdown(report)),
-        ("report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
-    ):
-        whole = workdir / f"{name}.tmp"
-        whole.write_text(text, encoding="utf-8")
-        os.replace(whole, workdir / name)
+def markdown_curves(report: dict) -> str:
+    """A table for voting, rerank and upper bound each: models by number of samples; nothing without samples."""
+    parts = []
+    for key, heading in SAMPLED.items():
+        curves = {row["model"]: [p for p in row.get("curve", []) if key in p] for row in report["rows"]}
+        lines = [
+            [model, *(_share(p[key], report["test_questions"]) for p in curve)]
+            for model, curve in curves.items()
+            if curve
+        ]
+        if lines:
+            ks = next([str(p["k"]) for p in curve] for curve in curves.values() if curve)
+            parts.append(_markdown([heading.format("k") + ", by samples a question", *ks], lines))
+    return "\n".join(parts)
 
 
-def print_table(report: dict) -> None:
-    """Prints the report without its settings and times, each interval under its share.
+def markdown_comparisons(report: dict) -> str:
+    """A row a pair of models, cells like `+11.6 [+9.1, +14.1], p 0.0002`."""
+    columns = _columns(report)
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for found in report["comparisons"]:
+        cells = pairs.setdefault((found["a"], found["b"]), {})
+        cells[found["column"]] = f"{_difference(found)}, p {found['p']:.2g}"
+    used = [key for key in columns if any(key in cells for cells in pairs.values())]
+    lines = [[f"{a} − {b}", *(cells.get(key, NOTHING) for key in used)] for (a, b), cells in pairs.items()]
+    return _markdown(["points", *(columns[key] for key in used)], lines) if lines else ""
 
-    At most 110 characters wide while totals have up to 4 digits and models' names up to 20 characters.
+
+def write_report(folder: Path, report: dict) -> None:
+    """Writes report.md and report.json into `folder`, each replaced in one go: a reader never sees half a file."""
+    _write(folder / "report", markdown(report), report)
+
+
+def write_sweep(folder: Path, reports: list[dict]) -> None:
+    """Writes sweep.md and sweep.json, the reports one after another, in the same way."""
+    _write(folder / "sweep", "\n".join(map(markdown, reports)), reports)
+
+
+def print_report(report: dict) -> None:
+    """Prints the report without curves, settings and times, each interval under its share.
+
+    At most 110 characters wide while totals have up to 4 digits and models' names up to 21 characters.
     """
     columns = _columns(report)
     lines = [["model", *columns.values()]]
@@ -58,28 +86,45 @@ def print_table(report: dict) -> None:
         lines.append(["", *(interval for _, interval in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    remarks = [_subject(report), *_remarks(report)]
+    remarks = [_subject(report), *_compared(report), *report["notes"]]
     print(f"\n{report['title']}\n")
     print("\n".join([table[0], "─" * max(map(len, table)), *table[1:]]) + "\n")
     print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in remarks))
 
 
-def _markdown(report: dict) -> str:
-    parts = [f"# {report['title']}", _subject(report), markdown_table(report).rstrip()]
-    if remarks := _remarks(report):
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
+def markdown(report: dict) -> str:
+    """The whole report; a part that there is nothing to say about is left out."""
+    parts = [f"# {report['title']}", _subject(report), markdown_table(report), _bullets(report["notes"])]
+    if report["comparisons"]:
+        parts += ["## Differences", markdown_comparisons(report), _bullets([*_compared(report), HOW_COMPARED])]
+    if curves := markdown_curves(report):
+        parts += ["## By number of samples", curves]
     times = {stage: _clock(seconds) for stage, seconds in report["seconds"].items()}
     for heading, name, entries in (("Time", "stage", times), ("Settings", "setting", report["settings"])):
         if entries:
             rows = "".join(f"\n| {key} | {value} |" for key, value in entries.items())
             parts.append(f"## {heading}\n\n| {name} | |\n| --- | --- |{rows}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _write(path: Path, text: str, data) -> None:
+    for suffix, content in ((".md", text), (".json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")):
+        whole = path.with_suffix(suffix + ".tmp")
+        whole.write_text(content, encoding="utf-8")
+        os.replace(whole, path.with_suffix(suffix))
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
 
 
 def _columns(report: dict) -> dict[str, str]:
     """{key in a row: heading} of the columns that have an entry, in the paper's order."""
-    n = report["n"]
-    headings = {"top1": "top-1", "voting": f"voting@{n}", "rerank": f"rerank@{n}", "upper_bound": "upper bound"}
+    headings = {"top1": "top-1"} | {key: heading.format(report["n"]) for key, heading in SAMPLED.items()}
     return {key: heading for key, heading in headings.items() if any(row.get(key) for row in report["rows"])}
 
 
@@ -88,30 +133,40 @@ def _cell(count: dict | None) -> tuple[str, str]:
     if count is None:
         return NOTHING, ""
     correct, total = count["correct"], count["total"]
+    return f"{100 * correct / total:.1f} % ({correct}/{total})", _interval(correct, total)
+
+
+def _share(share: float, questions: int) -> str:
+    """`61.8 [57.5, 66.0]`."""
+    return f"{100 * share:.1f} {_interval(share * questions, questions)}"
+
+
+def _interval(correct: float, total: int) -> str:
     low, high = wilson(correct, total)
-    return f"{100 * correct / total:.1f} % ({correct}/{total})", f"[{100 * low:.1f}, {100 * high:.1f}]"
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _difference(found: dict) -> str:
+    difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _subject(report: dict) -> str:
     samples = f", {report['n']} samples each" if len(_columns(report)) > 1 else ""
-    return (
-        f"{report['test_questions']} test questions{samples}; checkpoints chosen on: {report['chosen_on']}. "
-        "Brackets: 95 % intervals."
-    )
+    chosen = f"; checkpoints chosen on: {report['chosen_on']}" if report["chosen_on"] else ""
+    return f"{report['test_questions']} test questions{samples}{chosen}. Brackets: 95 % intervals."
 
 
-def _remarks(report: dict) -> list[str]:
-    """The comparison in words, then the notes."""
-    comparison = report["comparison"]
-    if comparison is None:
-        return report["notes"]
-    difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
-    verdict = "the interval contains 0: no difference is shown" if low <= 0 <= high else "the interval excludes 0"
-    return [
-        f"{comparison['a']} minus {comparison['b']}, top-1: {difference:+.1f} points [{low:+.1f}, {high:+.1f}] "
-        f"(paired bootstrap over questions); {verdict}.",
-        *report["notes"],
-    ]
+def _compared(report: dict) -> list[str]:
+    """The last model's top-1 against each of the others, in words."""
+    lines = []
+    for found in report["comparisons"]:
+        if found["column"] == "top1" and found["a"] == report["rows"][-1]["model"]:
+            none = found["low"] <= 0 <= found["high"]
+            verdict = "the interval contains 0: no difference is shown" if none else "the interval excludes 0"
+            what = f"{found['a']} minus {found['b']}, top-1"
+            lines.append(f"{what}: {_difference(found)} points, p {found['p']:.2g}; {verdict}.")
+    return lines
 
 
 def _clock(seconds: float) -> str:

@@ -12,12 +12,14 @@ from reft_jax.types import InputError
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
+def wilson(correct: float, total: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of the share correct/total (Wilson 1927, J. Am. Stat. Assoc. 22:209).
 
         centre = (p + z²/2n) / (1 + z²/n)      half = z √(p(1-p)/n + z²/4n²) / (1 + z²/n)
 
-    Unlike p ± z√(p(1-p)/n) it stays inside [0, 1] and has a width when all or none are correct.
+    Unlike p ± z√(p(1-p)/n) it stays inside [0, 1] and has a width when all or none are correct. `correct` may be a sum
+    of shares, one a question (the mean over subsets of its samples): they vary less than ones and zeros with the same
+    mean, whose variance is p(1-p), so the interval is then wider than it need be, never too narrow.
     Raises InputError unless 0 <= correct <= total and total > 0.
     """
     if not 0 <= correct <= total or total == 0:
@@ -48,6 +50,21 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int, draws: int = 10_00
     drawn = np.random.default_rng(seed).multinomial(a.size, counts / a.size, size=draws)
     low, high = np.quantile(drawn @ differences / a.size, [0.025, 0.975])
     return float(np.mean(a - b)), float(low), float(high)
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided p-value of "a and b are right equally often": McNemar's exact test (1947, Psychometrika 12:153).
+
+    a, b: bool[Q], entry q of both about question q. Only questions that one of them has right count; under the
+    hypothesis each of these is a's with probability 1/2. Raises InputError when the lengths differ.
+    """
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    if a.shape != b.shape or a.ndim != 1:
+        raise InputError(f"cannot pair results of shapes {a.shape} and {b.shape}: both need one entry a question")
+    ours, theirs = int((a & ~b).sum()), int((b & ~a).sum())
+    differ = ours + theirs
+    tail = sum(math.comb(differ, i) for i in range(min(ours, theirs) + 1))
+    return min(1.0, 2 * tail / 2**differ)
 
 
 def slope_interval(y: np.ndarray, seed: int, draws: int = 10_000) -> tuple[float, float, float]:

@@ -1,4 +1,7 @@
-"""The three jitted, donated updates: SFT, PPO, reranker. Micro-batches [M,b,…] one after another, gradients summed."""
+"""The jitted, donated updates: SFT, online self-training, PPO, reranker.
+
+Micro-batches [M,b,…] one after another, gradients summed.
+"""
 
 from typing import Any, NamedTuple
 
@@ -57,6 +60,35 @@ def make_sft_step(model, optimizer, shardings):
         grads, loss, _, _ = over_micro_batches(loss_fn, state.params, batch, count)
         state, grad_norm = apply_gradients(state, optimizer, grads)
         return state, {"loss": loss, "grad_norm": grad_norm}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+class SelfTrainBatch(NamedTuple):
+    """What each decision weighs in the two halves of the loss, float32[M,b,W]: 1 / (2 · tokens of the half) on the
+    response of a correct sample, or on a worked solution, 0 elsewhere."""
+
+    sampled: Any
+    gold: Any
+
+
+def make_self_train_step(model, optimizer, shardings):
+    """`step(state, (Lines, SelfTrainBatch), count) -> (state, {'loss', 'sampled_loss', 'gold_loss', 'grad_norm'})`.
+
+    Online self-training: ½ cross-entropy of the correct samples + ½ that of the worked solutions, each a mean over its
+    tokens in the global batch. The two losses in the metrics are their halves of `loss`.
+    """
+
+    def step(state: TrainState, batch, count):
+        def loss_fn(params, rows):
+            lines, weight = rows
+            logprob, _ = score_lines(model, {"lm": params["lm"]}, lines)
+            sampled, gold = losses.token_loss(logprob, weight.sampled), losses.token_loss(logprob, weight.gold)
+            return sampled + gold, ((sampled, gold), jnp.zeros(()))
+
+        grads, loss, (sampled, gold), _ = over_micro_batches(loss_fn, state.params, batch, count)
+        state, grad_norm = apply_gradients(state, optimizer, grads)
+        return state, {"loss": loss, "sampled_loss": sampled, "gold_loss": gold, "grad_norm": grad_norm}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 

@@ -1,0 +1,55 @@
+"""The paper's runs: a dataset, an engine, a size of model.
+
+    python -m reft_jax pipeline --baselines --config=configs/paper.py:gsm8k,python --workdir=$WORKDIR \
+        --config.model.path=$MODEL_DIR/CodeLlama-7b-hf --config.data.train=$DATA_DIR/gsm8k_python_sdp.json \
+        --config.data.test=$DATA_DIR/gsm8k_test_set.json --config.mesh.fsdp=8
+
+The argument is DATASET,ENGINE or DATASET,ENGINE,small: gsm8k, svamp, mathqa (answers are letters a-e) or
+mathqa-numeric; python or nl; `small` is the authors' setting for models of 125M parameters. Any Llama-family folder is
+given by model.path; the default is CodeLlama-7B. Without `--baselines` a run is SFT, ReFT and the two rerankers;
+`sft`, `self-train --kind=offline`, `self-train --kind=online`, `reft`, `sample` and `rerank` are its parts.
+
+The authors' scores of CodeLlama-7B in %, top-1 unless it says otherwise; "–": not in the tables at hand. Chip-hours are
+those that `plan` gives for the whole row; "–": not planned yet. Nothing here has been run: it needs a pod.
+
+    argument               SFT warm-up   SFT                    ReFT                   chip-hours
+    gsm8k,python           63.00         63.68                  75.28                  –
+      voting@100           –             68.0                   78.0
+      rerank@100           –             77.0                   81.2
+    gsm8k,nl               –             43.59                  53.30                  –
+    svamp,python           –             75.40                  79.19                  –
+    svamp,nl               –             –                      –                      –
+    mathqa,python          –             –                      –                      –
+    mathqa,nl              –             56.01                  60.13                  –
+    mathqa-numeric,nl      –             –                      –                      –
+    mathqa-numeric,python  not run by the authors                                      –
+    offline and online self-training: – in every row; reranking: GSM8K only
+
+Checkpoints are chosen on the test file, as there; set data.dev_rows to hold out training questions instead.
+"""
+
+from reft_jax.config import default_config
+
+DATASETS, ENGINES, SIZES = ("gsm8k", "svamp", "mathqa", "mathqa-numeric"), ("python", "nl"), ("7b", "small")
+FILES = {"python": "python_sdp", "nl": "nl"}  # the authors' names
+WARMUP_EPOCH = {("mathqa", "nl"): 5, ("mathqa-numeric", "nl"): 10}  # of the others 2
+
+
+def get_config(argument="gsm8k,python"):
+    parts = argument.split(",")
+    dataset, engine, size = parts if len(parts) == 3 else (*parts, "7b") if len(parts) == 2 else ("", "", "")
+    if dataset not in DATASETS or engine not in ENGINES or size not in SIZES:
+        raise ValueError(f"{argument!r} is not DATASET,ENGINE[,small] of {DATASETS} and {ENGINES}")
+    config = default_config()
+    config.name = f"{dataset} {engine}, {'CodeLlama-7B' if size == '7b' else 'small model'}"
+    config.model.path = "models/CodeLlama-7b-hf"
+    config.data.train = f"data/{dataset}_{FILES[engine]}.json"
+    config.data.test = f"data/{dataset}_test_set.json"
+    config.data.engine = engine
+    config.sft.warmup_epoch = WARMUP_EPOCH.get((dataset, engine), 2)
+    config.ppo.kl_coef = 0.05 if engine == "nl" and dataset != "mathqa-numeric" else 0.01
+    if size == "small":
+        config.sft.update(learning_rate=2e-5, warmup_epoch=10)  # theirs for GSM8K
+        config.ppo.update(learning_rate=3e-6, prompts=256, epochs=700)
+        config.self_train.learning_rate = 3e-6
+    return config

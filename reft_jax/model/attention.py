@@ -1,0 +1,90 @@
+"""Grouped-query attention: of a text to itself, with a gradient, and of one token to what a cache holds.
+
+Axes as in `reft_jax.types`. Scores and their softmax are float32, products in the compute dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+QUERY_BLOCK = 256  # positions; half of the scores of a long row are masked, and most of those are never computed
+
+
+def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B,T,N,H], k [B,K,H,T], v [B,K,T,H], mask bool[1 or B,T,T] -> [B,T,N,H]; no position may see a later one.
+
+    What no query of a block sees is not computed.
+    """
+    length, parts = q.shape[1], []
+    for queries in np.array_split(np.arange(length), -(-length // QUERY_BLOCK)):
+        block, seen = slice(queries[0], queries[-1] + 1), queries[-1] + 1
+        grouped = _grouped(q[:, block], k.shape[1])
+        out = _attend(grouped, k[..., :seen], v[:, :, :seen], mask[:, block, :seen])
+        parts.append(_ungrouped(out, len(queries)))
+    return jnp.concatenate(parts, axis=1)
+
+
+def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """q [B,T,N,H] to everything in `parts`, each of them (k [B,K,H,S], v [B,K,S,H], mask bool[1 or B,T,S]) ->
+    [B,T,N,H]."""
+    length, kv_heads = q.shape[1], parts[0][0].shape[1]
+    q = _grouped(q, kv_heads)
+    scores = jnp.concatenate([_scores(q, k, mask) for k, _, mask in parts], axis=-1)
+    weights, out, begin = jax.nn.softmax(scores, axis=-1), 0, 0
+    for _, v, mask in parts:
+        end = begin + mask.shape[-1]
+        share = weights[..., begin:end].astype(v.dtype).reshape(*q.shape[:3], -1)
+        out, begin = out + jnp.matmul(share, v, preferred_element_type=jnp.float32), end
+    return _ungrouped(out.astype(q.dtype), length)
+
+
+def _grouped(q, kv_heads: int):
+    """[B,T,N,H] -> [B,K,G*T,H]: the queries of a group are the rows of one matrix, which stands on the left of each
+    product. A batched product with the cache on the left transposes the cache first, and einsum would choose that."""
+    batch, length, heads, head_dim = q.shape
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    return q.reshape(batch, kv_heads, -1, head_dim)
+
+
+def _ungrouped(out, length: int):
+    """[B,K,G*T,H] -> [B,T,N,H]."""
+    batch, kv_heads, _, head_dim = out.shape
+    out = out.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, -1, head_dim)
+
+
+def _scores(q, k, mask):
+    """float32[B,K,G,T,S] of q [B,K,G*T,H]."""
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = scores.reshape(*q.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, mask):
+    """Attention of q [B,K,G*T,H]. Its gradient is written out because what it costs on a CPU is not its products but
+    passes over the scores: two forward and one backward here, and one array of them kept, instead of two."""
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask):
+    scores = _scores(q, k, mask)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1).reshape(*q.shape[:3], 1)
+    weights = weights.astype(v.dtype).reshape(*q.shape[:3], -1)
+    out = jnp.matmul(weights, v, preferred_element_type=jnp.float32) / total
+    return out.astype(q.dtype), (q, k, v, weights, total, out)
+
+
+def _attend_backward(kept, gradient):
+    q, k, v, weights, total, out = kept
+    gradient = gradient.astype(jnp.float32) / total
+    mean = (gradient * out).sum(-1, keepdims=True)
+    gradient = gradient.astype(v.dtype)
+    to_weights = jnp.matmul(gradient, v.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    to_scores = (weights * (to_weights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+    to_q, to_k = jnp.matmul(to_scores, k.swapaxes(-1, -2)), jnp.matmul(q.swapaxes(-1, -2), to_scores)
+    return to_q, to_k, jnp.matmul(weights.swapaxes(-1, -2), gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

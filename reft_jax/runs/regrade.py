@@ -1,0 +1,71 @@
+"""Tables from sample files alone: every stored answer is graded again, without a model and without an accelerator."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+from reft_jax import executor
+from reft_jax.runs.report import print_report, write_sweep
+from reft_jax.runs.results import Answers, by_item, read_answers, table
+from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.task.records import GREEDY, RERANK, read_records, regrade
+from reft_jax.types import InputError
+
+MEMORY_MB, TIMEOUT_S = 1024, 10.0  # a program, as in the method
+
+
+def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed: int, allow_unsandboxed: bool) -> None:
+    """Reads sample files, or folders of them, grades them again and prints a table for those on the same questions.
+
+    execute: run every program again instead of trusting its stored value. out_dir: also writes sweep.md and sweep.json
+    there. Raises InputError before anything is executed.
+    """
+    began = time.monotonic()
+    if out_dir:
+        check_writable("--out-dir", out_dir)
+    files = {path: read_records(path) for path in sample_files(sources)}
+    if execute:
+        start_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed)
+    try:
+        found = [_graded(path, records, execute) for path, records in files.items()]
+    finally:
+        executor.shutdown()
+    by_questions: dict[tuple[str, ...], list[Answers]] = {}
+    for answers in found:
+        by_questions.setdefault(tuple(sorted(answers.samples)), []).append(answers)
+    reports = []
+    for models in by_questions.values():
+        title = ", ".join(answers.model for answers in models)
+        report = {"title": title, "chosen_on": "", "notes": [], "settings": {}, "seconds": {}}
+        reports.append(report | table(models, seed))
+        print_report(reports[-1])
+    if out_dir:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_sweep(out_dir, reports)
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+def sample_files(sources: list[str]) -> list[Path]:
+    """The files named, and in a folder all sample files, in order. Raises InputError where there is none."""
+    files = []
+    for source in sources:
+        path = Path(source)
+        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        files += [file for file in inside if not file.name.endswith((GREEDY, RERANK))]
+    if not files:
+        raise InputError(f"--samples: no sample files (*.jsonl) in {', '.join(sources)}; sample first")
+    return files
+
+
+def _graded(path: Path, records: list[dict], execute: bool) -> Answers:
+    run_programs = partial(executor.run_programs, timeout_s=TIMEOUT_S, workers=os.cpu_count() or 1, memory_mb=MEMORY_MB)
+    beside = path.with_suffix(GREEDY)
+    greedy = read_records(beside) if beside.exists() else []
+    (samples, changed), (first, more) = (
+        regrade(one, run_programs if execute else None) if one else ([], 0) for one in (records, greedy)
+    )
+    total = sum(len(record["predictions"]) for record in [*samples, *first])
+    how = "executed" if execute else "graded from its stored value"
+    print(f"{path}: each of {total} answers {how}; {changed + more} differ from what the file says")
+    return read_answers(path.stem, path)._replace(samples=by_item(samples), greedy=by_item(first))

@@ -1,0 +1,137 @@
+"""The numbers of a table from graded answers alone: no model, no program, no accelerator."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from reft_jax.task.intervals import mcnemar, paired_bootstrap
+from reft_jax.task.records import GREEDY, RERANK, read_lines
+from reft_jax.task.subsets import rerank_at, sizes, upper_bound_at, voting_at
+from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound
+from reft_jax.types import InputError
+
+COLUMNS = ("top1", "voting", "rerank", "upper_bound")
+
+
+class Answers(NamedTuple):
+    """One model's graded answers by item_id; empty where there are none.
+
+    greedy, samples: question records with one and with n predictions. probabilities: of the distinct samples of a
+    question, by the model's reranker.
+    """
+
+    model: str
+    greedy: dict[str, dict]
+    samples: dict[str, dict]
+    probabilities: dict[str, list[float]]
+
+
+def read_answers(model: str, path: Path) -> Answers:
+    """What lies at `path` (NAME.jsonl) and beside it (see task/records.py), as far as it is there."""
+    scored = {line["item_id"]: line["probabilities"] for line in read_lines(path.with_suffix(RERANK))}
+    return Answers(model, by_item(read_lines(path.with_suffix(GREEDY))), by_item(read_lines(path)), scored)
+
+
+def by_item(records: Sequence[dict]) -> dict[str, dict]:
+    return {record["item_id"]: record for record in records}
+
+
+def by_question(answers: Answers, column: str) -> np.ndarray | None:
+    """bool[Q], questions in the order of their ids: whether the model has each right by greedy decoding ("top1"), by
+    all its samples ("voting", "rerank"), or by any of them ("upper_bound"); None where there are no such answers."""
+    records = answers.greedy if column == "top1" else answers.samples
+    if not records or (column == "rerank" and not answers.probabilities):
+        return None
+    if column == "rerank":
+        return np.array([_reranked(*pair) for pair in judged(answers)])
+    if column == "upper_bound":
+        return np.array([upper_bound(records[item_id]["predictions"]) for item_id in sorted(records)])
+    return np.array([records[item_id]["is_correct"] for item_id in sorted(records)])
+
+
+def judged(answers: Answers) -> Iterator[tuple[list[dict], list[float]]]:
+    """(predictions, probabilities of the distinct ones) of each question, in the order of their ids."""
+    for item_id in sorted(answers.samples):
+        yield answers.samples[item_id]["predictions"], answers.probabilities[item_id]
+
+
+def _reranked(predictions: list[dict], probabilities: list[float]) -> bool:
+    distinct = deduplicate(predictions)
+    choice = rerank_choice(distinct, probabilities)
+    return choice is not None and distinct[choice]["correctness"]
+
+
+def count(flags) -> dict:
+    flags = list(flags)
+    return {"correct": int(sum(map(bool, flags))), "total": len(flags)}
+
+
+def row(answers: Answers, seed: int) -> dict:
+    """A row of the table: counts {"correct", "total"} of COLUMNS and of the reranker's judgements, and the curve."""
+    found = {"model": answers.model}
+    for column in COLUMNS:
+        flags = by_question(answers, column)
+        found[column] = None if flags is None else count(flags)
+    if answers.probabilities:
+        found["classification_accuracy"] = count(
+            (probability > 0.5) == prediction["correctness"]
+            for predictions, row in judged(answers)
+            for prediction, probability in zip(deduplicate(predictions), row, strict=True)
+        )
+    if answers.samples:
+        found["curve"] = curve(answers, seed)
+    return found
+
+
+def curve(answers: Answers, seed: int) -> list[dict]:
+    """[{"k", "voting", "rerank", "upper_bound"}]: shares for k = 1, 2, 4, … and all samples (see task/subsets.py)."""
+    predictions = [answers.samples[item_id]["predictions"] for item_id in sorted(answers.samples)]
+    *smaller, n = sizes(len(predictions[0]))
+    voted = np.mean([voting_at(p, smaller, [seed, q]) for q, p in enumerate(predictions)], 0)
+    points = []
+    for k, voting in zip(smaller, voted, strict=True):
+        point = {"k": k, "voting": voting, "upper_bound": np.mean([upper_bound_at(p, k) for p in predictions])}
+        if answers.probabilities:
+            point["rerank"] = np.mean([rerank_at(*pair, k) for pair in judged(answers)])
+        points.append(point)
+    whole = {column: by_question(answers, column) for column in COLUMNS[1:]}
+    points.append({"k": n} | {column: flags.mean() for column, flags in whole.items() if flags is not None})
+    return [{key: value if key == "k" else float(value) for key, value in point.items()} for point in points]
+
+
+def comparisons(models: list[Answers], seed: int) -> list[dict]:
+    """Every pair, the later one first, in top-1, voting and rerank where both have them, question by question.
+
+    {"a", "b", "column", "difference", "low", "high", "p"}: shares, their 95 % interval by a paired bootstrap, and
+    McNemar's p-value. The intervals and p-values are those of each pair alone.
+    """
+    found = []
+    for b, a in combinations(models, 2):
+        for column in COLUMNS[:3]:
+            pair = [by_question(one, column) for one in (a, b)]
+            if all(flags is not None for flags in pair):
+                difference, low, high = paired_bootstrap(*pair, seed)
+                compared = {"difference": difference, "low": low, "high": high, "p": mcnemar(*pair)}
+                found.append({"a": a.model, "b": b.model, "column": column} | compared)
+    return found
+
+
+def table(models: list[Answers], seed: int) -> dict:
+    """{"test_questions", "n", "rows", "comparisons"} of models that answered the same questions.
+
+    Raises InputError, naming a model, where the answers of one are to other questions, or not to all.
+    """
+    ids = (models[0].greedy or models[0].samples).keys()
+    for one in models:
+        for answered in (one.greedy, one.samples):
+            if answered and answered.keys() != ids:
+                raise InputError(f"{one.model} answered other questions than {models[0].model}; compare what is alike")
+        if one.probabilities and one.probabilities.keys() != one.samples.keys():
+            have = f"{len(one.probabilities)} of {len(one.samples)} questions"
+            raise InputError(f"{one.model}: the reranker has judged {have}; finish it first")
+    n = max((len(record["predictions"]) for one in models for record in one.samples.values()), default=0)
+    rows = [row(one, seed) for one in models]
+    return {"test_questions": len(ids), "n": n, "rows": rows, "comparisons": comparisons(models, seed)}

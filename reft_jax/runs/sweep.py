@@ -1,0 +1,231 @@
+"""Many checkpoints on many data files in one command: answers into sample files, then a table a data file.
+
+    WORKDIR/samples/MODEL_DATA.jsonl      and beside it .greedy.jsonl, .rerank.jsonl (task/records.py)
+    WORKDIR/sweep.md, sweep.json
+
+What is in the files is not made again, so an interrupted sweep goes on where it was, to the question.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from reft_jax import executor
+from reft_jax.config import flatten
+from reft_jax.parallel import hosts
+from reft_jax.runs.executions import ExecutionLog
+from reft_jax.runs.guards import Guards
+from reft_jax.runs.report import print_report, write_sweep
+from reft_jax.runs.results import read_answers, table
+from reft_jax.runs.setup import (
+    Data,
+    Run,
+    check_rows,
+    check_workdir,
+    checked_tokenizer,
+    create_workdir,
+    make_engine,
+    open_mesh,
+    shorten,
+    start_executor,
+    versions,
+)
+from reft_jax.task.datasets import load_examples
+from reft_jax.task.records import read_lines
+from reft_jax.types import Example, InputError
+
+SOURCES = "sources.json"
+
+
+class Source(NamedTuple):
+    """Weights: a Hugging Face folder, or the folder that a stage made (RUN/models/NAME); `base` has its config.json
+    and tokenizer."""
+
+    folder: Path
+    base: Path
+
+    @property
+    def is_stage(self) -> bool:
+        return self.folder != self.base
+
+
+class Checkpoint(NamedTuple):
+    """A model of a sweep, with its reranker if it has one."""
+
+    name: str
+    model: Source
+    reranker: Source | None
+
+
+def parse_checkpoints(text: str) -> list[Checkpoint]:
+    """Of `[NAME=]FOLDER[+RERANKER],…`; without NAME it is that of the folder. Raises InputError."""
+    checkpoints = []
+    for part in text.split(","):
+        name, _, folders = part.rpartition("=")
+        folder, *reranker = folders.split("+")
+        if len(reranker) > 1:
+            raise InputError(f"--models: {part!r} has more than one '+'; write [NAME=]FOLDER[+RERANKER]")
+        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), find(reranker[0]) if reranker else None))
+    return checkpoints
+
+
+def parse_data(text: str) -> dict[str, str]:
+    """{name: file} of `[NAME=]FILE,…`; without NAME it is the file's, without its suffix."""
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    names = [name or Path(file).stem for name, _, file in pairs]
+    check_names("--data", names)
+    return {name: file for name, (_, _, file) in zip(names, pairs, strict=True)}
+
+
+def check_names(flag: str, names: list[str]) -> None:
+    if len(set(names)) < len(names) or not all(names) or any("/" in name for name in names):
+        raise InputError(f"{flag}: the names {', '.join(names)} must differ and have no '/'; write NAME=PATH")
+
+
+def find(folder: str) -> Source:
+    """Raises InputError unless there is a model in the folder, of either kind."""
+    path = Path(folder).absolute()
+    if (path / "config.json").is_file():
+        return Source(path, path)
+    settings = path.parent.parent / "config.json"
+    if path.is_dir() and path.parent.name == "models" and settings.is_file():
+        base = json.loads(settings.read_text()).get("model.path")
+        return Source(path, path.parent.parent / "toy" / "model" if base == "toy" else Path(str(base)))
+    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
+
+
+def run_sweep(
+    config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str], allowed: Sequence[str] = ()
+) -> list[dict]:
+    """Answers what is not answered yet, writes and prints the tables. Returns the reports, one a data file.
+
+    `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
+    """
+    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
+    check_names("--models", [checkpoint.name for checkpoint in checkpoints])
+    check_workdir(config, workdir, [], allowed)
+    data = {
+        name: shorten(load_examples(file, need_cot=False), config.data.test_limit, config.seed)
+        for name, file in files.items()
+    }
+    sources = {f"model {one.name}": str(one.model.folder) for one in checkpoints}
+    sources |= {f"reranker {one.name}": str(one.reranker.folder) for one in checkpoints if one.reranker}
+    sources |= {f"data {name}": digest(examples) for name, examples in data.items()}
+    hosts.agree("the sweep", **sources)
+    with (
+        Guards(config.watchdog_minutes) as guards,
+        open_sweep(config, workdir, checkpoints, known_sources(workdir, sources), guards) as run,
+    ):
+        for checkpoint in checkpoints:
+            answer(replace(run, base=checkpoint.model.base), checkpoint, data)
+    reports = []
+    for name in data:
+        answers = [read_answers(one.name, samples_file(workdir, one, name)) for one in checkpoints]
+        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": [], "seconds": {}}
+        settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
+        reports.append(report | {"settings": settings} | table(answers, config.seed))
+    if hosts.is_first():
+        for report in reports:
+            print_report(report)
+        write_sweep(workdir, reports)
+        print(f"\nsweep.md, sweep.json: {workdir}")
+    return reports
+
+
+def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
+    return workdir / "samples" / f"{checkpoint.name}_{data}.jsonl"
+
+
+def digest(examples: list[Example]) -> str:
+    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
+
+
+def known_sources(workdir: Path, sources: dict[str, str]) -> dict[str, str]:
+    """These and the earlier ones; InputError if a name stood for another folder, or for other questions, before."""
+    path = workdir / SOURCES
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for name, source in sources.items():
+        if before.get(name, source) != source:
+            raise InputError(
+                f"--workdir: {workdir} has answers of another {name} ({before[name]}, now {source}); choose another "
+                "work directory or another NAME="
+            )
+    return before | sources
+
+
+@contextmanager
+def open_sweep(
+    config, workdir: Path, checkpoints: list[Checkpoint], sources: dict[str, str], guards: Guards
+) -> Iterator[Run]:
+    """A run without model, tokenizer and training data, as far as that can be made ready."""
+    for checkpoint in checkpoints:
+        for source in filter(None, (checkpoint.model, checkpoint.reranker)):
+            checked_tokenizer(source.base)
+    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
+    try:
+        from reft_jax.parallel.compilation import keep_compiled
+        from reft_jax.parallel.mesh import on_mesh
+
+        mesh = open_mesh(config)
+        check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
+        create_workdir(config, workdir)
+        if hosts.is_first():
+            (workdir / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
+        hosts.log_to(workdir / "logs")
+        keep_compiled(Path(config.compiled or workdir / "compiled"))
+        with on_mesh(mesh):
+            run = Run(config, workdir, Path(), None, Data([], [], [], ""), mesh=mesh, executions=ExecutionLog(workdir))
+            run.guards = guards
+            yield run
+    finally:
+        executor.shutdown()
+
+
+def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> None:
+    """Greedy answers, samples and the reranker's scores of one model to every data file, as far as they are missing."""
+    from reft_jax.runs.rerank import rerank_scores
+    from reft_jax.runs.sample import greedy_answers, sampled
+
+    paths = {name: samples_file(run.workdir, checkpoint, name) for name in data}
+    run, load = with_model(run, checkpoint.model, reranker=False)
+    for name, examples in data.items():
+        what = f"{checkpoint.name} on {name}"
+        greedy_answers(run, paths[name], examples, lambda: load()["lm"], f"{what}, greedy")
+        sampled(run, paths[name], examples, run.config.sample.n, lambda: load()["lm"], f"{what}, samples")
+    if checkpoint.reranker:
+        run, load = with_model(run, checkpoint.reranker, reranker=True)
+        for name, path in paths.items():
+            rerank_scores(run, path, read_lines(path), load, f"{checkpoint.name} on {name}, rerank")
+
+
+def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callable[[], dict]]:
+    """The run with this model's shape, tokenizer and engine, and what reads its weights when they are first needed."""
+    import functools
+
+    import jax.numpy as jnp
+
+    from reft_jax.model.hf import load_hf, load_rerank_head, read_config
+    from reft_jax.model.llama import Llama
+    from reft_jax.parallel.mesh import abstract_arrays, shardings
+    from reft_jax.runs.stages import abstract_policy, abstract_reranker
+    from reft_jax.train.checkpoints import load_params
+
+    config = run.config
+    model = Llama(read_config(source.base), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+    run = replace(run, base=source.base, tokenizer=checked_tokenizer(source.base), model=model)
+    run.engine = make_engine(run)
+    abstract = abstract_reranker(run) if reranker else abstract_policy(run)
+
+    @functools.cache
+    def load() -> dict:
+        if source.is_stage:
+            return load_params(source.folder, abstract_arrays(run.mesh, abstract))
+        where = shardings(run.mesh, abstract)
+        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"])
+        return {"lm": lm} | ({"rerank_head": load_rerank_head(source.folder)} if reranker else {})
+
+    return run, load

@@ -1,0 +1,72 @@
+"""The card beside an exported model says what it is, where it comes from and what was measured."""
+
+import json
+
+import pytest
+from test_report import full_report
+
+from reft_jax.config import default_config
+from reft_jax.runs.export import model_card
+from reft_jax.runs.report import markdown_table
+from reft_jax.runs.setup import Data, Run
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A work directory whose stages are done."""
+    for stage, done in {
+        "sft": {"best": 7, "epochs": 40, "rows": 7356},
+        "reft": {"best": 30, "iterations": 900, "questions": 7300},
+        "self_train_offline": {"best": 3, "epochs": 20, "rows": 9000},
+        "rerank_reft": {"rows": 500_000},
+    }.items():
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "done.json").write_text(json.dumps(done))
+    config = default_config()
+    config.name = "GSM8K"
+    return Run(config, tmp_path, tmp_path / "CodeLlama-7b-hf", None, Data([], [], [], "a third split"))
+
+
+def test_a_policy(run):
+    card = model_card(run, "reft", ["LICENSE", "USE_POLICY.md"])
+    for part in (
+        "# GSM8K: ReFT\n",
+        "the licence and the use policy of CodeLlama-7b-hf apply to it. Copied from there: LICENSE, USE_POLICY.md.",
+        '```\nQuestion:\n{question}\nAnswer reasoning:\ndef solution():\n    """{question}"""\n\n```\n',
+        "1. SFT of CodeLlama-7b-hf on 7356 worked solutions (python), epoch 2 of a schedule of 40.\n",
+        "2. ReFT: PPO on executed answers, 7300 questions, best iteration (30 of 900).\n",
+        "Checkpoints chosen on: a third split.",
+        "## Measured\n\nNot evaluated yet.\n",
+    ):
+        assert part in card, part
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n")
+
+
+def test_a_reranker_and_what_was_measured(run):
+    (run.workdir / "report.json").write_text(json.dumps(full_report()))
+    card = model_card(run, "rerank_reft", [])
+    assert "# GSM8K: ReFT reranker" in card and "pipeline_tag: text-classification" in card
+    assert "```\nQuestion:\n{question}\nAnswer reasoning:\n{completion}\n```" in card
+    assert "3. A classifier on 500000 distinct samples of the warm-up model, from that model." in card
+    assert "held no licence file" in card
+    assert (
+        f"500 test questions, 100 samples each, 95 % intervals in brackets.\n\n{markdown_table(full_report())}" in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("warmup", "epoch 2 of a schedule of 40"),
+        ("sft", "best epoch (7 of 40)"),
+        ("self_train_offline", "SFT of CodeLlama-7b-hf on these, best epoch (3 of 20)"),
+    ],
+)
+def test_how_the_others_came_about(run, name, words):
+    assert words in model_card(run, name, [])
+
+
+def test_nl_says_where_the_answer_is(run):
+    run.config.data.engine = "nl"
+    card = model_card(run, "sft", [])
+    assert "Answer reasoning:\n\n```" in card and "follows the last `Therefore, the answer is: `." in card

@@ -1,0 +1,180 @@
+"""Sweeps as commands: interrupted ones end with the same table, files alone give it again, released names are found."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_policy
+
+from reft_jax import __main__, executor
+from reft_jax.model.hf import save_hf
+from reft_jax.task.tokenizer import train_bpe
+from reft_jax.train.checkpoints import save_params
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [f"Codellama-7b-hf-{stage}-GSM8k" for stage in ("SFT-warmup", "SFT", "SFT-Rerank", "ReFT", "ReFT-Rerank")]
+QUESTIONS = 24
+SETTINGS = [
+    f"--config.{setting}"
+    for setting in (
+        "model.dtype=float32 data.pad_multiple=96 engine.slots=8 sample.n=8 sample.max_len=96 rerank.batch_size=16 "
+        "rerank.micro_batch=8 rerank.max_len=192 data.engine=nl"
+    ).split()
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Tiny checkpoints under the released names, rerankers as sequence classifiers, and two data files."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tokenizer = train_bpe(
+        ["Question:\nAnn has 1 apple and buys 2.\nAnswer reasoning:\nTherefore, the answer is: 3"], 300
+    )
+    shape = dict(vocab_size=len(tokenizer), max_position_embeddings=192)
+    for seed, name in enumerate(NAMES):
+        head = "rerank_head" if "Rerank" in name else "value_head"
+        model, params = tiny_policy(head, **shape)
+        # An answer is more likely than not: weights that favour one token after another would never end.
+        rng = np.random.default_rng(seed)
+        params["lm"]["embed"] = params["lm"]["embed"] + 0.1 * rng.normal(size=params["lm"]["embed"].shape)
+        heads = {head: params[head]} if head == "rerank_head" else {}
+        save_hf(folder / name, model, params["lm"], tokenizer=tokenizer, **heads)
+    for data in ("gsm8k", "svamp"):
+        rows = [
+            {"item_id": f"{data}_{i}", "question": f"Ann has {i} apples and buys {len(data)}.", "answer_value": str(i)}
+            for i in range(QUESTIONS)
+        ]
+        (folder / f"{data}.json").write_text(json.dumps(rows))
+    return folder
+
+
+def command(folder: Path, workdir: Path) -> list[str]:
+    paths = [str(folder / name) for name in NAMES]
+    models = f"warm={paths[0]},{paths[1]}+{paths[2]},reft={paths[3]}+{paths[4]}"
+    data = f"--data={folder / 'gsm8k.json'},second={folder / 'svamp.json'}"
+    config = [f"--config={ROOT / 'configs/paper.py'}:gsm8k,nl", *SETTINGS, f"--config.compiled={folder / 'compiled'}"]
+    return [sys.executable, "-m", "reft_jax", "evaluate", *config, f"--workdir={workdir}", f"--models={models}", data]
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    workdir = folder / "whole"
+    done = subprocess.run(command(folder, workdir), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "voting@8" in done.stdout and "rerank@8" in done.stdout
+    return workdir
+
+
+def test_a_sweep_is_a_table_a_data_file(finished):
+    reports = json.loads((finished / "sweep.json").read_text())
+    assert [report["title"].rpartition(": ")[2] for report in reports] == ["gsm8k", "second"]
+    for report in reports:
+        assert [row["model"] for row in report["rows"]] == ["warm", NAMES[1], "reft"]
+        assert [row["rerank"] is None for row in report["rows"]] == [True, False, False]
+        for row in report["rows"]:
+            assert row["top1"]["total"] == row["voting"]["total"] == QUESTIONS
+            points = row["curve"]
+            assert [point["k"] for point in points] == [1, 2, 4, 8]
+            bounds = [point["upper_bound"] for point in points]
+            assert bounds == sorted(bounds) and bounds[-1] == row["upper_bound"]["correct"] / QUESTIONS
+        pairs = {(found["a"], found["b"]) for found in report["comparisons"] if found["column"] == "rerank"}
+        assert pairs == {("reft", NAMES[1])}
+    samples = [json.loads(line) for line in (finished / "samples" / "reft_gsm8k.jsonl").read_text().splitlines()]
+    assert len({p["completion"] for record in samples for p in record["predictions"]}) > 20
+
+
+def kill_when(process: subprocess.Popen, there) -> None:
+    deadline = time.monotonic() + 300
+    while not there() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_sweep_that_was_killed_twice_ends_with_the_same_table(folder, finished):
+    workdir = folder / "killed"
+    for file in ("warm_gsm8k.greedy.jsonl", f"{NAMES[1]}_second.jsonl"):
+        path = workdir / "samples" / file
+        process = subprocess.Popen(
+            command(folder, workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        kill_when(process, lambda path=path: path.exists() and path.stat().st_size)
+        assert path.stat().st_size and not (workdir / "sweep.json").exists()
+    with (workdir / "samples" / f"{NAMES[1]}_second.jsonl").open("a") as file:
+        file.write('{"item_id": "svamp_')  # a line torn by the crash
+    done = subprocess.run(command(folder, workdir), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for path in (finished / "samples").iterdir():
+        ours, theirs = ((at / "samples" / path.name).read_text().splitlines() for at in (workdir, finished))
+        assert sorted(ours) == sorted(theirs)  # questions stand in the order in which they were finished
+    for name in ("sweep.md", "sweep.json"):
+        assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_the_table_comes_from_the_files_alone(finished, tmp_path, monkeypatch, capsys):
+    """No model, no program: nothing is executed, and no JAX array is made."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("a program was run")
+
+    monkeypatch.setattr(executor, "start", reached)
+    monkeypatch.setattr(executor, "run_programs", reached)
+    __main__.run_command(["evaluate", f"--samples={finished / 'samples'}", f"--out-dir={tmp_path / 'again'}"])
+    assert "differ from what the file says" in capsys.readouterr().out
+    again = json.loads((tmp_path / "again" / "sweep.json").read_text())
+    whole = json.loads((finished / "sweep.json").read_text())
+    for report, other in zip(again, whole, strict=True):
+        for row in report["rows"]:
+            same = next(one for one in other["rows"] if row["model"].startswith(f"{one['model']}_"))
+            assert row | {"model": ""} == same | {"model": ""}
+
+
+def test_a_name_that_stood_for_another_folder_is_refused(folder, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    argv = [
+        argument.replace(f"reft={folder / NAMES[3]}", f"reft={folder / NAMES[0]}")
+        for argument in command(folder, workdir)
+    ]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "has answers of another model reft" in done.stderr and "choose another" in done.stderr
+
+
+def test_the_released_checkpoints_are_found_by_name(folder, tmp_path):
+    """The script on folders of the released names and layout: a dry run of the table."""
+    for name in NAMES:  # the other spelling
+        (tmp_path / name.replace("GSM8k", "GSM8K")).symlink_to(folder / name)
+    classifier = json.loads((folder / NAMES[2] / "config.json").read_text())
+    assert classifier["architectures"] == ["LlamaForSequenceClassification"]
+    assert classifier["hidden_size"] == tiny_config().hidden_size
+    env = os.environ | {"MODEL_DIR": str(tmp_path), "DATA": str(folder / "gsm8k.json"), "REFT_PYTHON": sys.executable}
+    env["WORKDIR"] = str(tmp_path / "run")
+    argv = [str(ROOT / "launch/eval_released.sh"), *SETTINGS, f"--config.compiled={folder / 'compiled'}"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    [report] = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["SFT-warmup", "SFT", "ReFT"]
+    assert all(row["rerank"]["total"] == QUESTIONS for row in report["rows"][1:])
+    (tmp_path / "Codellama-7b-hf-ReFT-GSM8K").unlink()
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and "no Codellama-7b-hf-ReFT-GSM8k in" in done.stderr
+
+
+def test_a_model_of_a_work_directory_is_a_checkpoint_too(folder, tmp_path):
+    from reft_jax.runs.sweep import find
+
+    run = tmp_path / "run"
+    (run / "models").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"model.path": str(folder / NAMES[0])}))
+    save_params(run / "models" / "reft", {"x": np.zeros(2)})
+    assert find(str(run / "models" / "reft")) == (run / "models" / "reft", folder / NAMES[0])
+    (run / "config.json").write_text(json.dumps({"model.path": "toy"}))
+    assert find(str(run / "models" / "reft")).base == run / "toy" / "model"

@@ -45,7 +45,7 @@ flags.DEFINE_integer("slots", 64, "of our engine")
 flags.DEFINE_integer("rounds", 1, "times each pair runs", lower_bound=1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of both sides")
 flags.DEFINE_string("remat", "none", "of our updates")
-flags.DEFINE_integer("micro_batch", 2, "lines of our packed update")
+flags.DEFINE_integer("micro_batch", 3, "lines of our packed update")
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 
 

@@ -18,18 +18,26 @@
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
 
-Every setting, its default and its meaning stand in reft_jax/config.py.
-Exit codes: 0 done, 1 a check failed, 2 wrong input.
+Several hosts run one command together: each the same, on a TPU pod and under srun just so, elsewhere with
+--coordinator=HOST:PORT --num_processes=N --process_id=0…N-1 (docs/pods.md). --workdir is a folder that all of them see.
+
+Every setting, its default and its meaning stand in reft_jax/config.py. The same command goes on where a run ended; if
+settings have changed since, name those that may: --allow_config_change=KEY,KEY (docs/reliability.md)
+Exit codes: 0 done; 1 a check failed, or the program broke down; 2 wrong input; 3 a number was NaN or infinite, and what
+made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM or SIGINT with everything saved: run it
+again. A second signal ends it at once: 128 + its number.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
-from reft_jax.config import parse_config, parse_flags
-from reft_jax.types import InputError
+from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 COMMANDS = (
     "pipeline",
@@ -57,9 +65,20 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         run_command(sys.argv[1:])
-    except InputError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except (InputError, NotFiniteError, SaveError) as error:
+        end(error.exit_code, error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        end(SaveError.exit_code, f"{error}; what was saved before is whole: make room and run the same command again")
+
+
+def end(code: int, error) -> NoReturn:
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    sys.exit(code)
 
 
 def run_command(argv: list[str]) -> None:
@@ -84,6 +103,7 @@ def run_command(argv: list[str]) -> None:
         return
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this run writes", flag_values=values)
+    flags.DEFINE_list("allow_config_change", [], "settings that may differ from the workdir's", flag_values=values)
     if command in MODELS:
         flags.DEFINE_enum("model", None, MODELS[command], "which model of the work directory", flag_values=values)
     if command == "sample":
@@ -98,10 +118,16 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_bool("baselines", False, "self-training too, offline and online", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
     config = parse_config(argv, values)
     for name in ("workdir", "model", "kind", "out"):
         if name in values and not values[name].value:
             raise InputError(f"--{name} is missing; see python -m reft_jax --help")
+    for key in values.allow_config_change:
+        if key not in SETTINGS:
+            raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
     if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
         raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     if command == "evaluate" and values.replay:
@@ -110,17 +136,19 @@ def run_command(argv: list[str]) -> None:
         sys.exit(0 if replay(Path(values.workdir)) else 1)
     if command == "evaluate" and values.data and not values.models:
         raise InputError("--data belongs to a sweep: --models=FOLDER,… is missing; see python -m reft_jax --help")
-    if command == "evaluate" and values.models:
-        from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
-
-        files = parse_data(values.data or config.data.test)
-        run_sweep(config, Path(values.workdir).absolute(), parse_checkpoints(values.models), files)
-        return
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
+    from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
-    with open_run(config, Path(values.workdir), needs) as run:
-        dispatch(command, run, values)
+    with hosts.joined(values.coordinator, values.num_processes, values.process_id):
+        if command == "evaluate" and values.models:
+            from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
+
+            checkpoints, files = parse_checkpoints(values.models), parse_data(values.data or config.data.test)
+            run_sweep(config, Path(values.workdir).absolute(), checkpoints, files, values.allow_config_change)
+            return
+        with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
+            dispatch(command, run, values)
 
 
 def dispatch(command: str, run, values: flags.FlagValues) -> None:

@@ -52,6 +52,10 @@ SETTINGS = {
     "name": Setting("reft", ANY, "title of the report"),
     "seed": Setting(42, at_least(0), "initial heads, data order and sampling are functions of it"),
     "compiled": Setting("", ANY, "folder that keeps compiled programs; empty: compiled/ in the work directory"),
+    "keep_steps": Setting(2, POSITIVE, "saved steps of a running stage that are kept: with 2 one may be damaged"),
+    "watchdog_minutes": Setting(
+        60.0, at_least(0), "end the process if no decode chunk, program or update ends for so long; 0: never"
+    ),
     # Model: a folder in Hugging Face format, or "toy": a tiny Llama made from the seed.
     "model.path": Setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"'),
     "model.dtype": Setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32"),

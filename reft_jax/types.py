@@ -17,6 +17,26 @@ Array = Any  # numpy.ndarray or jax.Array
 class InputError(Exception):
     """The user's input is wrong. The message is one line: file or key, what is wrong, what to do."""
 
+    exit_code = 2
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or another number of a step is NaN or infinite."""
+
+    exit_code = 3
+
+
+class SaveError(Exception):
+    """Something could not be written, as on a full disk. The message says what is still there and what to do."""
+
+    exit_code = 4
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has reached a safe point, all of its hosts the same one."""
+
+    exit_code = 75  # EX_TEMPFAIL: run it again
+
 
 class Example(NamedTuple):
     """One question. `answer_cot` is the worked solution; None in test files."""

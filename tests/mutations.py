@@ -35,6 +35,7 @@ class Mutation(NamedTuple):
 A, L, S = "reft_jax.algo.advantages", "reft_jax.algo.losses", "reft_jax.train.steps"
 P, C, SLOTS = "reft_jax.train.packing", "reft_jax.train.scoring", "reft_jax.engine.slots"
 SCHEDULE = "reft_jax.engine.schedule"
+CHECKSUMS, CHECKPOINTS, DAMAGE = "reft_jax.train.checksums", "reft_jax.train.checkpoints", "faults/test_damage.py"
 BATCH = ("test_steps.py::test_a_ppo_batch_equals_its_slow_twin",)
 PACKING = ("test_packing.py",)
 SELF = "reft_jax.runs.self_train"
@@ -170,6 +171,16 @@ MUTATIONS = [
              "(self.owner >= 0) & active", SERVED),
     Mutation("request 0 lost on shrinking", SCHEDULE, "np.flatnonzero(row >= 0)", "np.flatnonzero(row > 0)",
              ("test_schedule.py::test_shrinking_keeps_everybody_in_order_and_shard",)),
+    Mutation("a file of the same size is the same", CHECKSUMS, "if found[name] != listed[name]",
+             "if found[name][0] != listed[name][0]", (f"{DAMAGE}::test_twenty_bits_flipped_anywhere",)),
+    Mutation("an element's place not in the checksum", CHECKSUMS, "((index ^ (index >> 15)) | 1)", "jnp.uint32(1)",
+             (f"{DAMAGE}::test_checksums_tell_elements_places_and_bits_apart",)),
+    Mutation("restored arrays not looked at", CHECKPOINTS,
+             'if reason := _difference(about["arrays"], state):\n            return reason\n        ', "",
+             (f"{DAMAGE}::test_an_array_that_is_not_the_one_that_was_saved",)),
+    Mutation("a run whose steps are damaged begins again", CHECKPOINTS, "found = None\n            if self._whole():",
+             "found = None\n            if False:",
+             (f"{DAMAGE}::test_a_run_whose_every_step_is_damaged_never_begins_again_by_itself",)),
     Mutation("self-training on wrong samples", SELF, "if one.verdict.correct", "if one.verdict.value", ONLINE),
     Mutation("self-training: one mean over both halves", SELF, "max(1, half.sum())", "half.size", ONLINE),
     Mutation("self-training: gold counts twice", S, "return sampled + gold, ", "return sampled + 2 * gold, ",
@@ -214,7 +225,7 @@ def forget() -> None:
     """The next import of the package or of a test reads it anew. The heavy libraries stay."""
     for name in list(sys.modules):
         path = getattr(sys.modules[name], "__file__", None) or ""
-        if name.partition(".")[0] == "reft_jax" or (Path(path).parent == TESTS and name != "__main__"):
+        if name.partition(".")[0] == "reft_jax" or (TESTS in Path(path).parents and name != "__main__"):
             del sys.modules[name]
 
 

@@ -19,9 +19,9 @@ from absl import flags
 from tiny import tiny_model
 
 from reft_jax import __main__, executor
-from reft_jax.config import parse_config, to_json
+from reft_jax.config import load_config, parse_config, to_json
 from reft_jax.model.hf import save_hf
-from reft_jax.runs.setup import start_executor
+from reft_jax.runs.setup import check_workdir, create_workdir, start_executor
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import InputError
 
@@ -315,6 +315,30 @@ def test_a_work_directory_of_other_settings(write, run_main, tmp_path):
     )
     assert stderr.count("->") == 2
     assert files(tmp_path) == before
+
+
+def test_named_settings_may_change_and_where_a_run_computes_always(write, run_main, tmp_path):
+    changes = "--config.seed=7 --config.ppo.kl_coef=0.05 --config.mesh.fsdp=2 --config.executor.workers=1"
+    argv = write(Case(f"{SFT} {changes} --allow_config_change=seed", ()))
+    use(tmp_path / "run", argv[:2])
+    code, stderr = run_main(argv)
+    assert code == 2
+    check_line(stderr, ("seed: 42 -> 7", "ppo.kl_coef: 0.01 -> 0.05", "--allow_config_change=ppo.kl_coef"))
+    assert "mesh" not in stderr and "workers" not in stderr
+    with pytest.raises(AssertionError, match="nothing was found wrong"):
+        run_main([*argv[:-1], "--allow_config_change=seed,ppo.kl_coef"])
+    code, stderr = run_main([*argv[:-1], "--allow_config_change=ppo.kl_coeff"])
+    assert code == 2
+    check_line(stderr, ("--allow_config_change: unknown key 'ppo.kl_coeff'", "did you mean 'ppo.kl_coef'"))
+
+
+def test_a_changed_config_takes_the_place_of_the_first(tmp_path):
+    config = load_config(str(REPO / "configs" / "quickstart.py"))
+    for seed in (7, 8, 8):
+        config.seed = seed
+        create_workdir(config, tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == seed
+        check_workdir(config, tmp_path / "run", [])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null"])

@@ -1,5 +1,6 @@
 """What is saved comes back, bit for bit, and what cannot be saved says so."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reft_jax.parallel.mesh import by_row, make_mesh
 from reft_jax.train.checkpoints import Checkpoints, load_params, save_params
 from reft_jax.train.state import TrainState
+from reft_jax.types import SaveError
 
 
 def some_state(seed: int) -> TrainState:
@@ -73,22 +75,54 @@ reft_jax.train.checkpoints.save_params(pathlib.Path(sys.argv[1]), test_checkpoin
 
 
 def test_the_newest_state_comes_back_with_its_info(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, 2, {"seed": 42})
     assert checkpoints.restore(abstract(some_state(0))) is None
     for step in (1, 2, 10):
         checkpoints.save(step, some_state(step), {"best_dev_top1": step / 4, "best_epoch": step})
     checkpoints.close()
-    reopened = Checkpoints(tmp_path)
-    step, state, info = reopened.restore(abstract(some_state(0)))
-    reopened.close()
-    assert step == 10 and info == {"best_dev_top1": 2.5, "best_epoch": 10}
+    reopened = Checkpoints(tmp_path, 2, {})
+    step, state, info, made_by = reopened.restore(abstract(some_state(0)))
+    assert step == 10 and info == {"best_dev_top1": 2.5, "best_epoch": 10} and made_by == {"seed": 42}
     assert_same_bits(state, some_state(10))
-    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["10"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "2"]  # the last two
+    assert [info["best_epoch"] for info in reopened.infos()] == [2, 10]
+    reopened.close()
 
 
-def test_a_step_that_is_not_saved_is_an_error(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_step_that_is_not_the_newest_is_not_saved(tmp_path, step):
+    checkpoints = Checkpoints(tmp_path, 2, {})
     checkpoints.save(5, some_state(5), {})
-    with pytest.raises(RuntimeError, match="step 3 was not saved; is a newer step there"):
-        checkpoints.save(3, some_state(3), {})
+    with pytest.raises(ValueError, match=f"step {step} was not saved; step 5 is there"):
+        checkpoints.save(step, some_state(step), {})
+    checkpoints.close()
+
+
+def test_a_state_may_be_taken_over_while_it_is_written(tmp_path):
+    """`save` returns before the files are there; what becomes of the arrays afterwards does not reach them."""
+    state, x = some_state(1), jax.device_put(np.arange(1 << 20, dtype=np.float32), by_row(make_mesh(1, 1, 1)))
+    state = state._replace(params={"x": x})
+    shapes = abstract(state)
+    checkpoints = Checkpoints(tmp_path, 2, {})
+    checkpoints.save(1, state, {})
+    jax.block_until_ready(jax.jit(lambda x: x * 0 - 1, donate_argnums=0)(x))
+    checkpoints.wait()
+    found = checkpoints.restore(shapes)
+    checkpoints.close()
+    np.testing.assert_array_equal(found.state.params["x"], np.arange(1 << 20))
+
+
+def test_an_error_of_a_save_comes_up_at_the_next_step_and_older_steps_stay(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, 2, {})
+    checkpoints.save(1, some_state(1), {})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("reft_jax.train.checkpoints.write_manifest", full)
+        checkpoints.save(2, some_state(2), {})
+        with pytest.raises(SaveError, match="2 could not be saved .*No space left.*step 1 is whole and will be used"):
+            checkpoints.save(3, some_state(3), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
     checkpoints.close()

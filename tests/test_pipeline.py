@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -116,28 +114,3 @@ def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_pa
     assert solved.returncode == 0, solved.stderr
     assert solved.stdout.startswith('def solution():\n    """Ann has 2 pens. How many?"""')
     assert "\nanswer: " in solved.stdout
-
-
-def test_killed_run_goes_on_where_it_was(finished, tmp_path):
-    """SIGKILL once PPO has saved an iteration; the same command ends with the uninterrupted run's metrics."""
-    reference, _ = finished
-    process = subprocess.Popen(
-        command("pipeline", tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    saved = tmp_path / "reft" / "checkpoints" / "1"
-    deadline = time.monotonic() + 300
-    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert saved.exists()
-    done = run("pipeline", tmp_path)
-    assert done.returncode == 0, done.stderr
-    for stage in ("sft", "reft"):
-        ours, theirs = metrics(tmp_path, stage), metrics(reference, stage)
-        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-        for mine, other in zip(ours, theirs, strict=True):
-            same = [key for key in other if not key.startswith("seconds") and key != "compiles"]
-            assert [mine[key] for key in same] == [other[key] for key in same]
-    read = [(d / "report.json").read_text() for d in (tmp_path, reference)]
-    assert json.loads(read[0])["rows"] == json.loads(read[1])["rows"]

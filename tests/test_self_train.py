@@ -43,8 +43,8 @@ def predictions(*texts: str, correct: bool = True) -> list[dict]:
 
 
 def targets(rows) -> list[str]:
-    assert all(ids[-1] == TOKENIZER.eos_token_id for ids, _ in rows)
-    return [decode(TOKENIZER, ids[prompt_len:]) for ids, prompt_len in rows]
+    assert all(ids[-1] == TOKENIZER.eos_token_id for ids, _, _ in rows)
+    return [decode(TOKENIZER, ids[prompt_len:]) for ids, prompt_len, _ in rows]
 
 
 # --- which rows
@@ -64,7 +64,7 @@ def test_offline_rows_are_the_gold_solution_and_the_first_distinct_correct_sampl
     ]
     rows = offline_rows(text_run(**{"self_train.samples": 2}), records)
     assert targets(rows) == [GOLD, first[0], first[1], GOLD, first[2], GOLD]
-    prompts = [decode(TOKENIZER, ids[:prompt_len]) for ids, prompt_len in rows]
+    prompts = [decode(TOKENIZER, ids[:prompt_len]) for ids, prompt_len, _ in rows]
     assert prompts == [f"Question:\n{i} and 3?\nAnswer reasoning:\n" for i in (0, 0, 0, 1, 1, 2)]
 
 
@@ -105,13 +105,13 @@ def decided(packing, weights) -> dict[tuple, float]:
 
 
 def test_online_trains_responses_of_correct_rows_and_gold_targets_half_each():
-    run, gold = text_run(**ONLINE), [supervised_row(text_run(), e.question, GOLD) for e in EXAMPLES]
+    run, gold = text_run(**ONLINE), [supervised_row(text_run(), e, GOLD) for e in EXAMPLES]
     packing, weights = online_batch(run, *graded([True, False, True]), gold)
     # Two correct rows of 4 tokens: the decision after the prompt's last token is the first, EOS is the last.
     eos = TOKENIZER.eos_token_id
     expected = dict.fromkeys([(15, 20), (20, 21), (21, 22), (22, eos)], 0.5 / 8)
     assert decided(packing, weights.sampled) == pytest.approx(expected)
-    gold_tokens = sum(len(ids) - prompt_len for ids, prompt_len in gold)
+    gold_tokens = sum(len(ids) - prompt_len for ids, prompt_len, _ in gold)
     assert np.count_nonzero(weights.gold) == gold_tokens
     assert weights.gold.max() == pytest.approx(0.5 / gold_tokens)
     assert not np.any((weights.gold > 0) & (weights.sampled > 0))
@@ -119,7 +119,7 @@ def test_online_trains_responses_of_correct_rows_and_gold_targets_half_each():
 
 
 def test_online_without_a_correct_row_is_half_of_the_gold_loss():
-    run, gold = text_run(**ONLINE), [supervised_row(text_run(), e.question, GOLD) for e in EXAMPLES]
+    run, gold = text_run(**ONLINE), [supervised_row(text_run(), e, GOLD) for e in EXAMPLES]
     packing, weights = online_batch(run, *graded([False] * 3), gold)
     assert not np.any(weights.sampled)
     assert weights.gold.sum() == pytest.approx(0.5)
@@ -177,7 +177,7 @@ def test_the_online_loss_equals_a_slow_twin(step, correct):
 def warmed_up(tmp_path_factory):
     """A work directory whose SFT is done, to be copied, and the settings of its runs."""
     folder = tmp_path_factory.mktemp("self_train")
-    settings = [f"--config.compiled={folder / 'compiled'}", "--config.self_train.epochs=3"]
+    settings = [f"--config.compiled={folder / 'compiled'}", "--config.self_train.epochs=6"]
     done = run("sft", folder / "sft", *settings)
     assert done.returncode == 0, done.stderr
     return folder, settings
@@ -199,7 +199,7 @@ def test_killed_self_training_goes_on_where_it_was(warmed_up, kind):
     )
     deadline, saved = time.monotonic() + 300, []
     while not saved and process.poll() is None and time.monotonic() < deadline:
-        saved = [path for path in (killed / stage / "checkpoints").glob("*") if path.name.isdigit()]
+        saved = list((killed / stage / "checkpoints").glob("*/manifest.json"))
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -7,7 +7,7 @@ short list: slots in halves, cache lengths in sixths of the limit, prompt length
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from reft_jax.engine import slots as programs
 from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
+from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
 
@@ -27,8 +28,19 @@ LENGTHS = 6  # cache lengths on the way to the limit
 class Engine:
     """Decodes on at most `slots` slots."""
 
-    def __init__(self, model, mesh, *, slots: int, pad_multiple: int, eos_id: int, seed: int):
-        """`slots` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`.
+    def __init__(
+        self,
+        model,
+        mesh,
+        *,
+        slots: int,
+        pad_multiple: int,
+        eos_id: int,
+        seed: int,
+        after_chunk: Callable[[], None] = lambda: None,
+    ):
+        """`slots` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`. After each
+        chunk of decode steps `after_chunk` is called; what it raises ends the rollout.
 
         `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
         (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,
@@ -39,7 +51,7 @@ class Engine:
         self.sizes = [slots // self.shards]  # slots a shard
         while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:
             self.sizes.append(self.sizes[-1] // 2)
-        self.key = jax.random.key(seed)
+        self.key, self.after_chunk = jax.random.key(seed), after_chunk
         self.counts: Counter[str] = Counter()
 
     def generate(
@@ -103,10 +115,11 @@ class _Rollout:
             )
             yield from ended  # while the device works
             before = total_len
-            total_len, limit = jax.device_get((self.slots.total_len, self.slots.limit))
+            total_len, limit = fetch((self.slots.total_len, self.slots.limit))
             self.count(total_len - before, schedule.owner.size, queued)
             rows = schedule.leave(total_len < limit)
             ended = list(self.completions(rows, total_len)) if rows else []
+            engine.after_chunk()
         yield from ended
 
     def fill(self, total_len: np.ndarray) -> np.ndarray:
@@ -180,7 +193,7 @@ class _Rollout:
             self.engine.counts.update({f"queue_{name}": number for name, number in counted.items()})
 
     def completions(self, rows: list[tuple[int, int]], total_len: np.ndarray) -> Iterator[tuple[int, Completion]]:
-        tokens, logprobs = jax.device_get((self.slots.tokens, self.slots.logprobs))
+        tokens, logprobs = fetch((self.slots.tokens, self.slots.logprobs))
         for row, request in rows:
             prompt = self.prompts[request]
             response = slice(len(prompt.tokens), total_len[row])

@@ -1,14 +1,15 @@
 """Hugging Face folders in and out, without torch: config.json, safetensors, heads, tokenizer.
 
-Their linear weights are [out, in]; ours are [in, out] with the axes of heads split and the layers stacked, so a folder
-of any size needs the host memory of one stack of layers.
+Their linear weights are [out, in]; ours are [in, out] with the axes of heads split and the layers stacked. A process
+reads the slices that its devices hold, a device at a time, and writes what it gathers of all devices one tensor at a
+time: a folder of any size needs little more host memory than what stays there.
 """
 
 import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import (
     DTYPES,
     Stored,
+    map_tensor,
     read_header,
     read_headers,
     read_json,
-    read_tensor,
     write_json,
     write_tensors,
 )
@@ -48,6 +50,7 @@ _TENSORS = {
     ("lm_head", "kernel"): ("lm_head.weight", 1),
 }
 _LM_HEAD = ("lm_head", "kernel")
+TILE = 256  # of a matrix that is turned over: two of them fit in a core's cache
 WRAPPER = "pretrained_model."  # prefix of a model saved inside TRL's value-head wrapper
 _VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -75,7 +78,8 @@ def load_hf(folder: str | Path, *, dtype=jnp.float32, shardings: Any = None) -> 
     """Model and parameters of a folder, after `check_folder`: `model.apply({"params": params}, tokens)`.
 
     Every parameter becomes `dtype`, which is also the model's compute dtype (`model.clone(dtype=..., remat=...)`
-    changes it). `shardings` is a tree like the parameters; each process then puts on its devices only their parts.
+    changes it). `shardings` is a tree like the parameters; each process then reads what its devices hold, and a part
+    that several hold once.
     A sequence-classification folder without an output matrix gives parameters without "lm_head": `hidden` works.
     """
     config = read_config(folder)
@@ -84,17 +88,60 @@ def load_hf(folder: str | Path, *, dtype=jnp.float32, shardings: Any = None) -> 
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes.items():
-        names, inputs = _names(path, config), _TENSORS[path][1]
-        buffer = np.empty(shape, dtype)
-        slots = buffer if path[0] == "layers" else [buffer]
-        for name, slot in zip(names, slots, strict=True):
-            tensor = read_tensor(stored[name])
-            slot[...] = tensor.T.reshape(slot.shape) if inputs else tensor
+        read = partial(_read_part, path, shape, [stored[name] for name in _names(path, config)], jnp.dtype(dtype))
         if path in placement:
-            params[path] = jax.make_array_from_callback(shape, placement[path], buffer.__getitem__)
+            params[path] = _placed(shape, placement[path], read)
         else:
-            params[path] = jax.device_put(buffer)
+            params[path] = jax.device_put(read((slice(None),) * len(shape)))
     return Llama(config, dtype=dtype), unflatten_dict(params)
+
+
+def _placed(shape: tuple[int, ...], sharding, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """The array whose part at an index `read` gives. Each part leaves the host before the next is read."""
+    holders: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*pair) for pair in bounds))
+        arrays += [jax.device_put(part, device) for device in devices]
+        jax.block_until_ready(arrays[-len(devices) :])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _read_part(
+    path: tuple, shape: tuple[int, ...], stored: list[Stored], dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """Our parameter at `path`, cut at `index`, from their tensors (one a layer)."""
+    inputs, layered = _TENSORS[path][1], path[0] == "layers"
+    layers, within = (index[0], index[1:]) if layered else (slice(None), index)
+    one = shape[1:] if layered else shape
+    outputs = len(one) - inputs
+    parts = []
+    for tensor in map(map_tensor, stored[layers]):
+        # [out, in] with both sides split as ours are, then the inputs first: views of the file until it is cut.
+        ours = tensor.reshape(one[inputs:] + one[:inputs]).transpose(*range(outputs, len(one)), *range(outputs))
+        parts.append(ours[within])
+    whole = np.empty((len(parts), *parts[0].shape), dtype)
+    for out, part in zip(whole, parts, strict=True):
+        _copy(out, part)
+    return whole if layered else whole[0]
+
+
+def _copy(out: np.ndarray, part: np.ndarray) -> None:
+    """out = part, converted. In tiles: one of them is read along its rows and written along the other's."""
+    if out.dtype == part.dtype:  # NumPy copies a type it does not know element by element
+        bits = f"u{out.itemsize}"
+        out, part = out.view(bits), part.view(bits)
+    if out.ndim < 2:
+        out[...] = part
+        return
+    for row in range(0, out.shape[0], TILE):
+        rows = slice(row, row + TILE)
+        for column in range(0, out.shape[-1], TILE):
+            columns = slice(column, column + TILE)
+            out[rows, ..., columns] = part[rows, ..., columns]
 
 
 def load_value_head(folder: str | Path) -> dict | None:
@@ -135,21 +182,27 @@ def save_hf(
 
     `dtype` converts the trunk (None: as it is); heads stay float32. With `rerank_head` the folder is a
     LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The value head gets a file
-    of its own. Parameters must be addressable by this process. InputError if `folder` has anything in it.
+    of its own. Where several processes hold the parameters all of them call this and the first one writes. InputError
+    if `folder` has anything in it.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: already exists and is not an empty folder; choose another or remove it")
     flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != _LM_HEAD}
     config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None, tokenizer)
+    trunk, value = _layout(model.config, flat, rerank_head, dtype), _value_head_layout(value_head)
+    if jax.process_index():
+        for tensor in trunk + value:
+            tensor.make()
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         target = Path(scratch) / "model"
         target.mkdir()
         write_json(target / "config.json", config)
-        _write_model(target, _layout(model.config, flat, rerank_head, dtype), max_shard_bytes)
-        if value_head is not None:
-            _write_file(target / _VALUE_HEAD_FILE, _value_head_layout(value_head))
+        _write_model(target, trunk, max_shard_bytes)
+        if value:
+            _write_file(target / _VALUE_HEAD_FILE, value)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         os.replace(target, folder)
@@ -186,12 +239,8 @@ class _Tensor(NamedTuple):
 def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: Any) -> list[_Tensor]:
     """The tensors of the trunk, and `score.weight` of a reranker."""
 
-    @lru_cache(maxsize=1)  # the tensors of a stack follow each other: each stack is fetched once
-    def fetch(path: tuple[str, ...]) -> np.ndarray:
-        return np.asarray(flat[path])
-
     def make(path: tuple[str, ...], layer: int) -> np.ndarray:
-        value = fetch(path)[layer] if path[0] == "layers" else fetch(path)
+        value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
         inputs = _TENSORS[path][1]
         return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
 
@@ -202,19 +251,34 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
             kind = jnp.dtype(dtype or flat[path].dtype)
             for layer, name in enumerate(_names(path, config)):
                 tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), partial(make, path, layer)))
-    return tensors + ([_kept("score.weight", rerank_head["weight"].T)] if rerank_head else [])
+    return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
+
+
+def _gathered(leaf, layer: int | None = None) -> np.ndarray:
+    """`leaf`, or one layer of it, on the host, from whatever devices have it."""
+    if isinstance(leaf, jax.Array):
+        spans = not leaf.is_fully_addressable
+        where = NamedSharding(leaf.sharding.mesh, PartitionSpec()) if spans else None
+        return np.asarray(_taker(layer is None, where)(leaf, layer or 0))
+    return leaf if layer is None else leaf[layer]
+
+
+@cache
+def _taker(whole: bool, where: NamedSharding | None):
+    return jax.jit(lambda leaf, layer: leaf if whole else leaf[layer], out_shardings=where)
 
 
 def _value_head_layout(head: dict | None) -> list[_Tensor]:
     """TRL's names of a value head."""
     if head is None:
         return []
-    return [_kept("v_head.summary.weight", head["weight"][None]), _kept("v_head.summary.bias", head["bias"][None])]
+    return [_head(f"v_head.summary.{name}", head[name], lambda array: array[None]) for name in ("weight", "bias")]
 
 
-def _kept(name: str, array: Any) -> _Tensor:
-    array = np.asarray(array, np.float32)
-    return _Tensor(name, array.dtype, array.shape, lambda: array)
+def _head(name: str, leaf: Any, turn: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
+    """A head's parameter as their tensor, float32."""
+    shape = turn(np.empty(leaf.shape)).shape
+    return _Tensor(name, np.dtype(np.float32), shape, lambda: turn(_gathered(leaf)))
 
 
 def _write_model(folder: Path, tensors: list[_Tensor], limit: float) -> None:
@@ -292,4 +356,4 @@ def _checked(folder: str | Path, stored: dict[str, Stored], name: str, shape: tu
 
 
 def _read_checked(folder: str | Path, stored: dict[str, Stored], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return read_tensor(_checked(folder, stored, name, shape))
+    return np.array(map_tensor(_checked(folder, stored, name, shape)))

@@ -73,20 +73,49 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     # The queries of a group are the rows of one matrix, always on the left: a batched product with the cache on
     # the left transposes the cache first, and einsum would choose that order.
     q = q.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, groups * length, head_dim)
+    out = _attend(q.reshape(batch, kv_heads, groups * length, head_dim), k, v, mask)
+    out = out.reshape(batch, kv_heads, groups, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, mask):
+    """`attend` of q [B,K,G*T,H]. Its gradient is written out because what it costs on a CPU is not its products but
+    passes over the scores: two forward and one backward here, and one array of them kept, instead of two."""
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask):
+    batch, kv_heads, rows, head_dim = q.shape
     scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = scores.reshape(batch, kv_heads, groups, length, -1)
+    scores = scores.reshape(batch, kv_heads, -1, *mask.shape[1:])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, groups * length, -1)
-    out = jnp.matmul(weights, v).reshape(batch, kv_heads, groups, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1).reshape(batch, kv_heads, rows, 1)
+    weights = weights.astype(v.dtype).reshape(batch, kv_heads, rows, -1)
+    out = jnp.matmul(weights, v, preferred_element_type=jnp.float32) / total
+    return out.astype(q.dtype), (q, k, v, weights, total, out)
+
+
+def _attend_backward(kept, gradient):
+    q, k, v, weights, total, out = kept
+    gradient = gradient.astype(jnp.float32) / total
+    mean = (gradient * out).sum(-1, keepdims=True)
+    gradient = gradient.astype(v.dtype)
+    to_weights = jnp.matmul(gradient, v.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    to_scores = (weights * (to_weights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+    to_q, to_k = jnp.matmul(to_scores, k.swapaxes(-1, -2)), jnp.matmul(q.swapaxes(-1, -2), to_scores)
+    return to_q, to_k, jnp.matmul(weights.swapaxes(-1, -2), gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """`attend` where no position sees a later one (S = T): what no query of a block sees is not computed."""
     length, parts = q.shape[1], []
-    for begin in range(0, length, QUERY_BLOCK):
-        block, seen = slice(begin, begin + QUERY_BLOCK), min(begin + QUERY_BLOCK, length)
+    for queries in np.array_split(np.arange(length), -(-length // QUERY_BLOCK)):
+        block, seen = slice(queries[0], queries[-1] + 1), queries[-1] + 1
         parts.append(attend(q[:, block], k[..., :seen], v[:, :, :seen], mask[:, block, :seen]))
     return jnp.concatenate(parts, axis=1)
 

@@ -1,7 +1,8 @@
 """The safetensors format: a JSON header of names, types, shapes and places, then the arrays one after another.
 
-Files are read and written here, a tensor at a time: a folder of any size needs the host memory of one tensor, and
-bfloat16 (which the format's NumPy interface does not know) needs no special path.
+Files are mapped, not read: what is sliced of a tensor is what comes from the disk, and none of it counts as the
+process's own memory. They are written a tensor at a time. bfloat16, which the format's NumPy interface does not know,
+needs no special path.
 """
 
 import json
@@ -29,11 +30,10 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def read_tensor(stored: Stored) -> np.ndarray:
-    """The array itself, in the type that the file has."""
-    dtype = DTYPES[stored.dtype]
-    data = np.fromfile(stored.path, np.uint8, stored.nbytes, offset=stored.start)
-    return data.view(dtype).reshape(stored.shape)
+def map_tensor(stored: Stored) -> np.ndarray:
+    """The array in the type that the file has, read-only; its bytes are read where it is looked at."""
+    data = np.memmap(stored.path, np.uint8, "r", stored.start, (stored.nbytes,)) if stored.nbytes else np.empty(0, "u1")
+    return np.asarray(data).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -74,9 +74,19 @@ def sizes_up_to(largest: int, parts: int, multiple: int) -> list[int]:
     return sorted({min(largest, round_up(-(-largest * part // parts), multiple)) for part in range(1, parts + 1)})
 
 
+def put(tree, where):
+    """Host arrays onto the mesh, by a tree of NamedShardings. Every host has all of each, and gives its own devices
+    their parts (`jax.device_put` would first compare the hosts' arrays, over the devices)."""
+
+    def put_one(x, sharding: NamedSharding):
+        return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put_one, tree, where)
+
+
 def put_rows(mesh: Mesh, tree, axis: int = 0):
     """Host arrays onto the mesh, spread by row."""
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), by_row(mesh, axis)), tree)
+    return put(tree, jax.tree.map(lambda _: by_row(mesh, axis), tree))
 
 
 def unboxed(boxed):

@@ -132,11 +132,11 @@ def check_grading(run: Run) -> Finding:
 def check_weights(run: Run, lm) -> Iterator[Finding]:
     """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
     from reft_jax.model.hf import hf_tensors, stored_in
-    from reft_jax.model.safetensors import read_tensor
+    from reft_jax.model.safetensors import map_tensor
 
     stored, changed, broken, count = stored_in(run.base), [], [], 0
     for name, ours in hf_tensors(run.model.config, lm):
-        if not np.array_equal(read_tensor(stored[name]).astype(np.float32), ours, equal_nan=True):
+        if not np.array_equal(map_tensor(stored[name]).astype(np.float32), ours, equal_nan=True):
             changed.append(name)
         if bad := np.size(ours) - np.isfinite(ours).sum():
             broken.append(f"{name} has {bad} numbers that are NaN or infinite")

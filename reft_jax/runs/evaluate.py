@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from reft_jax.config import flatten
+from reft_jax.parallel import hosts
 from reft_jax.runs.curves import plot_curves
 from reft_jax.runs.report import print_report, write_report
 from reft_jax.runs.rerank import rerank_scores
@@ -52,11 +53,12 @@ def run_evaluate(run: Run) -> dict:
         "seconds": {stage: result["seconds"] for stage, result in stages.items()},
         "stages": stages,
     } | found
-    write_report(run.workdir, report)
-    lines = [metrics_lines(run, stage) for stage in ("sft", "reft")]
-    if any(lines):
-        plot_curves(run.workdir, *lines, run.workdir / "curves.png")
-    print_report(report)
+    if hosts.is_first():
+        write_report(run.workdir, report)
+        lines = [metrics_lines(run, stage) for stage in ("sft", "reft")]
+        if any(lines):
+            plot_curves(run.workdir, *lines, run.workdir / "curves.png")
+        print_report(report)
     return report
 
 

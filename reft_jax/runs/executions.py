@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reft_jax.parallel.hosts import is_first
 from reft_jax.task.answers import judge
 from reft_jax.types import Example, InputError, Verdict
 
@@ -43,17 +44,17 @@ def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: f
 
 
 class ExecutionLog:
-    """Appends to the log of one work directory."""
+    """Appends to the log of one work directory; where there are several hosts, the first one does."""
 
     def __init__(self, workdir: Path):
         self.path = workdir / LOG_NAME
-        if self.path.exists() and (whole := whole_bytes(self.path)) < self.path.stat().st_size:
+        if is_first() and self.path.exists() and (whole := whole_bytes(self.path)) < self.path.stat().st_size:
             os.truncate(self.path, whole)
 
     def append(self, executions: Iterable[dict]) -> None:
         """Writes one batch, if there is anything in it; it is on its way to the disk when this returns."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in executions)
-        if not text:
+        if not text or not is_first():
             return
         with self.path.open("ab") as file:
             file.write(gzip.compress(text.encode()))

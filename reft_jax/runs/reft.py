@@ -10,11 +10,12 @@ from reft_jax import executor
 from reft_jax.algo.advantages import action_mask
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import put_rows, round_up
-from reft_jax.runs.rollout import Clock, greedy, one_each, roll_out, top1
+from reft_jax.runs.rollout import Clock, one_each, roll_out
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import Training, abstract_policy, best_so_far, finished, load_model, model_folder
+from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder
+from reft_jax.runs.training import Training, train_iterations
 from reft_jax.train.batches import rollout_rows, rows_at
-from reft_jax.train.metrics import Progress
+from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.packing import Packing, pack_rollout
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
@@ -27,9 +28,10 @@ PARTS = ("rollout", "reward", "score", "update")  # of an iteration's seconds; t
 class Iteration:
     """The jitted parts of one PPO iteration, and the frozen reference."""
 
-    def __init__(self, run: Run, optimizer, where):
+    def __init__(self, run: Run, reference, optimizer, where):
+        """`reference` is the parameters of a language model; `where` are the shardings of the state."""
         ppo = run.config.ppo
-        self.run, self.reference = run, {"lm": load_model(run, "warmup")["lm"]}
+        self.run, self.reference = run, {"lm": reference}
         self.score = make_scorer(run.model, ppo.temperature)
         clip = ClipSettings(ppo.clip, ppo.value_clip, ppo.vf_coef, ppo.temperature)
         self.step = make_ppo_step(run.model, optimizer, clip, where)
@@ -115,25 +117,24 @@ def run_reft(run: Run) -> dict:
     schedule = constant_schedule(ppo.learning_rate, ppo.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=ppo.weight_decay, clip_norm=ppo.clip_norm)
     begin = {"best": 0, "best_dev_top1": -1.0}
-    training = Training(run, "reft", abstract_policy(run), optimizer, lambda: load_model(run, "warmup"), begin)
-    one, info = Iteration(run, optimizer, training.shardings), training.info
-    progress = Progress("reft", iterations, "iteration", done0=training.done)
-    for iteration in range(training.done + 1, iterations + 1):
-        begun, timeouts, compiled = time.monotonic(), run.programs["timeout"], compiles()
-        chosen = rows_at(run.config.seed, (iteration - 1) * ppo.prompts, ppo.prompts, len(questions))
-        rollout, logprobs, line = one.rollout(training.state.params["lm"], [questions[i] for i in chosen], iteration)
-        training.state, numbers = one.update(training.state, rollout, logprobs, iteration)
-        line |= numbers | {"seconds": time.monotonic() - begun, "timeouts": run.programs["timeout"] - timeouts}
-        line["seconds_other"] = line["seconds"] - sum(line[f"seconds_{part}"] for part in PARTS)
-        line["compiles"] = compiles() - compiled
-        training.check_finite(iteration, line)
-        if iteration % eval_every == 0 or iteration == iterations:
-            lm = training.state.params["lm"]
-            line["dev_top1"] = top1(greedy(run, lm, run.data.dev, "reft dev"))
-            training.keep_if_best(iteration, line["dev_top1"])
-        training.metrics.write(iteration, line)
-        if iteration % save_every == 0 or iteration == iterations:
-            training.save(iteration, iteration)
-        progress.update(iteration, reward=line["reward"], kl=line["kl"], **best_so_far(info))
-    progress.close()
-    return training.finish(model_folder(run, "reft"), {"iterations": iterations, "questions": len(questions)})
+    reference = load_model(run, "warmup")["lm"]
+    made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
+    where = run, "reft", abstract_policy(run), optimizer
+    with Training(*where, lambda: load_model(run, "warmup"), begin, made_from) as training:
+        one = Iteration(run, reference, optimizer, training.shardings)
+
+        def iterate(state, iteration):
+            begun, timeouts, compiled = time.monotonic(), run.programs["timeout"], compiles()
+            chosen = rows_at(run.config.seed, (iteration - 1) * ppo.prompts, ppo.prompts, len(questions))
+            examples = [questions[i] for i in chosen]
+            rollout, logprobs, line = one.rollout(state.params["lm"], examples, iteration)
+            state, numbers = one.update(state, rollout, logprobs, iteration)
+            line |= numbers | {"seconds": time.monotonic() - begun, "timeouts": run.programs["timeout"] - timeouts}
+            line["seconds_other"] = line["seconds"] - sum(line[f"seconds_{part}"] for part in PARTS)
+            line["compiles"] = compiles() - compiled
+            return state, line, [example.item_id for example in examples], rollout._asdict()
+
+        every = {"iterations": iterations, "eval_every": eval_every, "save_every": save_every}
+        train_iterations(training, iterate, **every, shown=("reward", "kl"))
+        result = {"iterations": iterations, "questions": len(questions)}
+        return training.finish(model_folder(run, "reft"), result)

@@ -1,4 +1,7 @@
-"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for."""
+"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for.
+
+Every host has all completions, runs the programs of its share, and learns the others' verdicts at the end.
+"""
 
 import contextlib
 import time
@@ -10,12 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from reft_jax import executor
+from reft_jax.parallel import hosts
 from reft_jax.runs.executions import execution
 from reft_jax.runs.setup import Run
 from reft_jax.task import answers
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
+POLL_S = 0.2  # between two looks at whether to stop, while a program runs
 
 
 class Graded(NamedTuple):
@@ -29,7 +34,7 @@ class Graded(NamedTuple):
 class Clock:
     """Where the time of a rollout goes, in seconds: decoding (with what hides behind it), then waiting for verdicts.
 
-    programs: the run time of each program, counted once if it came twice.
+    programs: the run time of each program, counted once if it came twice to the same host.
     """
 
     def __init__(self):
@@ -38,16 +43,17 @@ class Clock:
 
 
 class Grading:
-    """Takes completions as they come and gives verdicts back in that order; a context that ends with its programs.
+    """Takes completions as they come; a context that ends with their programs.
 
-    An executor that fails raises InfrastructureError here: it is never a reward of 0.
+    An executor that fails raises InfrastructureError here: it is never a reward of 0. seconds: how long each program
+    took. outcomes: what became of the programs.
     """
 
-    def __init__(self, run: Run, purpose: str):
-        self.run, self.purpose = run, purpose
+    def __init__(self, run: Run):
+        self.config, self.guards = run.config, run.guards
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
-        self.lines: list[dict] = []
-        self.seconds: dict[str, float] = {}  # by program
+        self.seconds: dict[str, float] = {}
+        self.outcomes: Counter[str] = Counter()
         self._streams: dict[str, executor.Stream] = {}
         self._stack = contextlib.ExitStack()
 
@@ -56,36 +62,42 @@ class Grading:
 
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
-        self.run.executions.append(self.lines)
 
     def submit(self, number: int, example: Example, text: str) -> None:
         """`number` comes back with the verdict."""
         future = None
-        if self.run.config.data.engine == "python":
+        if self.config.data.engine == "python":
             future = self._stream(answers.wanted(example)).submit(text)
         self.under_way.append((number, example, text, future))
 
-    def ready(self, wait: bool = False) -> Iterator[tuple[int, str, Verdict]]:
-        """(number, text, verdict) of those that are known and, with `wait`, of all."""
+    def collect(self, wait: bool = False) -> Iterator[tuple[int, Verdict]]:
+        """Verdicts by number, in the order in which they came, as far as they are known; with `wait`, all."""
         while self.under_way and (wait or self.under_way[0][3] is None or self.under_way[0][3].done()):
             number, example, text, future = self.under_way.popleft()
             if future is None:
                 verdict = answers.judge(*answers.stated(text, example), example)
             else:
-                result = future.result()
+                result = self._result(future)
                 verdict = answers.judge(*answers.returned(result, example), example)
-                self.run.programs.update([result.status] + ["cut at a blank line"] * result.cut)
+                self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
                 self.seconds[text] = result.ms / 1000
-            took = self.seconds.get(text, 0.0)
-            self.lines.append(execution(self.purpose, example, text, verdict, 1000 * took))
-            if len(self.lines) == LOGGED_AT_ONCE:
-                self.run.executions.append(self.lines)
-                self.lines = []
-            yield number, text, verdict
+            self.guards.step(alone=True)
+            yield number, verdict
+
+    def _result(self, future: Future) -> executor.ExecResult:
+        """Waits for a program; raises Stopped if the run is asked to stop meanwhile: no program, no verdict."""
+        while True:
+            try:
+                return future.result(timeout=POLL_S)
+            except TimeoutError:
+                self.guards.check(alone=True)
+            except executor.InfrastructureError:
+                self.guards.check(alone=True)  # a machine that is shut down may have ended the executors first
+                raise
 
     def _stream(self, want: str) -> executor.Stream:
         if want not in self._streams:
-            limits = self.run.config.executor
+            limits = self.config.executor
             self._streams[want] = self._stack.enter_context(
                 executor.stream(
                     timeout_s=limits.timeout_s, workers=limits.workers, memory_mb=limits.memory_mb, want=want
@@ -97,26 +109,66 @@ class Grading:
 def roll_out(
     run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
 ) -> Iterator[tuple[int, Graded]]:
-    """Yields (index of the prompt, what became of it) as verdicts come; `examples[i]` is what prompts[i] asks.
+    """Yields (index of the prompt, what became of it) as verdicts come or, with several hosts, once all have come;
+    `examples[i]` is what prompts[i] asks.
 
     `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
     """
-    clock, completions = clock or Clock(), {}
-    with Grading(run, purpose) as grading:
+    clock, owners, alone = clock or Clock(), shares(prompts), hosts.count() == 1
+    ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
+    mine: dict[int, Verdict] = {}
+    with Grading(run) as grading, contextlib.closing(Log(run)) as log:
 
-        def graded(wait: bool):
-            for i, text, verdict in grading.ready(wait):
-                yield i, Graded(completions.pop(i), text, verdict)
+        def settled(verdicts, seconds) -> Iterator[tuple[int, Graded]]:
+            for i, verdict in verdicts:
+                completion, text = ended.pop(i)
+                log.add(execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0)))
+                yield i, Graded(completion, text, verdict)
 
         begun = time.monotonic()
         for i, completion in run.engine.generate(lm, prompts, **sampling):
-            completions[i] = completion
-            grading.submit(i, examples[i], run.text(prompts[i], completion))
-            yield from graded(wait=False)
+            ended[i] = completion, run.text(prompts[i], completion)
+            if owners[i] == hosts.number():
+                grading.submit(i, examples[i], ended[i][1])
+            if alone:
+                yield from settled(grading.collect(), grading.seconds)
+            else:
+                mine |= grading.collect()
         clock.decoding, begun = time.monotonic() - begun, time.monotonic()
-        yield from graded(wait=True)
-    clock.waiting = time.monotonic() - begun
-    clock.programs = list(grading.seconds.values())
+        if alone:
+            yield from settled(grading.collect(wait=True), grading.seconds)
+        else:
+            mine |= grading.collect(wait=True)
+        verdicts, seconds = {}, {}
+        for theirs in hosts.gather(f"verdicts of {purpose}", [mine, grading.seconds, grading.outcomes]):
+            verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}
+            seconds |= theirs[1]
+            clock.programs += theirs[1].values()
+            run.programs.update(theirs[2])
+        clock.waiting = time.monotonic() - begun
+        yield from settled([(i, verdicts[i]) for i in ended], seconds)
+
+
+class Log:
+    """Lines on their way to the audit log, a batch at a time."""
+
+    def __init__(self, run: Run):
+        self.executions, self.lines = run.executions, []
+
+    def add(self, line: dict) -> None:
+        self.lines.append(line)
+        if len(self.lines) == LOGGED_AT_ONCE:
+            self.close()
+
+    def close(self) -> None:
+        self.executions.append(self.lines)
+        self.lines = []
+
+
+def shares(prompts: list[Prompt]) -> list[int]:
+    """The host that runs the program of each prompt: questions in turn, so that equal answers to one meet on a host."""
+    turn: dict[str, int] = {}
+    return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
 def one_each(run: Run, examples: list[Example]) -> list[Prompt]:

@@ -1,10 +1,14 @@
 """n completions a question from one model, executed and graded, one question a line in samples/NAME_SPLIT.jsonl."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TextIO
 
-from reft_jax.runs.rollout import roll_out
+from reft_jax.parallel import hosts
+from reft_jax.runs.rollout import Graded, roll_out
 from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import load_model
 from reft_jax.task.records import GREEDY, appending, question_record, read_lines
@@ -35,37 +39,47 @@ def greedy_answers(run: Run, path: Path, examples: list[Example], load: Callable
 def sampled(
     run: Run, path: Path, examples: list[Example], n: int, load: Callable[[], dict], what: str, **sampling
 ) -> list[dict]:
-    """The records of `examples` in the file at `path`; those that are not there are made now and appended.
+    """The records of `examples`, in their order; those that are not in the file at `path` are made now and appended.
 
-    `load()` gives the model's parameters, if they are needed; `what` names the completions in the audit log; `sampling`
-    replaces settings of config.sample.
+    A question is on the disk once its last completion is graded; with several hosts, once those of its group are.
+    `load()` gives the model's parameters, if they are needed; `what` names the completions in the audit log;
+    `sampling` replaces settings of config.sample.
     """
-    settings, records = run.config.sample, read_lines(path)
-    done = {record["item_id"] for record in records}
-    left = [example for example in examples if example.item_id not in done]
-    if not left:
-        return records
-    sampling = {"max_len": settings.max_len, "temperature": settings.temperature, "top_k": settings.top_k} | sampling
-    lm = load()
-    progress = Progress(what, len(examples) * n, "completion", done0=len(records) * n)
-    with appending(path) as file:
-        group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
-        for start in range(0, len(left), group):
-            for record in sample_questions(run, lm, left[start : start + group], n, what, sampling):
-                records.append(record)
-                file.write(json.dumps(record) + "\n")
-            file.flush()
-            voted = sum(record["is_correct"] for record in records) / len(records)
-            progress.update(len(records) * n, correct=voted)
-    progress.close()
-    return records
+    settings, records = run.config.sample, {record["item_id"]: record for record in read_lines(path)}
+    hosts.agree(str(path), questions=len(records))
+    left = [example for example in examples if example.item_id not in records]
+    if left:
+        sampling = {
+            "max_len": settings.max_len,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+        } | sampling
+        lm, right = load(), sum(record["is_correct"] for record in records.values())
+        progress = Progress(what, len(examples) * n, "completion", done0=len(records) * n)
+        with appended(path) as file:
+            group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
+            for start in range(0, len(left), group):
+                for record in sample_questions(run, lm, left[start : start + group], n, what, sampling):
+                    file.write(json.dumps(record) + "\n")
+                    records[record["item_id"]], right = record, right + record["is_correct"]
+                    progress.update(len(records) * n, correct=right / len(records))
+        progress.close()
+        hosts.gather(f"{path} is written", None)
+    return [records[example.item_id] for example in examples]
 
 
-def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str, sampling: dict) -> list[dict]:
+def appended(path: Path) -> AbstractContextManager[TextIO]:
+    """The file, open for new lines, on the first host; those of the others go nowhere."""
+    return appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
+
+
+def sample_questions(run: Run, lm, examples: list[Example], n: int, purpose: str, sampling: dict) -> Iterator[dict]:
+    """The record of each question, as its last completion is graded."""
     asked = [example for example in examples for _ in range(n)]
-    found = dict(roll_out(run, lm, run.prompts(examples, n), asked, purpose, **sampling))
-    records = []
-    for q, example in enumerate(examples):
-        _, texts, verdicts = zip(*(found[i] for i in range(q * n, q * n + n)), strict=True)
-        records.append(question_record(example, texts, verdicts))
-    return records
+    found: list[dict[int, Graded]] = [{} for _ in examples]  # by sample
+    for i, graded in roll_out(run, lm, run.prompts(examples, n), asked, purpose, **sampling):
+        q, sample = divmod(i, n)
+        found[q][sample] = graded
+        if len(found[q]) == n:
+            _, texts, verdicts = zip(*(found[q][sample] for sample in range(n)), strict=True)
+            yield question_record(examples[q], texts, verdicts)

@@ -6,22 +6,21 @@ import jax
 import numpy as np
 
 from reft_jax.parallel.mesh import put_rows
-from reft_jax.runs.rollout import Clock, Graded, greedy, one_each, roll_out, top1
+from reft_jax.runs.rollout import Clock, Graded, one_each, roll_out, top1
 from reft_jax.runs.sample import run_sample
-from reft_jax.runs.setup import Run, supervised_row
+from reft_jax.runs.setup import Row, Run, supervised_row
 from reft_jax.runs.sft import train_supervised
-from reft_jax.runs.stages import Training, abstract_policy, best_so_far, finished, load_model, model_folder
+from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder
+from reft_jax.runs.training import Training, train_iterations
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import sft_target
 from reft_jax.train.batches import rows_at
-from reft_jax.train.metrics import Progress
 from reft_jax.train.packing import Packing, pack_targets
 from reft_jax.train.state import constant_schedule, make_optimizer
 from reft_jax.train.steps import SelfTrainBatch, make_self_train_step
 from reft_jax.types import Example, Prompt
 
 OFFLINE, ONLINE = "self_train_offline", "self_train_online"
-Row = tuple[list[int], int]  # ids of prompt + target + EOS, prompt length
 
 
 def run_offline(run: Run) -> dict:
@@ -45,15 +44,15 @@ def offline_rows(run: Run, records: list[dict]) -> list[Row]:
         gold = sft_target(example, config.data.engine)
         right = [p["completion"].strip() for p in sampled.get(example.item_id, []) if p["correctness"]]
         chosen = list(dict.fromkeys(right))[: config.self_train.samples]
-        rows += [supervised_row(run, example.question, text) for text in dict.fromkeys([gold, *chosen])]
-    return fit(rows, [len(ids) for ids, _ in rows], config.sft.max_len, config.data.max_dropped, "sft.max_len")
+        rows += [supervised_row(run, example, text) for text in dict.fromkeys([gold, *chosen])]
+    return fit(rows, [len(ids) for ids, _, _ in rows], config.sft.max_len, config.data.max_dropped, "sft.max_len")
 
 
 def online_rows(run: Run) -> list[tuple[Example, Row]]:
     """The questions of PPO with the row of their worked solution, where that is within ppo.max_len too."""
     config = run.config
-    gold = [supervised_row(run, e.question, sft_target(e, config.data.engine)) for e in run.questions]
-    lengths = [len(ids) for ids, _ in gold]
+    gold = [supervised_row(run, e, sft_target(e, config.data.engine)) for e in run.questions]
+    lengths = [len(ids) for ids, _, _ in gold]
     rows = list(zip(run.questions, gold, strict=True))
     return fit(rows, lengths, config.ppo.max_len, config.data.max_dropped, "ppo.max_len")
 
@@ -72,30 +71,24 @@ def run_online(run: Run) -> dict:
     schedule = constant_schedule(settings.learning_rate, ppo.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=ppo.weight_decay, clip_norm=ppo.clip_norm)
     begin = {"best": 0, "best_dev_top1": -1.0}
-    training = Training(run, ONLINE, abstract_policy(run), optimizer, lambda: load_model(run, "warmup"), begin)
-    step_fn, info = make_self_train_step(run.model, optimizer, training.shardings), training.info
-    progress = Progress(ONLINE, iterations, "iteration", done0=training.done)
-    for iteration in range(training.done + 1, iterations + 1):
-        begun = time.monotonic()
-        chosen = [rows[i] for i in rows_at(run.config.seed, (iteration - 1) * ppo.prompts, ppo.prompts, len(rows))]
-        examples, gold = zip(*chosen, strict=True)
-        prompts, graded, line = roll_out_once(run, training.state.params["lm"], list(examples), iteration)
-        packing, weights = online_batch(run, prompts, graded, gold)
-        batch = put_rows(run.mesh, (packing.lines, weights), axis=1)
-        for _ in range(settings.updates):
-            training.state, numbers = step_fn(training.state, batch, packing.count)
-        line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - begun}
-        training.check_finite(iteration, line)
-        if iteration % eval_every == 0 or iteration == iterations:
-            lm = training.state.params["lm"]
-            line["dev_top1"] = top1(greedy(run, lm, run.data.dev, f"{ONLINE} dev"))
-            training.keep_if_best(iteration, line["dev_top1"])
-        training.metrics.write(iteration, line)
-        if iteration % save_every == 0 or iteration == iterations:
-            training.save(iteration, iteration)
-        progress.update(iteration, loss=line["loss"], correct=line["train_correct"], **best_so_far(info))
-    progress.close()
-    return training.finish(model_folder(run, ONLINE), {"iterations": iterations, "questions": len(rows)})
+    with Training(run, ONLINE, abstract_policy(run), optimizer, lambda: load_model(run, "warmup"), begin) as training:
+        step_fn = make_self_train_step(run.model, optimizer, training.shardings)
+
+        def iterate(state, iteration):
+            begun = time.monotonic()
+            chosen = rows_at(run.config.seed, (iteration - 1) * ppo.prompts, ppo.prompts, len(rows))
+            examples, gold = zip(*(rows[i] for i in chosen), strict=True)
+            prompts, graded, line = roll_out_once(run, state.params["lm"], list(examples), iteration)
+            packing, weights = online_batch(run, prompts, graded, gold)
+            batch = put_rows(run.mesh, (packing.lines, weights), axis=1)
+            for _ in range(settings.updates):
+                state, numbers = step_fn(state, batch, packing.count)
+            line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - begun}
+            return state, line, [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
+
+        every = {"iterations": iterations, "eval_every": eval_every, "save_every": save_every}
+        train_iterations(training, iterate, **every, shown=("loss", "train_correct"))
+        return training.finish(model_folder(run, ONLINE), {"iterations": iterations, "questions": len(rows)})
 
 
 def roll_out_once(
@@ -126,7 +119,7 @@ def online_batch(
     """
     ppo = run.config.ppo
     sampled = [
-        ([*prompt.tokens, *one.completion.tokens], len(prompt.tokens))
+        ([*prompt.tokens, *one.completion.tokens], len(prompt.tokens), prompt.item_id)
         for prompt, one in zip(prompts, graded, strict=True)
         if one.verdict.correct
     ]

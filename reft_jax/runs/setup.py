@@ -4,13 +4,14 @@ The order matters: everything cheap that can be wrong is looked at first, and no
 right; programs' workers start before JAX takes its devices, and only then come weights and compiles.
 """
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,12 +21,19 @@ import numpy as np
 
 from reft_jax import __version__, executor
 from reft_jax.config import flatten, to_json
+from reft_jax.parallel import hosts
 from reft_jax.runs.executions import ExecutionLog
+from reft_jax.runs.guards import Guards
 from reft_jax.task import datasets, prompts
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
+# What may change between two starts of one run: where it computes, not what.
+MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
+MACHINE += ("watchdog_minutes",)
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
+
+Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
 
 
 @dataclass
@@ -37,13 +45,17 @@ class Data:
     test: list[Example]
     chosen_on: str
 
+    def checksum(self) -> str:
+        """16 hex digits of every example of every split."""
+        return _hash(json.dumps([self.train, self.dev, self.test]))
+
 
 @dataclass
 class Run:
     """One work directory with everything in it made ready.
 
     `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts what became of the
-    completions' programs.
+    completions' programs; `guards` says when to stop.
     """
 
     config: object
@@ -51,13 +63,14 @@ class Run:
     base: Path
     tokenizer: object
     data: Data
-    sft: list[tuple[list[int], int]] = ()
+    sft: list[Row] = ()
     questions: list[Example] = ()
     mesh: object = None
     model: object = None
     engine: object = None
     executions: ExecutionLog | None = None
     programs: Counter = field(default_factory=Counter)
+    guards: Guards = field(default_factory=Guards)
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts of each example, the forced prefix included."""
@@ -71,11 +84,32 @@ class Run:
         """The completion as text. Prompt and response are decoded together (see prompts.completion_text)."""
         return prompts.completion_text(decode(self.tokenizer, [*prompt.tokens, *completion.tokens]))
 
+    def made_by(self) -> dict:
+        """What a saved step records about its run: JSON."""
+        settings = {key: value for key, value in flatten(self.config).items() if key not in MACHINE}
+        return {
+            "config": _hash(json.dumps(settings, sort_keys=True)),
+            "data": self.data.checksum(),
+            "seed": self.config.seed,
+            "versions": versions(),
+        }
 
-def check_workdir(config, workdir: Path, needs: list[str]) -> None:
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of Python and of what decides about numbers."""
+    ours = {"reft_jax": __version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in PACKAGES}
+
+
+def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = ()) -> None:
     """Writes nothing. InputError unless `workdir` can be written and, where it was used before, was so with `config`.
 
-    `needs` are the models that earlier stages must have made in it.
+    The settings of MACHINE and those named in `allowed` may differ. `needs` are the models that earlier stages must
+    have made in it.
     """
     check_writable("--workdir", workdir)
     path = workdir / "config.json"
@@ -84,11 +118,15 @@ def check_workdir(config, workdir: Path, needs: list[str]) -> None:
             before, now = dict(json.loads(path.read_text())), json.loads(to_json(config))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error
-        changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)]
-        if changed:
+        changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
+        told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        if refused := [key for key in changed if key not in allowed]:
             raise InputError(
-                f"--workdir: {workdir} was made with other settings ({'; '.join(changed)}); choose another"
+                f"--workdir: {workdir} was made with other settings ({told}); choose another or, if what is done "
+                f"there may stand beside them, add --allow_config_change={','.join(refused)}"
             )
+        if changed:
+            print(f"{workdir}: goes on with changed settings ({told})", flush=True)
     for name in needs:
         if not (workdir / "models" / name).exists():
             raise InputError(
@@ -104,18 +142,23 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def create_workdir(config, workdir: Path) -> None:
-    """Makes the work directory, if it is new, and records config and versions."""
-    if (workdir / "config.json").exists():
-        return
-    versions = {"reft_jax": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in PACKAGES
-    }
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
-        (workdir / "config.json").write_text(to_json(config) + "\n")  # last: from here on the directory is in use
-    except OSError as error:
-        raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another") from error
+    """Makes the work directory, if it is new, and records config and versions; a changed config takes its place.
+
+    One host does it; all must see it.
+    """
+    path, text = workdir / "config.json", to_json(config) + "\n"
+    if hosts.is_first() and not (path.exists() and path.read_text() == text):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+            whole = path.with_suffix(".tmp")
+            whole.write_text(text)
+            whole.rename(path)  # last: from here on the directory is in use
+        except OSError as error:
+            raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another") from error
+    hosts.gather("the work directory", None)
+    if not path.exists():
+        raise InputError(f"--workdir: {workdir} of host 0 is not there on host {hosts.number()}; choose a shared one")
 
 
 def load_data(config, paths: dict[str, str]) -> Data:
@@ -142,18 +185,18 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])]
 
 
-def sft_rows(run: Run) -> list[tuple[list[int], int]]:
+def sft_rows(run: Run) -> list[Row]:
     """Training rows that fit, of `supervised_row`."""
     config = run.config
-    rows = [supervised_row(run, e.question, prompts.sft_target(e, config.data.engine)) for e in run.data.train]
-    lengths = [len(row) for row, _ in rows]
+    rows = [supervised_row(run, example, prompts.sft_target(example, config.data.engine)) for example in run.data.train]
+    lengths = [len(ids) for ids, _, _ in rows]
     return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
 
 
-def supervised_row(run: Run, question: str, target: str) -> tuple[list[int], int]:
-    """(ids of prompt + target + EOS, prompt length). Prompt and target are tokenized apart, as the authors do."""
-    prompt = encode(run.tokenizer, prompts.prompt_text(question))
-    return prompt + encode(run.tokenizer, target) + [run.tokenizer.eos_token_id], len(prompt)
+def supervised_row(run: Run, example: Example, target: str) -> Row:
+    """Prompt and target are tokenized apart, as the authors do."""
+    prompt = encode(run.tokenizer, prompts.prompt_text(example.question))
+    return prompt + encode(run.tokenizer, target) + [run.tokenizer.eos_token_id], len(prompt), example.item_id
 
 
 def ppo_examples(run: Run) -> list[Example]:
@@ -166,6 +209,13 @@ def tokenized(run: Run) -> Run:
     """Fills in `sft` and `questions`; a limit that drops too many rows ends the run here, not after an hour of SFT."""
     run.sft, run.questions = sft_rows(run), ppo_examples(run)
     return run
+
+
+def data_facts(run: Run) -> dict:
+    """What must be alike on all hosts: rows and a digest of them."""
+    rows = {f"{name} rows": len(getattr(run.data, name)) for name in ("train", "dev", "test")}
+    rows |= {"SFT rows": len(run.sft), "PPO questions": len(run.questions)}
+    return rows | {"examples' sha256": run.data.checksum(), "SFT rows' sha256": _hash(json.dumps(run.sft))}
 
 
 def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
@@ -194,8 +244,6 @@ def open_mesh(config):
 
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    if jax.process_count() > 1:
-        raise InputError("several processes in one run are not supported; start it on one host")
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
@@ -210,14 +258,27 @@ def make_engine(run: Run):
         pad_multiple=run.config.data.pad_multiple,
         eos_id=run.tokenizer.eos_token_id,
         seed=run.config.seed,
+        after_chunk=run.guards.step,
     )
 
 
 @contextmanager
-def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
-    """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end."""
+def open_run(config, workdir: Path, needs: list[str], allowed: Sequence[str] = ()) -> Iterator[Run]:
+    """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end.
+
+    `allowed` are settings that may differ from those the work directory was made with.
+    """
     workdir = workdir.absolute()
-    check_workdir(config, workdir, needs)
+    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
+    check_workdir(config, workdir, needs, allowed)
+    with Guards(config.watchdog_minutes) as guards:
+        with _opened(config, workdir, guards) as run:
+            guards.check()
+            yield run
+
+
+@contextmanager
+def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
     toy = config.model.path == "toy"
     if not toy:
         base = Path(config.model.path)
@@ -239,16 +300,22 @@ def open_run(config, workdir: Path, needs: list[str]) -> Iterator[Run]:
         if toy:
             from reft_jax.runs.toy import write_data, write_model
 
-            if not (workdir / "config.json").exists():  # what a start with other settings may have left
-                shutil.rmtree(workdir / "toy", ignore_errors=True)
-            data = load_data(config, write_data(config, workdir / "toy"))
+            def write_toy_data() -> dict[str, str]:
+                if not (workdir / "config.json").exists():  # what a start with other settings may have left
+                    shutil.rmtree(workdir / "toy", ignore_errors=True)
+                return write_data(config, workdir / "toy")
+
+            data = load_data(config, hosts.from_first("the toy's data", write_toy_data))
             base = workdir / "toy" / "model"
-            write_model(config, data.train, base)
+            hosts.from_first("the toy's model", lambda: write_model(config, data.train, base))
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
         create_workdir(config, workdir)
+        hosts.log_to(workdir / "logs")
+        hosts.agree("the data", **data_facts(run))
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
+        run.guards = guards
         run.engine = make_engine(run)
         with on_mesh(mesh):
             yield run

@@ -8,7 +8,7 @@ What is in the files is not made again, so an interrupted sweep goes on where it
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 from reft_jax import executor
 from reft_jax.config import flatten
+from reft_jax.parallel import hosts
 from reft_jax.runs.executions import ExecutionLog
+from reft_jax.runs.guards import Guards
 from reft_jax.runs.report import print_report, write_sweep
 from reft_jax.runs.results import read_answers, table
 from reft_jax.runs.setup import (
@@ -29,6 +31,7 @@ from reft_jax.runs.setup import (
     open_mesh,
     shorten,
     start_executor,
+    versions,
 )
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.records import read_lines
@@ -94,13 +97,16 @@ def find(folder: str) -> Source:
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
 
 
-def run_sweep(config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str]) -> list[dict]:
+def run_sweep(
+    config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str], allowed: Sequence[str] = ()
+) -> list[dict]:
     """Answers what is not answered yet, writes and prints the tables. Returns the reports, one a data file.
 
-    Raises InputError before anything is compiled or written.
+    `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
     """
+    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
-    check_workdir(config, workdir, [])
+    check_workdir(config, workdir, [], allowed)
     data = {
         name: shorten(load_examples(file, need_cot=False), config.data.test_limit, config.seed)
         for name, file in files.items()
@@ -108,7 +114,11 @@ def run_sweep(config, workdir: Path, checkpoints: list[Checkpoint], files: dict[
     sources = {f"model {one.name}": str(one.model.folder) for one in checkpoints}
     sources |= {f"reranker {one.name}": str(one.reranker.folder) for one in checkpoints if one.reranker}
     sources |= {f"data {name}": digest(examples) for name, examples in data.items()}
-    with open_sweep(config, workdir, checkpoints, known_sources(workdir, sources)) as run:
+    hosts.agree("the sweep", **sources)
+    with (
+        Guards(config.watchdog_minutes) as guards,
+        open_sweep(config, workdir, checkpoints, known_sources(workdir, sources), guards) as run,
+    ):
         for checkpoint in checkpoints:
             answer(replace(run, base=checkpoint.model.base), checkpoint, data)
     reports = []
@@ -117,9 +127,11 @@ def run_sweep(config, workdir: Path, checkpoints: list[Checkpoint], files: dict[
         report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": [], "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
         reports.append(report | {"settings": settings} | table(answers, config.seed))
-        print_report(reports[-1])
-    write_sweep(workdir, reports)
-    print(f"\nsweep.md, sweep.json: {workdir}")
+    if hosts.is_first():
+        for report in reports:
+            print_report(report)
+        write_sweep(workdir, reports)
+        print(f"\nsweep.md, sweep.json: {workdir}")
     return reports
 
 
@@ -145,7 +157,9 @@ def known_sources(workdir: Path, sources: dict[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], sources: dict[str, str]) -> Iterator[Run]:
+def open_sweep(
+    config, workdir: Path, checkpoints: list[Checkpoint], sources: dict[str, str], guards: Guards
+) -> Iterator[Run]:
     """A run without model, tokenizer and training data, as far as that can be made ready."""
     for checkpoint in checkpoints:
         for source in filter(None, (checkpoint.model, checkpoint.reranker)):
@@ -160,10 +174,14 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], sources: di
             if flatten(config)[key] % row_shards(mesh):
                 raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")
         create_workdir(config, workdir)
-        (workdir / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
+        if hosts.is_first():
+            (workdir / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
+        hosts.log_to(workdir / "logs")
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         with on_mesh(mesh):
-            yield Run(config, workdir, Path(), None, Data([], [], [], ""), mesh=mesh, executions=ExecutionLog(workdir))
+            run = Run(config, workdir, Path(), None, Data([], [], [], ""), mesh=mesh, executions=ExecutionLog(workdir))
+            run.guards = guards
+            yield run
     finally:
         executor.shutdown()
 
@@ -193,7 +211,7 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
 
     from reft_jax.model.hf import load_hf, load_rerank_head, read_config
     from reft_jax.model.llama import Llama
-    from reft_jax.parallel.mesh import abstract_arrays, shardings
+    from reft_jax.parallel.mesh import abstract_arrays, put, shardings
     from reft_jax.runs.stages import abstract_policy, abstract_reranker
     from reft_jax.train.checkpoints import load_params
 
@@ -209,6 +227,8 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
             return load_params(source.folder, abstract_arrays(run.mesh, abstract))
         where = shardings(run.mesh, abstract)
         _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"])
-        return {"lm": lm} | ({"rerank_head": load_rerank_head(source.folder)} if reranker else {})
+        if not reranker:
+            return {"lm": lm}
+        return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])}
 
     return run, load

@@ -41,20 +41,26 @@ def votes(predictions: list[dict]) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a file that this program appends to; none if there is no file. A torn last line is left out."""
+    """The records of a file that this program appends to; none if there is no file. A last line torn by a crash is left
+    out; InputError if any other is not JSON."""
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.split("\n") if line]
+    records = []
+    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}: line {number} is not JSON ({error}); remove it, and it is made again") from error
+    return records
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[TextIO]:
-    """The file, open at the end of its last whole line."""
+    """The file, open at the end of its last whole line. It is written by the line: a crash loses none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", buffering=1) as file:
         yield file
 
 

@@ -1,51 +1,210 @@
-"""Orbax, in one place: parameters that a stage hands on, and the resumable state inside a stage."""
+"""Orbax, in one place: parameters that a stage hands on, and the steps that a running stage resumes from.
 
+A step is a folder, `checkpoints/120/`, that counts from the moment when its manifest is there:
+
+    state/          params, heads, optimizer and step, sharded (Orbax)
+    step.json       what belongs to the state: {"step", "info", "made_by", "arrays": {place: checksum}}
+    manifest.json   every file's size and SHA-256, written last
+"""
+
+import json
 import shutil
+import threading
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
+
+from reft_jax.parallel import hosts
+from reft_jax.train.checksums import MANIFEST, array_checksums, damage, write_manifest
+from reft_jax.types import InputError, SaveError
+
+ARRAYS = "arrays.json"  # beside saved parameters
 
 
 def save_params(folder: Path, params) -> None:
     """Writes a parameter tree; an older one goes only once this is complete (Orbax's own `force` deletes first)."""
     whole = folder.with_name(folder.name + ".new").absolute()
+    checksums = array_checksums(params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(whole, params, force=True)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
+    if hosts.is_first():
+        (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
+        write_manifest(whole)
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        whole.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    whole.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    hosts.gather(f"{folder} is whole", None)
 
 
 def load_params(folder: Path, abstract):
-    """Reads a tree into the shapes, dtypes and shardings of `abstract` (see parallel.mesh.abstract_arrays)."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), abstract)
+    """Reads a tree into the shapes, dtypes and shardings of `abstract` (see parallel.mesh.abstract_arrays).
+
+    InputError if a file of it, or an array once it is read, is not what was saved.
+    """
+    problem = hosts.from_first(f"damage of {folder}", lambda: damage(folder))
+    if not problem:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder.absolute(), abstract)
+        problem = _difference(json.loads((folder / ARRAYS).read_text()), params)
+    if problem:
+        raise InputError(f"{folder}: the model is damaged ({problem}); restore it from a copy or remove it")
+    return params
+
+
+class Restored(NamedTuple):
+    """A step that was read: its number, the state on the mesh, `info` and `made_by` as they were saved."""
+
+    step: int
+    state: Any
+    info: dict
+    made_by: dict
 
 
 class Checkpoints:
-    """The newest state of a running stage, with a small JSON beside it."""
+    """The last `keep` steps of a running stage; saving goes on in the background, one step at a time."""
 
-    def __init__(self, folder: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    def __init__(self, folder: Path, keep: int, made_by: dict):
+        """`made_by` is JSON that every step records: the config, data, versions and reference that made it."""
+        self.folder, self.keep, self.made_by = folder.absolute(), keep, made_by
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._commit: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._newest = max(self._steps(), default=-1)
 
     def save(self, step: int, state, info: dict) -> None:
-        """Raises RuntimeError if Orbax declines the step (a stray newer one makes it do so without a word)."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
-        if not self.manager.save(step, args=args):
-            raise RuntimeError(f"{self.manager.directory}: step {step} was not saved; is a newer step there?")
+        """Begins to write a step and returns when `state` may be donated; waits for the step before.
 
-    def restore(self, abstract_state):
-        """(step, state, info) of the newest step, or None if there is none."""
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), info=ocp.args.JsonRestore())
-        restored = self.manager.restore(step, args=args)
-        return step, restored.state, restored.info
+        Raises SaveError if that one could not be written, or this one cannot; ValueError unless it is the newest.
+        """
+        self.wait()
+        if step <= self._newest:
+            raise ValueError(f"{self.folder}: step {step} was not saved; step {self._newest} is there")
+        folder, checksums = self.folder / str(step), array_checksums(state)
+        try:
+            if hosts.is_first():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                about = {"step": step, "info": info, "made_by": self.made_by, "arrays": checksums}
+                (folder / "step.json").write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
+            hosts.gather(f"{folder} is there", None)
+            self._checkpointer.save(folder / "state", state)
+        except Exception as error:  # Orbax has its own kind for every file system
+            self._failed(folder, error)
+        self._commit = threading.Thread(target=self._finish, args=(folder,), name="reft-save")
+        self._commit.start()
+        self._newest = step
+
+    def wait(self) -> None:
+        """Until the step that is being written is whole. Raises SaveError if it could not be written."""
+        if self._commit:
+            self._commit.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises SaveError if a step could not be written; does not wait."""
+        if self._commit and not self._commit.is_alive():
+            self._commit = None
+            if error := self._error:
+                self._error = None
+                self._failed(self.folder / str(self._newest), error)
+
+    def infos(self) -> list[dict]:
+        """The `info` of every whole step that is kept, oldest first."""
+        return [json.loads((self.folder / str(step) / "step.json").read_text())["info"] for step in self._whole()]
+
+    def restore(self, abstract_state) -> Restored | None:
+        """The newest step that is as it was written; None if there was never a whole one.
+
+        Newer ones that are damaged or half written go to quarantine/, with the reason. InputError if there are whole
+        steps and none is good: a run never begins again unless its owner removes them.
+        """
+        bad: dict[int, str] = {}
+        for step in hosts.from_first(f"steps in {self.folder}", lambda: self._steps()[::-1]):
+            found = self._read(step, abstract_state)
+            if isinstance(found, Restored):
+                break
+            bad[step] = found
+        else:
+            found = None
+            if hosts.from_first(f"whole steps in {self.folder}", self._whole):
+                told = "; ".join(f"{step}: {reason}" for step, reason in bad.items())
+                raise InputError(
+                    f"{self.folder}: no saved step can be used ({told}); restore one from a copy, or remove the folder "
+                    "to begin this stage again"
+                )
+        if hosts.is_first():
+            for step, reason in bad.items():
+                self._quarantine(step, reason)
+        hosts.gather(f"{self.folder} holds good steps only", None)
+        self._newest = found.step if found else -1
+        return found
 
     def close(self) -> None:
-        self.manager.close()
+        """Waits for the last step. Raises SaveError if it could not be written."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _read(self, step: int, abstract_state) -> Restored | str:
+        """The step, or what is wrong with it."""
+        folder = self.folder / str(step)
+        if reason := hosts.from_first(f"damage of {folder}", lambda: damage(folder)):
+            return reason
+        about = json.loads((folder / "step.json").read_text())
+        state = self._checkpointer.restore(folder / "state", abstract_state)
+        if reason := _difference(about["arrays"], state):
+            return reason
+        return Restored(step, state, about["info"], about["made_by"])
+
+    def _finish(self, folder: Path) -> None:
+        """In the background: the manifest once everything else is on the disk, then older steps go."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if hosts.is_first():
+                write_manifest(folder)
+                for step in self._whole()[: -self.keep]:
+                    (self.folder / str(step) / MANIFEST).unlink()  # from here on it is no step any more
+                for step in set(self._steps()) - set(self._whole()):
+                    shutil.rmtree(self.folder / str(step))
+        except BaseException as error:
+            self._error = error
+
+    def _failed(self, folder: Path, error: BaseException) -> None:
+        if hosts.is_first():
+            shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
+        whole = self._whole()
+        last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SaveError(
+            f"{folder} could not be saved ({first_line}); {last}; make room or repair the disk, then run the same "
+            "command again"
+        ) from error
+
+    def _quarantine(self, step: int, reason: str) -> None:
+        """Moves a step out of the way. Only the last one is kept whole, for each is as large as three models."""
+        place = self.folder / "quarantine"
+        for older in place.glob("[0-9]*"):
+            shutil.rmtree(older)
+        place.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(place / str(step))
+        with (place / "reasons.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "reason": reason}) + "\n")
+        print(f"{self.folder}: step {step} is not used ({reason}); moved to {place}", flush=True)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+    def _whole(self) -> list[int]:
+        """Steps whose writing was finished, whatever has become of them since."""
+        return [step for step in self._steps() if (self.folder / str(step) / MANIFEST).exists()]
+
+
+def _difference(checksums: dict[str, str], tree) -> str | None:
+    found = array_checksums(tree)
+    different = [name for name in found | checksums if found.get(name) != checksums.get(name)]
+    return f"the checksum of {different[0]} is not that of the array that was saved" if different else None

@@ -1,6 +1,6 @@
 """What a run tells while it runs: numbers to a file and to TensorBoard, one line of progress to the terminal.
 
-In a run with several processes only the first one makes these objects.
+Where there are several hosts the first one writes and shows; the others' objects do nothing.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from reft_jax.parallel.hosts import is_first
 from reft_jax.types import InputError
 
 
@@ -29,15 +30,18 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)  # by the line: a crash loses none written
+        self._path, self._file = folder / "metrics.jsonl", None
         self._tb_folder = folder / "tb"
         self._tb: SummaryWriter | None = None  # made by the first write, when it is known whether the run resumes
         self._purge_step: int | None = None
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)  # by the line: a crash loses none written
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values (anything `float` takes) of one step."""
+        if self._file is None:
+            return
         if self._tb is None:
             # The library names files by the second: without a suffix a quick restart would overwrite the one before.
             suffix = f".{time.time_ns()}"
@@ -57,6 +61,8 @@ class MetricsWriter:
         A last line cut short by a crash is dropped as well. TensorBoard hides the later events of the older files.
         Raises InputError when any other line is not a JSON object with a step.
         """
+        if self._file is None:
+            return
         kept = []
         lines = self._path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
@@ -76,7 +82,8 @@ class MetricsWriter:
         self._purge_step = step + 1
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tb is not None:
             self._tb.close()
 
@@ -117,6 +124,8 @@ class Progress:
 
     def update(self, done: int, **numbers: float) -> None:
         """`done` of `total` (work before a resume included), and the two or three numbers worth watching."""
+        if not is_first():
+            return
         now = time.monotonic()
         self._line = self._format(done, now - self._start, numbers)
         if now - self._shown_at < self._interval:
@@ -129,6 +138,8 @@ class Progress:
 
     def close(self) -> None:
         """Ends with the last line in full."""
+        if not is_first():
+            return
         if self._terminal:
             self._rewrite(self._line + "\n")
         elif self._line != self._shown:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import sizes_up_to
 from reft_jax.types import Array, Rollout
 
@@ -91,9 +92,10 @@ class Packing:
         return jax.tree.map(lambda x: self.spread(np.asarray(x)[self.at]), tree)
 
     def collect(self, values, length: int) -> np.ndarray:
-        """float32[B,length], 0 where no decision is, of values [M,b,W]: the way back from `spread(x[packing.at])`."""
+        """float32[B,length], 0 where no decision is, of values [M,b,W] on the mesh: the way back from
+        `spread(x[packing.at])`."""
         out = np.zeros((len(self.line), length), np.float32)
-        out[self.at] = np.asarray(values).reshape(-1, self.length)[self.slot]
+        out[self.at] = fetch(values).reshape(-1, self.length)[self.slot]
         return out
 
 
@@ -103,10 +105,11 @@ def pack_rollout(rollout: Rollout, **size) -> Packing:
     return Packing(rows, rollout.prompt_len - 1, rollout.total_len - rollout.prompt_len, **size)
 
 
-def pack_targets(rows: list[tuple[list[int], int]], **size) -> Packing:
-    """Rows (ids, prompt length); their decisions chose the tokens after the prompt. `size` as in Packing."""
-    ids, prompt_lens = zip(*rows, strict=True)
-    first, decisions = [prompt - 1 for prompt in prompt_lens], [len(row) - prompt for row, prompt in rows]
+def pack_targets(rows: list[tuple], **size) -> Packing:
+    """Rows (ids, prompt length, …); their decisions chose the tokens after the prompt. `size` as in Packing."""
+    ids, prompt_lens, *_ = zip(*rows, strict=True)
+    first = [prompt - 1 for prompt in prompt_lens]
+    decisions = [len(row) - prompt for row, prompt in zip(ids, prompt_lens, strict=True)]
     return Packing(ids, first, decisions, **size)
 
 

@@ -1,0 +1,295 @@
+"""Several processes of one run, called hosts: they begin together, agree, exchange small things, and end together.
+
+Every host runs the same command and takes the same decisions, from the same data. Host 0 alone writes what is no
+checkpoint. What passes between hosts here is small and goes over the coordination service of `jax.distributed`, which
+host 0 keeps; only `fetch` uses the devices. A host that fails says so to the others, which end with its words and its
+exit code; one that dies without a word is missed by their watch after SILENCE_S, and JAX ends them after HEARTBEAT_S.
+
+With one process all of this is there and does nothing: `gather` gives a list of one.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import distributed
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+from jax.sharding import PartitionSpec
+
+from reft_jax.parallel import host_log
+from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
+
+CONNECT_S = 300  # for the slowest host to start
+HEARTBEAT_S = 45  # JAX ends every host so long after one has died
+SILENCE_S = 20  # after which the others say that they hear nothing of a host
+WATCH_S = 2  # between two looks at the others
+MOST_WAIT_S = 1800  # at one exchange; the slowest thing that only host 0 does takes seconds
+KEY = "reft_jax"
+
+
+class Disagreement(InputError):
+    """Hosts that should be alike are not; the message names host, field and both values."""
+
+
+class _State:
+    """Of this process; `client` talks to the coordination service and is None if there is one process."""
+
+    def __init__(self):
+        self.client, self.number, self.count, self.names = None, 0, 1, [""]
+        self.exchanges = 0
+        self.silent: dict[int, float] = {}  # hosts that give no sign of life: seconds
+        self.ended = threading.Event()
+
+
+_state = _State()
+
+
+def number() -> int:
+    """Of this host, from 0. (`jax.process_index()` would take the devices.)"""
+    return _state.number
+
+
+def count() -> int:
+    """Of all hosts."""
+    return _state.count
+
+
+def is_first() -> bool:
+    """Whether this host writes reports, metrics and samples."""
+    return _state.number == 0
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
+    """Inside, this process is one of the hosts; whatever ends one of them ends all, with the same exit code.
+
+    Without arguments hosts find each other on a TPU pod and under Slurm's srun, and elsewhere a process is alone.
+    Comes before JAX takes its devices. InputError if the arguments are not whole or the others do not come.
+    """
+    initialize(coordinator, num_processes, process_id)
+    if count() == 1:
+        yield
+        return
+    threading.Thread(target=_watch, name="reft-hosts", daemon=True).start()
+    try:
+        yield
+        gather("the end of the run", None)
+    except (SystemExit, Stopped):  # all hosts leave by the same decision
+        raise
+    except (InputError, NotFiniteError, SaveError) as error:
+        _fail("error: " + " ".join(str(error).splitlines()), error.exit_code)
+    except BaseException as error:
+        traceback.print_exc()
+        if _of_the_devices(error):  # it may be that the other side of a connection has died
+            _look_for_the_lost()
+        _fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
+    finally:
+        _state.ended.set()
+
+
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """The first half of `joined`: connects and learns the hosts' names."""
+    given = (coordinator, num_processes, process_id)
+    if None in given and given != (None, None, None):
+        raise InputError("--coordinator, --num_processes and --process_id: give all three, or none of them")
+    if coordinator is None and not _cluster_is_known():
+        return
+    if coordinator is not None and not 0 <= process_id < num_processes:
+        raise InputError(f"--process_id={process_id}: it must be from 0 to num_processes - 1 = {num_processes - 1}")
+    try:
+        jax.distributed.initialize(
+            *given,
+            cluster_detection_method=None if coordinator is None else "deactivate",
+            initialization_timeout=CONNECT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the hosts did not come together within {CONNECT_S} s ({error}); see each one's log"
+        ) from error
+    known = distributed.global_state
+    if known.num_processes > 1:
+        _state.client, _state.number, _state.count = known.client, known.process_id, known.num_processes
+        _state.names = [str(i) for i in range(_state.count)]
+        _state.names = gather("names", f"{_state.number} ({socket.gethostname()}, pid {os.getpid()})")
+        _say(f"one of {_state.count}; host 0 is {_state.names[0]}")
+
+
+def _cluster_is_known() -> bool:
+    """Whether the machine itself says who the others are."""
+    on_tpu = running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    return on_tpu or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def log_to(folder: Path) -> None:
+    """Where there are several hosts, all that this one prints goes to folder/host_N.log from here on, and still to
+    where it went before; of the others' standard output only the file has it."""
+    if count() == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"host_{number()}.log"
+    last = (
+        f"host {number()}: ended by JAX: another host is lost. A task N above is host N, the leader {_state.names[0]}"
+    )
+    for stream, file in ((1, sys.stdout), (2, sys.stderr)):
+        file.flush()
+        copier = subprocess.Popen(
+            [sys.executable, "-I", "-S", host_log.__file__, path, last],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if stream == 1 and not is_first() else stream,
+            start_new_session=True,  # a signal to this one's group is not for it
+        )
+        os.dup2(copier.stdin.fileno(), stream)
+        copier.stdin.close()
+
+
+def gather(what: str, value: Any) -> list[Any]:
+    """`value` (JSON) of every host, in their order, on every host. All of them come here, in one order of calls.
+
+    Raises Disagreement if another host is at something else than `what`, TimeoutError if one does not come.
+    """
+    if count() == 1:
+        return [value]
+    client, mine = _state.client, json.dumps([what, value])
+    _state.exchanges += 1
+    key = f"{KEY}/{_state.exchanges}"
+    if is_first():
+        texts = [mine] + [_wait(f"{key}/{host}", host, what) for host in range(1, count())]
+        client.key_value_set(f"{key}/all", json.dumps(texts))
+        client.key_value_delete(f"{KEY}/{_state.exchanges - 1}")  # who is here has read it
+    else:
+        client.key_value_set(f"{key}/{number()}", mine)
+        texts = json.loads(_wait(f"{key}/all", 0, what))
+    said = [json.loads(text) for text in texts]
+    for host, (place, _) in enumerate(said):
+        if place != said[0][0]:
+            raise Disagreement(f"host {_state.names[host]} is at {place!r}, host {_state.names[0]} at {said[0][0]!r}")
+    return [value for _, value in said]
+
+
+def from_first(what: str, make: Callable[[], Any]) -> Any:
+    """What `make()` gives on host 0 (JSON), on every host; the others do not call it."""
+    return gather(what, make() if is_first() else None)[0]
+
+
+def agree(what: str, **fields: Any) -> None:
+    """Raises Disagreement, on every host, unless all have the same values (JSON) in the same fields."""
+    said = gather(what, fields)
+    for host, there in enumerate(said):
+        for field in sorted(said[0].keys() | there.keys()):
+            if there.get(field) != said[0].get(field):
+                raise Disagreement(
+                    f"{what}: {field} is {there.get(field)!r} on host {_state.names[host]} and {said[0].get(field)!r} "
+                    f"on host {_state.names[0]}; start every host with the same command, code and files"
+                )
+
+
+_replicate = jax.jit(lambda tree: tree, out_shardings=PartitionSpec())
+
+
+def fetch(tree):
+    """Whole NumPy copies of the arrays of `tree`, on every host; all of them call it, under the mesh of `on_mesh`."""
+    if count() > 1 and not all(x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
+        tree = _replicate(tree)
+    return jax.device_get(tree)
+
+
+def _wait(key: str, host: int, what: str) -> str:
+    """The value at `key`, which `host` will set."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return _state.client.blocking_key_value_get(key, 30_000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        waited = time.monotonic() - begun
+        _say(f"waits for host {_state.names[host]} at {what!r}, {waited:.0f} s so far")
+        if waited > MOST_WAIT_S:
+            raise TimeoutError(f"host {_state.names[host]} did not come to {what!r} in {MOST_WAIT_S} s")
+
+
+def _watch() -> None:
+    """Gives signs of life and looks for the others': says which host is silent, and ends this one if another failed."""
+    place, beat, heard = f"{KEY}/watch", 0, {}
+    while not _state.ended.wait(WATCH_S):
+        beat += 1
+        try:
+            _state.client.key_value_set(f"{place}/{number()}", str(beat), allow_overwrite=True)
+            found = {key.rpartition("/")[2]: text for key, text in _state.client.key_value_dir_get(place)}
+        except jax.errors.JaxRuntimeError:
+            if not _state.ended.is_set() and 0 not in _state.silent:
+                _state.silent[0] = 0.0
+                _say(f"host {_state.names[0]}, which connects all, is gone: it was killed or its machine is lost")
+            continue
+        if "failed" in found:
+            host, code, line = json.loads(found["failed"])
+            if host != number():
+                _say(f"ends because host {_state.names[host]} has failed: {line}")
+                _leave(code)
+            return
+        for host in range(count()):
+            text, now = found.get(str(host)), time.monotonic()
+            if host not in heard or heard[host][0] != text:
+                heard[host] = text, now
+                if _state.silent.pop(host, None):
+                    _say(f"host {_state.names[host]} is back")
+            elif now - heard[host][1] > SILENCE_S and host not in _state.silent:
+                _state.silent[host] = now - heard[host][1]
+                _say(f"no sign of life from host {_state.names[host]} for {SILENCE_S} s: is it killed or lost?")
+
+
+def _of_the_devices(error: BaseException | None) -> bool:
+    """Whether a computation failed, whatever has been made of its error since."""
+    while error and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _look_for_the_lost() -> None:
+    """Gives the watch the time to find out who is missing; ends this host if somebody is."""
+    _say("looks whether another host is lost")
+    deadline = time.monotonic() + SILENCE_S + 5 * WATCH_S
+    while time.monotonic() < deadline and not _state.silent:
+        time.sleep(WATCH_S)
+    for host in _state.silent:
+        _say(f"ends because host {_state.names[host]} is lost: it was killed or its machine is gone")
+        _leave(1)
+
+
+def _fail(line: str, code: int) -> None:
+    """Tells the others why this host ends, and ends it."""
+    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or host 0 is gone
+        _state.client.key_value_set(f"{KEY}/watch/failed", json.dumps([number(), code, line]))
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Ends this process at once: an orderly end would wait for the others at a barrier. Host 0, over which all talk,
+    waits until those who can have heard why."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _state.client.key_value_set(f"{KEY}/gone/{number()}", "", allow_overwrite=True)
+        deadline = time.monotonic() + 5 * WATCH_S
+        while is_first() and time.monotonic() < deadline:
+            if len(_state.client.key_value_dir_get(f"{KEY}/gone")) + len(_state.silent) >= count():
+                break
+            time.sleep(0.2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _say(line: str) -> None:
+    print(f"host {number()}: {line}", file=sys.stderr, flush=True)

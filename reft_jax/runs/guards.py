@@ -1,0 +1,98 @@
+"""What ends a run before its time: a signal, a step that never ends, a number that is none."""
+
+import faulthandler
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from reft_jax.parallel import hosts
+from reft_jax.types import NotFiniteError, Stopped
+
+STDERR = 2  # the descriptor: stacks go there even if Python's own stream is stuck
+
+
+class Guards:
+    """Signals and the watchdog, inside `with`; outside nothing asks to stop and nothing is watched.
+
+    SIGTERM (a machine about to be taken away) and SIGINT ask the run to stop: the next safe point raises Stopped, and
+    what the stage has done so far is saved. A second signal ends the process at once, with what was saved before; where
+    there are several hosts, a second SIGINT does.
+    """
+
+    def __init__(self, watchdog_minutes: float = 0.0):
+        """watchdog_minutes: without a `step` for so long, every thread's stack goes to stderr and the process ends
+        with exit code 1; 0 watches nothing."""
+        self.seconds, self.asked, self._armed_at, self._points = 60 * watchdog_minutes, None, 0.0, 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Guards":
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            ours = (signal.SIGTERM, signal.SIGINT) if hosts.count() == 1 else (signal.SIGINT,)  # JAX takes the other
+            self._before = {number: signal.signal(number, self._ask) for number in ours}
+        self._arm()
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+    def check(self, alone: bool = False) -> None:
+        """A safe point: nothing is half done here. Raises Stopped if the run was asked to stop.
+
+        Where there are several hosts all come here equally often, and stop at the same point once one of them was
+        asked. `alone`: the others may not be here, so that this is a safe point of a single host only.
+        """
+        if hosts.count() == 1:
+            if self.asked:
+                raise Stopped(self.asked)
+        elif not alone:
+            self._points += 1
+            if multihost_utils.reached_preemption_sync_point(self._points):
+                raise Stopped("a signal to one of the hosts")
+
+    def step(self, alone: bool = False) -> None:
+        """A safe point, and something has been done: a decode chunk, a program, an update."""
+        if time.monotonic() - self._armed_at > 1.0:
+            self._arm()
+        self.check(alone)
+
+    def _arm(self) -> None:
+        self._armed_at = time.monotonic()
+        if self.seconds:
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=STDERR)
+
+    def _ask(self, number: int, frame) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = signal.Signals(number).name
+        if hosts.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # to JAX, which tells the others
+        os.write(STDERR, f"{self.asked}: the run stops at the next safe point; once more to end it now\n".encode())
+
+
+def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inputs: dict[str, np.ndarray]) -> None:
+    """Raises NotFiniteError if one of `numbers` is NaN or infinite.
+
+    Then `inputs`, what the update read, go to `folder/not_finite_AT.npz`, numbers and items to the .json beside it.
+    """
+    numbers = {name: float(value) for name, value in numbers.items()}
+    bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
+    if not bad:
+        return
+    saved = folder / f"not_finite_{at}.npz"
+    about = {"step": at, "numbers": {name: str(value) for name, value in numbers.items()}, "item_ids": list(item_ids)}
+    if hosts.is_first():
+        np.savez(saved, **inputs)
+        saved.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    raise NotFiniteError(
+        f"{folder.name} {at}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; items "
+        f"{', '.join(list(item_ids)[:8])}{', …' if len(item_ids) > 8 else ''}; what it read is in {saved}"
+    )

@@ -1,0 +1,312 @@
+"""Two processes over loopback, four CPU devices each, do what one process with eight does, and end together.
+
+Run as a program, this file is one of two hosts that only talk.
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax.linen import unbox
+from test_pipeline import TINY, metrics
+
+from reft_jax.model.hf import save_hf
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.parallel import hosts
+from reft_jax.runs.executions import LOG_NAME, read_executions
+from reft_jax.runs.rollout import shares
+from reft_jax.task import prompts
+from reft_jax.task.intervals import wilson
+from reft_jax.task.tokenizer import encode, encode_rollout, train_bpe
+from reft_jax.types import Prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+MESH = ["mesh.fsdp=4", "mesh.tensor=2"]  # of eight devices: rows and weights are spread over both hosts
+SMALLER = """
+data.pad_multiple=96 sft.max_len=96 ppo.max_prompt=80 ppo.max_len=96 sample.max_len=96 rerank.max_len=192
+sft.learning_rate=1e-3
+""".split()
+SOON_S = 3 * 60  # "about 60 s", on a machine that does other things as well
+
+
+class Ended(NamedTuple):
+    """How a host ended: its exit code, and what it said on the terminal."""
+
+    code: int
+    said: str
+
+
+def start(command: list[str], number: int, port: int, log: Path, **environment) -> subprocess.Popen:
+    """Host `number` of two."""
+    place = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command + place, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=file
+        )
+
+
+def wait(processes: list[subprocess.Popen], logs: list[Path], timeout: float) -> list[Ended]:
+    """Whoever has not ended after `timeout` seconds is killed: its code is -9."""
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+    codes = [process.wait() for process in processes]
+    time.sleep(1)  # for what copies their last words
+    return [Ended(*one) for one in zip(codes, [log.read_text() for log in logs], strict=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def write_inputs(folder: Path) -> None:
+    """Data of small sums, and a model that answers `return` and any digit, or breaks off: all three rewards occur.
+
+    Its logits follow from the last token alone: the matrix of outputs is made of the embeddings of what goes before.
+    """
+    rows = []
+    for i in range(61):
+        a, b = 1 + i % 4, 1 + i // 4 % 5
+        question = f"Ann has {a} pens and finds {b}. How many pens has she?"
+        cot = prompts.forced_prefix(question, "python") + f"    return {a + b}"
+        rows.append({"item_id": f"gsm8k_{i}", "question": question, "answer_value": str(a + b), "answer_cot": cot})
+    for name, part in (("train", rows[:48]), ("dev", rows[48:54]), ("test", rows[54:])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
+    tokenizer = train_bpe([prompts.prompt_text(row["question"]) + row["answer_cot"] for row in rows], 300)
+    shape, rng = LlamaConfig(len(tokenizer), 64, 32, 1, 2, 2, 32), np.random.default_rng(0)
+    abstract = unbox(jax.eval_shape(Llama(shape).init, jax.random.key(0), np.zeros((1, 2), np.int32)))["params"]
+    params = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), abstract)
+    params["final_norm"], outputs = np.ones(64, np.float32), params["lm_head"]["kernel"]
+    params["embed"] = embed = rng.normal(0, 64**-0.5, params["embed"].shape).astype(np.float32)
+    whole = encode(tokenizer, prompts.prompt_text(rows[0]["question"]) + rows[0]["answer_cot"])
+    answer = whole[len(encode_rollout(tokenizer, rows[0]["question"], "python")) - 1 : -1]
+    follows = list(itertools.pairwise(answer))  # what goes before, what comes
+    for digit in "0123456789":
+        [token] = encode(tokenizer, digit)
+        follows += [(answer[-1], token), (token, tokenizer.eos_token_id)]
+    for before, token in [*follows, (answer[1], tokenizer.eos_token_id)]:
+        outputs[:, token] += 2 * embed[before]
+    save_hf(folder / "model", Llama(shape), params, tokenizer=tokenizer)
+
+
+def pipeline(workdir: Path, cache: Path, *settings: str, devices: int) -> list[str]:
+    """The command; `cache` has the inputs and the compiled programs."""
+    inputs = [f"data.{split}={cache / split}.json" for split in ("train", "dev", "test")]
+    inputs += [f"model.path={cache / 'model'}", f"compiled={cache / 'compiled'}"]
+    changed = [*TINY, *SMALLER, *MESH, *inputs, f"mesh.cpu_devices={devices}", *settings]
+    config = [f"--config={ROOT / 'configs/quickstart.py'}", *(f"--config.{setting}" for setting in changed)]
+    return [sys.executable, "-m", "reft_jax", "pipeline", *config, f"--workdir={workdir}"]
+
+
+class Pair:
+    """Two hosts of one pipeline; `settings` are those of both, `only_second` of host 1 alone."""
+
+    def __init__(self, folder: Path, cache: Path, *settings: str, only_second: tuple[str, ...] = ()):
+        folder.mkdir(exist_ok=True)
+        self.workdir, self.logs, port = folder / "run", [folder / f"host_{i}.txt" for i in range(2)], free_port()
+        both = pipeline(self.workdir, cache, *settings, devices=4)
+        commands = both, both + [f"--config.{setting}" for setting in only_second]
+        self.processes = [start(commands[i], i, port, self.logs[i]) for i in range(2)]
+
+    def ended(self, timeout: float) -> list[Ended]:
+        return wait(self.processes, self.logs, timeout)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """The inputs of all runs, and what one process compiled for the others."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(cache, tmp_path_factory) -> Path:
+    """The work directory of the two."""
+    pair = Pair(tmp_path_factory.mktemp("two"), cache)
+    ends = pair.ended(900)
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
+    return pair.workdir
+
+
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory) -> Path:
+    """The work directory of the one."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    done = subprocess.run(pipeline(workdir, cache, devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def executed(workdir: Path, purpose: str) -> list[tuple]:
+    """(item, program, outcome, reward) of every completion, as logged."""
+    lines = [line for line in read_executions(workdir / LOG_NAME) if line["purpose"] == purpose]
+    return [(line["item_id"], line["program"], line["outcome"], line["reward"]) for line in lines]
+
+
+def test_the_first_iteration_has_the_same_tokens_and_scores(together, alone):
+    ours, theirs = (executed(workdir, "reft rollout") for workdir in (together, alone))
+    assert len(ours) == len(theirs) == 48
+    assert ours[:16] == theirs[:16]
+    assert {reward for *_, reward in ours[:16]} == {0.0, 0.1, 1.0}
+
+
+def test_losses_stay_those_of_one_process(together, alone):
+    for stage, names in (("sft", ["loss"]), ("reft", ["loss", "policy_loss", "value_loss", "reward", "kl"])):
+        ours, theirs = metrics(together, stage), metrics(alone, stage)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        for name in names:
+            found, expected = ([line[name] for line in lines] for lines in (ours, theirs))
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_the_same_rows_are_written_once_and_in_the_same_order(together, alone):
+    for file in ("samples/warmup_train.jsonl", "samples/sft_test.jsonl", "samples/reft_test.jsonl"):
+        ours, theirs = ([json.loads(line) for line in (d / file).read_text().splitlines()] for d in (together, alone))
+        assert [record["item_id"] for record in ours] == [record["item_id"] for record in theirs]
+        assert [len(record["predictions"]) for record in ours] == [len(record["predictions"]) for record in theirs]
+    ours, theirs = ({line["item_id"] for line in read_executions(d / LOG_NAME)} for d in (together, alone))
+    assert ours == theirs
+    assert sum(1 for _ in read_executions(together / LOG_NAME)) == sum(1 for _ in read_executions(alone / LOG_NAME))
+
+
+def test_accuracies_agree_within_their_intervals(together, alone):
+    ours, theirs = (json.loads((workdir / "report.json").read_text())["rows"] for workdir in (together, alone))
+    assert [row["model"] for row in ours] == [row["model"] for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for column in mine.keys() - {"model"}:
+            (low, high), (our_low, our_high) = wilson(**other[column]), wilson(**mine[column])
+            assert low <= our_high and our_low <= high, (mine["model"], column)
+
+
+def test_every_host_has_a_log_of_its_own_and_the_first_alone_reports(together):
+    logs = {path.name: path.read_text() for path in (together / "logs").iterdir()}
+    assert logs.keys() == {"host_0.log", "host_1.log"}
+    assert "[8/8] evaluation" in logs["host_0.log"] and "[8/8] evaluation" in logs["host_1.log"]
+    assert "voting@2" in logs["host_0.log"] and "voting@2" not in logs["host_1.log"]
+    assert "reft  3/3 iterations" in logs["host_0.log"] and "reft  3/3 iterations" not in logs["host_1.log"]
+
+
+def test_a_host_with_another_config_ends_both_and_is_named(cache, tmp_path):
+    ends = Pair(tmp_path, cache, only_second=("sft.epochs=3",)).ended(SOON_S)
+    for end in ends:
+        assert end.code == 2, end.said
+        assert "error: the command: sft.epochs is 3 on host 1 (" in end.said.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_the_mesh_does_not_divide_end_both(cache, tmp_path):
+    ends = Pair(tmp_path, cache, "engine.slots=18").ended(SOON_S)
+    for end in ends:
+        assert end.code == 2, end.said
+        assert "error: config: engine.slots must be a multiple of the 4 row shards of the mesh" in end.said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_host_ends_the_other_and_is_named(cache, together, tmp_path, killed):
+    """In the middle of training. `together` is there to have filled the cache."""
+    pair = Pair(tmp_path, cache)
+    begun, deadline = pair.workdir / "sft" / "metrics.jsonl", time.monotonic() + 300
+    while not (begun.exists() and begun.stat().st_size) and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in pair.processes), [log.read_text() for log in pair.logs]
+        time.sleep(0.05)
+    pair.processes[killed].kill()
+    end = pair.ended(SOON_S)[1 - killed]
+    assert end.code not in (0, -signal.SIGKILL), end.said
+    last_words = (pair.workdir / "logs" / f"host_{1 - killed}.log").read_text()
+    for said in (end.said, last_words):
+        assert "lost" in said.splitlines()[-1] and f" {killed} (" in said.splitlines()[-1], said
+
+
+def saved_steps(pair: Pair) -> list[int]:
+    folders = (pair.workdir / "reft" / "checkpoints").glob("[0-9]*")
+    return sorted(int(folder.name) for folder in folders if (folder / "manifest.json").exists())
+
+
+def test_sigterm_to_one_host_stops_both_with_the_same_step(cache, together, tmp_path):
+    """And again after a restart. `together` is there to have filled the cache."""
+    settings, steps = ("ppo.iterations=200", "ppo.save_every=200", "ppo.eval_every=200"), []
+    for asked in (1, 0):
+        pair, deadline = Pair(tmp_path, cache, *settings), time.monotonic() + 300
+        begun, before = pair.workdir / "reft" / "metrics.jsonl", steps[-1] if steps else 0
+        while not (begun.exists() and len(begun.read_text().splitlines()) > before) and time.monotonic() < deadline:
+            assert all(process.poll() is None for process in pair.processes), [log.read_text() for log in pair.logs]
+            time.sleep(0.05)
+        pair.processes[asked].send_signal(signal.SIGTERM)
+        for end in pair.ended(SOON_S):
+            assert end.code == 75, end.said
+            assert "stopped by a signal to one of the hosts" in end.said
+        assert steps == saved_steps(pair)[:-1]  # the one before is kept
+        steps = saved_steps(pair)
+        assert len(begun.read_text().splitlines()) == steps[-1]
+    assert f"reft: resuming after {steps[0]}\n" in (pair.workdir / "logs" / "host_1.log").read_text()
+
+
+TALKS = {
+    # case: exit code, what the last line of both says
+    "differ": (2, "error: things: size is [1] on host 1 ("),
+    "are at different places": (2, ") is at 'place 1', host 0 ("),
+    "fail": (1, "ValueError: no good"),
+}
+
+
+@pytest.mark.parametrize("case", TALKS)
+def test_hosts_that_talk_end_together(case, tmp_path):
+    logs, port = [tmp_path / f"{i}.txt" for i in range(2)], free_port()
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    processes = [start([sys.executable, __file__, case], i, port, logs[i], PYTHONPATH=path) for i in range(2)]
+    code, says = TALKS[case]
+    for end in wait(processes, logs, SOON_S):
+        assert end.code == code, end.said
+        assert says in end.said.splitlines()[-1]
+
+
+def test_a_process_alone_talks_to_itself():
+    assert hosts.is_first() and hosts.count() == 1
+    assert hosts.gather("x", {"a": 1}) == [{"a": 1}] and hosts.from_first("y", lambda: 2) == 2
+    hosts.agree("z", a=1)
+
+
+def test_programs_are_dealt_out_by_question(monkeypatch):
+    asked = [Prompt(item, sample, np.zeros(1, np.int32)) for item in ("a", "b", "c", "b") for sample in range(2)]
+    assert shares(asked) == [0] * 8
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    assert shares(asked) == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def talk(case: str, coordinator: str, num_processes: int, process_id: int) -> None:
+    with hosts.joined(coordinator, num_processes, process_id):
+        assert hosts.gather("all", {"from": process_id}) == [{"from": 0}, {"from": 1}]
+        assert hosts.from_first("one", lambda: [process_id, 0.1]) == [0, 0.1]
+        assert [len(text) for text in hosts.gather("much", "x" * 5_000_000)] == [5_000_000] * 2
+        hosts.agree("things", size=[0], name="same")
+        if case == "differ":
+            hosts.agree("things", size=[process_id], name="same")
+        if case == "are at different places":
+            hosts.gather(f"place {process_id}", None)
+        if process_id == 0:
+            raise ValueError("no good")
+        time.sleep(SOON_S)
+
+
+if __name__ == "__main__":
+    told = dict(argument.lstrip("-").split("=") for argument in sys.argv[2:])
+    talk(sys.argv[1], told["coordinator"], int(told["num_processes"]), int(told["process_id"]))

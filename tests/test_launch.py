@@ -1,0 +1,139 @@
+"""The launch scripts: checked by shellcheck, and run against stand-ins for gcloud, srun and the program itself."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    if SHELLCHECK is None:
+        pytest.skip("no shellcheck: pip install -e .[test]")
+    done = subprocess.run([SHELLCHECK, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def stand_in(folder: Path, name: str, script: str) -> Path:
+    """A program of that name in `folder`."""
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def environment(folder: Path, **more) -> dict[str, str]:
+    """Where the stand-ins of `folder` come first."""
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "WAIT_S": "0"} | more
+
+
+def run(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([LAUNCH / script, *arguments], env=env, capture_output=True, text=True, timeout=60)
+
+
+FAILS = 'echo "$@" >> "$RECORD"; (( $(wc -l < "$RECORD") > FAILURES )) || exit "$CODE"'  # so often, with that code
+
+
+@pytest.mark.parametrize("script", ["host.sh", "slurm.sh"])
+@pytest.mark.parametrize(
+    ("failures", "code", "starts", "ends"), [(2, 1, 3, 0), (0, 1, 1, 0), (9, 2, 1, 2), (9, 134, 4, 134)]
+)
+def test_a_run_that_fails_is_started_again_but_not_for_wrong_input(tmp_path, script, failures, code, starts, ends):
+    program = stand_in(tmp_path, "srun", FAILS)
+    record = {"RECORD": str(tmp_path / "starts"), "FAILURES": str(failures), "CODE": str(code), "RESTARTS": "3"}
+    env = environment(tmp_path, PYTHON=str(program), SLURM_SUBMIT_DIR=str(tmp_path), **record)
+    done = run(script, "sft", "--config=a b", env=env)
+    lines = (tmp_path / "starts").read_text().splitlines()
+    assert (done.returncode, len(lines)) == (ends, starts), done.stderr
+    assert all(line.endswith("-m reft_jax sft --config=a b") for line in lines)
+
+
+def test_a_host_that_is_asked_to_stop_lets_the_run_end_and_starts_no_other(tmp_path):
+    program = stand_in(tmp_path, "python", 'trap "sleep 0.3; exit 7" TERM\necho begun\nsleep 60 &\nwait $!\nexit 1')
+    process = subprocess.Popen(
+        [LAUNCH / "host.sh", "sft"], env=environment(tmp_path, PYTHON=str(program)), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 7
+    process.stdout.close()
+
+
+def test_tpu_vm_runs_the_command_on_every_host_as_it_was_typed(tmp_path):
+    """The stand-in for gcloud runs what is to be run on the hosts, in a home where host.sh says what it was given."""
+    home = tmp_path / "home" / "reft_jax" / "launch"
+    home.mkdir(parents=True)
+    stand_in(home, "host.sh", 'printf "%s\\n" "$@"')
+    gcloud = 'echo "$@" >> "$RECORD"; cd "$HOSTS_HOME"; for last; do :; done; bash -c "${last#--command=}"'
+    stand_in(tmp_path, "gcloud", gcloud)
+    record = {"RECORD": str(tmp_path / "calls"), "HOSTS_HOME": str(tmp_path / "home")}
+    env = environment(tmp_path, TPU="pod", ZONE="here", **record)
+    asked = ["pipeline", "--config=c.py", '--config.name=CodeLlama\'s "7B" $run']
+    done = run("tpu_vm.sh", "start", *asked, env=env)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 1
+    assert calls[0].startswith("compute tpus tpu-vm ssh pod --zone=here --worker=all --command=")
+    log, deadline = tmp_path / "home" / "reft_jax" / "host.log", time.monotonic() + 30
+    while (not log.exists() or len(log.read_text().splitlines()) < 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert log.read_text().splitlines() == asked
+    assert (log.parent / "host.pid").read_text().strip().isdigit()
+
+
+def test_tpu_vm_dry_run_prints_whole_commands_and_calls_nothing(tmp_path):
+    stand_in(tmp_path, "gcloud", 'touch "$RECORD"')
+    record = str(tmp_path / "called")
+    env = environment(tmp_path, TPU="pod", ZONE="here", SHARE="10.0.0.2:/reft", DRY_RUN="1", RECORD=record)
+    lines = []
+    for arguments in (["setup"], ["start", "sft"], ["follow"], ["stop"]):
+        done = run("tpu_vm.sh", *arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        lines += done.stdout.splitlines()
+    assert len(lines) == 8 and not os.path.exists(record)
+    for line in lines:
+        words = shlex.split(line)
+        assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and words[4] in ("ssh", "scp")
+        for word in words:
+            if word.startswith("--command="):
+                checked = subprocess.run(["bash", "-n", "-c", word.removeprefix("--command=")], capture_output=True)
+                assert checked.returncode == 0, checked.stderr
+    for wrong in ({"TPU": ""}, {"SHARE": ""}):
+        assert run("tpu_vm.sh", "setup", env=env | wrong).returncode == 2
+
+
+def test_the_manifest_fills_its_slice_and_runs_what_is_there():
+    yaml = pytest.importorskip("yaml")
+    manifest = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
+    [job] = manifest["spec"]["replicatedJobs"]
+    hosts, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert hosts["completions"] == hosts["parallelism"] == rows * columns // chips == 8
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0 and hosts["backoffLimit"] == 0
+    [script] = container["args"]
+    assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
+    for name in re.findall(r"\b(?:launch|configs)/\w+\.\w+", script):
+        assert (LAUNCH.parent / name).exists(), name
+
+
+def test_a_python_that_will_do_is_found(tmp_path):
+    """Here there is one, for the tests run with it."""
+    (tmp_path / "python3").symlink_to(sys.executable)
+    found = subprocess.run(
+        [LAUNCH / "python.sh"], env=environment(tmp_path), capture_output=True, text=True, check=True
+    )
+    asked = [found.stdout.strip(), "-c", "import sys; print(sys.version_info[:2] >= (3, 11))"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "True\n"

@@ -210,7 +210,7 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
 
     from reft_jax.model.hf import load_hf, load_rerank_head, read_config
     from reft_jax.model.llama import Llama
-    from reft_jax.parallel.mesh import abstract_arrays, shardings
+    from reft_jax.parallel.mesh import abstract_arrays, put, shardings
     from reft_jax.runs.stages import abstract_policy, abstract_reranker
     from reft_jax.train.checkpoints import load_params
 
@@ -226,6 +226,8 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
             return load_params(source.folder, abstract_arrays(run.mesh, abstract))
         where = shardings(run.mesh, abstract)
         _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"])
-        return {"lm": lm} | ({"rerank_head": load_rerank_head(source.folder)} if reranker else {})
+        if not reranker:
+            return {"lm": lm}
+        return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])}
 
     return run, load

@@ -176,8 +176,9 @@ def test_losses_stay_those_of_one_process(together, alone):
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         for name in names:
             found, expected = ([line[name] for line in lines] for lines in (ours, theirs))
-            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-7, err_msg=name)
-            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5, err_msg=name)
+            near_zero = 0 if name == "loss" else 1e-6
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=near_zero, err_msg=name)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=near_zero, err_msg=name)
 
 
 def test_the_same_rows_are_written_once_and_in_the_same_order(together, alone):

@@ -106,9 +106,7 @@ def score_lines(model, params, lines: Lines, temperature: float = 1.0):
 
 def for_micro_batches(score, lines: Lines, count, zeros):
     """Arrays [M,b,…] like `zeros` with `score` of each of the first `count` micro-batches of lines [M,b,…]."""
-    if (
-        len(lines.tokens) == 1
-    ):  # not a loop: XLA would move what never changes in it out of it, and keep it in there too
+    if len(lines.tokens) == 1:  # no loop: XLA would move what never changes in it out of it, and keep it in there too
         return jax.tree.map(lambda x: x[None], score(jax.tree.map(lambda x: x[0], lines)))
 
     def one(i, scored):

@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import REPO
 from jax.sharding import AbstractMesh
 from tiny import HEADS, tiny_config, tiny_model
 
@@ -29,6 +29,7 @@ from reft_jax.runs.search import candidates
 from reft_jax.train.state import abstract_params
 from reft_jax.types import InputError
 
+REPO = Path(__file__).resolve().parent.parent
 SEVEN = LlamaConfig.from_hf(json.loads((REPO / "configs/models/CodeLlama-7b-hf.json").read_text()), "7B")
 CONFIG = check_config(load_config(str(REPO / "configs/gsm8k_codellama_7b_reft.py")))
 CHIP = chips.Chip(flops=100.0, memory=1000.0, memory_rate=10.0, link_rate=5.0, clock=None)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from reft_jax.types import InputError
@@ -39,7 +40,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
         raise InputError(f"config: mesh.data*fsdp*tensor = {data}*{fsdp}*{tensor} does not make {len(devices)} devices")
     # Auto axes: with jax's default Explicit ones Linen's embedding lookup fails.
     axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, tensor), axes, axis_types=kinds, devices=devices)
+    # As jax.make_mesh, but an axis may be part of one of the torus: 8 of a 4 × 4 × 4.
+    sizes = (data, fsdp, tensor)
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), axes, axis_types=kinds)
 
 
 @contextmanager

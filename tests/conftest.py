@@ -67,3 +67,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch):
     shutdown()
     yield monkeypatch
     shutdown()
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """The time of these tests is compiling, most of it spent on optimizing code that runs once."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -7,7 +7,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -143,13 +142,11 @@ def numpy_cross_entropy(rows) -> float:
 
 
 @pytest.fixture(scope="module")
-def step():
-    jax.config.update("jax_disable_most_optimizations", True)
+def step(quick_compiles):
     optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
     _, where = tiny_state(MODEL, PARAMS, optimizer, make_mesh(1, 1, 1))
     jitted = make_self_train_step(MODEL, optimizer, where)
-    yield lambda batch, count: jitted(tiny_state(MODEL, PARAMS, optimizer)[0], batch, count)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return lambda batch, count: jitted(tiny_state(MODEL, PARAMS, optimizer)[0], batch, count)
 
 
 @pytest.mark.parametrize("correct", [3, 0])

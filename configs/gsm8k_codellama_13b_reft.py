@@ -3,14 +3,13 @@
 python -m reft_jax plan --config=configs/gsm8k_codellama_13b_reft.py --topology=v5p:4x4x4
 """
 
-from reft_jax.config import default_config
+from pathlib import Path
+
+from reft_jax.config import load_config
 
 
 def get_config():
-    config = default_config()
-    config.name = "GSM8K programs, CodeLlama-13B"
-    config.model.path = "models/CodeLlama-13b-hf"
-    config.data.train = "data/gsm8k_python_sdp.json"
-    config.data.test = "data/gsm8k_test_set.json"
+    config = load_config(f"{Path(__file__).with_name('paper.py')}:gsm8k,python")
+    config.name, config.model.path = "GSM8K programs, CodeLlama-13B", "models/CodeLlama-13b-hf"
     config.mesh.update(data=2, fsdp=4, tensor=8)
     return config

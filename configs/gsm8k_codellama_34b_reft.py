@@ -5,14 +5,13 @@ plan.
         --topology=v5e:8x8,v5e:8x16,v5p:2x4x4,v5p:4x4x4,v6e:8x8
 """
 
-from reft_jax.config import default_config
+from pathlib import Path
+
+from reft_jax.config import load_config
 
 
 def get_config():
-    config = default_config()
-    config.name = "GSM8K programs, CodeLlama-34B"
-    config.model.path = "models/CodeLlama-34b-hf"
-    config.data.train = "data/gsm8k_python_sdp.json"
-    config.data.test = "data/gsm8k_test_set.json"
+    config = load_config(f"{Path(__file__).with_name('paper.py')}:gsm8k,python")
+    config.name, config.model.path = "GSM8K programs, CodeLlama-34B", "models/CodeLlama-34b-hf"
     config.mesh.update(data=-1, fsdp=4, tensor=8)
     return config

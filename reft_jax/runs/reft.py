@@ -111,9 +111,6 @@ def run_reft(run: Run) -> dict:
     if result := finished(run, "reft"):
         return result
     ppo, questions = run.config.ppo, run.questions
-    iterations_per_pass = max(1, len(questions) // ppo.prompts)
-    iterations = ppo.iterations or ppo.epochs * iterations_per_pass
-    eval_every, save_every = ppo.eval_every or iterations_per_pass, ppo.save_every or iterations_per_pass
     schedule = constant_schedule(ppo.learning_rate, ppo.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=ppo.weight_decay, clip_norm=ppo.clip_norm)
     begin = {"best": 0, "best_dev_top1": -1.0}
@@ -134,7 +131,6 @@ def run_reft(run: Run) -> dict:
             line["compiles"] = compiles() - compiled
             return state, line, [example.item_id for example in examples], rollout._asdict()
 
-        every = {"iterations": iterations, "eval_every": eval_every, "save_every": save_every}
-        train_iterations(training, iterate, **every, shown=("reward", "kl"))
+        iterations = train_iterations(training, iterate, questions=len(questions), shown=("reward", "kl"))
         result = {"iterations": iterations, "questions": len(questions)}
         return training.finish(model_folder(run, "reft"), result)

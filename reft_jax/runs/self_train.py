@@ -65,9 +65,6 @@ def run_online(run: Run) -> dict:
     if result := finished(run, ONLINE):
         return result
     ppo, settings, rows = run.config.ppo, run.config.self_train, online_rows(run)
-    iterations_per_pass = max(1, len(rows) // ppo.prompts)
-    iterations = ppo.iterations or ppo.epochs * iterations_per_pass
-    eval_every, save_every = ppo.eval_every or iterations_per_pass, ppo.save_every or iterations_per_pass
     schedule = constant_schedule(settings.learning_rate, ppo.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=ppo.weight_decay, clip_norm=ppo.clip_norm)
     begin = {"best": 0, "best_dev_top1": -1.0}
@@ -86,8 +83,7 @@ def run_online(run: Run) -> dict:
             line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - begun}
             return state, line, [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
 
-        every = {"iterations": iterations, "eval_every": eval_every, "save_every": save_every}
-        train_iterations(training, iterate, **every, shown=("loss", "train_correct"))
+        iterations = train_iterations(training, iterate, questions=len(rows), shown=("loss", "train_correct"))
         return training.finish(model_folder(run, ONLINE), {"iterations": iterations, "questions": len(rows)})
 
 

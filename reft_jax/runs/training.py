@@ -197,15 +197,17 @@ def train_epochs(
     progress.close()
 
 
-def train_iterations(
-    training: Training, iterate, *, iterations: int, eval_every: int, save_every: int, shown: tuple[str, ...]
-) -> None:
+def train_iterations(training: Training, iterate, *, questions: int, shown: tuple[str, ...]) -> int:
     """Iterations in which a policy trains on what it sampled, from wherever the training is; the best on dev is kept.
 
-    iterate(state, iteration) -> (state, line of the metrics, item ids, inputs by name). `shown` are the numbers of a
-    line that the progress shows.
+    How many there are, which is returned, follows from config.ppo and the number of questions. iterate(state,
+    iteration) -> (state, line of the metrics, item ids, inputs by name). `shown` are the numbers of a line that the
+    progress shows.
     """
-    run, stage = training.run, training.folder.name
+    run, stage, ppo = training.run, training.folder.name, training.run.config.ppo
+    per_pass = max(1, questions // ppo.prompts)
+    iterations = ppo.iterations or ppo.epochs * per_pass
+    eval_every, save_every = ppo.eval_every or per_pass, ppo.save_every or per_pass
     progress = Progress(stage, iterations, "iteration", done0=training.done)
     while True:
         iteration = training.done
@@ -224,6 +226,7 @@ def train_iterations(
         training.updated(iteration + 1, state, line, line, item_ids, inputs)
         training.check_finite()
     progress.close()
+    return iterations
 
 
 def best_so_far(info: dict) -> dict:

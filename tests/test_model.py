@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_model
 
 from reft_jax.engine.slots import rollout_weights
 from reft_jax.model import attention
-from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join
+from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join, join_by_choice, join_in_place
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
 from reft_jax.model.llama_config import LlamaConfig
@@ -64,11 +64,12 @@ def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
         cache = join_all(cache, recent, begin, jnp.full(3, 2))
 
 
-def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else():
+@pytest.mark.parametrize("join", [join_by_choice, join_in_place])  # of a TPU, and of everything else
+def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else(join):
     rng, begin, count = np.random.default_rng(0), [1, 4, 5, 2], [2, 0, 3, 3]
     k, v, k_new, v_new = (rng.normal(size=(4, *shape)).astype(np.float32) for shape in ((2, 5, 6), (2, 6, 5)) * 2)
     k_new, v_new = k_new.swapaxes(2, 3)[:, :, :3], v_new[:, :, :3]
-    found = join_all((KVCache(k, v),), (KVCache(k_new, v_new),), jnp.array(begin), jnp.array(count))[0]
+    found = jax.jit(join)(KVCache(k, v), KVCache(k_new, v_new), jnp.array(begin), jnp.array(count))
     for row in range(4):
         for i in range(count[row]):
             if begin[row] + i < 6:

@@ -70,9 +70,14 @@ def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
     """The cache with the first count int32[B] of a row's recent positions at begin int32[B] and after.
 
-    What lies past the end of the cache is dropped. A choice and not a scatter: a TPU would lay the whole cache out
-    anew for a scatter, and back again. The product with a matrix of zeros and ones only moves numbers.
+    What lies past the end of the cache is dropped.
     """
+    return jax.lax.platform_dependent(cache, recent, begin, count, tpu=join_by_choice, default=join_in_place)
+
+
+def join_by_choice(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
+    """`join` where writing at a place of its own in every row is dear: a TPU would lay the whole cache out anew for it,
+    and back again. The product with a matrix of zeros and ones only moves numbers."""
     place = jnp.arange(cache.v.shape[2])[None] - begin[:, None]  # among the recent ones, [B,S]
     fresh = (place >= 0) & (place < count[:, None])
     moved = (jnp.arange(recent.v.shape[2])[None, :, None] == place[:, None]).astype(cache.v.dtype)
@@ -80,3 +85,23 @@ def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) ->
     k = jnp.einsum("BKRH,BRS->BKHS", recent.k, moved, **exact)
     v = jnp.einsum("BKRH,BRS->BKSH", recent.v, moved, **exact)
     return KVCache(jnp.where(fresh[:, None, None, :], k, cache.k), jnp.where(fresh[:, None, :, None], v, cache.v))
+
+
+def join_in_place(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
+    """`join` where that is cheap: touches as many positions of a row as there are recent ones."""
+    window = min(recent.v.shape[2], cache.v.shape[2])
+
+    def one_row(k, v, recent_k, recent_v, begin, count):
+        first = jnp.minimum(begin, v.shape[1] - window)  # so that the window lies within the cache
+        place = first - begin + jnp.arange(window)
+        fresh = (place >= 0) & (place < count)
+
+        def write(old, new, axis):
+            kept = jax.lax.dynamic_slice_in_dim(old, first, window, axis)
+            new = jnp.where(fresh if axis == 2 else fresh[:, None], new, kept)
+            return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis)
+
+        chosen = jnp.maximum(place, 0)
+        return write(k, recent_k[:, chosen].swapaxes(1, 2), 2), write(v, recent_v[:, chosen], 1)
+
+    return KVCache(*jax.vmap(one_row)(*cache, *recent, begin, count))

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_policy
 
 from reft_jax.train import scoring
-from reft_jax.train.packing import Packing
+from reft_jax.train.packing import Lines, Packing
 from reft_jax.train.scoring import LOGITS_AT_ONCE, hidden_states, make_scorer, score_lines
 
 MODEL, PARAMS = tiny_policy()
@@ -58,6 +58,11 @@ def gathered(full) -> np.ndarray:
     return out
 
 
+def added(logprob, weight):
+    """A loss."""
+    return (logprob * weight).sum(), ((), jnp.zeros(()))
+
+
 CHUNKS = pytest.mark.parametrize("at_once", [LOGITS_AT_ONCE, 50, 7])  # of 72 decisions a line all; 16; 2
 
 
@@ -80,18 +85,29 @@ def test_decisions_equal_the_full_log_softmax(monkeypatch, dtype, temperature, a
 def test_gradients_are_those_of_the_full_log_softmax(monkeypatch, tied, at_once):
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
     model, params = tiny_policy(tie_embeddings=tied)
-    rng, used = np.random.default_rng(5), 64
+    rng, lines = np.random.default_rng(5), first(packed().lines)
     hidden, probe = (rng.normal(size=(3, LENGTH, *more)).astype(np.float32) for more in ((24,), ()))
-    probe[:, used:] = 0
+    probe[lines.decisions < 0], used = 0, 64
+    targets = scoring.at_decisions(lines.tokens, lines.decisions + 1)
+
+    def loss(logprob, probe):
+        loss = (probe * jnp.sin(logprob)).sum()
+        return 3 * loss, ((loss, (probe != 0).sum()), jnp.where(probe != 0, -logprob, 0).max())
 
     def by_chunks(lm, hidden):
-        return (probe * scoring.next_token_logprobs(model, lm, hidden, TOKENS, used, 0.7)).sum()
+        found, numbers = scoring.decision_loss(loss, model, lm, hidden, lines, probe, 0.7)
+        return 2 * found, numbers
 
     def whole(lm, hidden):
         logprobs = jax.nn.log_softmax(model.apply({"params": lm}, hidden, method="unembed") / 0.7)
-        return (probe * jnp.take_along_axis(logprobs, TOKENS[..., None], -1)[..., 0]).sum()
+        found, numbers = loss(jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], probe)
+        return 2 * found, numbers
 
-    found, expected = (jax.jit(jax.grad(loss, (0, 1)))(params["lm"], hidden) for loss in (by_chunks, whole))
+    (made, found), (value, expected) = (
+        jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(params["lm"], hidden) for of in (by_chunks, whole)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), made, value)
+    assert made[1][0][1] == sum(DECISIONS)
     assert np.abs(expected[0]["embed"] if tied else expected[0]["lm_head"]["kernel"]).max() > 1
     assert np.abs(expected[1][:, :used]).max() > 0.1
     for (path, leaf), other in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
@@ -101,13 +117,19 @@ def test_gradients_are_those_of_the_full_log_softmax(monkeypatch, tied, at_once)
 def test_chunks_without_decisions_are_not_scored(monkeypatch):
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 12)  # four a line
     hidden = np.random.default_rng(6).normal(size=(3, 10, 24)).astype(np.float32)
-    targets = TOKENS[:, :10]
+    tokens, targets = TOKENS[:, :11], TOKENS[:, 1:11]
 
     @jax.jit
     def score(hidden, used):
         return scoring.next_token_logprobs(MODEL, PARAMS["lm"], hidden, targets, used)
 
-    gradient = jax.jit(jax.grad(lambda hidden, used: score(hidden, used).sum()))
+    @jax.jit
+    @jax.grad
+    def gradient(hidden, used):
+        decisions = jnp.broadcast_to(jnp.where(jnp.arange(10) < used, jnp.arange(10), -1), (3, 10))
+        lines = Lines(tokens, tokens, tokens, decisions)
+        return scoring.decision_loss(added, MODEL, PARAMS["lm"], hidden, lines, np.ones((3, 10), np.float32))[0]
+
     whole = score(hidden, 10)
     assert np.all(whole < 0)
     for used, scored in ((0, 0), (1, 4), (4, 4), (5, 8), (8, 8), (9, 10)):
@@ -123,10 +145,12 @@ def test_full_logits_exist_neither_forward_nor_backward():
     lines = first(packed(rows, START * 4, DECISIONS * 4, micro_batch=12).lines)
     assert lines.tokens.shape == lines.decisions.shape == (12, LENGTH)
 
-    def total(params):
-        return score_lines(MODEL, params, lines)[0].sum()
+    weight = np.ones(lines.decisions.shape, np.float32)
 
-    text = jax.jit(jax.grad(total)).lower(PARAMS).as_text()
+    def total(lm):
+        return scoring.decision_loss(added, MODEL, lm, hidden_states(MODEL, lm, lines), lines, weight)[0]
+
+    text = jax.jit(jax.grad(total)).lower(PARAMS["lm"]).as_text()
     assert 12 * 21 <= LOGITS_AT_ONCE < 12 * 22
     assert "tensor<12x21x61xf32>" in text  # the logits of one chunk of four
     # of all places; with what fills the last chunk; kept for the gradient

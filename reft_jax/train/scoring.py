@@ -1,4 +1,7 @@
-"""Log-probabilities and values of given rows. Full logits [B,T,V] never exist: 32 × 700 × 32,016 floats are 2.9 GB."""
+"""Log-probabilities and values of given rows, and losses of them.
+
+Full logits [B,T,V] never exist: 32 × 700 × 32,016 floats are 2.9 GB.
+"""
 
 from functools import partial
 
@@ -30,75 +33,137 @@ def decisions_at_once(rows: int, width: int) -> int:
     return min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))
 
 
+class Chunks:
+    """Decisions [b,W] a few at a time, in every row shard by itself, and no more of them than the first `used` int32[]
+    of W need: that may differ between batches without another compile."""
+
+    def __init__(self, rows: int, width: int, used):
+        self.size, self.shards = decisions_at_once(rows, width), rows // rows_per_device(rows)
+        self.rows, self.width, self.count = rows, width, (used + self.size - 1) // self.size
+
+    def split(self, x):
+        """[b,W,…] as [shards,b/shards,W',…], W' a whole number of chunks."""
+        x = jnp.pad(x, ((0, 0), (0, -self.width % self.size), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(self.shards, -1, *x.shape[1:])
+
+    def part(self, tree, i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, 1), tree)
+
+    def put(self, x, part, i):
+        return jax.lax.dynamic_update_slice_in_dim(x, part, i * self.size, 1)
+
+    def loop(self, step, start):
+        with jax.named_scope("decisions"):
+            return jax.lax.fori_loop(0, self.count, step, start)
+
+
+def _every_shard(one_shard, *axes):
+    return jax.vmap(one_shard, axes, spmd_axis_name=("data", "fsdp"))
+
+
+def _output_matrix(model, lm):
+    """(The output matrix, what else `unembed` takes)."""
+    head = {name: lm[name] for name in (["embed"] if model.config.tie_embeddings else ["lm_head"])}
+    return head, {name: lm[name] for name in ("embed", "final_norm") if name not in head}
+
+
+def _gathered(model, head):
+    """In the compute dtype, and once for all chunks."""
+    axes = {"embed": ("vocab", "act_embed"), "lm_head": {"kernel": ("act_embed", "vocab")}}
+    axes = {name: axes[name] for name in head}
+    return jax.tree.map(lambda x, axes: nn.with_logical_constraint(x.astype(model.dtype), axes), head, axes)
+
+
+def _logprobs(model, params, hidden, targets, temperature):
+    logits = model.apply({"params": params}, hidden, method="unembed") / temperature
+    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+
+
 def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
     """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D], of the first `used` of W.
 
-    A few decisions at a time, forward and backward, and no more than hold `used` int32[], which may differ between
-    batches without another compile: that is why the gradient is written out. What lies beyond `used` means nothing.
+    What lies beyond `used` means nothing. `decision_loss` is what has a gradient.
+    """
+    chunks, (head, rest) = Chunks(*targets.shape, used), _output_matrix(model, lm)
+
+    def one_shard(hidden, targets):
+        params = _gathered(model, head) | rest
+
+        def step(i, out):
+            return chunks.put(out, _logprobs(model, params, *chunks.part((hidden, targets), i), temperature), i)
+
+        return chunks.loop(step, jnp.zeros(targets.shape, jnp.float32))
+
+    out = _every_shard(one_shard, 0, 0)(chunks.split(hidden), chunks.split(targets))
+    return out.reshape(chunks.rows, -1)[:, : chunks.width]
+
+
+def add_up(total, new):
+    """Of two (loss, (sums, largest)): sums, and the larger of `largest`, a scalar."""
+    (loss, (sums, largest)), (more, (others, larger)) = total, new
+    return loss + more, (jax.tree.map(jnp.add, sums, others), jnp.maximum(largest, larger))
+
+
+def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: float = 1.0):
+    """What `loss(logprob float32[b,w], about [b,w]) -> (loss, (sums, largest))` adds up to over all decisions.
+
+    `about` [b,W] belongs to hidden dtype[b,W,D]; where there is no decision it must make the loss 0. A few decisions at
+    a time, with their gradient while their logits are there: a backward pass would have to compute those again. (So
+    does the fused linear cross-entropy of Liger Kernel, arXiv 2410.10989, for one loss.)
 
     Each row shard adds up its own part of the output matrix's gradient, which is summed over shards once, after the
     last chunk; and the matrix is gathered once, before the first.
     """
-    rows, width = targets.shape
-    chunk, shards = decisions_at_once(rows, width), rows // rows_per_device(rows)
-    padding = ((0, 0), (0, -width % chunk))
-    hidden, targets = jnp.pad(hidden, (*padding, (0, 0))), jnp.pad(targets, padding)
-    head = {name: lm[name] for name in (["embed"] if model.config.tie_embeddings else ["lm_head"])}
-    rest = {name: lm[name] for name in ("embed", "final_norm") if name not in head}
+    targets, used = next_tokens(lines)
+    chunks = Chunks(*targets.shape, used)
 
-    def whole(head):
-        axes = {"embed": ("vocab", "act_embed"), "lm_head": {"kernel": ("act_embed", "vocab")}}
-        axes = {name: axes[name] for name in head}
-        return jax.tree.map(lambda x, axes: nn.with_logical_constraint(x.astype(model.dtype), axes), head, axes)
+    def with_gradients(head, rest, hidden, targets, about):
+        params = _gathered(model, head)
 
-    def logprobs(head, rest, hidden, targets):
-        logits = model.apply({"params": head | rest}, hidden, method="unembed") / temperature
-        return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+        def one(params, i):
+            def of_part(params, hidden):
+                logprob = _logprobs(model, params | rest, hidden, chunks.part(targets, i), temperature)
+                return loss(logprob, chunks.part(about, i))
 
-    def part(x, i):
-        return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1)
+            return jax.value_and_grad(of_part, (0, 1), has_aux=True)(params, chunks.part(hidden, i))
 
-    def over_chunks(used, step, start):
-        with jax.named_scope("decisions"):
-            return jax.lax.fori_loop(0, (used + chunk - 1) // chunk, step, start)
+        def step(i, carry):
+            total, to_head, to_hidden = carry
+            new, (more, part) = one(params, i)
+            return add_up(total, new), jax.tree.map(jnp.add, to_head, more), chunks.put(to_hidden, part, i)
+
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, 0)[0])
+        zeros = jax.tree.map(jnp.zeros_like, (head, hidden))  # summed in the parameters' float32
+        total, *gradients = chunks.loop(step, (total, *zeros))
+        return total, gradients
 
     @jax.custom_vjp
-    def scored(head, rest, hidden, targets, used):
-        head = whole(head)
+    def one_shard(*args):
+        return with_gradients(*args)[0]
 
-        def step(i, out):
-            new = logprobs(head, rest, part(hidden, i), part(targets, i))
-            return jax.lax.dynamic_update_slice_in_dim(out, new, i * chunk, 1)
-
-        return over_chunks(used, step, jnp.zeros(targets.shape, jnp.float32))
-
-    def backward(kept, gradient):
-        head, rest, hidden, targets, used = kept
-        zeros = jax.tree.map(jnp.zeros_like, (head, hidden))
-        head = whole(head)
-
-        def step(i, sums):
-            to_head, to_hidden = sums
-            _, pull = jax.vjp(lambda head, h: logprobs(head, rest, h, part(targets, i)), head, part(hidden, i))
-            more, new = pull(part(gradient, i))
-            to_hidden = jax.lax.dynamic_update_slice_in_dim(to_hidden, new, i * chunk, 1)
-            return jax.tree.map(jnp.add, to_head, more), to_hidden  # summed in the parameters' float32
-
-        to_head, to_hidden = over_chunks(used, step, zeros)
+    def backward(gradients, cotangent):
+        to_head, to_hidden = jax.tree.map(lambda x: (x * cotangent[0]).astype(x.dtype), gradients)
         return to_head, None, to_hidden, None, None
 
-    scored.defvjp(lambda *args: (scored(*args), args), backward)
-    by_shard = (x.reshape(shards, -1, *x.shape[1:]) for x in (hidden, targets))
-    every_shard = jax.vmap(scored, (None, None, 0, 0, None), spmd_axis_name=("data", "fsdp"))
-    return every_shard(head, rest, *by_shard, used).reshape(rows, -1)[:, :width]
+    one_shard.defvjp(with_gradients, backward)
+    split = jax.tree.map(chunks.split, (hidden, targets, about))
+    every_shard = _every_shard(one_shard, None, None, 0, 0, 0)
+    total, (sums, largest) = every_shard(*_output_matrix(model, lm), *split)
+    return total.sum(), (jax.tree.map(jnp.sum, sums), largest.max())
+
+
+def next_tokens(lines: Lines):
+    """The targets int32[b,W] of the decisions, and how many of W hold all there are."""
+    return at_decisions(lines.tokens, lines.decisions + 1), (lines.decisions >= 0).sum(1).max()
 
 
 def score_lines(model, params, lines: Lines, temperature: float = 1.0):
-    """Log-probabilities and, where `params` has a value head, values of the decisions: float32[b,W] each (or None)."""
+    """Log-probabilities and, where `params` has a value head, values of the decisions: float32[b,W] each (or None).
+
+    Without a gradient: updates take `decision_loss`.
+    """
     hidden = hidden_states(model, params["lm"], lines)
-    targets = at_decisions(lines.tokens, lines.decisions + 1)
-    used = (lines.decisions >= 0).sum(1).max()
-    logprob = next_token_logprobs(model, params["lm"], hidden, targets, used, temperature)
+    logprob = next_token_logprobs(model, params["lm"], hidden, *next_tokens(lines), temperature)
     if "value_head" not in params:
         return logprob, None
     return logprob, ValueHead().apply({"params": params["value_head"]}, hidden)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from reft_jax.algo import advantages, losses
-from reft_jax.model.heads import RerankHead
+from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.train.packing import Lines
-from reft_jax.train.scoring import for_micro_batches, hidden_states, score_lines
+from reft_jax.train.scoring import add_up, decision_loss, for_micro_batches, hidden_states
 from reft_jax.train.state import TrainState, apply_gradients
 from reft_jax.types import PPOBatch
 
@@ -37,9 +37,8 @@ def over_micro_batches(loss_fn, params, batch, count):
         return grads, loss, sums, largest
 
     def step(i, total):
-        ((loss, (sums, largest)), grads), ((more, (others, larger)), new) = total, one(i)
-        sums = jax.tree.map(jnp.add, sums, others)
-        return (loss + more, (sums, jnp.maximum(largest, larger))), jax.tree.map(jnp.add, grads, new)
+        (sums, grads), (more, new) = total, one(i)
+        return add_up(sums, more), jax.tree.map(jnp.add, grads, new)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     with jax.named_scope("micro_batches"):
@@ -54,8 +53,12 @@ def make_sft_step(model, optimizer, shardings):
     def step(state: TrainState, batch, count):
         def loss_fn(params, rows):
             lines, weight = rows
-            logprob, _ = score_lines(model, {"lm": params["lm"]}, lines)
-            return losses.token_loss(logprob, weight), ((), jnp.zeros(()))
+
+            def cross_entropy(logprob, weight):
+                return losses.token_loss(logprob, weight), ((), jnp.zeros(()))
+
+            hidden = hidden_states(model, params["lm"], lines)
+            return decision_loss(cross_entropy, model, params["lm"], hidden, lines, weight)
 
         grads, loss, _, _ = over_micro_batches(loss_fn, state.params, batch, count)
         state, grad_norm = apply_gradients(state, optimizer, grads)
@@ -82,9 +85,13 @@ def make_self_train_step(model, optimizer, shardings):
     def step(state: TrainState, batch, count):
         def loss_fn(params, rows):
             lines, weight = rows
-            logprob, _ = score_lines(model, {"lm": params["lm"]}, lines)
-            sampled, gold = losses.token_loss(logprob, weight.sampled), losses.token_loss(logprob, weight.gold)
-            return sampled + gold, ((sampled, gold), jnp.zeros(()))
+
+            def halves(logprob, weight):
+                sampled, gold = losses.token_loss(logprob, weight.sampled), losses.token_loss(logprob, weight.gold)
+                return sampled + gold, ((sampled, gold), jnp.zeros(()))
+
+            hidden = hidden_states(model, params["lm"], lines)
+            return decision_loss(halves, model, params["lm"], hidden, lines, weight)
 
         grads, loss, (sampled, gold), _ = over_micro_batches(loss_fn, state.params, batch, count)
         state, grad_norm = apply_gradients(state, optimizer, grads)
@@ -103,12 +110,19 @@ def make_ppo_step(model, optimizer, settings: ClipSettings, shardings):
     def step(state: TrainState, batch, count):
         def loss_fn(params, rows):
             lines, old = rows
-            logprob, value = score_lines(model, params, lines, settings.temperature)
-            policy = losses.policy_loss(logprob, old.old_logprob, old.advantage, old.weight, clip=settings.clip)
+
+            def surrogate(logprob, old):
+                loss = losses.policy_loss(logprob, old.old_logprob, old.advantage, old.weight, clip=settings.clip)
+                error = jnp.abs(jnp.exp(jnp.where(old.weight > 0, logprob - old.old_logprob, 0.0)) - 1)
+                return loss, ((error > settings.clip).sum(), error.max())
+
+            hidden = hidden_states(model, params["lm"], lines)
+            policy, (clipped, error) = decision_loss(
+                surrogate, model, params["lm"], hidden, lines, old, settings.temperature
+            )
+            value = ValueHead().apply({"params": params["value_head"]}, hidden)
             critic = losses.value_loss(value, old.old_value, old.return_, old.weight, clip=settings.value_clip)
-            error = jnp.abs(jnp.exp(jnp.where(old.weight > 0, logprob - old.old_logprob, 0.0)) - 1)
-            sums = policy, critic, (error > settings.clip).sum()
-            return policy + settings.vf_coef * critic, (sums, error.max())
+            return policy + settings.vf_coef * critic, ((policy, critic, clipped), error)
 
         grads, loss, (policy, critic, clipped), error = over_micro_batches(loss_fn, state.params, batch, count)
         actions = (batch[1].weight > 0).sum()

@@ -4,13 +4,13 @@
 
 The same 512 completions as 512, 128, 32 and 8 prompts of 1, 4, 16 and 64 samples: decode time a token must not
 depend on it, and each prompt must be prefilled once. Then four times the prompts: four times the time, and no more
-memory. Each line is the median of three runs after one that compiles. Rewrites the table in benchmarks/README.md.
+memory. The cases run in turns, and medians count; the peak is of the runs that compile, one case after another.
+Rewrites the table in benchmarks/README.md.
 """
 
 import resource
 import statistics
 import time
-from collections import Counter
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from reft_jax.parallel.mesh import make_mesh, unboxed
 from reft_jax.types import Prompt
 
 FLAGS = flags.FLAGS
+flags.DEFINE_integer("rounds", 7, "times each case runs after one that compiles", lower_bound=1)
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 COMPLETIONS, PROMPT, SLOTS = 512, 48, 32
 CONFIG = LlamaConfig(2048, 128, 344, 4, 4, 2, 32)
@@ -58,19 +59,29 @@ class TimedDecode:
         return slots
 
 
-def measured(model: Llama, lm, completions: int, n: int) -> tuple[float, float, Counter]:
-    """(seconds, those of them in decode steps, the engine's counts)."""
-    prompts, limits = requests(completions, n)
-    engine = Engine(model, make_mesh(-1, 1, 1), slots=SLOTS, pad_multiple=16, eos_id=-1, seed=0)
-    taken = []
-    for _ in range(4):
-        engine.counts.clear()
+class Case:
+    """So many completions of so many samples a prompt, run again and again by one engine."""
+
+    def __init__(self, model: Llama, completions: int, n: int):
+        self.completions, self.n = completions, n
+        self.prompts, self.limits = requests(completions, n)
+        self.engine = Engine(model, make_mesh(-1, 1, 1), slots=SLOTS, pad_multiple=16, eos_id=-1, seed=0)
+        self.taken: list[tuple[float, float]] = []
+
+    def run(self, lm) -> None:
+        """Notes seconds, and those of them in decode steps."""
+        self.engine.counts.clear()
         programs.decode.seconds, begun = 0.0, time.perf_counter()
-        for _ in engine.generate(lm, prompts, max_len=limits, temperature=1.0):
+        for _ in self.engine.generate(lm, self.prompts, max_len=self.limits, temperature=1.0):
             pass
-        taken.append((time.perf_counter() - begun, programs.decode.seconds))
-    seconds, decoding = map(statistics.median, zip(*taken[1:], strict=True))
-    return seconds, decoding, engine.counts
+        self.taken.append((time.perf_counter() - begun, programs.decode.seconds))
+
+    def line(self, peak: float) -> str:
+        counts, (seconds, decoding) = self.engine.counts, map(statistics.median, zip(*self.taken, strict=True))
+        return (
+            f"| {self.completions} | {self.completions // self.n} × {self.n} | {seconds:.2f} | "
+            f"{counts['prompt_tokens']} | {counts['tokens']} | {1e6 * decoding / counts['tokens']:.1f} | {peak:.0f} |"
+        )
 
 
 def peak_mib() -> float:
@@ -84,12 +95,16 @@ def main(_: list[str]) -> None:
         "| completions | prompts × n | s | prompt tokens prefilled | tokens drawn | decode µs a token | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for completions, n in (*((COMPLETIONS, n) for n in (1, 4, 16, 64)), (4 * COMPLETIONS, 4)):
-        seconds, decoding, counts = measured(model, lm, completions, n)
-        lines.append(
-            f"| {completions} | {completions // n} × {n} | {seconds:.2f} | {counts['prompt_tokens']} | "
-            f"{counts['tokens']} | {1e6 * decoding / counts['tokens']:.0f} | {peak_mib():.0f} |"
-        )
+    cases, peaks = [Case(model, COMPLETIONS, n) for n in (1, 4, 16, 64)] + [Case(model, 4 * COMPLETIONS, 4)], []
+    for case in cases:  # these compile
+        case.run(lm)
+        peaks.append(peak_mib())
+        case.taken.clear()
+    for _ in range(FLAGS.rounds):
+        for case in cases:
+            case.run(lm)
+    for case, peak in zip(cases, peaks, strict=True):
+        lines.append(case.line(peak))
         print(lines[-1], flush=True)
     report("growth", "", lines, FLAGS.write)
 

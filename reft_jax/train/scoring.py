@@ -99,7 +99,7 @@ def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1
 
 
 def add_up(total, new):
-    """Of two (loss, (sums, largest)): sums, and the larger of `largest`, a scalar."""
+    """Of two (loss, (sums, largest)): sums, and the larger of `largest`, a scalar that is never negative."""
     (loss, (sums, largest)), (more, (others, larger)) = total, new
     return loss + more, (jax.tree.map(jnp.add, sums, others), jnp.maximum(largest, larger))
 

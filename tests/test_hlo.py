@@ -120,6 +120,62 @@ def entry(*lines: str) -> str:
     return HEADER + "ENTRY %main (p: f32[]) -> f32[] {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
 
 
+def loop(first: str, step: str) -> str:
+    """A product of 2 × 8 by 8 × 8 in every turn of `for (i = first; i < 8; i += step)`."""
+    shapes = "(s32[], f32[2,8], f32[8,8], s32[])"
+    return (
+        HEADER
+        + f"""%more (i: s32[], by: s32[]) -> s32[] {{
+  %i = s32[] parameter(0)
+  %by = s32[] parameter(1)
+  ROOT %sum = s32[] add(%i, %by)
+}}
+
+%body (p: {shapes}) -> {shapes} {{
+  %p = {shapes} parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x = f32[2,8] get-tuple-element(%p), index=1
+  %w = f32[8,8] get-tuple-element(%p), index=2
+  %limit = s32[] get-tuple-element(%p), index=3
+  %step = s32[] {step}
+  %next = s32[] fusion(%n, %step), kind=kLoop, calls=%more
+  %y = f32[2,8] dot(%x, %w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %t = {shapes} tuple(%next, %y, %w, %limit)
+}}
+
+%cond (p: {shapes}) -> pred[] {{
+  %p = {shapes} parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] get-tuple-element(%p), index=3
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}}
+
+"""
+        + entry(
+            f"%first = s32[] {first}",
+            "%copied = s32[] copy(%first)",
+            "%x = f32[2,8] parameter(0)",
+            "%w = f32[8,8] parameter(1)",
+            "%limit = s32[] constant(8)",
+            f"%t = {shapes} tuple(%copied, %x, %w, %limit)",
+            f"ROOT %l = {shapes} while(%t), condition=%cond, body=%body",
+        ).removeprefix(HEADER)
+    )
+
+
+@pytest.mark.parametrize(("first", "step", "turns"), [(0, 1, 8), (0, 2, 4), (1, 2, 4), (2, 4, 2), (1, 3, 3), (9, 1, 0)])
+def test_a_loop_turns_as_often_as_its_counter_says(first, step, turns):
+    assert count(loop(f"constant({first})", f"constant({step})")).flops == turns * 2 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("first", "step"), [("parameter(2)", "constant(1)"), ("constant(0)", "negate(%n)"), ("constant(0)", "constant(0)")]
+)
+def test_a_loop_whose_counter_says_nothing_is_an_error(first, step):
+    with pytest.raises(LoopError, match="name it in trips"):
+        count(loop(first, step))
+
+
 @pytest.mark.parametrize(
     ("groups", "number"),
     [

@@ -3,8 +3,9 @@
 A loop's body is multiplied by how often it runs, nested loops too; XLA's own `cost_analysis()` counts a body once. All
 numbers are those of one device, once through the program.
 
-How often a loop runs is read from its condition, which compares a counter with a constant. Loops that run as often as
-an argument says carry a `jax.named_scope`, and whoever counts says how often (`trips`).
+How often a loop runs is read from its condition, which compares a counter with a constant, and from the counter's first
+value and step: the TPU compiler runs some loops by twos. Loops that run as often as an argument says carry a
+`jax.named_scope`, and whoever counts says how often (`trips`).
 """
 
 import math
@@ -231,38 +232,51 @@ class _Program:
             return self.trips[label[1]]
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition = self.computations[loop.called("condition")[0]]
+        condition, body = (self.computations[loop.called(part)[0]] for part in ("condition", "body"))
         compare = condition.instructions[condition.root]
         names = compare.operands
         if compare.op == "fusion":  # of the comparison alone, on a CPU
             compare = self.computations[compare.called("calls")[0]]
             compare = compare.instructions[compare.root]
-        values = [self.constant(here, loop, condition, name) for name in names]
-        limits = [value for value in values if value is not None]
-        if compare.op != "compare" or "direction=LT" not in compare.attributes or len(limits) != 1:
-            raise LoopError(f"{loop.name} ({loop.source}): no constant says how often it runs; name it in trips")
-        return limits[0]
+        begin, end = here.instructions[loop.operands[0]], body.instructions[body.root].operands
+        start = {i: self.number(here, name, {}) for i, name in enumerate(begin.operands)} if begin.op == "tuple" else {}
+        same = {i: value for i, value in start.items() if _element(body, end[i]) == i}  # in every turn
+        limits = [value for name in names if (value := self.number(condition, name, same)) is not None]
+        counters = [i for name in names if (i := _element(condition, name)) is not None and same.get(i) is None]
+        if compare.op == "compare" and "direction=LT" in compare.attributes and len(limits) == len(counters) == 1:
+            [limit], [i] = limits, counters
+            step = self.number(body, end[i], same | {i: 0})
+            if step and start.get(i) is not None:
+                return max(0, math.ceil((limit - start[i]) / step))
+        raise LoopError(f"{loop.name} ({loop.source}): no constants say how often it runs; name it in trips")
 
-    def constant(self, here: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
-        """The integer that a name in a loop's condition stands for in every turn, or None."""
-        one = condition.instructions[name]
-        if one.op in ("bitcast", "copy"):
-            return self.constant(here, loop, condition, one.operands[0])
+    def number(self, here: Computation, name: str, elements: Mapping[int, int | None]) -> int | None:
+        """The integer that a name stands for, or None, by constants and what is known of the computation's arguments:
+        the elements of a loop's tuple, or the operands of a fusion."""
+        one = here.instructions[name]
         if one.op == "constant":
-            return int(one.operands[0])
-        if one.op != "get-tuple-element":
+            return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
+        if one.op == "get-tuple-element":
+            return elements.get(_element(here, name))
+        if one.op == "parameter":
+            return elements.get(int(one.operands[0]))
+        if one.op not in ("copy", "bitcast", "add", "fusion"):
             return None
-        body = self.computations[loop.called("body")[0]]
-        index = re.search(r"index=(\d+)", one.attributes)[0]
-        number = int(index.removeprefix("index="))
-        kept = body.instructions[body.instructions[body.root].operands[number]]
-        begin = here.instructions[loop.operands[0]]
-        if kept.op != "get-tuple-element" or not re.match(rf"{index}\b", kept.attributes) or begin.op != "tuple":
-            return None
-        value = here.instructions[begin.operands[number]]
-        while value.op in ("copy", "bitcast"):
-            value = here.instructions[value.operands[0]]
-        return int(value.operands[0]) if value.op == "constant" else None
+        values = [self.number(here, operand, elements) for operand in one.operands]
+        if one.op == "fusion":
+            fused = self.computations[one.called("calls")[0]]
+            return self.number(fused, fused.root, dict(enumerate(values)))
+        return None if None in values else sum(values)
+
+
+def _element(here: Computation, name: str) -> int | None:
+    """Which element of the computation's argument a name stands for, or None if it is something else."""
+    one = here.instructions[name]
+    while one.op in ("copy", "bitcast"):
+        one = here.instructions[one.operands[0]]
+    if one.op != "get-tuple-element" or here.instructions[one.operands[0]].op != "parameter":
+        return None
+    return int(re.search(r"index=(\d+)", one.attributes)[1])
 
 
 def _group(attributes: str) -> int:

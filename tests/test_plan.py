@@ -196,6 +196,9 @@ def test_the_command_plans_the_toy_with_the_tpu_compiler(tmp_path):
     again = json.loads(plan("--topology=v5e:2x2")[1])
     assert again == first  # compile seconds included: nothing was compiled
 
+    nowhere = tmp_path / "pods.md"
+    code, _, err = plan("--topology=v5e:2x2", "--config.toy.layers=3", f"--into={nowhere}")
+    assert code == 2 and str(nowhere) in err and "compiled" not in err  # before anything is compiled
     code, _, err = plan("--topology=v5e:2x3")
     assert code == 2 and "--topology" in err
     code, _, err = plan("--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.toy.heads=2")

@@ -31,7 +31,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def run_plan(config, values) -> bool:
     """The command: prints the plan as the flags `values` say; whether it fits."""
     shapes, source = shapes_of(config, Path(values.config.partition(":")[0]))
-    to_people = sys.stderr if values.json else sys.stdout
+    kind = "growth" if values.grow else "search" if values.search else values.topology[0]
+    name, to_people = f"{Path(values.config).stem} {kind}", sys.stderr if values.json else sys.stdout
+    if values.into:
+        _marked(Path(values.into), name)  # before anything is compiled
 
     def say(said: str) -> None:
         print(said, file=to_people, flush=True)
@@ -48,27 +51,28 @@ def run_plan(config, values) -> bool:
         plans = [(planned(one, topology), one) for topology, one in configs]
         text = table(HEAD, [growth_row(plan, one) for plan, one in plans])
         if values.into:
-            write_into(Path(values.into), f"{Path(values.config).stem} growth", text)
+            write_into(Path(values.into), name, text)
         print("\n" + plain(text))
         return all(plan.fits for plan, _ in plans)
     if values.search:
         found = candidates(config, shapes, values.topology)
         head = ["pod", "data × fsdp × tensor", "micro-batches", "remat", "GiB a chip", "seconds"]
-        say(
-            "On paper, the first to be compiled:\n\n" + plain(table(head, [words(one) for one in found[:SHOWN]])) + "\n"
-        )
+        on_paper = "On paper, the best:\n\n" + table(head, [words(one) for one in found[:SHOWN]])
+        say(f"{plain(on_paper)}\n")
         best = [(one.apply(config), one) for one in found[:COMPILED]]
         plans = [(planned(changed, one.topology), one) for changed, one in best]
         # Of those that fit the one whose chips are busy shortest, else the one that needs least.
         plan, one = min(plans, key=lambda p: (not p[0].fits, p[0].cost if p[0].fits else p[0].largest.resident))
-        topology = one.topology
-        say(f"Chosen: {', '.join(words(one)[:4])}\n")
+        rows = [words(one)[:4] + [f"{plan.largest.resident / GIB:.1f}", f"{plan.seconds:.2f}"] for plan, one in plans]
+        compiled = f"The first {len(plans)}, compiled:\n\n{table(head, rows)}\n\nChosen: {', '.join(words(one)[:4])}"
+        say(f"{plain(compiled)}\n")
+        topology, searched = one.topology, [on_paper, compiled]
     else:
-        (topology,) = values.topology
+        (topology,), searched = values.topology, []
         plan = planned(config, topology)
     text = report(plan, f"{config.name} on {topology}", values.questions, config.ppo.prompts)
     if values.into:
-        write_into(Path(values.into), f"{Path(values.config).stem} {topology}", text)
+        write_into(Path(values.into), name, "\n\n".join([*searched, text]))
     if values.json:
         print(json.dumps(to_json(plan, values.questions, config.ppo.prompts), indent=1))
     else:
@@ -201,12 +205,18 @@ def to_json(plan: Plan, questions: int, prompts: int) -> dict:
 
 def write_into(path: Path, name: str, text: str) -> None:
     """Puts the text between the marks `<!-- plan NAME -->` and `<!-- end -->` of a file. InputError without them."""
+    before, begin, end, after = _marked(path, name)
+    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
+def _marked(path: Path, name: str) -> tuple[str, str, str, str]:
+    """A file's text before the two marks, the marks, and what comes after them."""
     old = path.read_text() if path.is_file() else ""
     begin, end = f"<!-- plan {name} -->\n", "<!-- end -->"
     if begin not in old or end not in old.split(begin, 1)[1]:
         raise InputError(f"--into: {path} has no lines {begin.strip()!r} and {end!r}; add them where the tables belong")
     before, after = old.split(begin, 1)
-    path.write_text(f"{before}{begin}{text}\n{end}{after.split(end, 1)[1]}")
+    return before, begin, end, after.split(end, 1)[1]
 
 
 def plain(text: str) -> str:

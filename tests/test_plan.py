@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel import chips
 from reft_jax.parallel.hlo import Cost
 from reft_jax.parallel.mesh import check_divides, make_mesh
+from reft_jax.runs import plan_table
 from reft_jax.runs.growth import grown, growth_row
 from reft_jax.runs.jitted import Jitted, RunFunctions, device_bytes
 from reft_jax.runs.plan import Measured, Plan, Planned, advice, estimated, planned
@@ -139,6 +141,29 @@ def test_a_search_ranks_what_divides():
         candidates(CONFIG, tiny_config(hidden_size=25, head_dim=8, vocab_size=61), ["v5e:4x8"])
     with pytest.raises(InputError, match="names no known chip"):
         candidates(CONFIG, SEVEN, ["v3:4x8"])
+
+
+def test_a_search_compiles_three_and_chooses_the_cheapest_that_fits(tmp_path, monkeypatch, capsys):
+    """The second takes two calls of 5 s; the first one more of them; the third does not fit, though it takes one."""
+    path, best = tmp_path / "pods.md", candidates(CONFIG, SEVEN, ["v5e:4x8"])[:3]
+    path.write_text("<!-- plan gsm8k_codellama_7b_reft search -->\n<!-- end -->\n")
+    made = [plan_of(made_up(calls=3)), plan_of(made_up(calls=2)), plan_of(made_up(peak=651, temporaries=400, calls=1))]
+    compiled = []
+
+    def make_plan(config, shapes, topology, cache, say):
+        compiled.append((config.mesh.fsdp, config.ppo.micro_batch, config.model.remat))
+        return made[len(compiled) - 1]
+
+    monkeypatch.setattr(plan_table, "make_plan", make_plan)
+    monkeypatch.setattr(plan_table, "report", lambda plan, *_: f"the plan of {plan.seconds:.0f} seconds")
+    fields = {"grow": 0, "search": True, "json": False, "cache": "", "into": str(path), "questions": 7473}
+    source = str(REPO / "configs/gsm8k_codellama_7b_reft.py")
+    fits = plan_table.run_plan(CONFIG, SimpleNamespace(config=source, topology=["v5e:4x8"], **fields))
+    assert fits and compiled == [(one.fsdp, 32 // one.micro_batches, one.remat) for one in best]
+    chosen = f"Chosen: v5e:4x8, {best[1].chips // best[1].fsdp // best[1].tensor} × {best[1].fsdp} × {best[1].tensor}"
+    for text in (path.read_text(), capsys.readouterr().out):
+        assert chosen in text and "the plan of 10 seconds" in text
+    assert path.read_text().count("| v5e:4x8 |") == 12 + 3
 
 
 def test_batches_grow_with_the_chips():

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -24,10 +25,11 @@ def report(name: str, said: str, lines: list[str], write: bool) -> None:
 
 
 def head() -> str:
-    """The command, the machine, its load."""
+    """The command, without the folders of this machine; the machine; its load."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release().split('-')[0]}"
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
-    command = f"`python {' '.join(sys.argv)}`"
+    words = [re.sub(r"^(--\w+=)/.*/(?=.)", r"\1", word) for word in sys.argv]
+    command = f"`python {' '.join(words)}`"
     return f"{command} on {machine}, Python {platform.python_version()}, load average at the end {load}"
 
 

@@ -258,7 +258,7 @@ class _Program:
             return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
         if one.op == "get-tuple-element":
             return elements.get(_element(here, name))
-        if one.op == "parameter":
+        if one.op == "parameter" and len(one.arrays) == 1:  # not a loop's tuple
             return elements.get(int(one.operands[0]))
         if one.op not in ("copy", "bitcast", "add", "fusion"):
             return None

@@ -98,6 +98,11 @@ def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1
     return out.reshape(chunks.rows, -1)[:, : chunks.width]
 
 
+def zeros_of(function, *args):
+    """Zeros like what `function(*args)` returns."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+
+
 def add_up(total, new):
     """Of two (loss, (sums, largest)): sums, and the larger of `largest`, a scalar that is never negative."""
     (loss, (sums, largest)), (more, (others, larger)) = total, new
@@ -132,7 +137,7 @@ def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: flo
             new, (more, part) = one(params, i)
             return add_up(total, new), jax.tree.map(jnp.add, to_head, more), chunks.put(to_hidden, part, i)
 
-        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, 0)[0])
+        total = zeros_of(one, params, 0)[0]
         zeros = jax.tree.map(jnp.zeros_like, (head, hidden))  # summed in the parameters' float32
         total, *gradients = chunks.loop(step, (total, *zeros))
         return total, gradients

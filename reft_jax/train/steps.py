@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from reft_jax.algo import advantages, losses
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.train.packing import Lines
-from reft_jax.train.scoring import add_up, decision_loss, for_micro_batches, hidden_states
+from reft_jax.train.scoring import add_up, decision_loss, for_micro_batches, hidden_states, zeros_of
 from reft_jax.train.state import TrainState, apply_gradients
 from reft_jax.types import PPOBatch
 
@@ -40,9 +40,8 @@ def over_micro_batches(loss_fn, params, batch, count):
         (sums, grads), (more, new) = total, one(i)
         return add_up(sums, more), jax.tree.map(jnp.add, grads, new)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     with jax.named_scope("micro_batches"):
-        (loss, (sums, largest)), grads = jax.lax.fori_loop(0, count, step, zeros)
+        (loss, (sums, largest)), grads = jax.lax.fori_loop(0, count, step, zeros_of(one, 0))
     return grads, loss, sums, largest
 
 

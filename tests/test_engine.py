@@ -266,6 +266,15 @@ def test_the_last_rows_do_not_pay_for_empty_slots():
     assert engine.counts["slot_steps"] <= 64 * 16 + 8 * 96
 
 
+def test_the_last_rows_leave_one_by_one():
+    """A completion comes out when its row has ended, so that its program can run while the others decode."""
+    engine = Engine(MODEL, make_mesh(1, 1, 1), slots=8, pad_multiple=8, eos_id=-1, seed=0)
+    lengths = [3, 9, 1, 7, 14, 5, 11, 2]
+    rows = engine.generate(LM, prompts_of([4] * 8), max_len=[4 + length for length in lengths], temperature=1.0)
+    steps = {i: engine.counts["steps"] for i, _ in rows}
+    assert [steps[i] for i in range(8)] == lengths
+
+
 def test_a_second_rollout_compiles_nothing():
     def prompts(seed):
         lengths = np.random.default_rng(seed).permutation([3, 8, 1, 5, 8, 2, 7, 7, 6, 4] * 3)

@@ -56,8 +56,8 @@ def batch_of(kind: str) -> tuple[Packing, tuple]:
 def train(mesh, kind: str) -> dict:
     """Three updates: losses, gradient norms, weights, the step's constraints, the largest share of a matrix."""
     params = PARAMS if kind != "rerank" else tiny_policy("rerank_head", **SHAPE)[1]
-    # Clipped to so little, a weight's gradient is about as large as AdamW's epsilon and its update grows with it. At norm
-    # 1 the update is all but the gradient's sign, which rounding decides where the gradient is nearly 0.
+    # Clipped to so little, a weight's gradient is about as large as AdamW's epsilon and its update grows with it. At
+    # norm 1 the update is all but the gradient's sign, which rounding decides where the gradient is nearly 0.
     optimizer = make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.0, clip_norm=1e-6)
     state, where = tiny_state(MODEL, params, optimizer, mesh)
     step, (packing, told), seen = STEPS[kind](MODEL, optimizer, shardings=where), batch_of(kind), []

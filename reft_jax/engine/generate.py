@@ -124,8 +124,7 @@ class _Rollout:
             longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
             self.make_room(longest + 1)
             steps = min(programs.CHUNK, self.slots.cache[0].k.shape[-1] + 1 - longest)
-            taken = int((schedule.owner >= 0).sum())
-            enough = max(1, taken // 16) if queued else max(1, taken - self.next_size() * engine.shards)
+            enough = self.enough()
             self.slots = programs.decode(
                 engine.model, self.weights, self.slots, engine.key, self.iteration, steps, enough, **self.settings
             )
@@ -186,6 +185,18 @@ class _Rollout:
             for i, layer in enumerate(layers):
                 layers[i] = programs.grow_layer(layer, length)
             self.slots = self.slots._replace(cache=tuple(layers))
+
+    def enough(self) -> int:
+        """How many rows must end before a chunk stops early.
+
+        A few while others wait for their slots, then as many as let the rest move into fewer slots. Of the last, each
+        one: its program runs while the others decode, so that only one is waited for in the end.
+        """
+        taken = int((self.schedule.owner >= 0).sum())
+        if self.schedule.queued:
+            return max(1, taken // 16)
+        size = self.next_size()
+        return max(1, taken - size * self.engine.shards) if size else 1
 
     def next_size(self) -> int:
         """Slots a shard of the next smaller program, or 0."""

@@ -43,6 +43,7 @@ ONLINE = ("test_self_train.py::test_online_trains_responses_of_correct_rows_and_
 SUBSETS, OVER_ALL = "reft_jax.task.subsets", ("test_subsets.py::test_closed_forms_are_the_mean_over_all_subsets",)
 SCORES = ("test_scoring.py::test_decisions_equal_the_full_log_softmax",)
 ENDS = ("test_engine.py::test_a_row_ends_with_its_first_eos_or_at_max_len",)
+TPU = ("test_engine.py::test_a_tpus_form_of_weights_and_cache_draws_the_same_tokens",)
 JOINS = ("test_model.py::test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else",)
 SERVED = ("test_schedule.py::test_every_request_is_served_once_however_rows_end[3-5-8-4]",)
 MUTATIONS = [
@@ -161,15 +162,16 @@ MUTATIONS = [
     Mutation("a token's random numbers are the next one's", SLOTS, "slots.total_len - slots.prompt_len",
              "slots.total_len - slots.prompt_len + 1",
              ("test_engine.py::test_a_draw_follows_from_seed_iteration_item_sample_and_place_alone",)),
-    Mutation("the cache written one late", SLOTS, "begin, cache, slots = slots.total_len - 1,",
-             "begin, cache, slots = slots.total_len,",
+    Mutation("the cache written one late", SLOTS, "token, last, written, method", "token, last + 1, written, method",
              ("test_engine.py::test_greedy_equals_a_slow_loop_with_the_full_forward",)),
+    Mutation("a TPU's cache written one late", SLOTS, "begin, cache, slots = slots.total_len - 1,",
+             "begin, cache, slots = slots.total_len,", TPU),
+    Mutation("a TPU's cache without the last step", SLOTS, "drawn = slots.total_len - begin - 1",
+             "drawn = slots.total_len - begin - 2", TPU),
     Mutation("a step not joined to the cache", "reft_jax.model.cache", "(place < count[:, None])",
              "(place < count[:, None] - 1)", JOINS),
-    Mutation("a step not written to the cache", "reft_jax.model.cache", "(place < count)", "(place < count - 1)",
-             JOINS),
-    Mutation("a window past the cache's end", "reft_jax.model.cache", "first - begin + jnp.arange", "jnp.arange",
-             JOINS),
+    Mutation("a row sees one position more than it has", "reft_jax.model.llama", "<= at[:, None])",
+             "<= at[:, None] + 1)", ("test_model.py::test_prefill_and_ragged_decode_equal_the_full_forward",)),
     Mutation("a prefill a sample", SCHEDULE, "groups.setdefault(tokens.tobytes(), ", "groups.setdefault(request, ",
              ("test_schedule.py::test_requests_with_the_same_tokens_are_one_group",)),
     Mutation("another prompt's cache", SCHEDULE, "Seat(self.prefills, len(shares[shard]), r)",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
+from reft_jax.engine import generate as engine_module
 from reft_jax.engine.generate import Engine
 from reft_jax.engine.sampling import draw, inverse_cdf, item_number, row_keys
 from reft_jax.parallel.compilation import compiles
@@ -112,6 +113,15 @@ def test_a_row_draws_the_same_tokens_in_any_batch_and_order(batch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+def test_a_tpus_form_of_weights_and_cache_draws_the_same_tokens(monkeypatch):
+    """Rows begin and end within the chunks after which their cache is written there."""
+    prompts, expected = samples(3), generate(samples(3))
+    monkeypatch.setattr(engine_module, "for_rollouts", lambda model, mesh: model.clone(unrolled=True, tpu=True))
+    for a, b in zip(expected, generate(prompts), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
 def test_the_rows_beside_a_row_have_no_say():
     others = prompts_of([6, 8, 8, 1, 2], name="other")
     assert texts(generate(others[:2] + PROMPTS[:3] + others[2:]))[2:5] == texts(generate(PROMPTS))[:3]
@@ -171,7 +181,7 @@ def grid(n: int) -> np.ndarray:
 @pytest.mark.parametrize("vocab", [7, 256, 600])
 def test_inverse_cdf_gives_each_token_its_share(vocab):
     logits = np.random.default_rng(vocab).normal(0, 2, vocab).astype(np.float32)
-    tokens = np.asarray(pick(jnp.broadcast_to(logits, (10000, vocab)), grid(10000)))
+    tokens = np.asarray(pick(jnp.broadcast_to(np.exp(logits), (10000, vocab)), grid(10000)))
     share = np.bincount(tokens, minlength=vocab) / 10000
     np.testing.assert_allclose(share, np.exp(logits) / np.exp(logits).sum(), atol=1.5e-4)
 
@@ -183,7 +193,7 @@ def test_inverse_cdf_never_draws_a_token_of_probability_0():
     logits[:, 256:512] = -np.inf
     extremes = np.array([1.0, 1 - 2.0**-24, 2.0**-24], np.float32)
     uniform = np.concatenate([np.repeat(extremes, 2000), grid(3000)])
-    tokens = np.asarray(pick(logits, uniform))
+    tokens = np.asarray(pick(np.exp(logits), uniform))
     assert np.isfinite(logits[np.arange(9000), tokens]).all()
 
 

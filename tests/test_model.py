@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_model
 
 from reft_jax.engine.slots import rollout_weights
 from reft_jax.model import attention
-from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join, join_by_choice, join_in_place
+from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
 from reft_jax.model.llama_config import LlamaConfig
@@ -34,8 +34,14 @@ def prefill(model, params, tokens, length):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def decode(model, params, tokens, begin, step, cache, recent):
-    hidden, recent = model.apply({"params": params}, tokens, begin, step, cache, recent, method="decode")
+def decode(model, params, tokens, at, cache):
+    hidden, cache = model.apply({"params": params}, tokens, at, cache, method="decode")
+    return model.apply({"params": params}, hidden, method="unembed"), cache
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def decode_beside(model, params, tokens, begin, step, cache, recent):
+    hidden, recent = model.apply({"params": params}, tokens, begin, step, cache, recent, method="decode_beside")
     return model.apply({"params": params}, hidden, method="unembed"), recent
 
 
@@ -44,28 +50,45 @@ def join_all(cache, recent, begin, count):
     return tuple(join(old, new, begin, count) for old, new in zip(cache, recent, strict=True))
 
 
-def unrolled(model, params):
-    return model.clone(unrolled=True), rollout_weights(model, params)
+def unrolled(model, params, tpu=False):
+    model = model.clone(unrolled=True, tpu=tpu)
+    return model, rollout_weights(model, params)
 
 
-@pytest.mark.parametrize(("tied", "room"), [(False, 12), (True, 9)])
-def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
+def ragged(tied: bool, room: int, tpu: bool):
+    """Three rows prefilled to 5, of which 3, 5 and 1 count (what padding wrote is overwritten unseen): what a rollout
+    takes, the cache, those lengths, and the logits of the full forward."""
     model, params = tiny_model(tie_embeddings=tied)
-    full = forward(model, params, TOKENS)
-    lengths = np.array([3, 5, 1])  # rows are padded on the right to 5; what padding wrote is overwritten unseen
-    rollout = unrolled(model, params)
+    rollout = unrolled(model, params, tpu)
     cache = prefill(*rollout, TOKENS[:, :5], length=room)
+    return rollout, cache, np.array([3, 5, 1]), forward(model, params, TOKENS)
+
+
+TIED_AND_ROOM = pytest.mark.parametrize(("tied", "room"), [(False, 12), (True, 9)])
+
+
+@TIED_AND_ROOM
+def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
+    rollout, cache, lengths, full = ragged(tied, room, tpu=False)
+    for _ in range(4):
+        logits, cache = decode(*rollout, TOKENS[np.arange(3), lengths], lengths, cache)
+        np.testing.assert_allclose(logits, full[np.arange(3), lengths], atol=1e-5)
+        lengths = lengths + 1
+
+
+@TIED_AND_ROOM
+def test_prefill_and_ragged_decode_of_a_tpu_equal_the_full_forward(tied, room):
+    rollout, cache, lengths, full = ragged(tied, room, tpu=True)
     for _ in range(2):
-        begin, recent = jnp.asarray(lengths), init_recent(model.config, 3, 2)
+        begin, recent = lengths, init_recent(tiny_config(), 3, 2)
         for step in range(2):
-            logits, recent = decode(*rollout, TOKENS[np.arange(3), lengths], begin, step, cache, recent)
+            logits, recent = decode_beside(*rollout, TOKENS[np.arange(3), lengths], begin, step, cache, recent)
             np.testing.assert_allclose(logits, full[np.arange(3), lengths], atol=1e-5)
-            lengths += 1
+            lengths = lengths + 1
         cache = join_all(cache, recent, begin, jnp.full(3, 2))
 
 
-@pytest.mark.parametrize("join", [join_by_choice, join_in_place])  # of a TPU, and of everything else
-def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else(join):
+def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else():
     rng, begin, count = np.random.default_rng(0), [1, 4, 5, 2], [2, 0, 3, 3]
     k, v, k_new, v_new = (rng.normal(size=(4, *shape)).astype(np.float32) for shape in ((2, 5, 6), (2, 6, 5)) * 2)
     k_new, v_new = k_new.swapaxes(2, 3)[:, :, :3], v_new[:, :, :3]
@@ -79,22 +102,26 @@ def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else(join):
 
 
 def test_decoding_never_copies_the_cache():
-    model, params = unrolled(*tiny_model(num_layers=8))
-    cache, recent = init_cache(model.config, batch=4, length=512), init_recent(model.config, batch=4, length=2)
-    size, begin = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)), jnp.zeros(4, jnp.int32)
-    step = decode.lower(model, params, TOKENS[0, :4], begin, 0, cache, recent).compile().memory_analysis()
-    assert step.temp_size_in_bytes < size / 2  # one layer and the scores, not the whole
-    joined = jax.jit(join, donate_argnums=0).lower(cache[0], recent[0], begin, begin).compile().memory_analysis()
-    assert joined.alias_size_in_bytes == size / 8  # written where it lies
+    """Written where it lies; on a TPU only read. Beside it there is room for a layer and the scores, not the whole."""
+    tiny, zeros = tiny_model(num_layers=8), jnp.zeros(4, jnp.int32)
+    cache = init_cache(tiny[0].config, batch=4, length=512)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+    model, params = unrolled(*tiny)
+    lowered = jax.jit(decode, static_argnums=0, donate_argnums=4).lower(model, params, TOKENS[0, :4], zeros, cache)
+    step = lowered.compile().memory_analysis()
+    assert step.alias_size_in_bytes == size and step.temp_size_in_bytes < size / 2
+    model, params = unrolled(*tiny, tpu=True)
+    recent = init_recent(model.config, batch=4, length=2)
+    step = decode_beside.lower(model, params, TOKENS[0, :4], zeros, 0, cache, recent).compile().memory_analysis()
+    assert step.temp_size_in_bytes < size / 2
 
 
 def test_a_cache_of_half_the_size_costs_only_precision():
     model, params = tiny_model()
     rollout = unrolled(model, params)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), prefill(*rollout, TOKENS[:, :8], length=9))
-    recent, begin = init_recent(model.config, 3, 2, jnp.bfloat16), jnp.full(3, 8)
-    logits, recent = decode(*rollout, TOKENS[:, 8], begin, 0, half, recent)
-    after = join_all(half, recent, begin, jnp.ones(3, jnp.int32))
+    logits, after = decode(*rollout, TOKENS[:, 8], jnp.full(3, 8), half)
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(logits, forward(model, params, TOKENS)[:, 8], atol=0.1)
 

@@ -16,6 +16,7 @@ import numpy as np
 from reft_jax.engine import slots as programs
 from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
+from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
@@ -57,7 +58,7 @@ class Engine:
         (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,
         queue_tokens.
         """
-        self.model, self.mesh, self.pad_multiple, self.eos_id = model.clone(unrolled=True), mesh, pad_multiple, eos_id
+        self.model, self.mesh, self.pad_multiple, self.eos_id = for_rollouts(model, mesh), mesh, pad_multiple, eos_id
         self.shards = row_shards(mesh)
         self.sizes = [slots // self.shards]  # slots a shard
         while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:

@@ -68,8 +68,8 @@ def _placed(tree):
     return jax.tree.map(nn.with_logical_constraint, tree, axes(tree))
 
 
-def _placed_recent(x):
-    return nn.with_logical_constraint(x, kv.CACHE_AXES.v)
+def _placed_layers(layers: tuple[kv.KVCache, ...], axes: kv.KVCache):
+    return jax.tree.map(nn.with_logical_constraint, layers, (axes,) * len(layers))
 
 
 on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is traced
@@ -189,13 +189,14 @@ def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
 def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_id, temperature, top_k) -> Slots:
     """At most `steps` (of CHUNK) steps over all slots, fewer if `enough` of the rows that decode now have ended.
 
-    Each row draws until EOS or its limit. `steps` must not lead a row past the cache, which is read by every step and
-    written after the last.
+    Each row draws until EOS or its limit. `steps` must not lead a row past the cache. On a TPU it is written after the
+    last step (model/cache.py).
     """
     index = jnp.arange(slots.tokens.shape[1])[None]
     keys = row_keys(key, iteration, slots.item, slots.sample)
     begun = (slots.total_len < slots.limit).sum()
     begin, cache, slots = slots.total_len - 1, slots.cache, slots._replace(cache=())
+    beside, params = model.tpu, {"params": weights}
 
     def undecided(carry):
         step, slots, _ = carry
@@ -203,12 +204,15 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
         return (step < steps) & (begun - left < enough) & (left > 0)
 
     def one_step(carry):
-        step, slots, recent = carry
+        step, slots, written = carry
         active = slots.total_len < slots.limit
         last = slots.total_len - 1
         token = jnp.take_along_axis(slots.tokens, last[:, None], 1)[:, 0]
-        hidden, recent = model.apply({"params": weights}, token, begin, step, cache, recent, method="decode")
-        logits = model.apply({"params": weights}, hidden, method="unembed")
+        if beside:
+            hidden, written = model.apply(params, token, begin, step, cache, written, method="decode_beside")
+        else:
+            hidden, written = model.apply(params, token, last, written, method="decode")
+        logits = model.apply(params, hidden, method="unembed")
         response = slots.total_len - slots.prompt_len
         token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
         here = active[:, None] & (index == slots.total_len[:, None])
@@ -219,12 +223,15 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
             total_len=total_len,
             limit=jnp.where(active & (token == eos_id), total_len, slots.limit),
         )
-        return step + 1, slots, jax.tree.map(_placed_recent, recent)
+        return step + 1, slots, _placed_layers(written, where)
 
-    recent = kv.init_recent(model.config, len(begin), CHUNK, model.dtype)
+    written, where = cache, kv.CACHE_AXES
+    if beside:
+        written = kv.init_recent(model.config, len(begin), CHUNK, model.dtype)
+        where = kv.KVCache(kv.CACHE_AXES.v, kv.CACHE_AXES.v)
     with jax.named_scope("decode_steps"):
-        _, slots, recent = jax.lax.while_loop(undecided, one_step, (0, slots, jax.tree.map(_placed_recent, recent)))
-    drawn = slots.total_len - begin - 1
-    return _placed(
-        slots._replace(cache=tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, recent, strict=True)))
-    )
+        _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
+    if beside:
+        drawn = slots.total_len - begin - 1
+        written = tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, written, strict=True))
+    return _placed(slots._replace(cache=written))

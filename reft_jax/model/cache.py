@@ -4,8 +4,9 @@ Keys keep the cache position last and values keep it second to last: the two lay
 decode step read memory in order. Layers are separate arrays, and as long as the longest row needs (`grow`): a product
 cannot read a slice of a larger array in place, so one stacked cache would be copied, layer by layer, in every step.
 
-Decode steps do not write to it. What a few steps add is kept beside it (`init_recent`), where all rows write at one
-place, and joined to it after them.
+A decode step writes to it in place (`in_place`), each row at a position of its own. Not on a TPU, which would lay the
+whole cache out anew for that, and back again: there, what a few steps add is kept beside it (`init_recent`, `beside`),
+where all rows write at one place, and joined to it after them (`join`).
 """
 
 from typing import NamedTuple
@@ -57,27 +58,34 @@ def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32)
     return (KVCache(zeros, zeros),) * config.num_layers
 
 
-def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-    """k, v [B,K,1,H] as what step int32[] adds: the same place in every row, so nothing is scattered."""
-    return KVCache(
+def beside(cache: KVCache, recent: KVCache, step: jax.Array, old: jax.Array, new: jax.Array, k, v):
+    """What k [B,K,H,1], v [B,K,1,H] of step int32[] attend to, themselves included, for `attend`; and `recent` with
+    them: the same place in every row, so nothing is scattered. old, new: what is seen of the cache and of `recent`."""
+    recent = KVCache(
         *(
-            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, 2)
-            for old, new in zip(recent, (k, v), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(there, added.astype(there.dtype), step, 2)
+            for there, added in zip(recent, (k.swapaxes(2, 3), v), strict=True)
         )
     )
+    return [(*cache, old), (recent.k.swapaxes(2, 3), recent.v, new)], recent
+
+
+def in_place(cache: KVCache, at: jax.Array, seen: jax.Array, k, v):
+    """The same where the cache takes k [B,K,H,1], v [B,K,1,H] at the positions at int32[B]."""
+
+    def one_row(old, new, at, axis):
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis)
+
+    write = jax.vmap(one_row, (0, 0, 0, None))
+    cache = KVCache(write(cache.k, k, at, 2), write(cache.v, v, at, 1))
+    return [(*cache, seen)], cache
 
 
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
     """The cache with the first count int32[B] of a row's recent positions at begin int32[B] and after.
 
-    What lies past the end of the cache is dropped.
+    What lies past the end of the cache is dropped. The product with a matrix of zeros and ones only moves numbers.
     """
-    return jax.lax.platform_dependent(cache, recent, begin, count, tpu=join_by_choice, default=join_in_place)
-
-
-def join_by_choice(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
-    """`join` where writing at a place of its own in every row is dear: a TPU would lay the whole cache out anew for it,
-    and back again. The product with a matrix of zeros and ones only moves numbers."""
     place = jnp.arange(cache.v.shape[2])[None] - begin[:, None]  # among the recent ones, [B,S]
     fresh = (place >= 0) & (place < count[:, None])
     moved = (jnp.arange(recent.v.shape[2])[None, :, None] == place[:, None]).astype(cache.v.dtype)
@@ -85,23 +93,3 @@ def join_by_choice(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax
     k = jnp.einsum("BKRH,BRS->BKHS", recent.k, moved, **exact)
     v = jnp.einsum("BKRH,BRS->BKSH", recent.v, moved, **exact)
     return KVCache(jnp.where(fresh[:, None, None, :], k, cache.k), jnp.where(fresh[:, None, :, None], v, cache.v))
-
-
-def join_in_place(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
-    """`join` where that is cheap: touches as many positions of a row as there are recent ones."""
-    window = min(recent.v.shape[2], cache.v.shape[2])
-
-    def one_row(k, v, recent_k, recent_v, begin, count):
-        first = jnp.minimum(begin, v.shape[1] - window)  # so that the window lies within the cache
-        place = first - begin + jnp.arange(window)
-        fresh = (place >= 0) & (place < count)
-
-        def write(old, new, axis):
-            kept = jax.lax.dynamic_slice_in_dim(old, first, window, axis)
-            new = jnp.where(fresh if axis == 2 else fresh[:, None], new, kept)
-            return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis)
-
-        chosen = jnp.maximum(place, 0)
-        return write(k, recent_k[:, chosen].swapaxes(1, 2), 2), write(v, recent_v[:, chosen], 1)
-
-    return KVCache(*jax.vmap(one_row)(*cache, *recent, begin, count))

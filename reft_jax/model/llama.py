@@ -9,6 +9,7 @@ compute dtype where they are used; norms, rotations and softmax are float32.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model.attention import attend, attend_causally
-from reft_jax.model.cache import KVCache, write_recent
+from reft_jax.model.cache import KVCache, beside, in_place
 from reft_jax.model.llama_config import LlamaConfig
 
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
@@ -47,16 +48,17 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin float32[B,T,1,H/2] for positions int32[B,T]; the 1 stands for the heads."""
+    """cos and signed sin float32[B,T,1,H] for positions int32[B,T]; the 1 stands for the heads."""
     angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x [B,T,heads,H] in float32; dimension i pairs with i + H/2, the convention of Hugging Face."""
     cos, sin = tables
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    y = x.astype(jnp.float32)
+    return (y * cos + jnp.roll(y, y.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -87,6 +89,16 @@ def _project_backward(kept, y):
 project.defvjp(_project_forward, _project_backward)
 
 
+def project_few(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [B,T,D] of few rows times weight [F,D] -> [B,T,F], in x's dtype.
+
+    The weights stand on the left, behind a barrier against XLA's turning the product round: on a CPU a product of 64
+    rows with SmolLM2's matrices takes 0.8 of the time.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return jax.lax.optimization_barrier(weight @ rows.T).T.reshape(*x.shape[:-1], -1)
+
+
 def _matrix(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
 
@@ -102,20 +114,20 @@ def _residual(x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """One layer, in the form that `nn.scan` takes: (x, shared inputs) -> (x, what is kept of the layer).
 
-    `flat`: of the weights heads and head dimension are one axis, and the model axis is the last of all; a TPU would
-    copy weights of another form into this one before it decodes.
+    `form` of the matrices: "" as training has them. In rollouts heads and head dimension are one axis, and every matrix
+    is [out, in]; but where it is "tpu" the model axis is the last of all, for a TPU would copy weights of another form
+    into this one before it decodes.
     """
 
     config: LlamaConfig
     dtype: Any
-    flat: bool = False
+    form: str = ""
 
     @nn.compact
-    def __call__(self, x, tables, mask, past=None, step=None, keep=False):
+    def __call__(self, x, tables, mask, past=None, keep=False):
         """x dtype[B,T,D], mask bool[1 or B,T,S] -> (x, None), or with `keep` the KVCache of these T positions.
 
-        In decoding (T = 1) `past` is (the cache, what recent steps added), `mask` has one mask for each, and the
-        recent part is returned with this step written to it.
+        In decoding (T = 1) `past(k, v)` of this position returns (what there is to attend to, what is kept).
         """
         c = self.config
 
@@ -127,12 +139,18 @@ class Block(nn.Module):
             return rms_norm(x, scale, c.rms_norm_eps)
 
         def into(name, y, size, axis):
-            if self.flat:
-                return project(y, weight(name, (size, c.hidden_size), axis, "embed").T)
-            return project(y, weight(name, (c.hidden_size, size), "embed", axis))
+            if not self.form:
+                return project(y, weight(name, (c.hidden_size, size), "embed", axis))
+            matrix = weight(name, (size, c.hidden_size), axis, "embed")
+            return project(y, matrix.T) if self.form == "tpu" else project_few(y, matrix)
+
+        def out_of(name, y, axis):
+            if self.form in ("", "tpu"):
+                return project(y, weight(name, (y.shape[-1], c.hidden_size), axis, "embed"))
+            return project_few(y, weight(name, (c.hidden_size, y.shape[-1]), "embed", axis))
 
         def heads_of(name, y, count, axis):
-            if self.flat:
+            if self.form:
                 out = into(name, y, count * c.head_dim, axis)
             else:
                 matrix = weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
@@ -149,20 +167,19 @@ class Block(nn.Module):
             heads = attend_causally(q, k, v, mask)
             kept = KVCache(k, v) if keep else None
         else:
-            cache, recent = past
-            kept = write_recent(recent, step, k.swapaxes(2, 3), v)
-            heads = attend(q, (*cache, mask[0]), (kept.k.swapaxes(2, 3), kept.v, mask[1]))
-        if self.flat:
-            o_weight = weight("o", (c.num_heads * c.head_dim, c.hidden_size), "heads", "embed")
+            parts, kept = past(k, v)
+            heads = attend(q, *parts)
+        heads = heads.reshape(*x.shape[:2], -1)
+        if self.form:
+            x = _residual(x + out_of("o", heads, "heads"))
         else:
             o_weight = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
-        x = _residual(x + project(heads.reshape(*x.shape[:2], -1), o_weight.reshape(-1, c.hidden_size)))
+            x = _residual(x + project(heads, o_weight.reshape(-1, c.hidden_size)))
 
         y = norm("mlp_norm", x)
         gate, up = (into(name, y, c.intermediate_size, "mlp") for name in ("gate", "up"))
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
-        x = _residual(x + project(y, weight("down", (c.intermediate_size, c.hidden_size), "mlp", "embed")))
-        return x, kept
+        return _residual(x + out_of("down", y, "mlp")), kept
 
 
 class Unembed(nn.Module):
@@ -180,19 +197,22 @@ class Unembed(nn.Module):
 class Llama(nn.Module):
     """The language model. `dtype` is the compute dtype; `remat` is "none", "full" or "dots" (see REMAT_POLICIES).
 
-    `unrolled`: the layers' parameters are those of rollout_weights.py; what rollouts run.
+    `unrolled`: the layers' parameters are those of rollout_weights.py; what rollouts run. `tpu`: with weights and cache
+    in the forms that a TPU wants.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     unrolled: bool = False
+    tpu: bool = False
 
     def setup(self):
         c = self.config
         self.embed = self.param("embed", _matrix("vocab", "embed"), (c.vocab_size, c.hidden_size))
         if self.unrolled:
-            self.layers = [Block(c, self.dtype, flat=True) for _ in range(c.num_layers)]
+            form = "tpu" if self.tpu else "left"
+            self.layers = [Block(c, self.dtype, form) for _ in range(c.num_layers)]
         else:
             block = Block
             if self.remat != "none":
@@ -236,27 +256,36 @@ class Llama(nn.Module):
             cache.append(kept)
         return tuple(cache)
 
-    def decode(
+    def decode(self, tokens: jax.Array, at: jax.Array, cache: tuple[KVCache, ...]):
+        """One token a row: tokens int32[B] at the positions at int32[B] -> (hidden dtype[B,D], the cache with them)
+        (unrolled only). A row sees the positions of the cache up to its own."""
+        seen = (jnp.arange(cache[0].v.shape[2])[None] <= at[:, None])[:, None]
+        return self._one_position(tokens, at, [partial(in_place, layer, at, seen) for layer in cache])
+
+    def decode_beside(
         self,
         tokens: jax.Array,
         begin: jax.Array,
         step: jax.Array,
         cache: tuple[KVCache, ...],
         recent: tuple[KVCache, ...],
-    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """One token a row: tokens int32[B] -> (hidden dtype[B,D], `recent` with this step) (unrolled only).
+    ):
+        """`decode` that leaves the cache alone: returns `recent` with this step (unrolled only).
 
         A row sees the first begin int32[B] positions of the cache and then what the steps 0 … step int32[] added.
         """
         length, steps = cache[0].v.shape[2], recent[0].v.shape[2]
         old = jnp.arange(length)[None, None, :] < begin[:, None, None]
         new = (jnp.arange(steps) <= step)[None, None, :]
-        tables = rope_tables(self.config, (begin + step)[:, None])
-        x, written = self._embed(tokens[:, None]), []
-        for layer, *past in zip(self.layers, cache, recent, strict=True):
-            x, kept = layer(x, tables, (old, new), past, step)
-            written.append(kept)
-        return self._norm(x)[:, 0], tuple(written)
+        layers = zip(cache, recent, strict=True)
+        return self._one_position(tokens, begin + step, [partial(beside, *both, step, old, new) for both in layers])
+
+    def _one_position(self, tokens, at, past) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        tables, x, kept = rope_tables(self.config, at[:, None]), self._embed(tokens[:, None]), []
+        for layer, its_past in zip(self.layers, past, strict=True):
+            x, one = layer(x, tables, None, its_past)
+            kept.append(one)
+        return self._norm(x)[:, 0], tuple(kept)
 
     def _causal(self, tokens, positions):
         index = jnp.arange(tokens.shape[1])

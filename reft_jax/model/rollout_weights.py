@@ -1,5 +1,5 @@
-"""A Llama's parameters as rollouts take them: in the compute dtype, layer by layer, each matrix in the form in which a
-decode step reads it without copying it first (`Block.flat`)."""
+"""A Llama as rollouts run it: parameters in the compute dtype, layer by layer, each matrix in the form in which a
+decode step reads it without copying it first (`Block.form`)."""
 
 from functools import partial
 
@@ -10,14 +10,19 @@ import jax.numpy as jnp
 from reft_jax.model.llama import Llama
 
 
+def for_rollouts(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
+    """The model that takes these parameters on the mesh's devices."""
+    return model.clone(unrolled=True, tpu=mesh.devices.flat[0].platform == "tpu")
+
+
 def rollout_layer(model: Llama, layers, i):
-    """Layer i of stacked layers in the form that the `unrolled` clone takes, with its logical axes (boxed)."""
+    """Layer i of stacked layers in the form that `model` (`for_rollouts`) takes, with its logical axes (boxed)."""
 
     def form(x, axes):
         if "head_dim" in axes:  # becomes one axis with the heads before it
             at = axes.index("head_dim")
             x, axes = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
-        if axes[0] == "embed" and x.ndim == 2:
+        if x.ndim == 2 and (axes[0] == "embed" or not model.tpu):
             x, axes = x.T, axes[::-1]
         return _rollout_form(model, x, axes)
 

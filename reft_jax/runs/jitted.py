@@ -161,7 +161,8 @@ class RunFunctions:
 
     def abstract(self, made, *args):
         """What a function of the model makes of arrays, boxed, on the mesh."""
-        return abstract_arrays(self.mesh, jax.eval_shape(lambda *xs: made(self.model, *xs), *args), ROLLOUT_RULES)
+        shapes = jax.eval_shape(lambda *xs: made(self.engine.model, *xs), *args)
+        return abstract_arrays(self.mesh, shapes, ROLLOUT_RULES)
 
     def slots(self, requests: int | None, settings) -> rollout.Slots:
         """Full-length slots for so many requests, or as many as there are."""

@@ -12,7 +12,7 @@ would be noise to the policy until the end. docs/results.md lists every run.
     python -m reft_jax pipeline --baselines --config=configs/svamp_smollm2.py:baselines --workdir=runs/baselines …
 
 is SFT, offline and online self-training and ReFT side by side: 100 test questions, 16 samples each, a reranker each,
-40 iterations of both online methods, 16 samples of 80 training questions for offline self-training and the rerankers.
+24 iterations of both online methods, 16 samples of 80 training questions for offline self-training and the rerankers.
 At the rates of docs/performance.md about 3.5 hours on two quiet cores.
 """
 
@@ -41,6 +41,6 @@ def get_config(variant=""):
     if variant == "baselines":
         config.name += ", with baselines"
         config.data.test_limit = 100
-        config.ppo.update(iterations=40, eval_every=20)
+        config.ppo.update(iterations=24, eval_every=12)
         config.sample.update(n=16, train_n=16, train_limit=80)
     return config

@@ -28,6 +28,7 @@ from reft_jax.engine import slots as programs
 from reft_jax.engine.generate import Engine
 from reft_jax.model.heads import ValueHead
 from reft_jax.model.hf import load_hf
+from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import make_mesh, on_mesh
 from reft_jax.train.packing import Packing
@@ -107,8 +108,8 @@ class Ours:
     def decode(self) -> str:
         """One decode step with every slot full, against the machine's limits."""
         slots, steps, begin, length = FLAGS.slots, 16, 208, 256
-        weights = programs.rollout_weights(self.model, self.lm)
-        model, zeros = self.model.clone(unrolled=True), np.zeros(slots, np.int32)
+        model, zeros = for_rollouts(self.model, self.mesh), np.zeros(slots, np.int32)
+        weights = programs.rollout_weights(model, self.lm)
         state = programs.empty_slots(model, slots, length, length)
         settings = {"eos_id": -1, "temperature": 1.0, "top_k": 0}
         taken = []

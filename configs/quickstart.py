@@ -11,7 +11,6 @@ def get_config():
     config.name = "reft_jax quickstart (toy)"
     config.model.path = config.data.train = config.data.dev = config.data.test = "toy"
     config.model.dtype = "float32"
-    config.model.remat = "full"  # recomputing is cheaper than memory traffic on a CPU
     config.mesh.cpu_devices = 2
     config.data.pad_multiple = 32
     config.sft.update(

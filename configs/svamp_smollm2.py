@@ -26,7 +26,7 @@ def get_config(variant=""):
     config.name = "SVAMP programs, SmolLM2-135M"
     config.model.path = "runs/models/SmolLM2-135M"
     config.model.dtype = "float32"
-    config.model.remat = "none"  # 386 tokens a second in an update of 8 × 256, 347 with "full" (docs/performance.md)
+    config.model.remat = "none"  # a tenth faster than "full" (docs/performance.md)
     config.data.train = "data/svamp_python_sdp.json"
     config.data.test = "data/svamp_test_set.json"
     config.data.update(dev_rows=60, train_limit=1000, test_limit=60, max_dropped=0.8, pad_multiple=32)

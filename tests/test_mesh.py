@@ -1,7 +1,9 @@
 """Eight devices compute what one does. The suite sees one; this file, run as a program, is told of eight."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,9 +19,10 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny import tiny_policy, tiny_state
 
+from reft_jax.engine import generate
 from reft_jax.engine import slots as programs
-from reft_jax.engine.generate import Engine
 from reft_jax.model.hf import load_hf, save_hf
+from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -77,32 +80,43 @@ def train(mesh, kind: str) -> dict:
     return found | {"constraints": constraints, "share": share}
 
 
-def sample(mesh) -> dict:
+def sample(mesh, tpu: bool = False) -> dict:
     """Drawn completions of ten prompts, three each, on 16 slots: prefills are shared, the last rows move together. Also
-    how many constraints the first decode program has."""
+    how many constraints the first decode program has, and how much it gathers. `tpu`: with a TPU's form of the cache.
+    """
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    engine = Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0)
+    with mock.patch.object(generate, "for_rollouts", lambda model, mesh: model.clone(unrolled=True, tpu=tpu)):
+        engine = generate.Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]
     prompts = [Prompt(f"toy_{i}", sample, row) for i, row in enumerate(rows) for sample in range(3)]
-    decode, constraints = programs.decode, []
+    decode, seen = programs.decode, {}
 
-    def counted(*args, **settings):
-        if not constraints:
-            constraints.append(decode.lower(*args, **settings).as_text().count("sharding_constraint"))
-        return decode(*args, **settings)
+    def counted(model, weights, slots, *args, **settings):
+        if not seen:
+            lowered = decode.lower(model, weights, slots, *args, **settings)
+            seen["decode"] = lowered.as_text().count("sharding_constraint")
+            largest = max(gathered(lowered.compile().as_text()), default=0)
+            seen["gathered"] = largest / slots.cache[0].k.size
+        return decode(model, weights, slots, *args, **settings)
 
     with mock.patch.object(programs, "decode", counted):
         lm = put(PARAMS["lm"], where.params["lm"])
         completions = dict(engine.generate(lm, prompts, max_len=32, temperature=1.0))
     assert engine.counts["prompts"] == 10
-    return {"sampled": [completions[i].tokens.tolist() for i in range(30)], "decode": constraints[0]}
+    return {"sampled": [completions[i].tokens.tolist() for i in range(30)]} | seen
+
+
+def gathered(text: str) -> list[int]:
+    """How many numbers each all-gather of a compiled program makes."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
 def rollout_share(mesh) -> float:
     """The largest share of a matrix of the rollouts' weights that a device holds."""
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    weights = programs.rollout_weights(MODEL.clone(unrolled=True), put(PARAMS["lm"], where.params["lm"]))
+    weights = programs.rollout_weights(for_rollouts(MODEL, mesh), put(PARAMS["lm"], where.params["lm"]))
     return max(x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(weights) if x.size > 1000)
 
 
@@ -121,6 +135,8 @@ def results(shape: tuple[int, int, int]) -> dict:
     mesh = make_mesh(*shape)
     with on_mesh(mesh):
         trained = {kind: train(mesh, kind) for kind in STEPS}
+        if shape == (2, 2, 2):
+            trained["sampled as a TPU"] = sample(mesh, tpu=True)["sampled"]
         return trained | sample(mesh) | {"comes back": comes_back(mesh), "rollout share": rollout_share(mesh)}
 
 
@@ -159,6 +175,8 @@ def test_eight_devices_train_as_one(i, kind, one_device, eight_devices):
 @pytest.mark.parametrize("i", range(len(MESHES)), ids=MESH_NAMES)
 def test_eight_devices_sample_as_one(i, one_device, eight_devices):
     assert eight_devices[i]["sampled"] == one_device["sampled"]
+    assert eight_devices[i].get("sampled as a TPU") in (None, one_device["sampled"])
+    assert eight_devices[i]["gathered"] < 1  # of a layer's keys: the cache stays where it is
     assert eight_devices[i]["rollout share"] == 1 / MESHES[i][2]  # each group of `tensor` devices has all weights
 
 
@@ -168,8 +186,8 @@ def test_weights_come_back_from_a_folder_onto_every_mesh(one_device, eight_devic
 
 def test_constraints_are_in_every_program_on_every_mesh(one_device, eight_devices):
     """Training: the embeddings' and three of the scanned layer, and each again for its gradient; where tokens are
-    scored, the output matrix, gathered once. Decoding: the same of two layers, two for what recent steps added to each
-    layer before the loop and in it, two for each layer's cache and one for each of the other seven arrays of the slots.
+    scored, the output matrix, gathered once. Decoding: the same of two layers, two for each layer's cache before the
+    loop, in it and after it, and one for each of the other seven arrays of the slots.
     """
     for found in (one_device, *eight_devices):
         assert [found[kind]["constraints"] for kind in STEPS] == [2 * (1 + 3) + 1] * 2 + [2 * (1 + 3)]

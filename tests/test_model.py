@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_model
 
+from reft_jax.engine import slots as programs
 from reft_jax.engine.slots import rollout_weights
 from reft_jax.model import attention
 from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join
@@ -102,19 +103,19 @@ def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else():
 
 
 def test_decoding_never_copies_the_cache():
-    """Written where it lies; on a TPU only read. Beside it there is room for a layer and the scores, not the whole."""
+    """A chunk of steps writes where it lies, a TPU's step only reads: there is room for a layer, not for the whole."""
     tiny, zeros = tiny_model(num_layers=8), jnp.zeros(4, jnp.int32)
-    cache = init_cache(tiny[0].config, batch=4, length=512)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-
     model, params = unrolled(*tiny)
-    lowered = jax.jit(decode, static_argnums=0, donate_argnums=4).lower(model, params, TOKENS[0, :4], zeros, cache)
-    step = lowered.compile().memory_analysis()
-    assert step.alias_size_in_bytes == size and step.temp_size_in_bytes < size / 2
+    slots = programs.empty_slots(model, 4, 16, 512)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache))
+    settings = {"eos_id": -1, "temperature": 1.0, "top_k": 0}
+    lowered = programs.decode.lower(model, params, slots, jax.random.key(0), 0, 16, 4, **settings)
+    chunk = lowered.compile().memory_analysis()
+    assert chunk.alias_size_in_bytes >= size and chunk.temp_size_in_bytes < size / 8
     model, params = unrolled(*tiny, tpu=True)
     recent = init_recent(model.config, batch=4, length=2)
-    step = decode_beside.lower(model, params, TOKENS[0, :4], zeros, 0, cache, recent).compile().memory_analysis()
-    assert step.temp_size_in_bytes < size / 2
+    step = decode_beside.lower(model, params, TOKENS[0, :4], zeros, 0, slots.cache, recent).compile()
+    assert step.memory_analysis().temp_size_in_bytes < size / 2
 
 
 def test_a_cache_of_half_the_size_costs_only_precision():

@@ -190,14 +190,13 @@ class _Rollout:
     def enough(self) -> int:
         """How many rows must end before a chunk stops early.
 
-        A few while others wait for their slots, then as many as let the rest move into fewer slots. Of the last, each
-        one: its program runs while the others decode, so that only one is waited for in the end.
+        A few while others wait for their slots, then as many as let the rest move into fewer slots. Of the last
+        FEWEST_ROWS each one: its program runs while the others decode, so that only one is waited for in the end.
         """
         taken = int((self.schedule.owner >= 0).sum())
         if self.schedule.queued:
             return max(1, taken // 16)
-        size = self.next_size()
-        return max(1, taken - size * self.engine.shards) if size else 1
+        return max(1, taken - (self.next_size() * self.engine.shards or FEWEST_ROWS))
 
     def next_size(self) -> int:
         """Slots a shard of the next smaller program, or 0."""

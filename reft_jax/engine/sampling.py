@@ -53,6 +53,7 @@ def draw(logits, keys, t, *, temperature: float, top_k: int):
     Args: logits float32[B,V]; keys [B] of `row_keys`; t int32[B], the index of the token in its response;
     temperature 0 is greedy; top_k 0 is the whole vocabulary. Returns: int32[B], float32[B].
     """
+    # The barrier: or XLA's CPU backend makes the maximum part of the product that the logits are, and that slower.
     logits = jax.lax.optimization_barrier(logits / (temperature or 1.0))
     peak = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - peak)  # once, for drawing and for the log-probability

@@ -68,8 +68,8 @@ def _placed(tree):
     return jax.tree.map(nn.with_logical_constraint, tree, axes(tree))
 
 
-def _placed_layers(layers: tuple[kv.KVCache, ...], axes: kv.KVCache):
-    return jax.tree.map(nn.with_logical_constraint, layers, (axes,) * len(layers))
+def _placed_layers(layers: tuple[kv.KVCache, ...], where: kv.KVCache):
+    return jax.tree.map(nn.with_logical_constraint, layers, (where,) * len(layers))
 
 
 on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is traced
@@ -227,8 +227,7 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
 
     written, where = cache, kv.CACHE_AXES
     if beside:
-        written = kv.init_recent(model.config, len(begin), CHUNK, model.dtype)
-        where = kv.KVCache(kv.CACHE_AXES.v, kv.CACHE_AXES.v)
+        written, where = kv.init_recent(model.config, len(begin), CHUNK, model.dtype), kv.RECENT_AXES
     with jax.named_scope("decode_steps"):
         _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
     if beside:

@@ -29,6 +29,7 @@ CACHE_AXES = KVCache(
     k=PartitionSpec("batch", "kv_heads", "head_dim", "cache_length"),
     v=PartitionSpec("batch", "kv_heads", "cache_length", "head_dim"),
 )
+RECENT_AXES = KVCache(CACHE_AXES.v, CACHE_AXES.v)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:

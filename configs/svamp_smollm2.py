@@ -13,7 +13,7 @@ would be noise to the policy until the end. docs/results.md lists every run.
 
 is SFT, offline and online self-training and ReFT side by side: 100 test questions, 16 samples each, a reranker each,
 24 iterations of both online methods, 16 samples of 80 training questions for offline self-training and the rerankers.
-At the rates of docs/performance.md about 3.5 hours on two quiet cores.
+docs/results.md says how long that took.
 """
 
 from reft_jax.config import default_config

@@ -173,6 +173,11 @@ def test_item_numbers_are_the_first_31_bits_of_sha256():
     assert item_number("gsm8k_0") == int(digest[:8], 16) // 2 < 2**31
 
 
+def columns(x, n: int):
+    """The same n times: [V,n]."""
+    return jnp.broadcast_to(x[:, None], (len(x), n))
+
+
 def grid(n: int) -> np.ndarray:
     """n uniform numbers that cover (0,1] evenly, so that counts are exact but for the ends of each token's share."""
     return ((np.arange(n) + 0.5) / n).astype(np.float32)
@@ -181,8 +186,9 @@ def grid(n: int) -> np.ndarray:
 @pytest.mark.parametrize("vocab", [7, 256, 600])
 def test_inverse_cdf_gives_each_token_its_share(vocab):
     logits = np.random.default_rng(vocab).normal(0, 2, vocab).astype(np.float32)
-    tokens = np.asarray(pick(jnp.broadcast_to(np.exp(logits), (10000, vocab)), grid(10000)))
-    share = np.bincount(tokens, minlength=vocab) / 10000
+    tokens, total = pick(columns(np.exp(logits), 10000), grid(10000))
+    np.testing.assert_allclose(total, np.exp(logits).sum(), rtol=1e-5)
+    share = np.bincount(np.asarray(tokens), minlength=vocab) / 10000
     np.testing.assert_allclose(share, np.exp(logits) / np.exp(logits).sum(), atol=1.5e-4)
 
 
@@ -193,7 +199,7 @@ def test_inverse_cdf_never_draws_a_token_of_probability_0():
     logits[:, 256:512] = -np.inf
     extremes = np.array([1.0, 1 - 2.0**-24, 2.0**-24], np.float32)
     uniform = np.concatenate([np.repeat(extremes, 2000), grid(3000)])
-    tokens = np.asarray(pick(np.exp(logits), uniform))
+    tokens, _ = pick(np.exp(logits.T), uniform)
     assert np.isfinite(logits[np.arange(9000), tokens]).all()
 
 
@@ -205,7 +211,7 @@ def test_draws_of_different_identity_are_independent(what):
     zeros, numbers = np.zeros(n, np.int32), np.arange(n, dtype=np.int32)
     items, samples, t = (numbers if what == varied else zeros for varied in ("item", "sample", "token"))
     keys = row_keys(jax.random.key(0), 0, items, samples)
-    tokens, logprobs = draw_all(jnp.broadcast_to(logits, (n, 300)), keys, t, temperature=temperature, top_k=0)
+    tokens, logprobs = draw_all(columns(logits, n), keys, t, temperature=temperature, top_k=0)
     p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     sigma = np.sqrt(n * p * (1 - p))
     assert np.all(np.abs(np.bincount(tokens, minlength=300) - n * p) < 5 * sigma + 1)
@@ -217,7 +223,7 @@ def test_top_k_draws_from_the_k_best_and_reports_the_whole_distribution():
     logits = np.random.default_rng(4).normal(0, 1, 61).astype(np.float32)
     keys = row_keys(jax.random.key(0), 0, np.zeros(n, np.int32), np.arange(n, dtype=np.int32))
     t = np.zeros(n, np.int32)
-    tokens, logprobs = draw_all(jnp.broadcast_to(logits, (n, 61)), keys, t, temperature=1.0, top_k=k)
+    tokens, logprobs = draw_all(columns(logits, n), keys, t, temperature=1.0, top_k=k)
     best = np.argsort(logits)[-k:]
     p = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(logprobs, np.log(p)[tokens], atol=1e-5)

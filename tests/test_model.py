@@ -14,7 +14,7 @@ from tiny import tiny_config, tiny_model
 from reft_jax.engine import slots as programs
 from reft_jax.engine.slots import rollout_weights
 from reft_jax.model import attention
-from reft_jax.model.cache import CACHE_AXES, KVCache, grow, init_cache, init_recent, join
+from reft_jax.model.cache import BLOCK, KVCache, grow, in_blocks, in_place, init_cache, init_recent, join
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
 from reft_jax.model.llama_config import LlamaConfig
@@ -36,14 +36,14 @@ def prefill(model, params, tokens, length):
 
 @functools.partial(jax.jit, static_argnames="model")
 def decode(model, params, tokens, at, cache):
-    hidden, cache = model.apply({"params": params}, tokens, at, cache, method="decode")
-    return model.apply({"params": params}, hidden, method="unembed"), cache
+    logits, cache = model.apply({"params": params}, tokens, at, cache, method="decode")
+    return logits.T, cache
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def decode_beside(model, params, tokens, begin, step, cache, recent):
-    hidden, recent = model.apply({"params": params}, tokens, begin, step, cache, recent, method="decode_beside")
-    return model.apply({"params": params}, hidden, method="unembed"), recent
+    logits, recent = model.apply({"params": params}, tokens, begin, step, cache, recent, method="decode_beside")
+    return logits.T, recent
 
 
 @jax.jit
@@ -65,10 +65,7 @@ def ragged(tied: bool, room: int, tpu: bool):
     return rollout, cache, np.array([3, 5, 1]), forward(model, params, TOKENS)
 
 
-TIED_AND_ROOM = pytest.mark.parametrize(("tied", "room"), [(False, 12), (True, 9)])
-
-
-@TIED_AND_ROOM
+@pytest.mark.parametrize(("tied", "room"), [(False, 2 * BLOCK), (True, BLOCK)])
 def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
     rollout, cache, lengths, full = ragged(tied, room, tpu=False)
     for _ in range(4):
@@ -77,7 +74,7 @@ def test_prefill_and_ragged_decode_equal_the_full_forward(tied, room):
         lengths = lengths + 1
 
 
-@TIED_AND_ROOM
+@pytest.mark.parametrize(("tied", "room"), [(False, 12), (True, 9)])
 def test_prefill_and_ragged_decode_of_a_tpu_equal_the_full_forward(tied, room):
     rollout, cache, lengths, full = ragged(tied, room, tpu=True)
     for _ in range(2):
@@ -102,6 +99,30 @@ def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else():
     np.testing.assert_array_equal(found.v, v)
 
 
+def test_blocks_hold_the_keys_in_order_and_grow():
+    rng = np.random.default_rng(0)
+    k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4, BLOCK + 6), (2, 3, BLOCK + 6, 4)))
+    found = grow(in_blocks(KVCache(k, v)), 4 * BLOCK)
+    assert found.length == 4 * BLOCK and found.k.shape == (2, 3, 4, 4, BLOCK)
+    np.testing.assert_array_equal(found.k[:, :, 1, :, :6], k[..., BLOCK:])
+    for got, want, axis in ((np.concatenate(np.moveaxis(found.k, 2, 0), -1), k, 3), (found.v, v, 2)):
+        held, rest = np.split(got, [BLOCK + 6], axis)
+        np.testing.assert_array_equal(held, want)
+        assert not rest.any()
+
+
+def test_a_row_is_written_at_its_position_and_nowhere_past_the_end():
+    """Row 0 in the last block, row 1 at the first place past it, where an ended row may stand."""
+    (before,) = init_cache(tiny_config(num_layers=1), 2, 2 * BLOCK, jnp.float32, blocks=True)
+    k, v = jnp.ones((2, *before.k.shape[1:4:2])), 2 * jnp.ones((2, *before.k.shape[1:4:2]))
+    at = jnp.array([BLOCK + 3, 2 * BLOCK])
+    _, after = jax.jit(in_place)(before, at, jnp.arange(2 * BLOCK)[None] <= at[:, None], k, v)
+    want = KVCache(np.zeros(before.k.shape), np.zeros(before.v.shape))
+    want.k[0, :, 1, :, 3], want.v[0, :, BLOCK + 3] = 1, 2
+    for got, expected in zip(after, want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_decoding_never_copies_the_cache():
     """A chunk of steps writes where it lies, a TPU's step only reads: there is room for a layer, not for the whole."""
     tiny, zeros = tiny_model(num_layers=8), jnp.zeros(4, jnp.int32)
@@ -121,7 +142,7 @@ def test_decoding_never_copies_the_cache():
 def test_a_cache_of_half_the_size_costs_only_precision():
     model, params = tiny_model()
     rollout = unrolled(model, params)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), prefill(*rollout, TOKENS[:, :8], length=9))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), prefill(*rollout, TOKENS[:, :8], length=BLOCK))
     logits, after = decode(*rollout, TOKENS[:, 8], jnp.full(3, 8), half)
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(logits, forward(model, params, TOKENS)[:, 8], atol=0.1)
@@ -227,8 +248,9 @@ def test_every_parameter_and_cache_axis_is_named():
         assert isinstance(leaf, nn.LogicallyPartitioned), path
         assert len(leaf.names) == leaf.value.ndim and None not in leaf.names, path
     assert boxed["lm"]["params"]["layers"]["q"].names == ("layers", "embed", "heads", "head_dim")
-    for array, axes in zip(init_cache(tiny_config(), 3, 5)[0], CACHE_AXES, strict=True):
-        assert array.ndim == len(axes)
+    for blocks in (False, True):
+        layer = init_cache(tiny_config(), 3, BLOCK, jnp.float32, blocks=blocks)[0]
+        assert [x.ndim for x in layer] == [len(axes) for axes in layer.axes]
 
 
 def test_codellama_7b_has_its_published_size():

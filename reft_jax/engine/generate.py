@@ -16,6 +16,7 @@ import numpy as np
 from reft_jax.engine import slots as programs
 from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
+from reft_jax.model import cache as kv
 from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
@@ -71,7 +72,7 @@ class Engine:
         wanted = -(-requests // self.shards)
         slots = min((size for size in self.sizes if size >= wanted), default=self.sizes[0])
         width = round_up(longest, self.pad_multiple)
-        lengths = sizes_up_to(width, LENGTHS, self.pad_multiple)
+        lengths = sizes_up_to(width, LENGTHS, self.pad_multiple if self.model.tpu else kv.BLOCK)
         return Shapes(slots, min(slots, -(-PREFILL_ROWS // self.shards)), max(1, slots // 8), width, lengths)
 
     def generate(
@@ -124,7 +125,7 @@ class _Rollout:
             queued = schedule.queued
             longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
             self.make_room(longest + 1)
-            steps = min(programs.CHUNK, self.slots.cache[0].k.shape[-1] + 1 - longest)
+            steps = min(programs.CHUNK, self.slots.cache[0].length + 1 - longest)
             enough = self.enough()
             self.slots = programs.decode(
                 engine.model, self.weights, self.slots, engine.key, self.iteration, steps, enough, **self.settings
@@ -180,7 +181,7 @@ class _Rollout:
     def make_room(self, positions: int) -> None:
         """Lengthens the cache to the next length that holds `positions`."""
         length = next(length for length in self.lengths if length >= min(positions, self.width))
-        if length > self.slots.cache[0].k.shape[-1]:
+        if length > self.slots.cache[0].length:
             layers = list(self.slots.cache)
             self.slots = self.slots._replace(cache=())
             for i, layer in enumerate(layers):

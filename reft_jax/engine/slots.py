@@ -59,8 +59,8 @@ class Seats(NamedTuple):
 
 def axes(tree: Slots | Prefix) -> Slots | Prefix:
     """The logical axes of slots or of a prefix."""
-    cache = (kv.CACHE_AXES,) * len(tree.cache)
-    return type(tree)(cache, *(PartitionSpec(*("batch", "length")[: x.ndim]) for x in tree[1:]))
+    rows = (PartitionSpec(*("batch", "length")[: x.ndim]) for x in tree[1:])
+    return type(tree)(tuple(layer.axes for layer in tree.cache), *rows)
 
 
 def _placed(tree):
@@ -68,8 +68,8 @@ def _placed(tree):
     return jax.tree.map(nn.with_logical_constraint, tree, axes(tree))
 
 
-def _placed_layers(layers: tuple[kv.KVCache, ...], where: kv.KVCache):
-    return jax.tree.map(nn.with_logical_constraint, layers, (where,) * len(layers))
+def _placed_layers(layers: tuple[kv.KVCache, ...]):
+    return jax.tree.map(nn.with_logical_constraint, layers, tuple(layer.axes for layer in layers))
 
 
 on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is traced
@@ -104,7 +104,7 @@ def rollout_weights(model, lm):
 def empty_slots(model, rows: int, width: int, length: int) -> Slots:
     """Free slots for rows of at most `width` tokens, with a cache of `length` positions to begin with."""
     zeros = jnp.zeros(rows, jnp.int32)
-    cache = kv.init_cache(model.config, rows, length, model.dtype)
+    cache = kv.init_cache(model.config, rows, length, model.dtype, blocks=not model.tpu)
     tokens = jnp.zeros((rows, width), jnp.int32)
     return _placed(Slots(cache, tokens, tokens.astype(jnp.float32), zeros + 1, zeros + 1, zeros, zeros, zeros))
 
@@ -149,7 +149,7 @@ def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
     return _placed(
         slots._replace(
             cache=tuple(
-                kv.KVCache(put(old.k, new.k, 3), put(old.v, new.v, 2))
+                kv.KVCache(put(old.k, new.k, 3 if old.k.ndim == 4 else 2), put(old.v, new.v, 2))
                 for old, new in zip(slots.cache, prefix.cache, strict=True)
             ),
             tokens=put(slots.tokens, prefix.tokens, 1),
@@ -181,7 +181,8 @@ def keep(slots: Slots, kept) -> Slots:
 @on_rollout_rules
 def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
     """Layer by layer, so that there is never more than one layer twice."""
-    return kv.KVCache(*map(nn.with_logical_constraint, kv.grow(layer, length), kv.CACHE_AXES))
+    layer = kv.grow(layer, length)
+    return kv.KVCache(*map(nn.with_logical_constraint, layer, layer.axes))
 
 
 @partial(jax.jit, static_argnames=("model", "eos_id", "temperature", "top_k"), donate_argnums=2)
@@ -209,10 +210,9 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
         last = slots.total_len - 1
         token = jnp.take_along_axis(slots.tokens, last[:, None], 1)[:, 0]
         if beside:
-            hidden, written = model.apply(params, token, begin, step, cache, written, method="decode_beside")
+            logits, written = model.apply(params, token, begin, step, cache, written, method="decode_beside")
         else:
-            hidden, written = model.apply(params, token, last, written, method="decode")
-        logits = model.apply(params, hidden, method="unembed")
+            logits, written = model.apply(params, token, last, written, method="decode")
         response = slots.total_len - slots.prompt_len
         token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
         here = active[:, None] & (index == slots.total_len[:, None])
@@ -223,13 +223,11 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
             total_len=total_len,
             limit=jnp.where(active & (token == eos_id), total_len, slots.limit),
         )
-        return step + 1, slots, _placed_layers(written, where)
+        return step + 1, slots, _placed_layers(written)
 
-    written, where = cache, kv.CACHE_AXES
-    if beside:
-        written, where = kv.init_recent(model.config, len(begin), CHUNK, model.dtype), kv.RECENT_AXES
+    written = kv.init_recent(model.config, len(begin), CHUNK, model.dtype) if beside else cache
     with jax.named_scope("decode_steps"):
-        _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
+        _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written)))
     if beside:
         drawn = slots.total_len - begin - 1
         written = tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, written, strict=True))

@@ -25,17 +25,27 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
 
 
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """q [B,T,N,H] to everything in `parts`, each of them (k [B,K,H,S], v [B,K,S,H], mask bool[1 or B,T,S]) ->
-    [B,T,N,H]."""
-    length, kv_heads = q.shape[1], parts[0][0].shape[1]
-    q = _grouped(q, kv_heads)
-    scores = jnp.concatenate([_scores(q, k, mask) for k, _, mask in parts], axis=-1)
-    weights, out, begin = jax.nn.softmax(scores, axis=-1), 0, 0
-    for _, v, mask in parts:
-        end = begin + mask.shape[-1]
-        share = weights[..., begin:end].astype(v.dtype).reshape(*q.shape[:3], -1)
-        out, begin = out + jnp.matmul(share, v, preferred_element_type=jnp.float32), end
-    return _ungrouped(out.astype(q.dtype), length)
+    """One token a row, q [B,N,H], to everything in `parts`, each of them (k [B,K,H,S] or in blocks [B,K,S/64,H,64],
+    v [B,K,S,H], what is seen of it bool[1 or B,S]) -> [B,N,H]."""
+    grouped = q.reshape(q.shape[0], parts[0][1].shape[1], -1, q.shape[-1])
+    scores = jnp.concatenate([_scores_of_one(grouped, k, seen) for k, _, seen in parts], axis=-1)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    out, begin = 0, 0
+    for _, v, seen in parts:
+        end = begin + seen.shape[-1]
+        out += jnp.matmul(weights[..., begin:end].astype(v.dtype), v, preferred_element_type=jnp.float32)
+        begin = end
+    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).reshape(q.shape)
+
+
+def _scores_of_one(q, k, seen):
+    """float32[B,K,G,S] of q [B,K,G,H]."""
+    if k.ndim == 5:  # the same queries to every block
+        q = jnp.broadcast_to(q[:, :, None], (*k.shape[:3], *q.shape[2:]))
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if k.ndim == 5:
+        scores = scores.swapaxes(2, 3).reshape(*scores.shape[:2], scores.shape[3], -1)
+    return jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
 def _grouped(q, kv_heads: int):

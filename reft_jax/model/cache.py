@@ -4,7 +4,8 @@ Keys keep the cache position last and values keep it second to last: the two lay
 decode step read memory in order. Layers are separate arrays, and as long as the longest row needs (`grow`): a product
 cannot read a slice of a larger array in place, so one stacked cache would be copied, layer by layer, in every step.
 
-A decode step writes to it in place (`in_place`), each row at a position of its own. Not on a TPU, which would lay the
+A decode step writes to it in place (`in_place`), each row at a position of its own, and keys lie in blocks: a product
+takes 64 positions at a time, and reads them from end to end at 1.3 times the rate. Not on a TPU, which would lay the
 whole cache out anew for that, and back again: there, what a few steps add is kept beside it (`init_recent`, `beside`),
 where all rows write at one place, and joined to it after them (`join`).
 """
@@ -17,40 +18,57 @@ from jax.sharding import PartitionSpec
 
 from reft_jax.model.llama_config import LlamaConfig
 
+BLOCK = 64  # positions of a block of keys
+
 
 class KVCache(NamedTuple):
-    """One layer: k dtype[B,K,H,S], v dtype[B,K,S,H]. How many positions of a row are valid is the caller's to know."""
+    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H]. How many positions of a row are
+    valid is the caller's to know."""
 
     k: jax.Array
     v: jax.Array
 
+    @property
+    def length(self) -> int:
+        return self.v.shape[2]
 
-CACHE_AXES = KVCache(
-    k=PartitionSpec("batch", "kv_heads", "head_dim", "cache_length"),
-    v=PartitionSpec("batch", "kv_heads", "cache_length", "head_dim"),
-)
-RECENT_AXES = KVCache(CACHE_AXES.v, CACHE_AXES.v)
+    @property
+    def axes(self) -> "KVCache":
+        """Its logical axes."""
+        k = ("cache_length", "head_dim", None) if self.k.ndim == 5 else ("head_dim", "cache_length")
+        return KVCache(PartitionSpec("batch", "kv_heads", *k), VALUE_AXES)
 
 
-def init_cache(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
-    """An empty cache of `batch` rows and `length` positions, layer by layer; `dtype` is the model's compute dtype."""
-    rows = (batch, config.num_kv_heads)
+VALUE_AXES = PartitionSpec("batch", "kv_heads", "cache_length", "head_dim")
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: bool) -> tuple[KVCache, ...]:
+    """An empty cache of `batch` rows and `length` positions, layer by layer; `dtype` is the model's compute dtype. With
+    `blocks` the keys lie in them, and `length` must be a multiple of BLOCK."""
+    rows, size = (batch, config.num_kv_heads), config.head_dim
+    k = (length // BLOCK, size, BLOCK) if blocks else (size, length)
     return tuple(
-        KVCache(
-            k=jnp.zeros((*rows, config.head_dim, length), dtype),
-            v=jnp.zeros((*rows, length, config.head_dim), dtype),
-        )
+        KVCache(jnp.zeros((*rows, *k), dtype), jnp.zeros((*rows, length, size), dtype))
         for _ in range(config.num_layers)
     )
 
 
+def in_blocks(cache: KVCache) -> KVCache:
+    """The same with its keys [B,K,H,S] in blocks, the last of them filled up with zeros; values likewise."""
+    cache = grow(cache, cache.length + -cache.length % BLOCK)
+    *rows, size, _ = cache.k.shape
+    return cache._replace(k=cache.k.reshape(*rows, size, -1, BLOCK).swapaxes(2, 3))
+
+
 def grow(cache: KVCache, length: int) -> KVCache:
     """The same rows with room for `length` positions."""
-    more = length - cache.k.shape[-1]
-    return KVCache(
-        k=jnp.pad(cache.k, ((0, 0), (0, 0), (0, 0), (0, more))),
-        v=jnp.pad(cache.v, ((0, 0), (0, 0), (0, more), (0, 0))),
-    )
+    more = length - cache.length
+    k = (2, more // BLOCK) if cache.k.ndim == 5 else (3, more)
+
+    def pad(x, axis, more):
+        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+    return KVCache(pad(cache.k, *k), pad(cache.v, 2, more))
 
 
 def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
@@ -60,26 +78,24 @@ def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32)
 
 
 def beside(cache: KVCache, recent: KVCache, step: jax.Array, old: jax.Array, new: jax.Array, k, v):
-    """What k [B,K,H,1], v [B,K,1,H] of step int32[] attend to, themselves included, for `attend`; and `recent` with
-    them: the same place in every row, so nothing is scattered. old, new: what is seen of the cache and of `recent`."""
+    """What k, v [B,K,H] of step int32[] attend to, themselves included, for `attend`; and `recent` with them: the same
+    place in every row, so nothing is scattered. old, new: what is seen of the cache and of `recent`."""
     recent = KVCache(
         *(
-            jax.lax.dynamic_update_slice_in_dim(there, added.astype(there.dtype), step, 2)
-            for there, added in zip(recent, (k.swapaxes(2, 3), v), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(there, added[:, :, None].astype(there.dtype), step, 2)
+            for there, added in zip(recent, (k, v), strict=True)
         )
     )
     return [(*cache, old), (recent.k.swapaxes(2, 3), recent.v, new)], recent
 
 
 def in_place(cache: KVCache, at: jax.Array, seen: jax.Array, k, v):
-    """The same where the cache takes k [B,K,H,1], v [B,K,1,H] at the positions at int32[B]."""
-
-    def one_row(old, new, at, axis):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis)
-
-    write = jax.vmap(one_row, (0, 0, 0, None))
-    cache = KVCache(write(cache.k, k, at, 2), write(cache.v, v, at, 1))
-    return [(*cache, seen)], cache
+    """The same where the cache, its keys in blocks, takes k, v [B,K,H] at the positions at int32[B]. Past its end
+    nothing is written: there stand rows that ended with a cache that was full."""
+    rows = jnp.arange(len(at))
+    k = cache.k.at[rows, :, at // BLOCK, :, at % BLOCK].set(k.astype(cache.k.dtype), mode="drop", unique_indices=True)
+    v = cache.v.at[rows, :, at].set(v.astype(cache.v.dtype), mode="drop", unique_indices=True)
+    return [(k, v, seen)], KVCache(k, v)
 
 
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model.attention import attend, attend_causally
-from reft_jax.model.cache import KVCache, beside, in_place
+from reft_jax.model.cache import KVCache, beside, in_blocks, in_place
 from reft_jax.model.llama_config import LlamaConfig
 
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
@@ -54,18 +54,20 @@ def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, j
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [B,T,heads,H] in float32; dimension i pairs with i + H/2, the convention of Hugging Face."""
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], axis: int = -1) -> jax.Array:
+    """Rotates x along its axis H in float32, as [B,T,heads,H] by the tables that stand above, or as [heads,H,B];
+    dimension i pairs with i + H/2, the convention of Hugging Face."""
     cos, sin = tables
     y = x.astype(jnp.float32)
-    return (y * cos + jnp.roll(y, y.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
+    return (y * cos + jnp.roll(y, y.shape[axis] // 2, axis) * sin).astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x [B,T,D] over its root mean square, times scale [D]; float32 inside, x's dtype outside."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.Array:
+    """x over its root mean square along its axis D, times scale [D]; float32 inside, x's dtype outside."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis, keepdims=True) + eps)
+    along = np.delete(np.arange(x.ndim), axis)
+    return (y * jnp.expand_dims(scale.astype(jnp.float32), along)).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -89,18 +91,6 @@ def _project_backward(kept, y):
 project.defvjp(_project_forward, _project_backward)
 
 
-def project_few(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [B,T,D] of few rows times weight [F,D] -> [B,T,F], in x's dtype.
-
-    With one position a row the weights stand on the left, behind a barrier against XLA's turning the product round: on
-    a CPU a product of 64 rows with SmolLM2's matrices takes 0.8 of the time.
-    """
-    if x.shape[1] > 1:
-        return project(x, weight.T)
-    rows = x.reshape(-1, x.shape[-1])
-    return jax.lax.optimization_barrier(weight @ rows.T).T.reshape(*x.shape[:-1], -1)
-
-
 def _matrix(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
 
@@ -111,6 +101,10 @@ def _scale(*axes: str):
 
 def _residual(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+
+def _residual_column(x: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(x, ("act_embed", "batch"))
 
 
 class Block(nn.Module):
@@ -129,72 +123,113 @@ class Block(nn.Module):
     def __call__(self, x, tables, mask, past=None, keep=False):
         """x dtype[B,T,D], mask bool[1 or B,T,T] -> (x, None), or with `keep` the KVCache of these T positions.
 
-        In decoding (T = 1, no mask) `past(k, v)` of this position returns (what there is to attend to, what is kept).
+        In decoding (T = 1, no mask) `past(k, v)` of this position, [B,K,H] both, returns (what there is to attend to,
+        what is kept). With form "left" x, tables and result are then columns (`_column`).
         """
+        if past is not None and self.form == "left":
+            return self._column(x, tables, past)
         c = self.config
-
-        def weight(name, shape, *axes):
-            return self.param(name, _matrix(*axes), shape).astype(self.dtype)
-
-        def norm(name, x):
-            scale = self.param(name, _scale("embed"), (c.hidden_size,))
-            return rms_norm(x, scale, c.rms_norm_eps)
 
         def into(name, y, size, axis):
             if not self.form:
-                return project(y, weight(name, (c.hidden_size, size), "embed", axis))
-            matrix = weight(name, (size, c.hidden_size), axis, "embed")
-            return project_few(y, matrix) if self.form == "left" else project(y, matrix.T)
+                return project(y, self._weight(name, (c.hidden_size, size), "embed", axis))
+            return project(y, self._weight(name, (size, c.hidden_size), axis, "embed").T)
 
         def out_of(name, y, axis):
             if self.form == "left":
-                return project_few(y, weight(name, (c.hidden_size, y.shape[-1]), "embed", axis))
-            return project(y, weight(name, (y.shape[-1], c.hidden_size), axis, "embed"))
+                return project(y, self._weight(name, (c.hidden_size, y.shape[-1]), "embed", axis).T)
+            return project(y, self._weight(name, (y.shape[-1], c.hidden_size), axis, "embed"))
 
         def heads_of(name, y, count, axis):
             if self.form:
                 out = into(name, y, count * c.head_dim, axis)
             else:
-                matrix = weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
+                matrix = self._weight(name, (c.hidden_size, count, c.head_dim), "embed", axis, "head_dim")
                 out = project(y, matrix.reshape(c.hidden_size, -1))
             return out.reshape(*y.shape[:2], count, c.head_dim)
 
-        y = norm("attention_norm", x)
+        y = self._norm("attention_norm", x)
         q = rotate(heads_of("q", y, c.num_heads, "heads"), tables)
         k = rotate(heads_of("k", y, c.num_kv_heads, "kv_heads"), tables)
         v = heads_of("v", y, c.num_kv_heads, "kv_heads")
-        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
         if past is None:
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             heads = attend_causally(q, k, v, mask)
             kept = KVCache(k, v) if keep else None
         else:
-            parts, kept = past(k, v)
-            heads = attend(q, *parts)
+            parts, kept = past(k[:, 0], v[:, 0])
+            heads = attend(q[:, 0], *parts)
         heads = heads.reshape(*x.shape[:2], -1)
         if self.form:
             out = out_of("o", heads, "heads")
         else:
-            matrix = weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
+            matrix = self._weight("o", (c.num_heads, c.head_dim, c.hidden_size), "heads", "head_dim", "embed")
             out = project(heads, matrix.reshape(-1, c.hidden_size))
         x = _residual(x + out)
 
-        y = norm("mlp_norm", x)
+        y = self._norm("mlp_norm", x)
         gate, up = (into(name, y, c.intermediate_size, "mlp") for name in ("gate", "up"))
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
         return _residual(x + out_of("down", y, "mlp")), kept
 
+    def _column(self, x, tables, past):
+        """The same of one position a row, each of them a column: x dtype[D,B], tables float32[1,H,B].
+
+        So the weights stand on the left of each product: on a CPU, 64 rows of SmolLM2 take 0.8 of the time, and nothing
+        is transposed but queries, keys and values for the attention.
+        """
+        c, batch = self.config, x.shape[1]
+
+        def into(name, y, size, axis):
+            return self._weight(name, (size, c.hidden_size), axis, "embed") @ y
+
+        def out_of(name, y, axis):
+            return self._weight(name, (c.hidden_size, y.shape[0]), "embed", axis) @ y
+
+        def heads_of(name, y, count, axis):
+            return into(name, y, count * c.head_dim, axis).reshape(count, c.head_dim, batch)
+
+        y = self._norm("attention_norm", x, axis=0)
+        q = rotate(heads_of("q", y, c.num_heads, "heads"), tables, axis=1)
+        k = rotate(heads_of("k", y, c.num_kv_heads, "kv_heads"), tables, axis=1)
+        v = heads_of("v", y, c.num_kv_heads, "kv_heads")
+        parts, kept = past(k.transpose(2, 0, 1), v.transpose(2, 0, 1))
+        heads = attend(q.transpose(2, 0, 1), *parts)
+        x = _residual_column(x + out_of("o", heads.reshape(batch, -1).T, "heads"))
+
+        y = self._norm("mlp_norm", x, axis=0)
+        gate, up = (into(name, y, c.intermediate_size, "mlp") for name in ("gate", "up"))
+        y = nn.with_logical_constraint(nn.silu(gate) * up, ("mlp", "batch"))
+        return _residual_column(x + out_of("down", y, "mlp")), kept
+
+    def _weight(self, name, shape, *axes):
+        return self.param(name, _matrix(*axes), shape).astype(self.dtype)
+
+    def _norm(self, name, x, axis=-1):
+        scale = self.param(name, _scale("embed"), (self.config.hidden_size,))
+        return rms_norm(x, scale, self.config.rms_norm_eps, axis)
+
 
 class Unembed(nn.Module):
-    """The untied output matrix. A module of its own, so that a trunk without one (a reranker) can run `hidden`."""
+    """The untied output matrix. A module of its own, so that a trunk without one (a reranker) can run `hidden`. With
+    form "left" it is [V,D], and hidden and logits are columns."""
 
     vocab_size: int
     dtype: Any
+    form: str = ""
 
     @nn.compact
     def __call__(self, hidden):
+        if self.form == "left":
+            kernel = self.param("kernel", _matrix("vocab", "embed"), (self.vocab_size, hidden.shape[0]))
+            return _logits_column(kernel.astype(self.dtype), hidden)
         kernel = self.param("kernel", _matrix("embed", "vocab"), (hidden.shape[-1], self.vocab_size))
         return jnp.einsum("...D,DV->...V", hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_column(kernel, hidden):
+    return jnp.matmul(kernel, hidden, preferred_element_type=jnp.float32)
 
 
 class Llama(nn.Module):
@@ -211,7 +246,7 @@ class Llama(nn.Module):
     tpu: bool = False
 
     def setup(self):
-        c = self.config
+        c, form = self.config, ""
         self.embed = self.param("embed", _matrix("vocab", "embed"), (c.vocab_size, c.hidden_size))
         if self.unrolled:
             form = "tpu" if self.tpu else "left"
@@ -230,7 +265,7 @@ class Llama(nn.Module):
             )(c, self.dtype)
         self.final_norm = self.param("final_norm", _scale("embed"), (c.hidden_size,))
         if not c.tie_embeddings:
-            self.lm_head = Unembed(c.vocab_size, self.dtype)
+            self.lm_head = Unembed(c.vocab_size, self.dtype, form)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32[B,T] -> logits float32[B,T,V]. For short inputs: training never builds all logits at once."""
@@ -251,19 +286,28 @@ class Llama(nn.Module):
         return self._norm(x)
 
     def prefill(self, tokens: jax.Array) -> tuple[KVCache, ...]:
-        """tokens int32[B,P] -> the cache of these positions, layer by layer (unrolled only)."""
+        """tokens int32[B,P] -> the cache of these positions, layer by layer, its keys in blocks but for a TPU (unrolled
+        only)."""
         tables, mask = self._causal(tokens, None)
         x, cache = self._embed(tokens), []
         for layer in self.layers:
             x, kept = layer(x, tables, mask, keep=True)
-            cache.append(kept)
+            cache.append(kept if self.tpu else in_blocks(kept))
         return tuple(cache)
 
     def decode(self, tokens: jax.Array, at: jax.Array, cache: tuple[KVCache, ...]):
-        """One token a row: tokens int32[B] at the positions at int32[B] -> (hidden dtype[B,D], the cache with them)
+        """One token a row: tokens int32[B] at the positions at int32[B] -> (logits float32[V,B], the cache with them)
         (unrolled only). A row sees the positions of the cache up to its own."""
-        seen = (jnp.arange(cache[0].v.shape[2])[None] <= at[:, None])[:, None]
-        return self._one_position(tokens, at, [partial(in_place, layer, at, seen) for layer in cache])
+        seen = jnp.arange(cache[0].length)[None] <= at[:, None]
+        tables = tuple(table[:, 0].transpose(1, 2, 0) for table in rope_tables(self.config, at[:, None]))
+        x, written = _residual_column(self.embed[tokens].astype(self.dtype).T), []
+        for layer, its_cache in zip(self.layers, cache, strict=True):
+            x, its_cache = layer(x, tables, None, partial(in_place, its_cache, at, seen))
+            written.append(its_cache)
+        hidden = rms_norm(x, self.final_norm, self.config.rms_norm_eps, axis=0)
+        if self.config.tie_embeddings:
+            return _logits_column(self.embed.astype(self.dtype), hidden), tuple(written)
+        return self.lm_head(hidden), tuple(written)
 
     def decode_beside(
         self,
@@ -273,22 +317,17 @@ class Llama(nn.Module):
         cache: tuple[KVCache, ...],
         recent: tuple[KVCache, ...],
     ):
-        """`decode` that leaves the cache alone: returns `recent` with this step (unrolled only).
+        """`decode` that leaves the cache alone: returns `recent` with this step (unrolled, for a TPU only).
 
         A row sees the first begin int32[B] positions of the cache and then what the steps 0 … step int32[] added.
         """
-        length, steps = cache[0].v.shape[2], recent[0].v.shape[2]
-        old = jnp.arange(length)[None, None, :] < begin[:, None, None]
-        new = (jnp.arange(steps) <= step)[None, None, :]
-        layers = zip(cache, recent, strict=True)
-        return self._one_position(tokens, begin + step, [partial(beside, *both, step, old, new) for both in layers])
-
-    def _one_position(self, tokens, at, past) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        tables, x, kept = rope_tables(self.config, at[:, None]), self._embed(tokens[:, None]), []
-        for layer, its_past in zip(self.layers, past, strict=True):
-            x, one = layer(x, tables, None, its_past)
-            kept.append(one)
-        return self._norm(x)[:, 0], tuple(kept)
+        old = jnp.arange(cache[0].length)[None] < begin[:, None]
+        new = (jnp.arange(recent[0].length) <= step)[None]
+        tables, x, written = rope_tables(self.config, (begin + step)[:, None]), self._embed(tokens[:, None]), []
+        for layer, *both in zip(self.layers, cache, recent, strict=True):
+            x, its_recent = layer(x, tables, None, partial(beside, *both, step, old, new))
+            written.append(its_recent)
+        return self.unembed(self._norm(x)[:, 0]).T, tuple(written)
 
     def _causal(self, tokens, positions):
         index = jnp.arange(tokens.shape[1])

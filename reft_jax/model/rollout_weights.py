@@ -1,8 +1,6 @@
 """A Llama as rollouts run it: parameters in the compute dtype, layer by layer, each matrix in the form in which a
 decode step reads it without copying it first (`Block.form`)."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,12 +30,19 @@ def rollout_layer(model: Llama, layers, i):
 
 def rollout_rest(model: Llama, lm):
     """The same of everything but the layers."""
+
+    def form(x, axes):
+        axes = tuple(axes)
+        if axes == ("embed", "vocab") and not model.tpu:
+            x, axes = x.T, axes[::-1]
+        return _rollout_form(model, x, axes)
+
     axes = _axes(model)
-    return {name: jax.tree.map(partial(_rollout_form, model), lm[name], axes[name]) for name in lm if name != "layers"}
+    return {name: jax.tree.map(form, lm[name], axes[name]) for name in lm if name != "layers"}
 
 
 def _rollout_form(model: Llama, x, axes):
-    return nn.LogicallyPartitioned(x.astype(model.dtype), tuple(axes))
+    return nn.LogicallyPartitioned(x.astype(model.dtype), axes)
 
 
 def _axes(model: Llama):

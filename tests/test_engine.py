@@ -18,7 +18,7 @@ from reft_jax.types import Completion, Prompt
 
 EOS = 31  # greedy decoding of PROMPTS meets it as the first token, later, and never
 TEMPERATURE = 0.7
-MAX_LEN = 21  # cache rows are 24 long: the next multiple of 8
+MAX_LEN = 21  # rows are 24 long: the next multiple of 8
 MODEL, LM = tiny_model()
 
 
@@ -255,6 +255,24 @@ def counted(prompts, limits, slots: int) -> tuple[Engine, list[Completion]]:
     engine = Engine(MODEL, make_mesh(1, 1, 1), slots=slots, pad_multiple=8, eos_id=-1, seed=0)
     found = dict(engine.generate(LM, prompts, max_len=limits, temperature=1.0))
     return engine, [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("tpu", [False, True])
+def test_rows_across_blocks_of_keys_have_the_logprobs_of_a_full_forward(monkeypatch, tpu):
+    """Prompts in one block and in two, rows that end before, at and after a block's end, one of them where its cache
+    is full while another goes on, and a cache that grows twice."""
+    monkeypatch.setattr(engine_module, "for_rollouts", lambda model, mesh: model.clone(unrolled=True, tpu=tpu))
+    prompts, limits = prompts_of([60, 70, 5, 63, 64, 1], name="long"), [65, 190, 64, 100, 128, 129]
+    _, completions = counted(prompts, limits, slots=2)
+    assert [len(p.tokens) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)] == limits
+    rows = np.zeros((len(prompts), max(limits)), np.int32)
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        text = np.concatenate([prompt.tokens, completion.tokens])
+        row[: len(text)] = text
+    full = np.asarray(all_logprobs(rows))
+    for row, prompt, completion, limit in zip(range(len(prompts)), prompts, completions, limits, strict=True):
+        at = np.arange(len(prompt.tokens), limit)
+        np.testing.assert_allclose(completion.logprobs, full[row, at - 1, completion.tokens], atol=2e-5)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])

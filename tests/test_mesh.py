@@ -108,8 +108,8 @@ def sample(mesh, tpu: bool = False) -> dict:
 
 
 def gathered(text: str) -> list[int]:
-    """How many numbers each all-gather of a compiled program makes."""
-    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    """How many numbers each collective of a compiled program makes, sums aside."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
@@ -176,7 +176,7 @@ def test_eight_devices_train_as_one(i, kind, one_device, eight_devices):
 def test_eight_devices_sample_as_one(i, one_device, eight_devices):
     assert eight_devices[i]["sampled"] == one_device["sampled"]
     assert eight_devices[i].get("sampled as a TPU") in (None, one_device["sampled"])
-    assert eight_devices[i]["gathered"] < 1  # of a layer's keys: the cache stays where it is
+    assert eight_devices[i]["gathered"] < 1 / 4  # of a layer's keys: the cache stays where it is
     assert eight_devices[i]["rollout share"] == 1 / MESHES[i][2]  # each group of `tensor` devices has all weights
 
 

@@ -134,8 +134,8 @@ def test_decoding_never_copies_the_cache():
     chunk = lowered.compile().memory_analysis()
     assert chunk.alias_size_in_bytes >= size and chunk.temp_size_in_bytes < size / 8
     model, params = unrolled(*tiny, tpu=True)
-    recent = init_recent(model.config, batch=4, length=2)
-    step = decode_beside.lower(model, params, TOKENS[0, :4], zeros, 0, slots.cache, recent).compile()
+    cache, recent = init_cache(model.config, 4, 512, jnp.float32, blocks=False), init_recent(model.config, 4, 2)
+    step = decode_beside.lower(model, params, TOKENS[0, :4], zeros, 0, cache, recent).compile()
     assert step.memory_analysis().temp_size_in_bytes < size / 2
 
 

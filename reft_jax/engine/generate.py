@@ -3,7 +3,7 @@
 A prompt is prefilled once for all its samples; a chunk of decode steps runs over all slots and stops early when enough
 rows have ended; their slots go to the next requests at once. When no request waits any more the rows that are left
 move into fewer slots (halves, quarters, …), so that the last ones do not pay for empty slots. Every shape comes from a
-short list: slots in halves, cache lengths in sixths of the limit, prompt lengths in multiples of `pad_multiple`.
+short list: slots in halves, cache lengths in about sixths of the limit, prompt lengths in multiples of `pad_multiple`.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ LENGTHS = 6  # cache lengths on the way to the limit
 
 class Shapes(NamedTuple):
     """What a rollout's arrays are sized by: slots and rows of a prefill a shard, seats taken at once a shard, positions
-    of a row, and the lengths that the cache may have on the way there."""
+    of a row, and the lengths that the cache may have on the way there; the last may be longer than a row."""
 
     slots: int
     prefill_rows: int
@@ -52,7 +52,8 @@ class Engine:
         seed: int,
         after_chunk: Callable[[], None] = lambda: None,
     ):
-        """`slots` must be a multiple of the mesh's row shards; lengths are padded up to `pad_multiple`. After each
+        """`slots` must be a multiple of the mesh's row shards; prompts and rows are padded up to
+        `pad_multiple`, a cache whose keys lie in blocks to whole ones. After each
         chunk of decode steps `after_chunk` is called; what it raises ends the rollout.
 
         `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps

@@ -32,7 +32,7 @@ def reach(weights, goal):
 
 
 def _at(x, index):
-    """x[index[b], b] of x [N,B]."""
+    """x[index[b], b] of x [N,B]; of x [N,M,B] and index [1,B] x[index[0, b], :, b]."""
     return jnp.take_along_axis(x, index[None], 0)[0]
 
 
@@ -48,7 +48,7 @@ def inverse_cdf(weights, uniform):
     sums = weights.sum(1)
     total = sums.sum(0)
     block, left = reach(sums, uniform * total)
-    inside, _ = reach(weights[block, :, jnp.arange(rows)].T, left)
+    inside, _ = reach(_at(weights, block[None]), left)
     return (block * BLOCK + inside).astype(jnp.int32), total
 
 
@@ -63,7 +63,7 @@ def draw(logits, keys, t, *, temperature: float, top_k: int):
     peak = logits.max(0, keepdims=True)
     weights = jnp.exp(logits - peak)  # once, for drawing and for the log-probability
     uniform = 1.0 - jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys, t)
-    token, total = inverse_cdf(weights, uniform)
+    token, total = inverse_cdf(weights, uniform)  # greedy and top_k want the total only
     if temperature == 0:
         token = logits.argmax(0).astype(jnp.int32)
     elif top_k:

@@ -39,7 +39,8 @@ class Slots(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Prompts that were prefilled: a KVCache of P positions a layer, tokens int32[R,P], length int32[R]."""
+    """Prompts that were prefilled: a KVCache of P positions a layer (keys in blocks: of whole ones), tokens int32[R,P],
+    length int32[R]."""
 
     cache: tuple[kv.KVCache, ...]
     tokens: jax.Array
@@ -68,8 +69,8 @@ def _placed(tree):
     return jax.tree.map(nn.with_logical_constraint, tree, axes(tree))
 
 
-def _placed_layers(layers: tuple[kv.KVCache, ...]):
-    return jax.tree.map(nn.with_logical_constraint, layers, tuple(layer.axes for layer in layers))
+def _placed_layers(layers: tuple[kv.KVCache, ...], where: kv.KVCache):
+    return jax.tree.map(nn.with_logical_constraint, layers, (where,) * len(layers))
 
 
 on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is traced
@@ -149,7 +150,7 @@ def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
     return _placed(
         slots._replace(
             cache=tuple(
-                kv.KVCache(put(old.k, new.k, 3 if old.k.ndim == 4 else 2), put(old.v, new.v, 2))
+                kv.KVCache(put(old.k, new.k, old.key_axis), put(old.v, new.v, 2))
                 for old, new in zip(slots.cache, prefix.cache, strict=True)
             ),
             tokens=put(slots.tokens, prefix.tokens, 1),
@@ -223,11 +224,13 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
             total_len=total_len,
             limit=jnp.where(active & (token == eos_id), total_len, slots.limit),
         )
-        return step + 1, slots, _placed_layers(written)
+        return step + 1, slots, _placed_layers(written, where)
 
-    written = kv.init_recent(model.config, len(begin), CHUNK, model.dtype) if beside else cache
+    written, where = cache, cache[0].axes
+    if beside:
+        written, where = kv.init_recent(model.config, len(begin), CHUNK, model.dtype), kv.RECENT_AXES
     with jax.named_scope("decode_steps"):
-        _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written)))
+        _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
     if beside:
         drawn = slots.total_len - begin - 1
         written = tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, written, strict=True))

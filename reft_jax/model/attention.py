@@ -41,16 +41,17 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.
 def _scores_of_one(q, k, seen):
     """float32[B,K,G,S] of q [B,K,G,H]."""
     if k.ndim == 5:  # the same queries to every block
-        q = jnp.broadcast_to(q[:, :, None], (*k.shape[:3], *q.shape[2:]))
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if k.ndim == 5:
-        scores = scores.swapaxes(2, 3).reshape(*scores.shape[:2], scores.shape[3], -1)
+        scores = jnp.matmul(q[:, :, None], k, preferred_element_type=jnp.float32).swapaxes(2, 3)
+        scores = scores.reshape(*q.shape[:3], -1)
+    else:
+        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    scores *= q.shape[-1] ** -0.5
     return jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
 def _grouped(q, kv_heads: int):
     """[B,T,N,H] -> [B,K,G*T,H]: the queries of a group are the rows of one matrix, which stands on the left of each
-    product. A batched product with the cache on the left transposes the cache first, and einsum would choose that."""
+    product. A batched product with the keys on the left transposes them first, and einsum would choose that."""
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     return q.reshape(batch, kv_heads, -1, head_dim)

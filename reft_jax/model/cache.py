@@ -33,6 +33,11 @@ class KVCache(NamedTuple):
         return self.v.shape[2]
 
     @property
+    def key_axis(self) -> int:
+        """The axis of k along which positions, or blocks of them, follow each other."""
+        return 2 if self.k.ndim == 5 else 3
+
+    @property
     def axes(self) -> "KVCache":
         """Its logical axes."""
         k = ("cache_length", "head_dim", None) if self.k.ndim == 5 else ("head_dim", "cache_length")
@@ -40,6 +45,7 @@ class KVCache(NamedTuple):
 
 
 VALUE_AXES = PartitionSpec("batch", "kv_heads", "cache_length", "head_dim")
+RECENT_AXES = KVCache(VALUE_AXES, VALUE_AXES)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: bool) -> tuple[KVCache, ...]:
@@ -61,14 +67,14 @@ def in_blocks(cache: KVCache) -> KVCache:
 
 
 def grow(cache: KVCache, length: int) -> KVCache:
-    """The same rows with room for `length` positions."""
+    """The same rows with room for `length` positions; of keys in blocks a multiple of BLOCK."""
     more = length - cache.length
-    k = (2, more // BLOCK) if cache.k.ndim == 5 else (3, more)
 
     def pad(x, axis, more):
         return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
-    return KVCache(pad(cache.k, *k), pad(cache.v, 2, more))
+    k = pad(cache.k, cache.key_axis, more // BLOCK if cache.k.ndim == 5 else more)
+    return KVCache(k, pad(cache.v, 2, more))
 
 
 def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
@@ -103,9 +109,9 @@ def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) ->
 
     What lies past the end of the cache is dropped. The product with a matrix of zeros and ones only moves numbers.
     """
-    place = jnp.arange(cache.v.shape[2])[None] - begin[:, None]  # among the recent ones, [B,S]
+    place = jnp.arange(cache.length)[None] - begin[:, None]  # among the recent ones, [B,S]
     fresh = (place >= 0) & (place < count[:, None])
-    moved = (jnp.arange(recent.v.shape[2])[None, :, None] == place[:, None]).astype(cache.v.dtype)
+    moved = (jnp.arange(recent.length)[None, :, None] == place[:, None]).astype(cache.v.dtype)
     exact = {"precision": jax.lax.Precision.HIGHEST}
     k = jnp.einsum("BKRH,BRS->BKHS", recent.k, moved, **exact)
     v = jnp.einsum("BKRH,BRS->BKSH", recent.v, moved, **exact)

@@ -341,7 +341,8 @@ class Llama(nn.Module):
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """hidden [...,D] -> logits float32[...,V]; the product is in the compute dtype, summed in float32."""
+        """hidden [...,D] -> logits float32[...,V]; the product is in the compute dtype, summed in float32. Not with
+        rollout weights but a TPU's: there `decode` has hidden states and logits as columns."""
         hidden = hidden.astype(self.dtype)
         if not self.config.tie_embeddings:
             return self.lm_head(hidden)

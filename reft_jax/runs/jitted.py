@@ -168,7 +168,7 @@ class RunFunctions:
         """Full-length slots for so many requests, or as many as there are."""
         shapes = self.engine.shapes(requests or self.config.engine.slots, settings.max_len)
         rows = shapes.slots * row_shards(self.mesh)
-        slots = jax.eval_shape(lambda: rollout.empty_slots(self.engine.model, rows, shapes.width, shapes.width))
+        slots = jax.eval_shape(lambda: rollout.empty_slots(self.engine.model, rows, shapes.width, shapes.lengths[-1]))
         return with_axes(self.mesh, slots, rollout.axes(slots), ROLLOUT_RULES)
 
     def prompts(self, settings):

@@ -40,8 +40,9 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.
 
 def _scores_of_one(q, k, seen):
     """float32[B,K,G,S] of q [B,K,G,H]."""
-    if k.ndim == 5:  # the same queries to every block
-        scores = jnp.matmul(q[:, :, None], k, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    if k.ndim == 5:  # the same queries to every block, written out: else matmul would transpose the keys
+        to_each = jnp.broadcast_to(q[:, :, None], (*k.shape[:3], *q.shape[2:]))
+        scores = jnp.matmul(to_each, k, preferred_element_type=jnp.float32).swapaxes(2, 3)
         scores = scores.reshape(*q.shape[:3], -1)
     else:
         scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)

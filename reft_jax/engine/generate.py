@@ -52,9 +52,9 @@ class Engine:
         seed: int,
         after_chunk: Callable[[], None] = lambda: None,
     ):
-        """`slots` must be a multiple of the mesh's row shards; prompts and rows are padded up to
-        `pad_multiple`, a cache whose keys lie in blocks to whole ones. After each
-        chunk of decode steps `after_chunk` is called; what it raises ends the rollout.
+        """`slots` must be a multiple of the mesh's row shards; prompts and rows are padded up to `pad_multiple`, a
+        cache whose keys lie in blocks to whole ones. After each chunk of decode steps `after_chunk` is called; what it
+        raises ends the rollout.
 
         `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
         (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,

@@ -109,6 +109,11 @@ def test_the_planned_arrays_are_those_of_a_run():
     config = load_config(str(REPO / "configs" / "quickstart.py"))
     config.model.dtype = "float32"
     functions = RunFunctions(check_config(config), model, make_mesh(1, 1, 1))
+    longer = config.ppo.copy_and_resolve_references()
+    longer.max_len = 160  # rows end within a block of keys
+    slots = functions.slots(None, longer)
+    assert slots.tokens.shape[1] == 160
+    assert {(layer.k.size, layer.length) for layer in slots.cache} == {(slots.cache[0].v.size, 192)}
 
     def kinds(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)

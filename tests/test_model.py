@@ -91,6 +91,7 @@ def test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else():
     k, v, k_new, v_new = (rng.normal(size=(4, *shape)).astype(np.float32) for shape in ((2, 5, 6), (2, 6, 5)) * 2)
     k_new, v_new = k_new.swapaxes(2, 3)[:, :, :3], v_new[:, :, :3]
     found = jax.jit(join)(KVCache(k, v), KVCache(k_new, v_new), jnp.array(begin), jnp.array(count))
+    k, v = k.copy(), v.copy()  # the program may read the arrays themselves, and later than this line
     for row in range(4):
         for i in range(count[row]):
             if begin[row] + i < 6:

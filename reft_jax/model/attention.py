@@ -3,6 +3,8 @@
 Axes as in `reft_jax.types`. Scores and their softmax are float32, products in the compute dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,28 +28,30 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
 
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     """One token a row, q [B,N,H], to everything in `parts`, each of them (k [B,K,H,S] or in blocks [B,K,S/64,H,64],
-    v [B,K,S,H], what is seen of it bool[1 or B,S]) -> [B,N,H]."""
-    grouped = q.reshape(q.shape[0], parts[0][1].shape[1], -1, q.shape[-1])
-    scores = jnp.concatenate([_scores_of_one(grouped, k, seen) for k, _, seen in parts], axis=-1)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out, begin = 0, 0
-    for _, v, seen in parts:
-        end = begin + seen.shape[-1]
-        out += jnp.matmul(weights[..., begin:end].astype(v.dtype), v, preferred_element_type=jnp.float32)
-        begin = end
-    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).reshape(q.shape)
+    v [B,K,S,H], what is seen of it bool[1 or B,S]) -> [B,N,H].
+
+    Everything stays in the blocks that the keys come in: so XLA's CPU backend makes a kernel of each product and what
+    follows it, and divides its batch among the cores. A product that stands alone runs on one.
+    """
+    grouped = q.reshape(q.shape[0], parts[0][1].shape[1], 1, -1, q.shape[-1])
+    scores = [_scores_of_one(grouped, k if k.ndim == 5 else k[:, :, None], seen) for k, _, seen in parts]
+    peak = functools.reduce(jnp.maximum, [part.max((2, 4), keepdims=True) for part in scores])
+    weights = [jnp.exp(part - peak) for part in scores]
+    total = sum(part.sum((2, 4), keepdims=True) for part in weights)
+    out = 0
+    for part, (_, v, _) in zip(weights, parts, strict=True):
+        v = v.reshape(*v.shape[:2], part.shape[2], part.shape[4], v.shape[3])
+        out += jnp.matmul((part / total).astype(v.dtype), v, preferred_element_type=jnp.float32).sum(2)
+    return out.astype(q.dtype).reshape(q.shape)
 
 
 def _scores_of_one(q, k, seen):
-    """float32[B,K,G,S] of q [B,K,G,H]."""
-    if k.ndim == 5:  # the same queries to every block, written out: else matmul would transpose the keys
-        to_each = jnp.broadcast_to(q[:, :, None], (*k.shape[:3], *q.shape[2:]))
-        scores = jnp.matmul(to_each, k, preferred_element_type=jnp.float32).swapaxes(2, 3)
-        scores = scores.reshape(*q.shape[:3], -1)
-    else:
-        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
-    scores *= q.shape[-1] ** -0.5
-    return jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    """float32[B,K,n,G,S/n] of q [B,K,1,G,H] and k [B,K,n,H,S/n]; the mask is added, as a selection would be a kernel of
+    its own."""
+    to_each = jnp.broadcast_to(q, (*k.shape[:3], *q.shape[3:]))  # written out: else matmul would transpose the keys
+    scores = jnp.matmul(to_each, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = jnp.where(seen, 0, jnp.finfo(jnp.float32).min)
+    return scores + mask.reshape(len(seen), 1, k.shape[2], 1, k.shape[4])
 
 
 def _grouped(q, kv_heads: int):

@@ -45,6 +45,7 @@ SCORES = ("test_scoring.py::test_decisions_equal_the_full_log_softmax",)
 ENDS = ("test_engine.py::test_a_row_ends_with_its_first_eos_or_at_max_len",)
 TPU = ("test_engine.py::test_a_tpus_form_of_weights_and_cache_draws_the_same_tokens",)
 JOINS = ("test_model.py::test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else",)
+ATTENDS = ("test_model.py::test_attention_of_one_token_equals_its_slow_twin",)
 SERVED = ("test_schedule.py::test_every_request_is_served_once_however_rows_end[3-5-8-4]",)
 MUTATIONS = [
     Mutation("mask starts one late", A, "t >= prompt_len[:, None] - 1", "t >= prompt_len[:, None]"),
@@ -177,6 +178,10 @@ MUTATIONS = [
              "(place < count[:, None] - 1)", JOINS),
     Mutation("a row sees one position more than it has", "reft_jax.model.llama", "<= at[:, None]",
              "<= at[:, None] + 1", ("test_model.py::test_prefill_and_ragged_decode_equal_the_full_forward",)),
+    Mutation("unseen keys count", "reft_jax.model.attention", "return scores + mask.reshape(",
+             "return scores + 0 * mask.reshape(", ATTENDS),
+    Mutation("every block has a maximum of its own", "reft_jax.model.attention", "scores.max((2, 4), keepdims",
+             "scores.max(4, keepdims", ATTENDS),
     Mutation("the last rows wait for each other", "reft_jax.engine.generate", "or FEWEST_ROWS", "or 0",
              ("test_engine.py::test_the_last_rows_leave_one_by_one",)),
     Mutation("a prefill a sample", SCHEDULE, "groups.setdefault(tokens.tobytes(), ", "groups.setdefault(request, ",

@@ -124,6 +124,35 @@ def test_a_row_is_written_at_its_position_and_nowhere_past_the_end():
         np.testing.assert_array_equal(got, expected)
 
 
+def slow_attention(q, k, v, seen):
+    """One row's heads [N,H] in float64, a head at a time: k [K,H,S], v [K,S,H], seen bool[S]."""
+    out = np.zeros(q.shape)
+    for head, query in enumerate(q):
+        group = head * len(k) // len(q)
+        weights = np.exp(query @ k[group][:, seen] * len(query) ** -0.5)
+        out[head] = weights @ v[group][seen] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(np.float32, 1e-5), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize(("kv_heads", "blocks"), [(1, True), (2, True), (2, False), (6, True), (6, False)])
+def test_attention_of_one_token_equals_its_slow_twin(dtype, atol, kv_heads, blocks):
+    """To three blocks; and to two parts as on a TPU, of the first of which one row sees nothing and another all."""
+    rng, length = np.random.default_rng(0), 3 * BLOCK
+    shapes = (4, 6, 8), (4, kv_heads, 8, length), (4, kv_heads, length, 8)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    seen = rng.random((4, length)) < 0.3
+    seen[0, : length - 5], seen[1, : length - 5], seen[:, -1] = False, True, True
+    if blocks:
+        parts = [(*in_blocks(KVCache(k, v)), seen)]
+    else:
+        parts = [(k[..., at], v[:, :, at], seen[:, at]) for at in (slice(length - 5), slice(length - 5, None))]
+    found = jax.jit(attention.attend)(q, *parts)
+    assert found.dtype == dtype
+    want = [slow_attention(*row) for row in zip(*(np.asarray(x, float) for x in (q, k, v)), seen, strict=True)]
+    np.testing.assert_allclose(np.asarray(found, float), want, atol=atol)
+
+
 def test_decoding_never_copies_the_cache():
     """A chunk of steps writes where it lies, a TPU's step only reads: there is room for a layer, not for the whole."""
     tiny, zeros = tiny_model(num_layers=8), jnp.zeros(4, jnp.int32)

@@ -3,8 +3,6 @@
 Axes as in `reft_jax.types`. Scores and their softmax are float32, products in the compute dtype.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,24 +28,26 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.
     """One token a row, q [B,N,H], to everything in `parts`, each of them (k [B,K,H,S] or in blocks [B,K,S/64,H,64],
     v [B,K,S,H], what is seen of it bool[1 or B,S]) -> [B,N,H].
 
-    Everything stays in the blocks that the keys come in: so XLA's CPU backend makes a kernel of each product and what
-    follows it, and divides its batch among the cores. A product that stands alone runs on one.
+    Everything stays in the blocks that the keys come in. So XLA's CPU backend makes a kernel of each product and what
+    follows it, and divides its batch among the cores; a batch of small products that stands alone runs on one.
     """
     grouped = q.reshape(q.shape[0], parts[0][1].shape[1], 1, -1, q.shape[-1])
     scores = [_scores_of_one(grouped, k if k.ndim == 5 else k[:, :, None], seen) for k, _, seen in parts]
-    peak = functools.reduce(jnp.maximum, [part.max((2, 4), keepdims=True) for part in scores])
-    weights = [jnp.exp(part - peak) for part in scores]
-    total = sum(part.sum((2, 4), keepdims=True) for part in weights)
-    out = 0
-    for part, (_, v, _) in zip(weights, parts, strict=True):
-        v = v.reshape(*v.shape[:2], part.shape[2], part.shape[4], v.shape[3])
-        out += jnp.matmul((part / total).astype(v.dtype), v, preferred_element_type=jnp.float32).sum(2)
+    scores = jnp.concatenate(scores, axis=-1)
+    weights = jnp.exp(scores - scores.max((2, 4), keepdims=True))
+    weights /= weights.sum((2, 4), keepdims=True)
+    out, begin = 0, 0
+    for _, v, _ in parts:
+        v = v.reshape(*v.shape[:2], scores.shape[2], -1, v.shape[3])
+        end = begin + v.shape[3]
+        out += jnp.matmul(weights[..., begin:end].astype(v.dtype), v, preferred_element_type=jnp.float32).sum(2)
+        begin = end
     return out.astype(q.dtype).reshape(q.shape)
 
 
 def _scores_of_one(q, k, seen):
-    """float32[B,K,n,G,S/n] of q [B,K,1,G,H] and k [B,K,n,H,S/n]; the mask is added, as a selection would be a kernel of
-    its own."""
+    """float32[B,K,n,G,S/n] of q [B,K,1,G,H] and k [B,K,n,H,S/n]. The mask is added, since a selection would be a kernel
+    of its own: what is not seen must be finite."""
     to_each = jnp.broadcast_to(q, (*k.shape[:3], *q.shape[3:]))  # written out: else matmul would transpose the keys
     scores = jnp.matmul(to_each, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = jnp.where(seen, 0, jnp.finfo(jnp.float32).min)

@@ -48,18 +48,23 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and signed sin float32[B,T,1,H] for positions int32[B,T]; the 1 stands for the heads."""
+    """cos and sin float32[B,T,1,H/2] for positions int32[B,T]; the 1 stands for the heads."""
     angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], axis: int = -1) -> jax.Array:
-    """Rotates x along its axis H in float32, as [B,T,heads,H] by the tables that stand above, or as [heads,H,B];
-    dimension i pairs with i + H/2, the convention of Hugging Face."""
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [B,T,heads,H] in float32; dimension i pairs with i + H/2, the convention of Hugging Face."""
+    cos, sin = tables
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_columns(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The same of x [heads,H,B], by (cos, cos) and (-sin, sin) float32[1,H,B]. A CPU is quicker so, a TPU slower."""
     cos, sin = tables
     y = x.astype(jnp.float32)
-    return (y * cos + jnp.roll(y, y.shape[axis] // 2, axis) * sin).astype(x.dtype)
+    return (y * cos + jnp.roll(y, y.shape[1] // 2, axis=1) * sin).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.Array:
@@ -191,8 +196,8 @@ class Block(nn.Module):
             return into(name, y, count * c.head_dim, axis).reshape(count, c.head_dim, batch)
 
         y = self._norm("attention_norm", x, axis=0)
-        q = rotate(heads_of("q", y, c.num_heads, "heads"), tables, axis=1)
-        k = rotate(heads_of("k", y, c.num_kv_heads, "kv_heads"), tables, axis=1)
+        q = rotate_columns(heads_of("q", y, c.num_heads, "heads"), tables)
+        k = rotate_columns(heads_of("k", y, c.num_kv_heads, "kv_heads"), tables)
         v = heads_of("v", y, c.num_kv_heads, "kv_heads")
         parts, kept = past(k.transpose(2, 0, 1), v.transpose(2, 0, 1))
         heads = attend(q.transpose(2, 0, 1), *parts)
@@ -299,7 +304,8 @@ class Llama(nn.Module):
         """One token a row: tokens int32[B] at the positions at int32[B] -> (logits float32[V,B], the cache with them)
         (unrolled only). A row sees the positions of the cache up to its own."""
         seen = jnp.arange(cache[0].length)[None] <= at[:, None]
-        tables = tuple(table[:, 0].transpose(1, 2, 0) for table in rope_tables(self.config, at[:, None]))
+        cos, sin = (table[:, 0].transpose(1, 2, 0) for table in rope_tables(self.config, at[:, None]))
+        tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
         x, written = _residual_column(self.embed[tokens].astype(self.dtype).T), []
         for layer, its_cache in zip(self.layers, cache, strict=True):
             x, its_cache = layer(x, tables, None, partial(in_place, its_cache, at, seen))

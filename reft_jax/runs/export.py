@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from reft_jax import __version__
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf_write import save_hf
 from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import TITLES, abstract_reranker, finished, load_model

@@ -177,7 +177,7 @@ def test_parity_of_the_reranker(tmp_path):
     want = torch_logits(theirs, tokens, attention_mask=mask)
     size = {"max_len": 2 * max(lengths), "micro_batch": len(ROWS), "micro_batches": 1, "multiple": 8}
     packing = Packing(ROWS, lengths - 1, np.ones_like(lengths), **size)
-    loaded, trunk = load_hf(out)
+    loaded, trunk = load_hf(out, reranker=True)
     assert trunk.keys() == {"embed", "layers", "final_norm"}
     again = {"lm": trunk, "rerank_head": load_rerank_head(out)}
     for ours in (params, again):

@@ -131,11 +131,12 @@ def check_grading(run: Run) -> Finding:
 
 def check_weights(run: Run, lm) -> Iterator[Finding]:
     """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
-    from reft_jax.model.hf import stored_in
+    from reft_jax.model.hf import checked
     from reft_jax.model.hf_write import hf_tensors
     from reft_jax.model.safetensors import map_tensor
 
-    stored, changed, broken, count = stored_in(run.base), [], [], 0
+    _, stored, _ = checked(run.base)
+    changed, broken, count = [], [], 0
     for name, ours in hf_tensors(run.model.config, lm):
         if not np.array_equal(map_tensor(stored[name]).astype(np.float32), ours, equal_nan=True):
             changed.append(name)

@@ -227,11 +227,14 @@ def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> Non
         raise InputError(str(error)) from error
 
 
-def checked_tokenizer(folder: Path):
-    """The tokenizer of a model folder, after its tensors' headers and its vocabulary were looked at. InputError."""
+def checked_tokenizer(folder: Path, *, reranker: bool = False):
+    """The tokenizer of a model folder, after its tensors' headers and its vocabulary were looked at. InputError.
+
+    `reranker`: the folder must be a classifier's with 2 classes, else a language model's.
+    """
     from reft_jax.model.hf import check_folder
 
-    vocab_size = check_folder(folder).vocab_size
+    vocab_size = check_folder(folder, reranker=reranker).vocab_size
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
     return tokenizer

@@ -31,7 +31,7 @@ def is_number(value: Any) -> bool:
 
 
 SIZE = Kind("a whole number from 1 to 2147483647", lambda value: type(value) is int and 1 <= value < 2**31)
-POSITIVE = Kind("a number above 0", lambda value: is_number(value) and value > 0)
+POSITIVE = Kind("a number from 1e-6 to 1e18", lambda value: is_number(value) and 1e-6 <= value <= 1e18)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 OBJECT = Kind("an object or null", lambda value: type(value) is dict)
 

@@ -52,8 +52,11 @@ def check_is_folder(folder: str | Path) -> Path:
         elif str(folder).startswith("~"):
             remedy += "; '~' stands for nothing here, write the path out"
         raise InputError(f"{folder}: no such folder; {remedy}")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise InputError(f"{folder}: cannot be read (Permission denied); check its owner and mode")
+    try:
+        os.listdir(path)
+        os.stat(path / ".")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); check its owner and mode") from None
     return path
 
 

@@ -30,7 +30,9 @@ FIELDS = {
     "num_attention_heads": Field(SIZE, REQUIRED),
     "num_key_value_heads": Field(SIZE, None, null=True),
     "head_dim": Field(
-        Kind("an even whole number above 0", lambda value: SIZE.holds(value) and value % 2 == 0), None, null=True
+        Kind("an even whole number up to 65536", lambda value: SIZE.holds(value) and value % 2 == 0 and value <= 65536),
+        None,
+        null=True,
     ),
     "hidden_act": Field(Kind("'silu', or its other name 'swish'", lambda value: value in ("silu", "swish")), "silu"),
     "max_position_embeddings": Field(SIZE, 2048),
@@ -117,10 +119,10 @@ class LlamaConfig:
         head_dim = fields["head_dim"]
         if head_dim is None:
             head_dim, rest = divmod(hidden_size, num_heads)
-            if rest or head_dim % 2:
+            if rest or not FIELDS["head_dim"].kind.holds(head_dim):
                 raise InputError(
-                    f"{source}: hidden_size {hidden_size} over num_attention_heads {num_heads} is no even whole "
-                    "number, and field 'head_dim' is missing; correct them"
+                    f"{source}: hidden_size {hidden_size} over num_attention_heads {num_heads} must be "
+                    f"{FIELDS['head_dim'].kind.words} where field 'head_dim' is missing; correct them"
                 )
         rope_theta, rope_scaling = read_rope(raw, source)
         return cls(
@@ -170,7 +172,7 @@ def check_family(raw: Mapping[str, Any], source: str) -> None:
             "family's weights as a Llama give wrong numbers; use a Llama checkpoint"
         )
     named = raw.get("architectures")
-    for name in named if isinstance(named, list) else ():
+    for name in named if isinstance(named, list) else [named]:
         if isinstance(name, str) and name.endswith("ForCausalLM") and "llama" not in name.lower():
             raise InputError(
                 f"{source}: field 'architectures' names {name}, 'model_type' says \"llama\"; one of them is not this "
@@ -251,7 +253,7 @@ def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, s
     theta = given.get(f"{within}.rope_theta", given.get("rope_theta"))
     if theta is None:
         theta = 10000.0
-        given |= {f"{within}.rope_theta": theta}  # what transformers puts there
+        given |= {f"{within}.rope_theta by default": theta}
     if any(value != theta for value in given.values()):
         raise _differ(source, given)
     return float(theta)
@@ -259,4 +261,4 @@ def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, s
 
 def _differ(source: str, given: Mapping[str, Any]) -> InputError:
     told = " and ".join(f"'{name}' ({shown(value)})" for name, value in given.items())
-    return InputError(f"{source}: fields {told} differ; programs do not agree on which counts, remove the wrong one")
+    return InputError(f"{source}: fields {told} differ, and programs do not agree on which counts; make them alike")

@@ -8,7 +8,7 @@ time: a folder of any size needs little more host memory than what stays there.
 import math
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +175,7 @@ def checked(
     _check_heads(folder, config, stored, reranker)
     if config.tie_embeddings and _EMBED not in stored and _HEAD in stored:
         stored = stored | {_EMBED: stored[_HEAD]}
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = jax.eval_shape(lambda tokens: unbox(Llama(config).init(jax.random.key(0), tokens)), tokens)
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract["params"]).items()}
-    if reranker:
-        shapes.pop(_LM_HEAD, None)
+    shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == _LM_HEAD)}
     wanted = {}
     for path, shape in shapes.items():
         one = _hf_shape(shape[1:] if path[0] == "layers" else shape, _TENSORS[path][1])
@@ -198,6 +194,14 @@ def checked(
     if config.tie_embeddings and not reranker and _HEAD in stored:
         _check_tied(folder, stored, shapes[("embed",)])
     return config, stored, shapes
+
+
+@cache
+def _shapes(config: LlamaConfig) -> dict[tuple, tuple[int, ...]]:
+    """Our path -> our shape of every parameter."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    abstract = jax.eval_shape(lambda tokens: unbox(Llama(config).init(jax.random.key(0), tokens)), tokens)
+    return {path: leaf.shape for path, leaf in flatten_dict(abstract["params"]).items()}
 
 
 def _check_heads(folder: str | Path, config: LlamaConfig, stored: dict[str, Stored], reranker: bool) -> None:

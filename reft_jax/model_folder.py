@@ -3,6 +3,7 @@
 No JAX: mistakes in these files should show in a second, before anything starts.
 """
 
+import fnmatch
 import json
 import os
 import shutil
@@ -49,7 +50,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 def tokenizer_files(folder: Path) -> Iterator[Path]:
     """The folder's tokenizer files by name. InputError for one that is a dangling link or cannot be read."""
     try:
-        for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+        names = {name for pattern in TOKENIZER_FILES for name in fnmatch.filter(os.listdir(folder), pattern)}
+        for path in (folder / name for name in sorted(names)):
             if not path.exists():
                 raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there; copy the file itself")
             if path.is_file():
@@ -96,18 +98,20 @@ def write_generation(source: Path, eos_id: int | None, out: Path) -> None:
         (out / GENERATION).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(tok: Any, out: Path) -> None:
+def write_tokenizer(tok: Any, out: str | Path) -> None:
     """Writes a tokenizer's files: those that `load_tokenizer` read as they were, else what transformers makes of it.
 
     Of a class that only transformers 5 has, and of its spelling of special tokens, version 4 is told in its own words.
     """
+    out = Path(out)
     if source := getattr(tok, "read_from", None):
+        out.mkdir(parents=True, exist_ok=True)
         for path in tokenizer_files(source):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, Path(out) / path.name)
+            copy(path, out / path.name)
         return
     type(tok).save_pretrained(tok, out)
-    path = Path(out) / TOKENIZER_CONFIG
+    path = out / TOKENIZER_CONFIG
     if raw := read_settings(path):
         if raw.get("tokenizer_class") == "TokenizersBackend":
             raw["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -72,6 +72,11 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
             f"{folder / TOKENIZER_CONFIG}: field 'auto_map': tokenizer {name!r} needs code from the folder, which is "
             "never run; use a model whose tokenizer transformers has, or save this one as tokenizer.json alone"
         )
+    for key in ("eos_token", "unk_token"):
+        if settings.get(key) == "":  # transformers would take the id of unk_token for it
+            raise InputError(
+                f"{folder / TOKENIZER_CONFIG}: field {key!r} is empty; write the token or remove the field"
+            )
     # For a sentencepiece model alone transformers 5 guesses a tokenizer without Llama's space before the first word.
     only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
     kind = transformers.LlamaTokenizer if only_model and not known else transformers.AutoTokenizer
@@ -79,9 +84,7 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises nothing more specific for a broken file
         reason, remedy = str(error).partition("\n")[0], "copy its files again"
-        if empty := [key for key in ("bos_token", "eos_token", "unk_token") if settings.get(key) == ""]:
-            reason, remedy = f"{empty[0]} is empty in {TOKENIZER_CONFIG}", "write the token there or remove the field"
-        elif not only_model and not (folder / "tokenizer.json").is_file():
+        if not only_model and not (folder / "tokenizer.json").is_file():
             reason = "vocab.json and merges.txt do not say how text is split"
             remedy = f"copy the model's tokenizer.json there, or name its tokenizer_class in {TOKENIZER_CONFIG}"
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); {remedy}") from error
@@ -112,7 +115,7 @@ def own_reading(folder: Path) -> tuple[Path, Callable[[str], list[int]]] | None:
 
         path = folder / "tokenizer.model"
         try:
-            pieces = SentencePieceProcessor(model_proto=path.read_bytes())
+            (pieces := SentencePieceProcessor()).LoadFromSerializedProto(path.read_bytes())
         except RuntimeError:
             raise InputError(
                 f"{path}: not a sentencepiece model, perhaps Meta's tiktoken file or a cut one; copy tokenizer.json of "

@@ -43,7 +43,9 @@ _LM_HEAD = ("lm_head", "kernel")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TILE = 256  # of a matrix that is turned over: two of them fit in a core's cache
-_VALUE_HEAD_FILE = "value_head.safetensors"
+# In a folder of its own: loaders of policies read every *.safetensors that lies beside config.json.
+VALUE_HEAD_FILE = "value_head/model.safetensors"
+OLD_VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -134,8 +136,9 @@ def _copy(out: np.ndarray, part: np.ndarray) -> None:
 def load_value_head(folder: str | Path) -> dict | None:
     """ValueHead's parameters, or None where the folder has no value head (TRL's names; beside or in the model)."""
     folder = Path(folder)
-    path = folder / _VALUE_HEAD_FILE
-    stored = read_header(path) if path.exists() else stored_in(folder)
+    paths = [folder / name for name in (VALUE_HEAD_FILE, OLD_VALUE_HEAD_FILE)]
+    path = next((path for path in paths if path.exists()), None)
+    stored = read_header(path) if path else stored_in(folder)
     for prefix in ("v_head.summary.", "v_head."):
         if prefix + "weight" in stored:
             width = read_config(folder).hidden_size

@@ -14,10 +14,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reft_jax.model.hf import _LM_HEAD, _TENSORS, _VALUE_HEAD_FILE, _hf_shape, _names
+from reft_jax.model.hf import _LM_HEAD, _TENSORS, VALUE_HEAD_FILE, _hf_shape, _names
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import write_json, write_tensors
+from reft_jax.model_folder import CONFIG, SCRATCH, check_new_folder, with_end, write_generation, write_tokenizer
 from reft_jax.types import InputError
 
 
@@ -32,45 +33,62 @@ def save_hf(
     dtype: Any = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Writes a folder that `load_hf` and transformers read; it appears whole or not at all.
+    """Writes a folder that `load_hf`, transformers (4.57 and 5) and what is built on it read; whole or not at all.
 
-    `dtype` converts the trunk (None: as it is); heads stay float32. With `rerank_head` the folder is a
-    LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The value head gets a file
-    of its own. Where several processes hold the parameters all of them call this and the first one writes. InputError
-    if `folder` has anything in it.
+    `tokenizer` brings what belongs to it: its files, and from the model folder that it was loaded from the ids of
+    config.json and generation_config.json. `dtype` converts the trunk (None: as it is); heads stay float32. With
+    `rerank_head` the folder is a LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The
+    value head gets a folder of its own inside, which loaders of policies do not look into. Where several processes
+    hold the parameters all of them call this and the first one writes. InputError if `folder` has anything in it or
+    cannot be made, or if a number is too large for `dtype`.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: already exists and is not an empty folder; choose another or remove it")
+    folder = Path(os.path.realpath(folder))
     flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != _LM_HEAD}
-    config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None, tokenizer)
+    config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None)
+    source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # of a tokenizer made on the spot: nowhere
+    if tokenizer is not None:
+        config |= _special_ids(tokenizer, source, model.config.vocab_size, rerank_head is not None)
     trunk, value = _layout(model.config, flat, rerank_head, dtype), _value_head_layout(value_head)
     if jax.process_index():
         for tensor in trunk + value:
             tensor.make()
         return
+    check_new_folder("save_hf", folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
         target = Path(scratch) / "model"
         target.mkdir()
-        write_json(target / "config.json", config)
+        write_json(target / CONFIG, config)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, target)
+            write_generation(source, tokenizer.eos_token_id, target)
         _write_model(target, trunk, max_shard_bytes)
         if value:
-            _write_file(target / _VALUE_HEAD_FILE, value)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            (target / VALUE_HEAD_FILE).parent.mkdir()
+            _write_file(target / VALUE_HEAD_FILE, value)
         os.replace(target, folder)
 
 
-def _config_json(config: LlamaConfig, dtype: Any, classifier: bool, tokenizer: Any) -> dict:
+def _config_json(config: LlamaConfig, dtype: Any, classifier: bool) -> dict:
+    """config.json but for its special ids, which are null: left out they would be those of Llama 1."""
     raw = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
+    raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if classifier:
-        raw |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
-    else:
-        raw |= {"architectures": ["LlamaForCausalLM"]}
-    if tokenizer is not None:
-        raw |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return raw
+        return raw | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
+    return raw | {"architectures": ["LlamaForCausalLM"]}
+
+
+def _special_ids(tokenizer: Any, source: Path, vocab_size: int, classifier: bool) -> dict:
+    """BOS, EOS and padding as the config.json of `source` has them, else as the tokenizer does.
+
+    transformers scores several rows at once only with a padding id that the rows' texts do not have: EOS will do.
+    """
+    base = with_end(source / CONFIG, tokenizer.eos_token_id)
+    bos, pad = base.get("bos_token_id", tokenizer.bos_token_id), base.get("pad_token_id")
+    candidates = [pad, tokenizer.pad_token_id, *([tokenizer.eos_token_id] if classifier else [])]
+    # transformers fails on one that was added behind the vocabulary; Llama 1 has -1 for none.
+    pad = next((one for one in candidates if type(one) is int and 0 <= one < vocab_size), None)
+    return {"bos_token_id": bos, "eos_token_id": base.get("eos_token_id"), "pad_token_id": pad}
 
 
 def hf_tensors(
@@ -104,8 +122,25 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
             shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
             kind = jnp.dtype(dtype or flat[path].dtype)
             for layer, name in enumerate(_names(path, config)):
-                tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), partial(make, path, layer)))
+                made = partial(_converted, name, kind, partial(make, path, layer))
+                tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), made))
     return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
+
+
+def _converted(name: str, dtype: np.dtype, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` gives as `dtype`; InputError where a number becomes infinite by that."""
+    value = make()
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        converted = value.astype(dtype)
+    if (lost := np.isinf(converted) & np.isfinite(value)).any():
+        largest = float(np.abs(value[lost].astype(np.float32)).max())
+        raise InputError(
+            f"dtype={dtype.name}: tensor {name} has {largest:g}, more than {dtype.name} holds "
+            f"({float(jnp.finfo(dtype).max):g}); choose bfloat16 or float32"
+        )
+    return converted
 
 
 def _gathered(leaf, layer: int | None = None) -> np.ndarray:

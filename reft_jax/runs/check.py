@@ -15,7 +15,7 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.runs.setup import Data, Run, checked_tokenizer, open_mesh, start_executor
 from reft_jax.task import answers, prompts, synthetic
-from reft_jax.task.tokenizer import decode, encode
+from reft_jax.task.tokenizer import all_end_ids, decode, encode
 from reft_jax.types import Completion, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on
@@ -205,8 +205,8 @@ def roll_out(run: Run, lm) -> tuple[list[Prompt], list[Completion]]:
 
     count = round_up(QUESTIONS, row_shards(run.mesh))
     asked = run.prompts(run.data.train, -(-count // QUESTIONS))[:count]
-    eos_id, seed = run.tokenizer.eos_token_id, run.config.seed
-    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=eos_id, seed=seed)
+    ends, seed = all_end_ids(run.tokenizer, run.base), run.config.seed
+    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
     max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
     found = dict(engine.generate(lm, asked, max_len=max_len, temperature=run.config.ppo.temperature))
     return asked, [found[i] for i in range(count)]

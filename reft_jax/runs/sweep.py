@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from reft_jax import executor
 from reft_jax.config import flatten
-from reft_jax.model.safetensors import read_json
+from reft_jax.model_folder import read_json
 from reft_jax.parallel import hosts
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards

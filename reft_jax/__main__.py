@@ -29,15 +29,17 @@ made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM
 again. A second signal ends it at once: 128 + its number.
 """
 
-import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
 
+from reft_jax import terminal
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.store import DISK, not_written
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 COMMANDS = (
@@ -65,17 +67,22 @@ def main() -> None:
     """The console script `reft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
+    terminal.prepare()
     try:
         run_command(sys.argv[1:])
+        sys.stdout.flush()  # here, where a full disk is still an error of ours
     except Stopped as stop:
         print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
         sys.exit(stop.exit_code)
     except (InputError, NotFiniteError, SaveError) as error:
         end(error.exit_code, error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK:
             raise
-        end(SaveError.exit_code, f"{error}; what was saved before is whole: make room and run the same command again")
+        end(SaveError.exit_code, not_written("a file", error))
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def end(code: int, error) -> NoReturn:
@@ -133,8 +140,6 @@ def run_command(argv: list[str]) -> None:
     for key in values.allow_config_change:
         if key not in SETTINGS:
             raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
-    if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
-        raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     if command == "evaluate" and values.replay:
         from reft_jax.runs.executions import replay
 
@@ -142,6 +147,10 @@ def run_command(argv: list[str]) -> None:
     if command == "evaluate" and values.data and not values.models:
         raise InputError("--data belongs to a sweep: --models=FOLDER,… is missing; see python -m reft_jax --help")
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
+    if command == "export":
+        from reft_jax.runs.export import check_out
+
+        check_out(Path(values.out))
     from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
@@ -152,7 +161,8 @@ def run_command(argv: list[str]) -> None:
             checkpoints, files = parse_checkpoints(values.models), parse_data(values.data or config.data.test)
             run_sweep(config, Path(values.workdir).absolute(), checkpoints, files, values.allow_config_change)
             return
-        with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
+        workdir, reads = Path(values.workdir), command == "export"
+        with open_run(config, workdir, needs, values.allow_config_change, reads=reads) as run:
             dispatch(command, run, values)
 
 
@@ -256,10 +266,11 @@ def regrade(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {extra[0]!r}; name all sample files in --samples, with commas")
     if not values.samples:
         raise InputError("--samples is empty; name sample files, or a folder of them")
+    from reft_jax.runs.paths import listed
     from reft_jax.runs.regrade import run_regrade
 
     run_regrade(
-        values.samples.split(","),
+        listed(values.samples),
         execute=values.execute,
         out_dir=Path(values["out-dir"].value) if values["out-dir"].value else None,
         seed=values.seed,

@@ -69,5 +69,5 @@ def test_no_log_and_a_broken_line_are_named(tmp_path):
     with pytest.raises(InputError, match="executions.jsonl.gz: no such file"):
         replay(tmp_path)
     (tmp_path / LOG_NAME).write_bytes(gzip.compress(b'{"purpose": '))
-    with pytest.raises(InputError, match="line 1 is not JSON"):
+    with pytest.raises(InputError, match="line 1 is not an execution"):
         replay(tmp_path)

@@ -5,7 +5,6 @@ Where there are several hosts the first one writes and shows; the others' object
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -15,7 +14,37 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 
 from reft_jax.parallel.hosts import is_first
+from reft_jax.store import write_whole, writing
 from reft_jax.types import InputError
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of `folder/metrics.jsonl`, none if there is no such file; a null is left out.
+
+    A last line cut short by a crash is left out as well. Raises InputError when any other line is not a JSON object
+    with a step.
+    """
+    return [
+        {name: value for name, value in line.items() if value is not None}
+        for line in _read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def _read_lines(path: Path) -> list[dict]:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    found = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int | float):
+                raise TypeError
+            found.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise InputError(
+                    f"{path}: line {number} is not a JSON object with a step; repair or remove it"
+                ) from error
+    return found
 
 
 class MetricsWriter:
@@ -35,11 +64,13 @@ class MetricsWriter:
         self._tb: SummaryWriter | None = None  # made by the first write, when it is known whether the run resumes
         self._purge_step: int | None = None
         if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)  # by the line: a crash loses none written
+            with writing(self._path):
+                folder.mkdir(parents=True, exist_ok=True)
+                # By the line: a crash loses none written.
+                self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values (anything `float` takes) of one step."""
+        """Writes the values (anything `float` takes) of one step. Raises SaveError."""
         if self._file is None:
             return
         if self._tb is None:
@@ -53,7 +84,8 @@ class MetricsWriter:
             number = float(value)
             line[name] = number if math.isfinite(number) else None
             self._tb.add_scalar(name, number, step)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def truncate_after(self, step: int) -> None:
         """Forgets every later step, for a run that resumes at `step` and writes them again; call it before `write`.
@@ -63,21 +95,9 @@ class MetricsWriter:
         """
         if self._file is None:
             return
-        kept = []
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError) as error:
-                if number < len(lines):
-                    raise InputError(
-                        f"{self._path}: line {number} is not a JSON object with a step; repair or remove it"
-                    ) from error
+        kept = [json.dumps(line) + "\n" for line in _read_lines(self._path) if line["step"] <= step]
         self._file.close()
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(kept), encoding="utf-8")
-        os.replace(whole, self._path)
+        write_whole(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._purge_step = step + 1
 

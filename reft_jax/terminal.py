@@ -8,37 +8,41 @@ import sys
 from reft_jax.store import not_written
 
 
-class Descriptor(io.FileIO):
-    """A stream's descriptor. What its reader no longer takes goes to /dev/null from then on."""
+class Stream(io.TextIOWrapper):
+    """Text to a descriptor. What its reader no longer takes goes to /dev/null from then on.
 
-    def write(self, data) -> int:
-        """Raises SaveError if standard output is a file on a full disk; without it a table would be lost unnoticed."""
+    Raises SaveError if standard output is a file on a full disk: without it a table would be lost unnoticed.
+    """
+
+    def write(self, text: str) -> int:
         try:
-            return super().write(data)
+            return super().write(text)
         except OSError as error:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
-            if self.fileno() == 1 and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise not_written("standard output", error) from error
-            return len(data)
+            self._go_on(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._go_on(error)
+
+    def _go_on(self, error: OSError) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        if self.fileno() == 1 and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise not_written("standard output", error) from error
 
 
 def prepare() -> None:
     """Makes both streams go on when a pipe or a terminal is closed, and replace what their encoding lacks."""
-    for name in ("stdout", "stderr"):
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__") or stream is None:  # a test's, or none at all
+        if stream is None or stream is not getattr(sys, f"__{name}__"):  # closed, or a test's
             continue
         stream.flush()
-        raw = Descriptor(stream.fileno(), "w", closefd=False)
-        by_line = name == "stderr" or stream.line_buffering
-        wrapped = io.TextIOWrapper(
-            io.BufferedWriter(raw),
-            encoding=stream.encoding,
-            errors="replace" if name == "stdout" else "backslashreplace",
-            line_buffering=by_line,
-            write_through=stream.write_through,
-        )
-        wrapped.mode = "w"
-        setattr(sys, name, wrapped)
+        descriptor = open(stream.fileno(), "wb", closefd=False)
+        by_line = stream.line_buffering or name == "stderr"
+        options = {"line_buffering": by_line, "write_through": stream.write_through}
+        setattr(sys, name, Stream(descriptor, encoding=stream.encoding, errors=errors, **options))

@@ -134,7 +134,7 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
 def _read(path: Path) -> str:
     try:
         return path.read_text(**TEXT)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
         raise InputError(f"--workdir: cannot read {path} ({error.strerror}); choose another") from error

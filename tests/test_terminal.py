@@ -1,0 +1,117 @@
+"""Pipes whose reader goes away, terminals that lack a character, Ctrl-C, and a disk that is full behind a `>`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reft_jax import __main__
+
+ROOT = Path(__file__).resolve().parents[1]
+MANY = "import sys; print(1, flush=True); sys.stdin.readline(); [print('x' * 99, file=sys.{}) for _ in range(9999)]"
+
+
+def script(lines: str, **kwargs) -> subprocess.Popen:
+    """A program that prints as a command does, on its own streams."""
+    command = f"""
+import sys
+from reft_jax import __main__
+__main__.run_command = lambda argv: exec(argv[0])
+sys.argv = ["reft", {lines!r}]
+__main__.main()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
+    return subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, text=True, **pipes)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_goes_on_when_nobody_reads_it(stream, tmp_path):
+    """As after `… | head -1`, and when what took the progress lines has ended."""
+    done = tmp_path / "done"
+    process = script(MANY.format(stream) + f"; open({str(done)!r}, 'w')")
+    assert process.stdout.readline() == "1\n"
+    getattr(process, stream).close()
+    setattr(process, stream, None)
+    said = process.communicate("\n", timeout=60)
+    assert process.returncode == 0 and done.exists()
+    assert not any(text for text in said if text), said
+
+
+def test_a_command_line_into_a_pipe_that_is_closed():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reft_jax", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate() == (None, b"") and process.returncode == 0
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "? ?\n"), ("latin-1", "? °\n"), ("utf-8", "– °\n")])
+def test_a_character_that_a_terminal_lacks_is_replaced(encoding, shown):
+    process = script(
+        "print('– °')", env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}, encoding=encoding
+    )
+    assert process.communicate(timeout=60) == (shown, "")
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_table_that_does_not_fit_on_the_disk_is_an_error():
+    for lines in ("print('a table')", "print('x' * 99999)"):
+        with open("/dev/full", "w") as full:
+            process = script(lines, stdout=full)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 4
+        assert said.startswith("error: standard output could not be written (No space left") and said.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "run_command", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_ctrl_c_while_programs_run(tmp_path):
+    """In a command without a work directory; nothing is written, and nobody is left."""
+    row = {"item_id": "svamp_0", "question": "How many?", "answer_value": "5"}
+    row["answer_cot"] = "def solution():\n    while True:\n        pass"
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    argv = ["convert", "svamp", f"--in={tmp_path / 'data.json'}", f"--out-dir={tmp_path / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reft_jax", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr.readline().startswith("programs run with")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said == "stopped by SIGINT\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "/data/x.json"), "/data/x.json could not be written (No space left"),
+        (PermissionError(13, "Permission denied", "/data/y"), "/data/y could not be written (Permission denied)"),
+        (OSError(30, "Read-only file system", "/data/z"), "/data/z could not be written (Read-only file system)"),
+    ],
+)
+def test_what_the_disk_refuses_ends_with_code_4_and_one_line(monkeypatch, capsys, error, says):
+    def refused(argv):
+        raise error
+
+    monkeypatch.setattr(__main__, "run_command", refused)
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    assert stopped.value.code == 4
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {says}") and said.count("\n") == 1

@@ -30,7 +30,6 @@ again. A second signal ends it at once: 128 + its number.
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -69,7 +68,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     terminal.prepare()
     try:
-        run_command(sys.argv[1:])
+        with terminal.one_line_on_ctrl_c():
+            run_command(sys.argv[1:])
         sys.stdout.flush()  # here, where a full disk is still an error of ours
     except Stopped as stop:
         print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
@@ -81,8 +81,7 @@ def main() -> None:
             raise
         end(SaveError.exit_code, not_written("a file", error))
     except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        os._exit(terminal.INTERRUPTED)  # an orderly end would wait for threads that wait for programs
 
 
 def end(code: int, error) -> NoReturn:

@@ -1,11 +1,18 @@
-"""Standard output and error as a long run needs them: whoever reads them may go away, and any character can come."""
+"""Standard output and error as a long run needs them, and Ctrl-C where nothing has to be saved."""
 
 import errno
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from reft_jax.store import not_written
+
+UNWIND_S = 3.0  # from Ctrl-C to the end of a process that does not end by itself
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Stream(io.TextIOWrapper):
@@ -46,3 +53,30 @@ def prepare() -> None:
         by_line = stream.line_buffering or name == "stderr"
         options = {"line_buffering": by_line, "write_through": stream.write_through}
         setattr(sys, name, Stream(descriptor, encoding=stream.encoding, errors=errors, **options))
+
+
+@contextmanager
+def one_line_on_ctrl_c() -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt and says so; the process then ends within UNWIND_S, whatever happens.
+
+    An import or a callback may swallow the exception, and what is unwound may wait for programs. A second SIGINT ends
+    the process at once. Where SIGINT is ignored, as in a shell's background, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    end = threading.Timer(UNWIND_S, os._exit, [INTERRUPTED])
+    end.daemon = True
+
+    def interrupt(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"stopped by SIGINT\n")
+        end.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        end.cancel()
+        signal.signal(signal.SIGINT, signal.default_int_handler)

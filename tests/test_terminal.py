@@ -69,15 +69,32 @@ def test_a_table_that_does_not_fit_on_the_disk_is_an_error():
         assert said.startswith("error: standard output could not be written (No space left") and said.count("\n") == 1
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupted(argv):
-        raise KeyboardInterrupt
+SWALLOWED = """
+import atexit, threading, time
+print("ready", flush=True)
+threading.Thread(target=time.sleep, args=[60]).start()
+try: time.sleep(60)
+except KeyboardInterrupt: pass
+time.sleep(60)
+"""
 
-    monkeypatch.setattr(__main__, "run_command", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        __main__.main()
-    assert stopped.value.code == 128 + signal.SIGINT
-    assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+@pytest.mark.parametrize("lines", ["import time; print('ready', flush=True); time.sleep(60)", SWALLOWED])
+def test_ctrl_c_is_one_line_and_the_end(lines):
+    """Also where something swallows the exception, or a thread still works."""
+    process = script(lines)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "stopped by SIGINT\n")
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_ctrl_c_in_a_shells_background_is_not_for_it():
+    process = script(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert process.communicate(timeout=30) == ("goes on\n", "")
 
 
 def test_ctrl_c_while_programs_run(tmp_path):

@@ -91,7 +91,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     except (InputError, NotFiniteError, SaveError) as error:
         end_all("error: " + " ".join(str(error).splitlines()), error.exit_code)
     except KeyboardInterrupt:
-        end_all("stopped by SIGINT", 128 + signal.SIGINT)
+        end_all(f"host {number()}: stopped by SIGINT", 128 + signal.SIGINT)
     except BaseException as error:
         traceback.print_exc()
         if _of_the_devices(error):  # it may be that the other side of a connection has died

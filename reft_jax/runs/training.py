@@ -21,7 +21,7 @@ from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.metrics import MetricsWriter, Progress
 from reft_jax.train.state import abstract_state, new_state, state_shardings
-from reft_jax.types import InputError, Stopped
+from reft_jax.types import InputError, SaveError, Stopped
 
 
 class Training:
@@ -75,7 +75,7 @@ class Training:
             if together and self.done:
                 self.save()
         finally:
-            with contextlib.suppress(OSError):  # of a full disk; every line is on it already
+            with contextlib.suppress(SaveError):  # of a full disk; every line is on it already
                 self.metrics.close()
             self.checkpoints.close()
 

@@ -11,7 +11,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from reft_jax.parallel.hosts import is_first
 from reft_jax.store import write_whole, writing
@@ -61,7 +63,7 @@ class MetricsWriter:
     def __init__(self, folder: Path):
         self._path, self._file = folder / "metrics.jsonl", None
         self._tb_folder = folder / "tb"
-        self._tb: SummaryWriter | None = None  # made by the first write, when it is known whether the run resumes
+        self._tb: TensorBoard | None = None  # made by the first write, when it is known whether the run resumes
         self._purge_step: int | None = None
         if is_first():
             with writing(self._path):
@@ -74,16 +76,12 @@ class MetricsWriter:
         if self._file is None:
             return
         if self._tb is None:
-            # The library names files by the second: without a suffix a quick restart would overwrite the one before.
-            suffix = f".{time.time_ns()}"
-            self._tb = SummaryWriter(
-                str(self._tb_folder), purge_step=self._purge_step, flush_secs=30, filename_suffix=suffix
-            )
+            self._tb = TensorBoard(self._tb_folder, self._purge_step)
         line: dict[str, float | None] = {"step": int(step)}
         for name, value in values.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else None
-            self._tb.add_scalar(name, number, step)
+        self._tb.write(step, {name: float(value) for name, value in values.items()})
         with writing(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -102,8 +100,10 @@ class MetricsWriter:
         self._purge_step = step + 1
 
     def close(self) -> None:
+        """Raises SaveError."""
         if self._file is not None:
-            self._file.close()
+            with writing(self._path):
+                self._file.close()
         if self._tb is not None:
             self._tb.close()
 
@@ -112,6 +112,37 @@ class MetricsWriter:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class TensorBoard:
+    """A file of events, written by the caller: the library's own thread would die on a full disk, and the run with its
+    queue full would wait for it for ever. Raises SaveError.
+    """
+
+    FLUSH_SECONDS = 30.0
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        """`purge_step`: from here on the events of older files are hidden."""
+        self._folder, self._flushed = folder, time.monotonic()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # The library names files by the second: without a suffix a quick restart would overwrite the one before.
+            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+            if purge_step is not None:
+                self._events.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self._events.flush()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        with writing(self._folder):
+            self._events.write_event(Event(step=int(step), wall_time=time.time(), summary=Summary(value=points)))
+            if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with writing(self._folder):
+            self._events.close()
 
 
 class Progress:

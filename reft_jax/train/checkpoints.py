@@ -8,6 +8,8 @@ A step is a folder, `checkpoints/120/`, that counts from the moment when its man
 """
 
 import json
+import logging
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -18,11 +20,14 @@ import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
-from reft_jax.store import writing
+from reft_jax.store import DISK, writing
 from reft_jax.train.checksums import MANIFEST, array_checksums, damage, write_manifest
 from reft_jax.types import InputError, SaveError
 
 ARRAYS = "arrays.json"  # beside saved parameters
+
+# What Orbax logs as an error, with the stacks of its threads, it also raises: one line of ours says it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
 
 
 def save_params(folder: Path, params) -> None:
@@ -37,7 +42,8 @@ def save_params(folder: Path, params) -> None:
             checkpointer.save(whole, params, force=True)
     except Exception as error:  # Orbax has its own kind for every file system
         if hosts.is_first():
-            shutil.rmtree(whole, ignore_errors=True)  # it may be what fills the disk
+            for part in whole.parent.glob(f"{whole.name}*"):  # they may be what fills the disk
+                shutil.rmtree(part, ignore_errors=True)
         raise SaveError(
             f"{folder} could not be saved ({first_line(error)}); what was saved before is whole: make room or repair "
             "the disk, then run the same command again"
@@ -77,8 +83,10 @@ def check_shapes(folder: Path, abstract) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """What went wrong; of a disk that refuses only its reason, for Orbax says in kilobytes where that was."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return next((reason for reason in map(os.strerror, DISK) if reason in line), line)
 
 
 def load_params(folder: Path, abstract):

@@ -17,6 +17,7 @@ from reft_jax import __main__, executor
 from reft_jax.model.hf import save_hf
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
+from reft_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"Codellama-7b-hf-{stage}-GSM8k" for stage in ("SFT-warmup", "SFT", "SFT-Rerank", "ReFT", "ReFT-Rerank")]
@@ -178,3 +179,33 @@ def test_a_model_of_a_work_directory_is_a_checkpoint_too(folder, tmp_path):
     assert find(str(run / "models" / "reft")) == (run / "models" / "reft", folder / NAMES[0])
     (run / "config.json").write_text(json.dumps({"model.path": "toy"}))
     assert find(str(run / "models" / "reft")).base == run / "toy" / "model"
+
+
+def test_what_is_no_model_or_no_reranker_is_found_before_anything_is_made(folder, tmp_path):
+    from reft_jax.runs.sweep import Source, check_kind
+
+    sft, reranker = folder / NAMES[1], folder / NAMES[2]
+    check_kind(Source(sft, sft), reranker=False)
+    check_kind(Source(reranker, reranker), reranker=True)
+    with pytest.raises(InputError, match="is a reranker .it has score.weight and no lm_head.weight"):
+        check_kind(Source(reranker, reranker), reranker=False)
+    with pytest.raises(InputError, match="is no reranker .it has no score.weight"):
+        check_kind(Source(sft, sft), reranker=True)
+
+    stages = {"reft": tmp_path / "reft", "rerank": tmp_path / "rerank", "other": tmp_path / "other"}
+    shape = dict(vocab_size=json.loads((sft / "config.json").read_text())["vocab_size"], max_position_embeddings=192)
+    save_params(stages["reft"], tiny_policy("value_head", **shape)[1])
+    save_params(stages["rerank"], tiny_policy("rerank_head", **shape)[1])
+    save_params(stages["other"], tiny_policy("value_head", **shape | {"hidden_size": 32})[1])
+    check_kind(Source(stages["reft"], sft), reranker=False)
+    check_kind(Source(stages["rerank"], sft), reranker=True)
+    for name, as_reranker, says in (
+        ("rerank", False, r"\['rerank_head'\]|\['value_head'\]"),
+        ("reft", True, r"\['rerank_head'\]|\['value_head'\]"),
+        ("other", False, r"has shape \(\d+, 32\), but \(\d+, 24\) is needed"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check_kind(Source(stages[name], sft), reranker=as_reranker)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no model can be read there"):
+        check_kind(Source(tmp_path / "empty", sft), reranker=False)

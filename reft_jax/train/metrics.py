@@ -6,14 +6,15 @@ Where there are several hosts the first one writes and shows; the others' object
 import json
 import math
 import shutil
+import socket
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from reft_jax.parallel.hosts import is_first
 from reft_jax.store import write_whole, writing
@@ -101,11 +102,13 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Raises SaveError."""
-        if self._file is not None:
-            with writing(self._path):
-                self._file.close()
-        if self._tb is not None:
-            self._tb.close()
+        try:
+            if self._file is not None:
+                with writing(self._path):
+                    self._file.close()
+        finally:
+            if self._tb is not None:
+                self._tb.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -124,25 +127,30 @@ class TensorBoard:
     def __init__(self, folder: Path, purge_step: int | None):
         """`purge_step`: from here on the events of older files are hidden."""
         self._folder, self._flushed = folder, time.monotonic()
+        # Nanoseconds: a quick restart would otherwise overwrite the file before.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # The library names files by the second: without a suffix a quick restart would overwrite the one before.
-            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-            if purge_step is not None:
-                self._events.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-            self._events.flush()
+            self._file = RecordWriter(str(folder / name))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        with writing(self._folder):
-            self._events.write_event(Event(step=int(step), wall_time=time.time(), summary=Summary(value=points)))
-            if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
-                self._events.flush()
-                self._flushed = time.monotonic()
+        self._write(Event(step=int(step), wall_time=time.time(), summary=Summary(value=points)))
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            with writing(self._folder):
+                self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         with writing(self._folder):
-            self._events.close()
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        with writing(self._folder):
+            self._file.write(event.SerializeToString())
 
 
 class Progress:

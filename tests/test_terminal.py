@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reft_jax import __main__
+from reft_jax.terminal import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 MANY = "import sys; print(1, flush=True); sys.stdin.readline(); [print('x' * 99, file=sys.{}) for _ in range(9999)]"
@@ -39,6 +40,15 @@ def test_a_run_goes_on_when_nobody_reads_it(stream, tmp_path):
     said = process.communicate("\n", timeout=60)
     assert process.returncode == 0 and done.exists()
     assert not any(text for text in said if text), said
+
+
+def test_a_stream_whose_reader_is_gone_takes_everything():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Stream(open(writer, "wb"), encoding="utf-8", line_buffering=True) as stream:
+        for _ in range(3):
+            assert stream.write("x" * 99_999 + "\n") == 100_000
+            stream.flush()
 
 
 def test_a_command_line_into_a_pipe_that_is_closed():

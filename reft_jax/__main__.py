@@ -13,6 +13,7 @@
              no model:   --samples=FILE_OR_FOLDER,… [--execute] [--out-dir=DIR] grades stored answers again
                          (no --config, no --workdir)
   export     a Hugging Face folder:     --model=warmup|sft|reft|self_train_…|rerank_… --out=DIR
+             [--dtype=float32|bfloat16|float16], the base's if left out
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   plan       does it fit a pod, how fast can it be?  --topology=v5e:4x8 [--search] [--json] (no --workdir; docs/pods.md)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
@@ -39,6 +40,7 @@ from absl import flags
 
 from reft_jax import terminal
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.model_folder import check_new_folder
 from reft_jax.store import DISK, not_written
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
@@ -58,6 +60,7 @@ COMMANDS = (
 )
 RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
 MODELS = {"sample": ("warmup", *RANKED), "rerank": RANKED}
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 MODELS["export"] = (*MODELS["sample"], *(f"rerank_{name}" for name in RANKED))
 # Models of earlier stages, beside --model.
 NEEDS = {"reft": ["warmup"], "self-train": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}
@@ -130,6 +133,7 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_bool("baselines", False, "self-training too, offline and online", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+        flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "of the weights; if left out, the base's", flag_values=values)
     flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
@@ -147,14 +151,12 @@ def run_command(argv: list[str]) -> None:
     if command == "evaluate" and values.data and not values.models:
         raise InputError("--data belongs to a sweep: --models=FOLDER,… is missing; see python -m reft_jax --help")
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
-    if command == "export":
-        from reft_jax.runs.export import check_out
-
-        check_out(Path(values.out))
     from reft_jax.parallel import hosts
     from reft_jax.runs.setup import open_run
 
     with hosts.joined(values.coordinator, values.num_processes, values.process_id):
+        if command == "export":
+            hosts.from_first("--out", lambda: check_new_folder("--out", Path(values.out)))
         if command == "evaluate" and values.models:
             from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
 
@@ -198,7 +200,7 @@ def dispatch(command: str, run, values: flags.FlagValues) -> None:
     else:
         from reft_jax.runs.export import run_export
 
-        run_export(run, values.model, Path(values.out))
+        run_export(run, values.model, Path(values.out), values.dtype)
 
 
 def check(argv: list[str]) -> None:

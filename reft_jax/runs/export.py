@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 from reft_jax import __version__
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf import stored_in
+from reft_jax.model.hf_write import save_hf
+from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.runs.report import markdown_table
-from reft_jax.runs.setup import Run, check_writable
+from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import TITLES, abstract_reranker, finished, load_model
 from reft_jax.store import writing
 from reft_jax.task.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
@@ -17,21 +19,18 @@ from reft_jax.types import InputError
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
 
 
-def check_out(out: Path) -> None:
-    """Writes nothing. InputError unless `out` is empty or new, and can be written."""
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out: {out} is not empty; choose another folder or remove it")
-    check_writable("--out", out)
+def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
+    """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
 
-
-def run_export(run: Run, name: str, out: Path) -> None:
-    """`name`: a policy (the value head goes into a file of its own beside it) or the reranker of one. SaveError."""
+    `dtype`: of the weights, if not that of the base's embeddings. Raises SaveError.
+    """
     licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
     card = model_card(run, name, [path.name for path in licences])
-    head = "rerank_head" if name.startswith("rerank_") else "value_head"
-    params = load_model(run, name, abstract_reranker(run) if head == "rerank_head" else None)
+    params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
+    head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
+    dtype = dtype or DTYPES[stored_in(run.base)["model.embed_tokens.weight"].dtype]
     with writing(out):
-        save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, **{head: params[head]})
+        save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
         try:
             if hosts.is_first():
                 for path in licences:

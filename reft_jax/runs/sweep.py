@@ -71,7 +71,8 @@ def parse_checkpoints(text: str) -> list[Checkpoint]:
     for entry in paths.listed(text, paths.is_checkpoint):
         name, folders = paths.named(entry)
         folder, reranker = paths.with_reranker(folders)
-        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), find(reranker) if reranker else None))
+        judge = find(reranker, reranker=True) if reranker else None
+        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), judge))
     return checkpoints
 
 
@@ -88,15 +89,22 @@ def check_names(flag: str, names: list[str]) -> None:
         raise InputError(f"{flag}: the names {', '.join(names)} must differ and have no '/'; write NAME=PATH")
 
 
-def find(folder: str) -> Source:
-    """Raises InputError unless there is a model in the folder, of either kind."""
+def find(folder: str, *, reranker: bool = False) -> Source:
+    """Raises InputError unless there is a model in the folder, of either kind.
+
+    What a Hugging Face folder holds is looked at later; of a stage's model the name says whether it is a reranker.
+    """
     path = Path(folder).absolute()
-    if (path / "config.json").is_file():
-        return Source(path, path)
     workdir = path.parent.parent
-    if path.is_dir() and path.parent.name == "models" and (settings := recorded(workdir)) is not None:
+    settings = recorded(workdir) if path.is_dir() and path.parent.name == "models" else None
+    if settings is not None and not (path / "config.json").exists():
+        if path.name.startswith("rerank_") != reranker:
+            kind = "no reranker" if reranker else "a reranker, which writes no text"
+            raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
         base = settings.get("model.path")
         return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
+    if path.is_dir():
+        return Source(path, path)
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
 
 
@@ -174,8 +182,9 @@ def open_sweep(
 ) -> Iterator[Run]:
     """A run without model, tokenizer and training data, as far as that can be made ready."""
     for checkpoint in checkpoints:
-        for source in filter(None, (checkpoint.model, checkpoint.reranker)):
-            checked_tokenizer(source.base)
+        checked_tokenizer(checkpoint.model.base)
+        if checkpoint.reranker:
+            checked_tokenizer(checkpoint.reranker.base, reranker=not checkpoint.reranker.is_stage)
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         from reft_jax.parallel.compilation import keep_compiled
@@ -184,9 +193,9 @@ def open_sweep(
         mesh = open_mesh(config)
         check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
         for checkpoint in checkpoints:
-            check_kind(checkpoint.model, reranker=False)
-            if checkpoint.reranker:
-                check_kind(checkpoint.reranker, reranker=True)
+            for source in filter(None, (checkpoint.model, checkpoint.reranker)):
+                if source.is_stage:
+                    check_stage(source, reranker=source is checkpoint.reranker)
         create_workdir(config, workdir)
         if hosts.is_first():
             write_whole(workdir / SOURCES, json.dumps(sources, indent=1) + "\n")
@@ -200,24 +209,16 @@ def open_sweep(
         executor.shutdown()
 
 
-def check_kind(source: Source, *, reranker: bool) -> None:
-    """Reads no weights. InputError unless the folder holds a language model, or a reranker, with its base's shapes."""
+def check_stage(source: Source, *, reranker: bool) -> None:
+    """Reads no weights. InputError unless what a stage made is a policy, or a reranker, with its base's shapes."""
     from reft_jax.model.heads import RerankHead, ValueHead
-    from reft_jax.model.hf import load_rerank_head, read_config, stored_in
+    from reft_jax.model.hf import read_config
     from reft_jax.model.llama import Llama
     from reft_jax.train.checkpoints import check_shapes
     from reft_jax.train.state import abstract_params
 
-    if source.is_stage:
-        head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
-        check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
-    elif reranker and load_rerank_head(source.folder) is None:
-        raise InputError(f"--models: {source.folder} is no reranker (it has no score.weight); check what follows '+'")
-    elif not reranker and "lm_head.weight" not in (stored := stored_in(source.folder)) and "score.weight" in stored:
-        raise InputError(
-            f"--models: {source.folder} is a reranker (it has score.weight and no lm_head.weight); name a model and "
-            "write '+' between the two"
-        )
+    head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
+    check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
 
 
 def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> None:
@@ -251,7 +252,8 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
 
     config = run.config
     model = Llama(read_config(source.base), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
-    run = replace(run, base=source.base, tokenizer=checked_tokenizer(source.base), model=model)
+    tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
+    run = replace(run, base=source.base, tokenizer=tokenizer, model=model)
     run.engine = make_engine(run)
     abstract = abstract_reranker(run) if reranker else abstract_policy(run)
 
@@ -260,7 +262,7 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
         if source.is_stage:
             return load_params(source.folder, abstract_arrays(run.mesh, abstract))
         where = shardings(run.mesh, abstract)
-        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"])
+        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"], reranker=reranker)
         if not reranker:
             return {"lm": lm}
         return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])}

@@ -48,6 +48,7 @@ TOKENIZERS, WRITTEN = "test_tokenizer_folders.py", "test_hf_write.py"
 TPU = ("test_engine.py::test_a_tpus_form_of_weights_and_cache_draws_the_same_tokens",)
 JOINS = ("test_model.py::test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else",)
 ATTENDS = ("test_model.py::test_attention_of_one_token_equals_its_slow_twin",)
+LOCK = "reft_jax.runs.lock"
 SERVED = ("test_schedule.py::test_every_request_is_served_once_however_rows_end[3-5-8-4]",)
 FIELDS, CONFIG, HF = "reft_jax.model.config_fields", "reft_jax.model.llama_config", "reft_jax.model.hf"
 FOLDER, FORMAT = "reft_jax.model.hf_folder", "reft_jax.model.safetensors"
@@ -275,6 +276,39 @@ MUTATIONS = [
     Mutation("grading again keeps the flag", "reft_jax.task.records",
              'old | {"solving_res": verdict.value, "correctness"', 'old | {"solving_res": verdict.value, "was"',
              ("test_records.py::test_stored_answers_are_read_by_the_rules_of_their_dataset",)),
+    Mutation("lock: a process id given again is alive", LOCK, "return now == started", "return True",
+             ("test_lock.py::test_a_process_id_that_was_given_again_is_another_process",)),
+    Mutation("lock: the dead on this host wait too", LOCK, "holder.machine == _machine()", "False",
+             ("test_lock.py::test_a_process_id_that_was_given_again_is_another_process",)),
+    Mutation("lock: process ids of other machines compared", LOCK, "holder.machine == _machine()", "True",
+             ("test_lock.py::test_a_holder_elsewhere_counts_as_dead_after_its_silence",)),
+    Mutation("lock: replaced although it has changed", LOCK, " or file.read() != before", "",
+             ("test_lock.py::test_of_many_that_take_over_at_one_moment_one_does",)),
+    Mutation("lock: no sign of life", LOCK, "os.utime(path)", "pass",
+             ("test_lock.py::test_signs_of_life",)),
+    Mutation("lock: a copy is in use", LOCK, "and not os.path.samefile(holder.workdir, workdir)", "and False",
+             ("test_lock.py::test_a_copy_of_a_work_directory_in_use_is_free_and_one_that_was_renamed_is_not",)),
+    Mutation("lock: readers ask", "reft_jax.runs.setup", "    if not reads:\n        lock.look(workdir)",
+             "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),
+    Mutation("streams: a closed pipe ends the run", "reft_jax.terminal", "os.dup2(null, self.fileno())", "raise error",
+             ("test_terminal.py::test_a_stream_whose_reader_is_gone_takes_everything",)),
+    Mutation("disk: a full one names no file", "reft_jax.store", "{error.filename or path} could", "a file could",
+             ("test_lock.py::test_a_lock_that_cannot_be_written_is_named",)),
+    Mutation("log: damage is a torn end", "reft_jax.runs.executions", "except zlib.error as error:",
+             "except zlib.error as error:\n                return whole",
+             ("test_executions.py::test_what_no_crash_explains_is_an_error_and_nothing_is_cut_off",)),
+    Mutation("done.json: any object will do", "reft_jax.runs.stages", '{"seconds", "checksum"} <= dict(result).keys()',
+             "dict(result) is not None", ("test_workdir.py::test_a_damaged_done_json_is_one_line",)),
+    Mutation("metrics: a torn line is read", "reft_jax.train.metrics", "if number < len(lines):", "if number:",
+             ("test_metrics.py::test_reading_leaves_out_a_torn_last_line_and_what_is_null",)),
+    Mutation("best models are left over", "reft_jax.runs.setup", '(stage / "checkpoints", *stage.glob("best_*"))',
+             '(stage / "checkpoints",)', ("test_workdir.py::test_what_a_finished_stage_no_longer_needs_goes",)),
+    Mutation("paths recorded as written", "reft_jax.runs.setup", "return os.path.abspath(path) if", "return path if",
+             ("test_workdir.py::test_paths_are_recorded_absolute_and_mean_the_same_from_elsewhere",)),
+    Mutation("paths divided at the last =", "reft_jax.runs.paths", 'entry.partition("=")', 'entry.rpartition("=")',
+             ("test_workdir.py::test_letters_that_divide_may_stand_in_a_path",)),
+    Mutation("shapes of a sweep not compared", CHECKPOINTS, "if found.get(name) != wanted.get(name)", "if False",
+             ("test_sweep.py::test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_made",)),
     Mutation("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
     Mutation("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
              ("test_answers.py",)),

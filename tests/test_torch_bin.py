@@ -195,7 +195,7 @@ BAD_FOLDERS = {
     "no weight_map": (write_index("{}"), "field 'weight_map'"),
     "a file outside": (write_index('{"weight_map": {"a": "../b.bin"}}'), "field 'weight_map'"),
     "a missing shard": (write_index('{"weight_map": {"a": "b.bin"}}'), r"b\.bin: .* missing"),
-    "an output in use": (lambda source, out: out.mkdir() or (out / "file").touch(), "is not empty"),
+    "an output in use": (lambda source, out: out.mkdir() or (out / "file").touch(), "not an empty folder"),
     "no folder": (lambda source, out: source.rmdir(), "is no folder"),
 }
 

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from reft_jax import __version__
 from reft_jax.model.hf import stored_in
 from reft_jax.model.hf_write import save_hf
@@ -22,13 +24,14 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of 
 def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
     """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
 
-    `dtype`: of the weights, if not that of the base's embeddings. Raises SaveError.
+    `dtype`: of the weights, if not the base's. Raises SaveError.
     """
     licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
     card = model_card(run, name, [path.name for path in licences])
     params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
     head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
-    dtype = dtype or DTYPES[stored_in(run.base)["model.embed_tokens.weight"].dtype]
+    base = DTYPES[stored_in(run.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
     with writing(out):
         save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
         try:

@@ -289,7 +289,9 @@ def checked_tokenizer(folder: Path, *, reranker: bool = False):
     vocab_size = check_folder(folder, reranker=reranker).vocab_size
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
-    all_end_ids(tokenizer, folder)
+    if others := [index for index in all_end_ids(tokenizer, folder) if index != tokenizer.eos_token_id]:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(others)))
+        print(f"{folder}: by its eos_token_id a rollout also ends at {names}", file=sys.stderr, flush=True)
     return tokenizer
 
 

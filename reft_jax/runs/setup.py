@@ -147,7 +147,7 @@ def recorded(workdir: Path) -> dict | None:
     path = workdir / "config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error

@@ -7,6 +7,8 @@ import errno
 import itertools
 import json
 import math
+import sys
+import types
 
 TEXT_CHARS, DETAIL_CHARS = 256, 80
 UNCOMPILABLE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
@@ -20,6 +22,26 @@ WARM_UP = '''def solution():
     result = round(total, 2) if total > 1 else int(total)
     return result
 '''
+CALL = compile("solution()", "<call>", "eval")
+# What is on a child's stack below a program's first frame: <module>, main, live and solve of the zygote; before Python
+# 3.12 `exec` counts too.
+BELOW = 4 + (sys.version_info < (3, 12))
+
+
+def main_module(**names: object) -> types.ModuleType:
+    """A fresh `__main__` that holds these names: a program runs in it, imports it and pickles its classes."""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(names)
+    sys.modules["__main__"] = module
+    return module
+
+
+def count_from_program() -> None:
+    """Makes the recursion limit, also as a program reads and sets it, count from the program's first frame."""
+    set_limit, get_limit = sys.setrecursionlimit, sys.getrecursionlimit
+    sys.getrecursionlimit = lambda: get_limit() - BELOW
+    sys.setrecursionlimit = lambda limit: set_limit(limit + BELOW if 0 < limit < 1 << 30 else limit)
+    sys.setrecursionlimit(1000)
 
 
 def report(status: str, value: str | None = None, detail: str = "", cut: bool = False) -> bytes:
@@ -43,7 +65,7 @@ def solve(program: str, want: str, namespace: dict) -> bytes:
         exec(code, namespace)
         if "solution" not in namespace:
             return report("no_solution", cut=cut)
-        status, value, detail = convert(namespace["solution"](), want)
+        status, value, detail = convert(eval(CALL, namespace), want)  # as deep on the stack as the program itself
     except MemoryError:
         return out_of_memory
     except BaseException as error:

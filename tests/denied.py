@@ -2,7 +2,7 @@
 
 NAMES: families of DENIED with commas between them, or "none". A filter makes each call of a family fail as a kernel
 or a container without it would; it stays for all that the command starts. --user: become it first. With --ignore=SIGCHLD
-the command starts with that signal ignored; --close=0,1,2 closes descriptors; --limit=NOFILE:64 lowers a limit.
+the command starts with that signal ignored; --close=0,1,2 closes descriptors; --limit=NOFILE:64 lowers a limit; --join=FOLDER enters a cgroup.
 """
 
 import ctypes
@@ -70,6 +70,9 @@ def main(families: str, *words: str) -> None:
     for limit in filter(None, options.get("limit", "").split(",")):
         name, number = limit.split(":")
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(number), int(number)))
+    for folder in filter(None, options.get("join", "").split(",")):
+        with open(f"{folder}/cgroup.procs", "w") as procs:
+            procs.write(str(os.getpid()))
     if "user" in options:
         user = int(options["user"])
         os.setgroups([])

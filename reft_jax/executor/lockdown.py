@@ -114,11 +114,13 @@ def isolate() -> bool:
     if not LINUX or LIBC.unshare(flags) == 0:
         return LINUX
     # Who may not make them directly may do so inside a user namespace of their own, unless that is forbidden too.
-    user = os.geteuid()
+    user, group = os.geteuid(), os.getegid()
     if LIBC.unshare(flags | CLONE_NEWUSER) != 0:
         return False
-    with contextlib.suppress(OSError), open("/proc/self/uid_map", "w") as ids:  # `own_root` must own what it makes
-        ids.write(f"{NOBODY} {user} 1")
+    maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
+    for name, text in maps.items():  # what `own_root` makes must belong to somebody
+        with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
     return True
 
 

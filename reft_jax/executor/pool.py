@@ -181,7 +181,10 @@ def keep_spares(kind: Kind, workers: int, programs: int) -> None:
                 others.append((other, found))
                 excess -= found.spares
         each = max(0, each - math.ceil(max(0, excess) / len(chosen)))
-    for other, zygote, number in [*((*pair, 0) for pair in others), *((kind, zygote, each) for zygote in chosen)]:
+        told = [*((other, zygote, 0) for other, zygote in others), *((kind, zygote, each) for zygote in chosen)]
+        for _, zygote, number in told:
+            zygote.spares = number  # now, for other threads to count
+    for other, zygote, number in told:
         try:
             zygote.keep_spares(number)
         except InfrastructureError:

@@ -87,9 +87,12 @@ class Zygote:
     def __init__(self, sympy: bool, memory_mb: int, number: int, lost: int = 0):
         self.number, self.lost, self.programs, self.received, self.spares = number, lost, 0, b"", 0
         hide_memory()
+        has_stderr = is_open(2)
         try:
-            has_stderr = is_open(2)
             self.socket, theirs = high_sockets()
+        except OSError as error:
+            raise InfrastructureError(f"the program executor cannot start: {error}") from error
+        try:
             with theirs:
                 place = os.getpid() + number  # another trainer on this machine begins elsewhere
                 self.process = subprocess.Popen(
@@ -102,6 +105,7 @@ class Zygote:
                 )
                 _RUNNING.add(self.process.pid)
         except OSError as error:
+            self.socket.close()
             raise InfrastructureError(f"the program executor cannot start: {error}") from error
         try:
             greeting = self._receive(START_S)
@@ -144,7 +148,6 @@ class Zygote:
 
     def keep_spares(self, number: int) -> None:
         """Lets it fork and lock down so many children for the next programs; returns at once."""
-        self.spares = number
         try:
             self._send(HEADER.pack(0.0, number, False) + LENGTH.pack(SPARES), GRACE_S)
         except ConnectionError as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CHILD_BYTES = 2 << 20  # of one that waits: about 1 MiB that no other process shares, and its page tables
 COUNTED = 8192  # a limit on processes above this is not looked at: to count a user's takes a look at all
 
@@ -75,7 +75,7 @@ def _user_processes() -> float:
 def _folders(controller: str) -> Iterator[Path]:
     """This process's cgroup and those around it, as far as they can be seen; of version 1 and 2."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines() if sys.platform == "linux" else []
+        lines = OWN.read_text().splitlines() if sys.platform == "linux" else []
     except OSError:
         lines = []
     for line in lines:

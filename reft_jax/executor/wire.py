@@ -123,4 +123,8 @@ def write(fd: int, data: bytes | memoryview) -> None:
 
 
 def send(message: dict | None) -> None:
-    write(CONTROL, json.dumps(message).encode() + b"\n")
+    """Raises EOFError when the pool has closed its socket."""
+    try:
+        write(CONTROL, json.dumps(message).encode() + b"\n")
+    except ConnectionError:
+        raise EOFError from None

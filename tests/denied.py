@@ -1,8 +1,14 @@
 """A kernel that lacks some system calls: `python denied.py NAMES [--user=ID] -- COMMAND` runs the command so.
 
 NAMES: families of DENIED with commas between them, or "none". A filter makes each call of a family fail as a kernel
-or a container without it would; it stays for all that the command starts. --user: become it first. With --ignore=SIGCHLD
-the command starts with that signal ignored; --close=0,1,2 closes descriptors; --limit=NOFILE:64 lowers a limit; --join=FOLDER enters a cgroup.
+or a container without it would; it stays for all that the command starts. Options that change the host:
+--user=ID               become this user
+--ignore=SIGCHLD        ignore this signal
+--close=0,1,2           close these descriptors
+--limit=NOFILE:64       lower a limit
+--join=FOLDER           enter a cgroup
+--proc=none|readonly    hide /proc, or make it read-only
+--first                 be process 1 of a PID namespace
 """
 
 import ctypes
@@ -14,6 +20,7 @@ import signal
 import struct
 import sys
 
+LIBC = ctypes.CDLL(None, use_errno=True)
 EPERM, ENOSYS, EINVAL = errno.EPERM, errno.ENOSYS, errno.EINVAL
 X86 = platform.machine() == "x86_64"
 NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags that `unshare` and `clone` take
@@ -57,16 +64,31 @@ def code(families: list[str]) -> bytes:
 
 
 def deny(families: list[str]) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(code(families))
     program = ctypes.create_string_buffer(struct.pack("HP", len(buffer) // 8, ctypes.addressof(buffer)))
-    if libc.prctl(38, ctypes.c_ulong(1), 0, 0, 0) or libc.prctl(22, ctypes.c_ulong(2), program, 0, 0):
+    if LIBC.prctl(38, ctypes.c_ulong(1), 0, 0, 0) or LIBC.prctl(22, ctypes.c_ulong(2), program, 0, 0):
         raise OSError(ctypes.get_errno(), "the filter was not taken")
+
+
+def unshare(flags: int) -> None:
+    if LIBC.unshare(flags) or LIBC.mount(None, b"/", None, ctypes.c_ulong(1 << 18 | 16384), None):
+        raise OSError(ctypes.get_errno(), "no namespace")
 
 
 def main(families: str, *words: str) -> None:
     at = words.index("--")
-    options = dict(word.removeprefix("--").split("=") for word in words[:at])
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in words[:at])
+    if "first" in options:
+        unshare(0x20020000)
+        if child := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        LIBC.mount(b"proc", b"/proc", b"proc", 0, None)
+    if "proc" in options:
+        unshare(0x20000)
+        if options["proc"] == "none":
+            LIBC.mount(b"tmpfs", b"/proc", b"tmpfs", 0, None)
+        else:
+            LIBC.mount(None, b"/proc", None, ctypes.c_ulong(32 | 1), None)
     for limit in filter(None, options.get("limit", "").split(",")):
         name, number = limit.split(":")
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(number), int(number)))

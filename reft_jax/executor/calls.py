@@ -80,7 +80,7 @@ def stream(
     if not timeout_s > 0:
         raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
     pool.check_numbers(workers=workers, memory_mb=memory_mb, program_kb=program_kb)
-    batch = Stream(min(float(timeout_s), LONGEST_S), workers, want, memory_mb, program_kb)
+    batch = Stream(float(min(timeout_s, LONGEST_S)), workers, want, memory_mb, program_kb)
     try:
         yield batch
     except BaseException:

@@ -23,9 +23,7 @@ WARM_UP = '''def solution():
     return result
 '''
 CALL = compile("solution()", "<call>", "eval")
-# What is on a child's stack below a program's first frame: <module>, main, live and solve of the zygote; before Python
-# 3.12 `exec` counts too.
-BELOW = 4 + (sys.version_info < (3, 12))
+BELOW = 4  # frames on a child's stack below a program's first one: <module>, main, live and solve of the zygote
 
 
 def main_module(**names: object) -> types.ModuleType:

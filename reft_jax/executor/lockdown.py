@@ -240,7 +240,10 @@ class Lockdown:
         if LINUX:
             check(LIBC.prctl(*self.end_with_zygote), "PR_SET_PDEATHSIG")
         for which, limit in self.limits:
-            resource.setrlimit(which, limit)
+            try:
+                resource.setrlimit(which, limit)
+            except (OSError, ValueError) as error:
+                raise OSError(f"limit {which} cannot be set to {limit[0]} (setrlimit): {error}") from error
         if self.filter:
             check(LIBC.prctl(*self.take_filter), "PR_SET_SECCOMP")
 

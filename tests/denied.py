@@ -88,7 +88,7 @@ def main(families: str, *words: str) -> None:
         if options["proc"] == "none":
             LIBC.mount(b"tmpfs", b"/proc", b"tmpfs", 0, None)
         else:
-            LIBC.mount(None, b"/proc", None, ctypes.c_ulong(32 | 1), None)
+            LIBC.mount(None, b"/proc", None, ctypes.c_ulong(4096 | 32 | 1), None)
     for limit in filter(None, options.get("limit", "").split(",")):
         name, number = limit.split(":")
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(number), int(number)))

@@ -23,7 +23,7 @@ WARM_UP = '''def solution():
     return result
 '''
 CALL = compile("solution()", "<call>", "eval")
-BELOW = 4  # frames on a child's stack below a program's first one: <module>, main, live and solve of the zygote
+below = 0  # frames on this child's stack below a program's first one
 
 
 def main_module(**names: object) -> types.ModuleType:
@@ -34,11 +34,17 @@ def main_module(**names: object) -> types.ModuleType:
     return module
 
 
-def count_from_program() -> None:
-    """Makes the recursion limit, also as a program reads and sets it, count from the program's first frame."""
+def shift_limits() -> None:
+    """Makes the recursion limit, as a program reads and sets it, count from its first frame: see `count_from`."""
     set_limit, get_limit = sys.setrecursionlimit, sys.getrecursionlimit
-    sys.getrecursionlimit = lambda: get_limit() - BELOW
-    sys.setrecursionlimit = lambda limit: set_limit(limit + BELOW if 0 < limit < 1 << 30 else limit)
+    sys.getrecursionlimit = lambda: get_limit() - below
+    sys.setrecursionlimit = lambda limit: set_limit(limit + below if 0 < limit < 1 << 30 else limit)
+
+
+def count_from(frames: int) -> None:
+    """So many frames are below the program's first."""
+    global below
+    below = frames
     sys.setrecursionlimit(1000)
 
 

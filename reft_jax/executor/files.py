@@ -11,7 +11,6 @@ import platform
 import struct
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 LINUX = sys.platform == "linux"
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -130,7 +129,7 @@ def own_root(packages: list[str]) -> bool:
     if not (LINUX and pivot_root):
         return False
     readable, stdlib = library_files()
-    shown = [stdlib, *(path for path in readable if not Path(path).is_relative_to(stdlib)), *packages]
+    shown = [*(path for path in readable if not path.startswith(f"{stdlib}/")), *packages]
     spot = next((spot for spot in SPOTS if os.path.isdir(spot)), "/")
     try:
         check(LIBC.unshare(CLONE_NEWNS), "a mount namespace")
@@ -140,7 +139,7 @@ def own_root(packages: list[str]) -> bool:
         for name in ("site-packages", "dist-packages"):
             if os.path.isdir(hidden := f"{spot}{stdlib}/{name}"):
                 mount("tmpfs", hidden, MS_NOSUID | MS_NODEV, "tmpfs")
-        for path in shown[1:]:
+        for path in shown:
             if os.path.exists(path):
                 show(path, spot)
         show(os.devnull, spot, read_only=False)
@@ -158,18 +157,16 @@ def own_root(packages: list[str]) -> bool:
 
 def show(path: str, root: str, read_only: bool = True) -> None:
     """Lets a file or folder be seen in `root`, at the same path."""
-    target = Path(f"{root}{path}")
-    if os.path.isdir(path):
-        target.mkdir(parents=True, exist_ok=True)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            target.touch()
-    mount(path, str(target), MS_BIND | MS_REC)
+    target = f"{root}{path}"
+    folder = os.path.isdir(path)
+    os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)
+    if not folder:
+        os.close(os.open(target, os.O_CREAT | os.O_RDONLY))
+    mount(path, target, MS_BIND | MS_REC)
     if read_only:
         flags = os.statvfs(target).f_flag
         kept = flags & LOCKED_FLAGS | (MS_RELATIME if flags & ST_RELATIME else 0)
-        mount(None, str(target), MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
+        mount(None, target, MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
 
 
 def mount(source: str | None, target: str, flags: int, kind: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """What a zygote says to the pool and to its children, and what it hears and believes of either."""
 
+import collections
 import contextlib
 import json
 import math
@@ -8,7 +9,6 @@ import os
 import select
 import struct
 import time
-from typing import NamedTuple
 
 import child as inside
 
@@ -20,13 +20,8 @@ SPARES = -1  # in place of a length: no program; fork as many spares as "wait be
 MADV_WIPEONFORK = 18
 
 
-class Request(NamedTuple):
+class Request(collections.namedtuple("Request", "timeout_s more want message")):  # `typing` would be in every child
     """A program, or with no `message` the wish for spare children. The message is gone with the next request."""
-
-    timeout_s: float
-    more: int
-    want: str
-    message: memoryview | None
 
 
 class Requests:

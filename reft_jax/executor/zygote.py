@@ -41,6 +41,9 @@ IDLE_S = 0.002  # without a request: the time to end children
 STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
 SMALL_KB = 4096  # what such a child may have taken beyond what it was forked with
 LITTER = 8  # children forked at once, at most
+# Frames of a child's stack that are below its program's first: counted on the way from <module> to `solve`, by `serve`
+# and `spare`, or by `run` and `take` or `spare`. To count them in every child costs it pages.
+BELOW = {True: 7, False: 9}
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 DYING_S = 0.5  # between the end of a child's socket and its own
 LATE_S = 5.0  # by which the zygote can miss a deadline only if the machine, or it, stood still
@@ -54,13 +57,9 @@ class NoRoom(Exception):
     """This machine gives no further child."""
 
 
-class Forked(BaseException):
-    """Raised in a child, to leave behind all that the zygote has on its stack."""
-
-
 class Zygote:
-    def __init__(self, rules: lockdown.Lockdown, cpus: set[int]):
-        self.rules, self.cpus, self.requests = rules, cpus, Requests()
+    def __init__(self, namespace: dict, rules: lockdown.Lockdown, cpus: set[int]):
+        self.namespace, self.rules, self.cpus, self.requests = namespace, rules, cpus, Requests()
         self.alone = os.getpid() == 1  # in a PID namespace
         self.wanted = 0
         self.spares: list[tuple[int, int]] = []  # as many as wanted: (process id, our end of its socket)
@@ -117,11 +116,49 @@ class Zygote:
         """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
         ours, theirs = socket.socketpair()
         zygote = os.getpid()
-        with theirs:
-            child = os.fork()
-            if child == 0:
-                raise Forked(zygote, theirs.detach(), self.rules, set() if warm else self.cpus, warm)
+        child = os.fork()
+        if child == 0:
+            try:
+                self.live(zygote, theirs.fileno(), warm)
+            finally:
+                os._exit(0)
+        theirs.close()
         return child, ours.detach()
+
+    def live(self, zygote: int, link: int, warm: bool) -> None:
+        """A child's life. What fails before the first byte is written is our failure.
+
+        On the stack below is what the zygote was at, but nothing of other programs: see `Requests`.
+        """
+        try:
+            os.dup2(link, LINK, inheritable=False)
+            null = os.open(os.devnull, os.O_RDWR)  # its own: flags of an open file are shared by all who inherited it
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.closerange(LINK + 1, DESCRIPTORS)
+            if not warm:
+                roam(0, self.cpus)
+            inside.count_from(BELOW[warm])
+            self.rules.enter()
+            if os.getppid() != zygote:
+                return  # it died before `enter` asked to be told
+            if warm:
+                inside.solve(inside.WARM_UP, "number", dict(self.namespace))
+            os.write(LINK, b"+")
+        except BaseException as error:
+            os.write(LINK, f"-{type(error).__name__}: {error}"[:200].encode(errors="replace"))
+            return
+        message = os.read(LINK, 1 << 16)
+        if len(message) < (size := 8 + int.from_bytes(message[:8], "little")):
+            parts = [message]
+            while (size := size - len(parts[-1])) > 0:
+                parts.append(os.read(LINK, 1 << 20))
+                if not parts[-1]:
+                    return  # the zygote is gone
+            message = b"".join(parts)
+        program, timeout_s, want = marshal.loads(message[8:])
+        resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
+        write(LINK, inside.solve(program, want, self.namespace))
 
     def take(self) -> tuple[int, int]:
         """A child that is locked down, warm if one is there. Raises NoRoom if a new one cannot be had."""
@@ -302,37 +339,6 @@ class Zygote:
                 code = os.waitstatus_to_exitcode(status)
 
 
-def live(zygote: int, link: int, rules: lockdown.Lockdown, cpus: set[int], namespace: dict, warm: bool) -> None:
-    """A child's life. What fails before the first byte is written is our failure."""
-    try:
-        os.dup2(link, LINK, inheritable=False)
-        null = os.open(os.devnull, os.O_RDWR)  # its own: flags of an open file are shared by all who inherited it
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.closerange(LINK + 1, DESCRIPTORS)
-        roam(0, cpus)
-        rules.enter()
-        if os.getppid() != zygote:
-            return  # it died before `enter` asked to be told
-        if warm:
-            inside.solve(inside.WARM_UP, "number", dict(namespace))
-        os.write(LINK, b"+")
-    except BaseException as error:
-        os.write(LINK, f"-{type(error).__name__}: {error}"[:200].encode(errors="replace"))
-        return
-    message = os.read(LINK, 1 << 16)
-    if len(message) < (size := 8 + int.from_bytes(message[:8], "little")):
-        parts = [message]
-        while (size := size - len(parts[-1])) > 0:
-            parts.append(os.read(LINK, 1 << 20))
-            if not parts[-1]:
-                return  # the zygote is gone
-        message = b"".join(parts)
-    program, timeout_s, want = marshal.loads(message[8:])
-    resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
-    write(LINK, inside.solve(program, want, namespace))
-
-
 def roam(process: int, cpus: set[int]) -> None:
     """Lets a child, or with 0 this process, run on every CPU that we may use.
 
@@ -404,8 +410,8 @@ def load(folders: str, kind: str, library: list[str]) -> tuple[dict, list[str]]:
     return inside.main_module(**namespace).__dict__, packages
 
 
-def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygote, dict, dict]:
-    """A zygote that is ready, what its programs run in, and its greeting. Raises OSError and ImportError."""
+def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygote, dict]:
+    """A zygote that is ready, and its greeting. Raises OSError and ImportError."""
     with contextlib.suppress(OSError):
         os.setsid()
     cpus = settle_on_a_cpu(int(number))
@@ -424,7 +430,7 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
     if isolated := launch():
         protections.append("pid+net+ipc namespaces")
     rules = lockdown.Lockdown(int(memory_mb))
-    zygote = Zygote(rules, cpus)
+    zygote = Zygote(namespace, rules, cpus)
     closed = False
     if abi := files.restrict(packages):
         protections.append(f"Landlock ABI {abi}")
@@ -437,36 +443,27 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
         closed = False
     stdlib = os.path.dirname(os.__file__)
     rules.renounce(closed, [stdlib, os.__file__, *(os.path.join(path, "__init__.py") for path in packages)])
-    for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
-        inside.solve(inside.WARM_UP, "number", dict(namespace))
-    inside.count_from_program()
-    gc.collect()
-    gc.freeze()  # the children's collections leave these pages shared
+    inside.shift_limits()
     greeting = {"protections": protections + rules.protections, "files_closed": closed}
-    return zygote, namespace, greeting | {"python": sys.version, "library": os.path.realpath(stdlib)}
+    return zygote, greeting | {"python": sys.version, "library": os.path.realpath(stdlib)}
 
 
 def main(*words: str) -> None:
     own_signals()
-    namespace: dict = {}
     try:
-        try:
-            zygote, namespace, greeting = prepare(*words)
-            zygote.check()
-        except (OSError, ImportError) as error:
-            return send({"error": str(error)})
+        zygote, greeting = prepare(*words)
+        zygote.check()
+        for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
+            inside.solve(inside.WARM_UP, "number", dict(zygote.namespace))
+        gc.collect()
+        gc.freeze()  # the children's collections leave these pages shared
+    except (OSError, ImportError) as error:
+        return send({"error": str(error)})
+    with contextlib.suppress(EOFError):
         send({"error": None} | greeting)
-        with contextlib.suppress(EOFError):
-            zygote.serve()
-        for child in zygote.spares + zygote.stopped:
-            zygote.bury(*child)
-        return
-    except Forked as forked:
-        (parent, link, rules, cpus, warm), zygote = forked.args, None
-    try:
-        live(parent, link, rules, cpus, namespace, warm)
-    finally:
-        os._exit(0)
+        zygote.serve()
+    for child in zygote.spares + zygote.stopped:
+        zygote.bury(*child)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from executor_corner import honest
+from executor_tools import body
 
 from reft_jax import executor
 from reft_jax.executor import pool
@@ -40,7 +41,7 @@ def main(*words: str) -> dict:
         executor.run_programs(programs[:10], memory_mb=349, timeout_s=60)
         thread = threading.Thread(target=lose if "lose" in words else time.time)
         thread.start()
-        slow = ["def solution():\n    import time\n    time.sleep(0.05)\n    return %d" % i for i in range(10)]
+        slow = [body("import time", "time.sleep(0.05)", f"return {i}") for i in range(10)]
         values = [result.value for result in executor.run_programs(slow + programs, memory_mb=349, timeout_s=60)]
         thread.join()
         executor.shutdown()

@@ -1,18 +1,11 @@
-"""Calls on a machine that has little: `python executor_small.py COUNT WORKERS MEMORY_MB` prints a JSON object a call."""
+"""Calls on a machine that has little: `python executor_small.py COUNT WORKERS MEMORY_MB` prints a JSON object each."""
 
 import json
-import os
 import sys
-from pathlib import Path
 
 from executor_corner import honest
 
 from reft_jax import executor
-
-
-def processes() -> int:
-    """That there are of this user's."""
-    return sum(folder.stat().st_uid in (os.getuid(), 0) for folder in Path("/proc").glob("[0-9]*"))
 
 
 def main(count: int, workers: int, memory_mb: int) -> None:

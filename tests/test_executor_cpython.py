@@ -115,12 +115,13 @@ def generated(rng: random.Random) -> list[tuple[str, float]]:
     fields = [f"x{i}" for i in range(rng.randint(1, 6))]
     record = "".join(f"    {name}: int = {a + i}\n" for i, name in enumerate(fields))
     static = f"    rate: ClassVar[int] = {b}\n"
-    data = f"import dataclasses\nfrom typing import ClassVar\n@dataclasses.dataclass(order=True)\nclass Row:\n{record}{static}"
+    data = "import dataclasses\nfrom typing import ClassVar\n@dataclasses.dataclass(order=True)\n"
+    data += f"class Row:\n{record}{static}"
     return [
         (future + data + body("return sum(dataclasses.astuple(Row())) * Row.rate"),
          float(sum(a + i for i in range(len(fields))) * b)),
         (future + data + body(f"return len(dataclasses.fields(Row)) + (Row() < Row({a + 1}))"), float(len(fields) + 1)),
-        (data + body("import pickle", f"row = Row(x0={b})", "return pickle.loads(pickle.dumps(row)).x0 + (row == Row())"),
+        (data + body("import pickle", f"row = Row({b})", "return pickle.loads(pickle.dumps(row)).x0 + (row == Row())"),
          float(b + (a == b))),
         (future + data + body("import typing", "return len(typing.get_type_hints(Row))"), float(len(fields) + 1)),
         (f"def total(n):\n    return 0 if n == 0 else {a} + total(n - 1)\n" + body(f"return total({depth})"),
@@ -181,7 +182,7 @@ def solution():
 
 @linux
 def test_no_program_finds_another_in_its_memory(fresh):
-    """One that ran before it, and one that its zygote has been sent already; in a fresh child and in one that waited."""
+    """One that ran before it, and one that its zygote has already; in a fresh child and in one that waited."""
     fresh.setattr(process, "COMMAND", patched_zygote(NO_LANDLOCK, NO_NAMESPACE, "zygote.PATIENCE_S = 60"))
     fresh.setattr(executor.pool._state, "allow_unsandboxed", True)
     other = body("text = 'NEEDLE-IN-ANOTHER'", "return len(text)")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -339,3 +340,32 @@ def test_shared_hostile_programs(fresh, shared, workers, timeout_s):
             assert not Path(path).exists(), case["id"]
     assert in_tmp() <= before
     traces.check()
+
+
+WORDS = {  # protections that are there: (files closed, words of what their absence means, words that would be wrong)
+    ("pid+net+ipc namespaces", "Landlock ABI 7", "seccomp"): (
+        True,
+        ["no network", "no other file", "little"],
+        ["can use"],
+    ),
+    ("seccomp",): (False, ["seccomp keeps programs from network", "your files, answers"], ["end this run", "slower"]),
+    ("seccomp", "another user"): (False, ["every user of this machine may read"], ["your files"]),
+    ("Landlock ABI 7",): (True, ["datagrams", "no other file", "slower"], ["can read", "delete"]),
+    ("Landlock ABI 5",): (True, ["end each other and this run"], ["can read"]),
+    ("pid+net+ipc namespaces", "mount namespace"): (True, ["root folder of their own"], ["can read", "delete"]),
+    ("another user",): (False, ["but not this run"], ["delete"]),
+    (): (False, ["end each other and this run", "your files", "change and delete"], ["no other file", "keeps"]),
+}
+
+
+@pytest.mark.parametrize("protections", WORDS)
+def test_what_a_missing_protection_means_is_said(protections):
+    closed, said, unsaid = WORDS[protections]
+    zygote = types.SimpleNamespace(protections=[*protections, "rlimits"], files_closed=closed)
+    guards = executor.guards.guards(zygote)
+    assert [guard.works for guard in guards] == [
+        any(name in protection for protection in protections) for name in WITHOUT
+    ] + [True]
+    text = "; ".join(guard.meaning for guard in guards)
+    assert all(words in text for words in said) and not any(words in text for words in unsaid), text
+    assert (executor.guards.unprotected(zygote) == "") == closed

@@ -10,6 +10,7 @@ ACCEPT = (
     "(with solve: --allow_unsandboxed)"
 )
 MIB = 1 << 20
+SCOPED = {f"Landlock ABI {abi}" for abi in range(6, 100)}  # those that keep signals inside
 
 
 class Guard(NamedTuple):
@@ -57,37 +58,35 @@ def start_line(zygote: Zygote, workers: int, started: int, memory_mb: int, room:
 
 def guards(zygote: Zygote) -> list[Guard]:
     """All that there are, with what follows on this machine from those that work and those that do not."""
-    space, landlock, seccomp = (_has(zygote, name) for name in ("namespaces", "Landlock", "seccomp"))
-    root, other = _has(zygote, "mount namespace"), _has(zygote, "another user")
-    alone = "" if seccomp or space else " and they can signal each other"
-    if not (seccomp or space) and not other:
-        alone = ", signal each other and end this run"
+    names = ("namespaces", "Landlock", "seccomp", "mount namespace", "another user")
+    space, landlock, seccomp, root, other = (_has(zygote, name) for name in names)
+    if space:
+        outside = "programs see no network and no process but their own"
+    elif seccomp:
+        outside = "seccomp keeps programs from network and processes all the same"
+    elif any(name in zygote.protections for name in SCOPED):
+        outside = "programs can send datagrams over the network; Landlock keeps them from signalling this run"
+    elif other:
+        outside = "programs can use the network and end each other (which is an error of the run), but not this run"
+    else:
+        outside = "programs can use the network and end each other and this run"
+    if landlock:
+        reads = "programs read Python's library and no other file"
+    elif root:
+        reads = "programs read Python's library and no other file all the same: they have a root folder of their own"
+    elif other:
+        reads = "programs can read files that every user of this machine may read; keep answers and keys from others"
+    else:
+        reads = "programs can read your files, answers and keys among them"
+    if seccomp:
+        asks = "programs can ask the kernel for little but memory and time"
+    else:
+        asks = "programs may ask the kernel for all that you may; each starts a process when its turn comes: slower"
+        if not zygote.files_closed:
+            asks += "; they can change and delete the files that they can read" if not other else ""
     return [
-        Guard(
-            "namespaces",
-            space,
-            "programs see no network and no process but their own"
-            if space
-            else "programs "
-            + ("cannot use network or processes all the same: seccomp" if seccomp else f"can reach the network{alone}"),
-        ),
-        Guard(
-            "Landlock",
-            landlock,
-            "programs read Python's library and no other file"
-            if landlock
-            else "files are closed all the same: a root folder of their own"
-            if root
-            else "programs can read every file that "
-            + ("anybody on this machine" if other else "you")
-            + " can, answers and keys among them",
-        ),
-        Guard(
-            "seccomp",
-            seccomp,
-            "programs can ask the kernel for little but memory and time"
-            if seccomp
-            else "programs may ask the kernel for anything you may; children are not made ahead, which is slower",
-        ),
-        Guard("limits", True, "of memory, time, file size and processes"),
+        Guard("namespaces", space, outside),
+        Guard("Landlock", landlock, reads),
+        Guard("seccomp", seccomp, asks),
+        Guard("limits", True, "a program has so much memory and time and may not write files or start processes"),
     ]

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from .room import room
 
 SPARES = 512  # children that wait for the next call, at most, over all zygotes; each takes about 1 MiB
 MARGIN = 1.25  # spare children for each program of the last call: a zygote may get more than its share of the next
+LOOK_S = 5.0
 SETTLED = 1000  # programs after which a zygote's predecessors are forgotten
 
 Kind = tuple[bool, int]  # with sympy, memory_mb
@@ -31,6 +33,7 @@ class _State:
         self.counts: Counter[str] = Counter()
         self.allow_unsandboxed = False
         self.turns = Turns()
+        self.most, self.looked = 0, -math.inf  # children that there is room for, and when that was looked up
 
 
 class Turns:
@@ -167,7 +170,7 @@ def keep_spares(kind: Kind, workers: int, programs: int) -> None:
     """
     with _state.lock:
         held = sum(zygote.spares for zygote in _state.zygotes)
-        most = min(SPARES, room().children(held))
+        most = min(SPARES, _most(held))
         waiting = _state.idle[kind]
         chosen = [waiting.pop() for _ in range(min(workers, len(waiting)))]
         if not chosen:
@@ -191,6 +194,13 @@ def keep_spares(kind: Kind, workers: int, programs: int) -> None:
             bury(other, zygote, 0)
         else:
             give(other, zygote)
+
+
+def _most(held: int) -> int:
+    """How many children this machine has room for; looked up every few seconds, for that takes a millisecond."""
+    if time.monotonic() > _state.looked + LOOK_S:
+        _state.most, _state.looked = room().children(held), time.monotonic()
+    return _state.most
 
 
 def count(*what: str) -> None:

@@ -87,7 +87,7 @@ def solution():
 import sys
 def solution():
     found = 0
-    for name in ('child', 'files', 'lockdown', 'sysv', 'wire', 'zygote'):
+    for name in ('begin', 'child', 'files', 'lockdown', 'sysv', 'wire', 'zygote'):
         try:
             __import__(name)
         except ImportError:

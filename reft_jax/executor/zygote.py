@@ -23,11 +23,11 @@ import math
 import os
 import resource
 import signal
-import site
 import socket
 import sys
 import time
 
+import begin
 import child as inside
 import files
 import lockdown
@@ -41,16 +41,12 @@ IDLE_S = 0.002  # without a request: the time to end children
 STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
 SMALL_KB = 4096  # what such a child may have taken beyond what it was forked with
 LITTER = 8  # children forked at once, at most
-# Frames of a child's stack that are below its program's first: counted on the way from <module> to `solve`, by `serve`
-# and `spare`, or by `run` and `take` or `spare`. To count them in every child costs it pages.
+# Frames of a child's stack that are below its program's first, on the way from <module> to `solve`: by `serve` and
+# `spare` if it is warm, else by `run`, `take` and `fresh` or `run`, `litter` and `spare`. To count them costs it pages.
 BELOW = {True: 7, False: 9}
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 DYING_S = 0.5  # between the end of a child's socket and its own
 LATE_S = 5.0  # by which the zygote can miss a deadline only if the machine, or it, stood still
-DESCRIPTORS = 1024  # `select` knows no more
-# Of what a machine sends to everything that runs on it (Slurm, a terminal, a shutdown), the pool alone takes notice.
-IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-PYTHONS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # ignored by Python, or not ours to set
 
 
 class NoRoom(Exception):
@@ -67,10 +63,10 @@ class Zygote:
         self.stopping: list[tuple[int, int]] = []  # of these, those whose memory has not been looked at
         self.children_file = self.events_file = self.segments_file = None
         if not self.alone:
-            self.children_file = opened("/proc/thread-self/children")
+            self.children_file = begin.opened("/proc/thread-self/children")
         if not rules.filter:
-            self.events_file = opened("/proc/vmstat")
-            self.segments_file = None if self.alone else opened(sysv.TABLE)
+            self.events_file = begin.opened("/proc/vmstat")
+            self.segments_file = None if self.alone else begin.opened(sysv.TABLE)
             if not self.alone and lockdown.LINUX and self.children_file is None:
                 raise OSError("without seccomp, namespaces and /proc nothing finds the processes that a program starts")
 
@@ -112,6 +108,14 @@ class Zygote:
             return False
         return True
 
+    def litter(self, number: int) -> None:
+        """Children for the next programs while one is at work. Several, for after each fork the zygote must copy all
+        pages that its other work writes to.
+        """
+        for _ in range(number):
+            if not self.spare(warm=False):
+                break
+
     def fork(self, warm: bool) -> tuple[int, int]:
         """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
         ours, theirs = socket.socketpair()
@@ -135,9 +139,9 @@ class Zygote:
             null = os.open(os.devnull, os.O_RDWR)  # its own: flags of an open file are shared by all who inherited it
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
-            os.closerange(LINK + 1, DESCRIPTORS)
+            os.closerange(LINK + 1, begin.DESCRIPTORS)
             if not warm:
-                roam(0, self.cpus)
+                begin.roam(0, self.cpus)
             inside.count_from(BELOW[warm])
             self.rules.enter()
             if os.getppid() != zygote:
@@ -199,9 +203,7 @@ class Zygote:
             try:
                 write(link, request.message)
                 if not self.spares and self.rules.filter:
-                    # For the next programs, while this one is at work; several, for after each fork the zygote must
-                    # copy all pages that its other work writes to.
-                    all(self.spare(warm=False) for _ in range(min(request.more, LITTER)))
+                    self.litter(min(request.more, LITTER))
                 raw, late = self.read_report(child, link, deadline)
                 break
             except ConnectionError:  # it ended before it had read the program, which therefore never ran
@@ -279,7 +281,7 @@ class Zygote:
 
         Raises EOFError when the pool closes its socket.
         """
-        roam(child, self.cpus)
+        begin.roam(child, self.cpus)
         while True:
             while self.requests.give_back():
                 send(None)
@@ -339,87 +341,14 @@ class Zygote:
                 code = os.waitstatus_to_exitcode(status)
 
 
-def roam(process: int, cpus: set[int]) -> None:
-    """Lets a child, or with 0 this process, run on every CPU that we may use.
-
-    A zygote and its spare children have one for them: to wake the other there costs half of what it does elsewhere.
-    """
-    if cpus:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(process, cpus)
-
-
-def opened(path: str) -> int | None:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-
-
-def own_signals() -> None:
-    """What the host ignores, handles or blocks is not for us: with SIGCHLD ignored there would be no exit codes."""
-    for number in signal.valid_signals() - PYTHONS:
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_IGN if number in IGNORED else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def launch() -> bool:
-    """Continues as process 1 of new namespaces, or else as the one who inherits orphans; whether it is the former."""
-    if not lockdown.isolate():
-        if lockdown.LINUX:
-            lockdown.prctl(lockdown.PR_SET_CHILD_SUBREAPER, 1)
-        return False
-    lockdown.hide_memory()
-    if zygote := os.fork():
-        os.close(CONTROL)
-        os.waitpid(zygote, 0)
-        os._exit(0)
-    lockdown.prctl(lockdown.PR_SET_PDEATHSIG, signal.SIGKILL)
-    return True
-
-
-def settle_on_a_cpu(number: int) -> set[int]:
-    """Returns those that we may use; zygotes whose numbers follow each other settle on different ones."""
-    if not lockdown.LINUX:
-        return set()
-    try:
-        cpus = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {sorted(cpus)[number % len(cpus)]})
-    except OSError:
-        return set()
-    return cpus
-
-
-def load(folders: str, kind: str, library: list[str]) -> tuple[dict, list[str]]:
-    """What a program finds without importing it, and the folders of its packages. Raises ImportError."""
-    namespace, packages = {"math": math}, []
-    if kind == "sympy":
-        sys.path[:] = [*library, *folders.split(os.pathsep)]
-        import mpmath
-        import sympy
-
-        namespace["sympy"] = sympy
-        packages = [os.path.dirname(module.__file__) for module in (sympy, mpmath)]
-    sys.path[:] = library
-    site.setquit()  # what Python does at its start, had it looked at site-packages
-    site.setcopyright()
-    site.sethelper()
-    for module in ("child", "files", "lockdown", "sysv", "wire", "zygote"):
-        sys.modules.pop(module, None)  # a program that imports one of these names gets its own error
-    return inside.main_module(**namespace).__dict__, packages
-
-
 def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygote, dict]:
     """A zygote that is ready, and its greeting. Raises OSError and ImportError."""
     with contextlib.suppress(OSError):
         os.setsid()
-    cpus = settle_on_a_cpu(int(number))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS if hard < 0 else min(hard, DESCRIPTORS), hard))
+    cpus = begin.settle_on_a_cpu(int(number))
+    begin.allow_descriptors()
     library = [path for path in sys.path if path not in ("", os.path.dirname(__file__))]
-    namespace, packages = load(folders, kind, library)
+    namespace, packages = begin.load(folders, kind, library)
     sys.argv, sys.dont_write_bytecode = [""], True
     os.environ.clear()
     protections = []
@@ -427,7 +356,7 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
         lockdown.name_process()
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
             score.write("1000")  # when the host runs out of memory, not the trainer
-    if isolated := launch():
+    if isolated := begin.launch():
         protections.append("pid+net+ipc namespaces")
     rules = lockdown.Lockdown(int(memory_mb))
     zygote = Zygote(namespace, rules, cpus)
@@ -438,7 +367,7 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
     elif isolated and files.own_root(packages):
         protections.append("mount namespace")
         closed = True
-    if seen := opened(__file__):  # a file of ours that is not a program's
+    if seen := begin.opened(__file__):  # a file of ours that is not a program's
         os.close(seen)
         closed = False
     stdlib = os.path.dirname(os.__file__)
@@ -449,7 +378,7 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
 
 
 def main(*words: str) -> None:
-    own_signals()
+    begin.own_signals()
     try:
         zygote, greeting = prepare(*words)
         zygote.check()

@@ -1,6 +1,5 @@
 """The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
 
-import json
 from functools import partial
 
 import numpy as np
@@ -16,6 +15,7 @@ from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import POLICIES, TITLES, abstract_reranker, finished, load_model, model_folder
 from reft_jax.task.intervals import slope_interval
 from reft_jax.task.records import read_lines
+from reft_jax.train.metrics import read_metrics
 
 
 def answers_of(run: Run, name: str) -> Answers:
@@ -35,8 +35,7 @@ def answers_of(run: Run, name: str) -> Answers:
 
 
 def metrics_lines(run: Run, stage: str) -> list[dict]:
-    path = run.workdir / stage / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(run.workdir / stage)
 
 
 def run_evaluate(run: Run) -> dict:

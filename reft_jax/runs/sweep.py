@@ -17,6 +17,7 @@ from typing import NamedTuple
 from reft_jax import executor
 from reft_jax.config import flatten
 from reft_jax.parallel import hosts
+from reft_jax.runs import lock, paths
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.runs.report import print_report, write_sweep
@@ -30,10 +31,13 @@ from reft_jax.runs.setup import (
     create_workdir,
     make_engine,
     open_mesh,
+    recorded,
     shorten,
     start_executor,
     versions,
+    with_absolute_paths,
 )
+from reft_jax.store import write_whole
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.records import read_lines
 from reft_jax.types import Example, InputError
@@ -64,21 +68,20 @@ class Checkpoint(NamedTuple):
 def parse_checkpoints(text: str) -> list[Checkpoint]:
     """Of `[NAME=]FOLDER[+RERANKER],…`; without NAME it is that of the folder. Raises InputError."""
     checkpoints = []
-    for part in text.split(","):
-        name, _, folders = part.rpartition("=")
-        folder, *reranker = folders.split("+")
-        if len(reranker) > 1:
-            raise InputError(f"--models: {part!r} has more than one '+'; write [NAME=]FOLDER[+RERANKER]")
-        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), find(reranker[0]) if reranker else None))
+    for entry in paths.listed(text, paths.is_checkpoint):
+        name, folders = paths.named(entry)
+        folder, reranker = paths.with_reranker(folders)
+        judge = find(reranker, reranker=True) if reranker else None
+        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), judge))
     return checkpoints
 
 
 def parse_data(text: str) -> dict[str, str]:
     """{name: file} of `[NAME=]FILE,…`; without NAME it is the file's, without its suffix."""
-    pairs = [part.rpartition("=") for part in text.split(",")]
-    names = [name or Path(file).stem for name, _, file in pairs]
+    pairs = [paths.named(entry) for entry in paths.listed(text, paths.is_data)]
+    names = [name or Path(file).stem for name, file in pairs]
     check_names("--data", names)
-    return {name: file for name, (_, _, file) in zip(names, pairs, strict=True)}
+    return {name: file for name, (_, file) in zip(names, pairs, strict=True)}
 
 
 def check_names(flag: str, names: list[str]) -> None:
@@ -86,15 +89,22 @@ def check_names(flag: str, names: list[str]) -> None:
         raise InputError(f"{flag}: the names {', '.join(names)} must differ and have no '/'; write NAME=PATH")
 
 
-def find(folder: str) -> Source:
-    """Raises InputError unless there is a model in the folder, of either kind."""
+def find(folder: str, *, reranker: bool = False) -> Source:
+    """Raises InputError unless there is a model in the folder, of either kind.
+
+    What a Hugging Face folder holds is looked at later; of a stage's model the name says whether it is a reranker.
+    """
     path = Path(folder).absolute()
-    if (path / "config.json").is_file():
+    workdir = path.parent.parent
+    settings = recorded(workdir) if path.is_dir() and path.parent.name == "models" else None
+    if settings is not None and not (path / "config.json").exists():
+        if path.name.startswith("rerank_") != reranker:
+            kind = "no reranker" if reranker else "a reranker, which writes no text"
+            raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
+        base = settings.get("model.path")
+        return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
+    if path.is_dir():
         return Source(path, path)
-    settings = path.parent.parent / "config.json"
-    if path.is_dir() and path.parent.name == "models" and settings.is_file():
-        base = json.loads(settings.read_text()).get("model.path")
-        return Source(path, path.parent.parent / "toy" / "model" if base == "toy" else Path(str(base)))
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
 
 
@@ -106,6 +116,8 @@ def run_sweep(
     `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
     """
     hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
+    lock.look(workdir)
+    config = with_absolute_paths(config, workdir)
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
     check_workdir(config, workdir, [], allowed)
     data = {
@@ -116,6 +128,13 @@ def run_sweep(
     sources |= {f"reranker {one.name}": str(one.reranker.folder) for one in checkpoints if one.reranker}
     sources |= {f"data {name}": digest(examples) for name, examples in data.items()}
     hosts.agree("the sweep", **sources)
+    with lock.held(workdir):
+        return _swept(config, workdir, checkpoints, data, sources)
+
+
+def _swept(
+    config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str, list[Example]], sources: dict[str, str]
+) -> list[dict]:
     with (
         Guards(config.watchdog_minutes) as guards,
         open_sweep(config, workdir, checkpoints, known_sources(workdir, sources), guards) as run,
@@ -163,8 +182,9 @@ def open_sweep(
 ) -> Iterator[Run]:
     """A run without model, tokenizer and training data, as far as that can be made ready."""
     for checkpoint in checkpoints:
-        for source in filter(None, (checkpoint.model, checkpoint.reranker)):
-            checked_tokenizer(source.base)
+        checked_tokenizer(checkpoint.model.base)
+        if checkpoint.reranker:
+            checked_tokenizer(checkpoint.reranker.base, reranker=not checkpoint.reranker.is_stage)
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         from reft_jax.parallel.compilation import keep_compiled
@@ -172,9 +192,13 @@ def open_sweep(
 
         mesh = open_mesh(config)
         check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
+        for checkpoint in checkpoints:
+            for source in filter(None, (checkpoint.model, checkpoint.reranker)):
+                if source.is_stage:
+                    check_stage(source, reranker=source is checkpoint.reranker)
         create_workdir(config, workdir)
         if hosts.is_first():
-            (workdir / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
+            write_whole(workdir / SOURCES, json.dumps(sources, indent=1) + "\n")
         hosts.log_to(workdir / "logs")
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         with on_mesh(mesh):
@@ -185,20 +209,32 @@ def open_sweep(
         executor.shutdown()
 
 
+def check_stage(source: Source, *, reranker: bool) -> None:
+    """Reads no weights. InputError unless what a stage made is a policy, or a reranker, with its base's shapes."""
+    from reft_jax.model.heads import RerankHead, ValueHead
+    from reft_jax.model.hf import read_config
+    from reft_jax.model.llama import Llama
+    from reft_jax.train.checkpoints import check_shapes
+    from reft_jax.train.state import abstract_params
+
+    head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
+    check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
+
+
 def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> None:
     """Greedy answers, samples and the reranker's scores of one model to every data file, as far as they are missing."""
     from reft_jax.runs.rerank import rerank_scores
     from reft_jax.runs.sample import greedy_answers, sampled
 
-    paths = {name: samples_file(run.workdir, checkpoint, name) for name in data}
+    files = {name: samples_file(run.workdir, checkpoint, name) for name in data}
     run, load = with_model(run, checkpoint.model, reranker=False)
     for name, examples in data.items():
         what = f"{checkpoint.name} on {name}"
-        greedy_answers(run, paths[name], examples, lambda: load()["lm"], f"{what}, greedy")
-        sampled(run, paths[name], examples, run.config.sample.n, lambda: load()["lm"], f"{what}, samples")
+        greedy_answers(run, files[name], examples, lambda: load()["lm"], f"{what}, greedy")
+        sampled(run, files[name], examples, run.config.sample.n, lambda: load()["lm"], f"{what}, samples")
     if checkpoint.reranker:
         run, load = with_model(run, checkpoint.reranker, reranker=True)
-        for name, path in paths.items():
+        for name, path in files.items():
             rerank_scores(run, path, read_lines(path), load, f"{checkpoint.name} on {name}, rerank")
 
 
@@ -216,7 +252,8 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
 
     config = run.config
     model = Llama(read_config(source.base), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
-    run = replace(run, base=source.base, tokenizer=checked_tokenizer(source.base), model=model)
+    tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
+    run = replace(run, base=source.base, tokenizer=tokenizer, model=model)
     run.engine = make_engine(run)
     abstract = abstract_reranker(run) if reranker else abstract_policy(run)
 
@@ -225,7 +262,7 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
         if source.is_stage:
             return load_params(source.folder, abstract_arrays(run.mesh, abstract))
         where = shardings(run.mesh, abstract)
-        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"])
+        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"], reranker=reranker)
         if not reranker:
             return {"lm": lm}
         return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])}

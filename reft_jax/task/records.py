@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from reft_jax.store import writing
 from reft_jax.task import answers
 from reft_jax.task.prompts import PROGRAM_HEAD
 from reft_jax.task.voting import vote, voted_correct
@@ -56,12 +57,13 @@ def read_lines(path: Path) -> list[dict]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[TextIO]:
-    """The file, open at the end of its last whole line. It is written by the line: a crash loses none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
-        yield file
+    """The file, open at the end of its last whole line. It is written by the line: a crash loses none. SaveError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        with path.open("a", encoding="utf-8", buffering=1) as file:
+            yield file
 
 
 def read_records(path: Path) -> list[dict]:

@@ -3,13 +3,18 @@
     python tests/mutations.py            all of them; exit code 1 if one goes unnoticed
     python tests/mutations.py gae        those whose name contains "gae"
 
-Nothing is written: a mutated module exists only in this process, which imports the package anew for every mutation.
+Nothing here is written: a mutated module exists only in this process, which imports the package anew for every
+mutation. The executor's are read by processes of their own: they are mutated in a copy of the repository.
 """
 
 import importlib.abc
 import importlib.util
 import io
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -50,6 +55,9 @@ JOINS = ("test_model.py::test_joining_writes_what_was_drawn_inside_the_cache_and
 ATTENDS = ("test_model.py::test_attention_of_one_token_equals_its_slow_twin",)
 LOCK = "reft_jax.runs.lock"
 SERVED = ("test_schedule.py::test_every_request_is_served_once_however_rows_end[3-5-8-4]",)
+E = "reft_jax.executor"
+ROOM = "test_executor_room.py::test_"
+CORNER, SCRIPTS = "test_executor_corners.py::test_corner", "test_executor_cpython.py"
 FIELDS, CONFIG, HF = "reft_jax.model.config_fields", "reft_jax.model.llama_config", "reft_jax.model.hf"
 FOLDER, FORMAT = "reft_jax.model.hf_folder", "reft_jax.model.safetensors"
 READS, KINDS, FILES = ("test_llama_config.py",), ("test_hf_folder.py",), ("test_hf_files.py",)
@@ -310,6 +318,49 @@ MUTATIONS = [
     Mutation("shapes of a sweep not compared", CHECKPOINTS, "if found.get(name) != wanted.get(name)", "if False",
              ("test_sweep.py::test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_made",)),
     Mutation("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
+    Mutation("executor: the trainer's memory open to its user", f"{E}.process", "prctl(4, 0, 0, 0, 0)",
+             "prctl(3, 0, 0, 0, 0)", (f"{CORNER}[kept3-True]",)),
+    Mutation("executor: the zygote's descriptors open to its user", f"{E}.lockdown", "prctl(PR_SET_DUMPABLE, 0)",
+             "prctl(PR_SET_DUMPABLE, 1)", (f"{CORNER}[kept1-True]",)),
+    Mutation("executor: open files need no consent", f"{E}.guards", "    if not zygote.files_closed:\n        return (",
+             "    if False:\n        return (",
+             ("test_executor_sandbox.py::test_the_line_names_what_is_active_and_no_more",)),
+    Mutation("executor: a missing protection means nothing", f"{E}.guards", "    if space:\n", "    if True:\n",
+             ("test_executor_sandbox.py::test_what_a_missing_protection_means_is_said",)),
+    Mutation("executor: killed by the machine is killed", f"{E}.zygote", "found.si_status == signal.SIGKILL",
+             "found.si_status == 0", (f"{ROOM}a_child_that_the_machine_kills_runs_again_and_then_is_an_error",)),
+    Mutation("executor: a machine that stood still timed out", f"{E}.zygote", "time.monotonic() > deadline + LATE_S",
+             "False", (f"{ROOM}a_program_does_not_run_out_of_time_while_its_machine_stands_still",)),
+    Mutation("executor: spares are capped call by call", f"{E}.pool",
+             "held = sum(zygote.spares for zygote in _state.zygotes)", "held = 0",
+             (f"{ROOM}spares_have_one_cap_over_calls_threads_and_kinds",)),
+    Mutation("executor: all processes for children", f"{E}.room", "(self.processes + held) / 2",
+             "(self.processes + held)", (f"{ROOM}room_is_what_the_tightest_cgroup_leaves",)),
+    Mutation("executor: no second try for a thread", f"{E}.calls", "for last in (False, True):", "for last in (True,):",
+             (f"{ROOM}what_cannot_be_made_is_tried_again_then_an_error_that_the_next_call_recovers_from",)),
+    Mutation("executor: stopped children keep their memory", f"{E}.zygote", "usage.ru_maxrss > self.large", "False",
+             (f"{ROOM}stopped_children_that_hold_megabytes_end_at_once",)),
+    Mutation("executor: the host's signals", f"{E}.zygote", "    begin.own_signals()\n    try:", "    try:",
+             ("test_executor_hosts.py::test_odd_host",)),
+    Mutation("executor: orphans of a lost zygote stay", f"{E}.process", "        collect_orphans()\n", "",
+             ("test_executor_hosts.py::test_process_1_collects_what_a_lost_zygote_leaves",)),
+    Mutation("executor: the zygote's own main module", f"{E}.child", 'sys.modules["__main__"] = module', "pass",
+             (f"{SCRIPTS}::test_scripts_do_what_this_python_does",)),
+    Mutation("executor: a spare recurses one deeper", f"{E}.zygote", "{True: 7, ", "{True: 8, ",
+             (f"{SCRIPTS}::test_scripts_do_what_this_python_does",)),
+    Mutation("executor: requests stay in memory", f"{E}.wire", "memory.madvise(MADV_WIPEONFORK)", "pass",
+             (f"{SCRIPTS}::test_no_program_finds_another_in_its_memory",)),
+    Mutation("executor: one /dev/null for all", f"{E}.zygote", "null = os.open(os.devnull, os.O_RDWR)", "null = 1",
+             (f"{SCRIPTS}::test_flags_of_open_files_are_each_childs_own",)),
+    Mutation("executor: a forged text of any length", f"{E}.wire", "len(text) <= characters and", "True and",
+             (f"{SCRIPTS}::test_a_forged_report_has_no_more_characters_than_an_honest_one",)),
+    Mutation("executor: System V memory stays", f"{E}.sysv", "LIBC.shmctl(segment, IPC_RMID, None)", "pass",
+             (f"{CORNER}[kept2-False]",)),
+    Mutation("executor: megabytes are a program", f"{E}.calls", "> self.program_kb << 10", "> self.program_kb << 20",
+             ("test_executor_strange.py::test_the_limit_is_of_bytes_and_can_be_set",)),
+    Mutation("executor: a callback ends a worker", f"{E}.calls", "        setter(outcome)\n    except BaseException:",
+             "        setter(outcome)\n    except ValueError:",
+             ("test_executor_strange.py::test_a_callback_that_raises_is_printed_and_hurts_nobody",)),
     Mutation("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
              ("test_answers.py",)),
     Mutation("a pickle may call anything", "reft_jax.model.torch_bin", "if (module, name) not in known:",
@@ -394,18 +445,37 @@ def failing(tests) -> tuple[int, str]:
     return int(code), said.getvalue()
 
 
+def failing_in_copy(tests, name: Path, mutated: str) -> tuple[int, str]:
+    """`failing` in a copy of the repository where this file is another."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # tests run programs as another user
+        copy = Path(folder)
+        for part in ("reft_jax", "tests"):
+            shutil.copytree(REPO / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPO / "pyproject.toml", copy)
+        (copy / name).write_text(mutated)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+        command += [str(copy / "tests" / test) for test in tests]
+        run = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        return run.returncode, run.stdout + run.stderr
+
+
 def survives(mutation: Mutation) -> str:
     """'' if a test failed, else what happened instead."""
     path = REPO / (mutation.module.replace(".", "/") + ".py")
     source = path.read_text()
     if source.count(mutation.old) != 1:
         return f"its text stands {source.count(mutation.old)} times in {path.name}; bring tests/mutations.py up to date"
-    planted = Planted(mutation.module, source.replace(mutation.old, mutation.new), path)
-    sys.meta_path.insert(0, planted)
-    try:
-        code, said = failing(mutation.tests)
-    finally:
-        sys.meta_path.remove(planted)
+    mutated = source.replace(mutation.old, mutation.new)
+    if mutation.module.startswith("reft_jax.executor."):
+        code, said = failing_in_copy(mutation.tests, path.relative_to(REPO), mutated)
+    else:
+        planted = Planted(mutation.module, mutated, path)
+        sys.meta_path.insert(0, planted)
+        try:
+            code, said = failing(mutation.tests)
+        finally:
+            sys.meta_path.remove(planted)
     if code == pytest.ExitCode.TESTS_FAILED:
         return ""
     return "NOT NOTICED" if code == pytest.ExitCode.OK else f"pytest ended with {code}: {said[-500:]}"

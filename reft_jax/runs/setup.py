@@ -272,10 +272,12 @@ def data_facts(run: Run) -> dict:
 
 
 def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
-    """Before JAX; says on stderr what guards a program. InputError if nothing does and that is not allowed."""
+    """Before JAX; says on stderr what guards a program. InputError if too little does and that is not allowed, or if
+    this machine gives no room for it.
+    """
     try:
         print(executor.start(workers, memory_mb, allow_unsandboxed), file=sys.stderr, flush=True)
-    except executor.UnprotectedError as error:
+    except executor.InfrastructureError as error:
         raise InputError(str(error)) from error
 
 

@@ -293,7 +293,8 @@ def convert(argv: list[str]) -> None:
     known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric", "weights")
     if len(datasets) != 1 or datasets[0] not in known:
         raise InputError(
-            f"convert takes one dataset of {', '.join(known[:-1])}, or weights: python -m reft_jax convert gsm8k --in=FILE …"
+            f"convert takes one dataset of {', '.join(known[:-1])}, or weights: python -m reft_jax convert gsm8k "
+            "--in=FILE …"
         )
     if not values["out-dir"].value:
         raise InputError("--out-dir is missing; see python -m reft_jax --help")

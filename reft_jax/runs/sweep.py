@@ -95,7 +95,7 @@ def find(folder: str) -> Source:
     if path.is_dir() and path.parent.name == "models" and settings.is_file():
         base = json.loads(settings.read_text()).get("model.path")
         return Source(path, path.parent.parent / "toy" / "model" if base == "toy" else Path(str(base)))
-    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
+    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
 def run_sweep(

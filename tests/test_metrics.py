@@ -113,6 +113,40 @@ def test_the_lines_are_those_of_the_docstring(clock, capsys):
     assert all(line in Progress.__doc__ for line in printed)
 
 
+def test_time_in_which_something_was_compiled_is_in_no_rate(clock, capsys, monkeypatch):
+    compiled = [0]
+    monkeypatch.setattr(metrics, "compiles", lambda: compiled[0])
+    progress = Progress("reft", total=10, unit="iteration")
+    for iteration, (seconds, programs) in enumerate([(100, 14), (4, 0), (30, 1), (4, 0)], 1):
+        clock[0] += seconds
+        compiled[0] += programs
+        progress.update(iteration)
+    progress.close()
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "reft  1/10 iterations  10 %  left ?  ?  elapsed 0:01:40"
+    assert last == "reft  4/10 iterations  40 %  left 0:00:24  4 s/iteration  elapsed 0:02:18"  # 6 left, 4 s each
+
+
+def test_what_takes_long_is_said_at_once(clock, capsys):
+    progress = Progress("reft", total=40, unit="iteration", done0=12)
+    progress.say("compiling")
+    assert capsys.readouterr().err == "reft  12/40 iterations  compiling\n"
+    clock[0] += 1
+    progress.update(13)
+    assert capsys.readouterr().err == ""  # a line was shown a second ago
+    progress.close()
+    assert capsys.readouterr().err.startswith("reft  13/40 iterations  32 %")
+
+
+def test_a_remark_takes_the_place_of_the_progress_line_on_a_terminal(capsys, monkeypatch):
+    metrics.remark("warning: x")
+    assert capsys.readouterr().err == "warning: x\n"
+    stderr = Terminal()
+    monkeypatch.setattr(metrics.sys, "stderr", stderr)
+    metrics.remark("warning: x")
+    assert stderr.getvalue() == "\r\x1b[Kwarning: x\n"
+
+
 def test_a_log_gets_a_line_every_15_seconds_and_the_last(clock, capsys):
     progress = Progress("sft", total=100)
     for done in range(1, 101):

@@ -37,16 +37,19 @@ def answers_of(run: Run, name: str) -> Answers:
     return read_answers(TITLES[name], path)
 
 
-def metrics_lines(run: Run, stage: str) -> list[dict]:
-    return read_metrics(run.workdir / stage)
+def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
+    """The lines of a stage, with one for iteration 0, the model that it began with, if its `result` has that."""
+    start = result.get("start_dev_top1")
+    first = [] if start is None else [{"step": 0, "dev_top1": start}]
+    return first + read_metrics(run.workdir / stage)
 
 
 def run_evaluate(run: Run) -> dict:
     """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
     names = [name for name in POLICIES if model_folder(run, name).exists()]
     found = table([answers_of(run, name) for name in names], run.config.seed)
-    ended = {stage: done(run, stage) for stage in (*POLICIES, *(f"rerank_{name}" for name in POLICIES))}
-    stages = {stage: result for stage, result in ended.items() if result}
+    known = (*POLICIES, *(f"rerank_{name}" for name in POLICIES))
+    stages = {stage: result for stage in known if (result := done(run, stage))}
     report = {
         "title": run.config.name,
         "about": about(run),
@@ -58,9 +61,9 @@ def run_evaluate(run: Run) -> dict:
     } | found
     if hosts.is_first():
         write_report(run.workdir, report)
-        lines = [metrics_lines(run, stage) for stage in ("sft", "reft")]
+        lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
         if any(lines):
-            plot_curves(run.workdir, *lines, run.workdir / "curves.png", ended.get("sft"), ended.get("reft"))
+            plot_curves(run.workdir, *lines, run.workdir / "curves.png")
         print_report(report)
     return report
 
@@ -94,7 +97,7 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
         lines.append(f"{TITLES['self_train_offline']}: {best}, {offline['rows']} rows.")
     for stage in ("self_train_online", "reft"):
         if result := stages.get(stage):
-            trained, collapse = metrics_lines(run, stage), Collapse(run.config.ppo.prompts)
+            trained, collapse = metrics_lines(run, stage, result), Collapse(run.config.ppo.prompts)
             line = f"{TITLES[stage]}: best iteration {result['best']} of {result['iterations']}"
             if not result["best"]:
                 line += ", the warm-up model itself: no iteration was better on dev"

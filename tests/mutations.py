@@ -40,6 +40,7 @@ BATCH = ("test_steps.py::test_a_ppo_batch_equals_its_slow_twin",)
 PACKING = ("test_packing.py",)
 SELF = "reft_jax.runs.self_train"
 ONLINE = ("test_self_train.py::test_online_trains_responses_of_correct_rows_and_gold_targets_half_each",)
+PROMPTS, WATCH, TRAINING = "reft_jax.task.prompts", "reft_jax.runs.watch", "reft_jax.runs.training"
 SUBSETS, OVER_ALL = "reft_jax.task.subsets", ("test_subsets.py::test_closed_forms_are_the_mean_over_all_subsets",)
 SCORES = ("test_scoring.py::test_decisions_equal_the_full_log_softmax",)
 ENDS = ("test_engine.py::test_a_row_ends_with_its_first_eos_or_at_max_len",)
@@ -221,6 +222,34 @@ MUTATIONS = [
              'old | {"solving_res": verdict.value, "correctness"', 'old | {"solving_res": verdict.value, "was"',
              ("test_records.py::test_stored_answers_are_read_by_the_rules_of_their_dataset",)),
     Mutation("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
+    Mutation("any comma in a target is dropped", PROMPTS, " and THOUSANDS.fullmatch(answer)", "",
+             ("test_answers.py::test_targets",)),
+    Mutation("nl targets keep their commas", PROMPTS, "{plain_answer(example.answer_value)}",
+             "{example.answer_value.strip()}", ("test_answerable.py::test_an_nl_target_is_taught_as_it_is_graded",)),
+    Mutation("docstrings are not escaped", PROMPTS, """.endswith('"')) or is_docstring(plain)""", ") or True",
+             ("test_answerable.py::test_a_right_body_earns_the_reward_after_each_of_them",)),
+    Mutation("every docstring is escaped", PROMPTS, " or is_docstring(plain):", " and not is_docstring(plain):",
+             ("test_answerable.py::test_every_other_question_stands_as_in_the_papers_code",)),
+    Mutation("a broken docstring is taught", PROMPTS, "docstring(question), 1)", "f'{question}', 0)",
+             ("test_answerable.py::test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_with",)),
+    Mutation("hopeless questions are trained on", "reft_jax.task.answerable",
+             "reasons | unanswerable(tok, examples, engine, sys.maxsize)", "reasons",
+             ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
+    Mutation("a byte order mark is data", "reft_jax.task.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
+             ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),
+    Mutation("iteration 0 never wins", TRAINING, 'training.info["start_dev_top1"] = evaluated(0)', "pass",
+             ("test_stages.py::test_iteration_0_is_evaluated_and_wins_if_no_other_is_better",)),
+    Mutation("a resumed stage forgets its first reward", TRAINING, "in read_metrics(training.folder):", "in []:",
+             ("test_stages.py::test_a_collapse_is_warned_of_as_it_happens_and_after_a_resume",)),
+    Mutation("a collapse is a low reward alone", WATCH, " and kl > AWAY", "", ("test_watch.py",)),
+    Mutation("one answer does not end the silence", WATCH, "if tally.reasons.total() == tally.total else 0",
+             "if tally.reasons else 0", ("test_watch.py",)),
+    Mutation("compile time is in the rate", "reft_jax.train.metrics", "if compiled == self._compiles:", "if True:",
+             ("test_metrics.py::test_time_in_which_something_was_compiled_is_in_no_rate",)),
+    Mutation("curves begin where the data do", "reft_jax.runs.curves", "1.12 * min(0.0, y.min())", "y.min()",
+             ("test_report.py::test_axes_hide_no_scale",)),
+    Mutation("the suggestion is what is spelled alike", "reft_jax.config", "return meant, meant and its_section",
+             "return spelled, its_section", ("test_config.py::test_the_suggestion_is_what_was_probably_meant",)),
     Mutation("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
              ("test_answers.py",)),
 ]  # fmt: skip

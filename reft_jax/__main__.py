@@ -18,6 +18,7 @@
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]; DIR may be RUN/models/NAME
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
+             a folder with pytorch_model*.bin to safetensors: weights --in=DIR --out-dir=DIR
 
 Several hosts run one command together: each the same, on a TPU pod and under srun just so, elsewhere with
 --coordinator=HOST:PORT --num_processes=N --process_id=0…N-1 (docs/pods.md). --workdir is a folder that all of them see.
@@ -275,20 +276,28 @@ def regrade(argv: list[str]) -> None:
 
 def convert(argv: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_string("in", None, "file, or hub:owner/name:split; openai/gsm8k if left out", flag_values=values)
+    flags.DEFINE_string(
+        "in", None, "file, folder, or hub:owner/name:split; openai/gsm8k if left out", flag_values=values
+    )
     flags.DEFINE_string("out-dir", None, "folder to write", flag_values=values)
     flags.DEFINE_integer("show", 0, "programs to print", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "which programs are printed", flag_values=values)
     flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
     datasets = parse_flags(argv, values)
-    known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric")
+    known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric", "weights")
     if len(datasets) != 1 or datasets[0] not in known:
-        raise InputError(f"convert takes one dataset of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE")
+        raise InputError(f"convert takes one of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE …")
     if not values["out-dir"].value:
         raise InputError("--out-dir is missing; see python -m reft_jax --help")
     source = values["in"].value or ("openai/gsm8k" if datasets[0] == "gsm8k" else "")
     if not source:
-        raise InputError(f"--in is missing: name the file of {datasets[0]}")
+        what = "folder with pytorch_model*.bin" if datasets == ["weights"] else f"file of {datasets[0]}"
+        raise InputError(f"--in is missing: name the {what}")
+    if datasets == ["weights"]:
+        from reft_jax.runs.convert_weights import run_convert_weights
+
+        run_convert_weights(Path(source), Path(values["out-dir"].value))
+        return
     from reft_jax.runs.convert import run_convert
 
     run_convert(

@@ -252,6 +252,10 @@ MUTATIONS = [
              "return spelled, its_section", ("test_config.py::test_the_suggestion_is_what_was_probably_meant",)),
     Mutation("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
              ("test_answers.py",)),
+    Mutation("a pickle may call anything", "reft_jax.model.torch_bin", "if (module, name) not in known:",
+             "if module == 'torch':", ("test_torch_bin.py::test_nothing_of_a_file_is_run",)),
+    Mutation("a tensor beyond its storage", "reft_jax.model.torch_bin", "if needed > room or", "if",
+             ("test_torch_bin.py::test_a_damaged_file_is_one_line",)),
 ]  # fmt: skip
 
 

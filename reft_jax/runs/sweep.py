@@ -34,8 +34,10 @@ from reft_jax.runs.setup import (
     start_executor,
     versions,
 )
+from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.records import read_lines
+from reft_jax.task.tokenizer import load_tokenizer
 from reft_jax.types import Example, InputError
 
 SOURCES = "sources.json"
@@ -125,7 +127,8 @@ def run_sweep(
     reports = []
     for name in data:
         answers = [read_answers(one.name, samples_file(workdir, one, name)) for one in checkpoints]
-        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": [], "seconds": {}}
+        notes = cannot_answer(config, checkpoints, data[name])
+        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
         reports.append(report | {"settings": settings} | table(answers, config.seed))
     if hosts.is_first():
@@ -134,6 +137,15 @@ def run_sweep(
         write_sweep(workdir, reports)
         print(f"\nsweep.md, sweep.json: {workdir}")
     return reports
+
+
+def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]) -> list[str]:
+    """A line a model: the questions that it cannot answer, whatever it writes. Models of one tokenizer say the same."""
+    lines: dict[str, list[str]] = {}
+    for one in checkpoints:
+        tok, limits = load_tokenizer(one.model.base), (config.data.engine, config.sample.max_len)
+        lines.setdefault(wrong_anyway(tok, examples, *limits, "test"), []).append(one.name)
+    return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
 
 
 def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:

@@ -5,10 +5,12 @@ import json
 import os
 import struct
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from reft_jax.parallel import compilation
 from reft_jax.train import metrics
 from reft_jax.train.metrics import MetricsWriter, Progress
 from reft_jax.types import InputError
@@ -113,18 +115,24 @@ def test_the_lines_are_those_of_the_docstring(clock, capsys):
     assert all(line in Progress.__doc__ for line in printed)
 
 
-def test_time_in_which_something_was_compiled_is_in_no_rate(clock, capsys, monkeypatch):
-    compiled = [0]
-    monkeypatch.setattr(metrics, "compiles", lambda: compiled[0])
+def test_compile_time_is_in_no_rate(clock, capsys, monkeypatch):
+    compiled = [50.0]  # by an earlier stage
+    monkeypatch.setattr(metrics, "compile_seconds", lambda: compiled[0])
     progress = Progress("reft", total=10, unit="iteration")
-    for iteration, (seconds, programs) in enumerate([(100, 14), (4, 0), (30, 1), (4, 0)], 1):
+    for iteration, (seconds, of_them) in enumerate([(100, 96), (4, 0), (30, 26), (4, 0)], 1):
         clock[0] += seconds
-        compiled[0] += programs
+        compiled[0] += of_them
         progress.update(iteration)
     progress.close()
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "reft  1/10 iterations  10 %  left ?  ?  elapsed 0:01:40"
+    assert first == "reft  1/10 iterations  10 %  left 0:00:36  4 s/iteration  elapsed 0:01:40"
     assert last == "reft  4/10 iterations  40 %  left 0:00:24  4 s/iteration  elapsed 0:02:18"  # 6 left, 4 s each
+
+
+def test_what_is_compiled_is_counted_with_its_seconds():
+    before, seconds = compilation.compiles(), compilation.compile_seconds()
+    jax.jit(lambda x: jax.numpy.sin(x) + 0.12345)(np.float32(1))
+    assert compilation.compiles() > before and 0 < compilation.compile_seconds() - seconds < 60
 
 
 def test_what_takes_long_is_said_at_once(clock, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from reft_jax.parallel.compilation import compiles
+from reft_jax.parallel.compilation import compile_seconds
 from reft_jax.parallel.hosts import is_first
 from reft_jax.types import InputError
 
@@ -117,8 +117,8 @@ class Progress:
 
         sample  25600/131900 completions  19 %  left 0:05:40  correct 0.634  312 completions/s  elapsed 0:01:22
 
-    Left, rate and elapsed are of this run's work: what was done before a resume (`done0`) does not count. Left and
-    rate are of the time between two updates in which nothing was compiled; as long as there is none they are "?".
+    Left, rate and elapsed are of this run's work: what was done before a resume (`done0`) does not count. The time
+    that compiling took is in elapsed, not in left and rate.
     """
 
     TERMINAL_SECONDS, LOG_SECONDS = 0.2, 15.0
@@ -127,9 +127,7 @@ class Progress:
         self._stage, self._total, self._unit = stage, total, unit
         self._terminal = sys.stderr.isatty()
         self._interval = self.TERMINAL_SECONDS if self._terminal else self.LOG_SECONDS
-        self._start = self._updated = time.monotonic()
-        self._done, self._compiles = done0, compiles()
-        self._worked, self._seconds = 0, 0.0  # while nothing was compiled
+        self._start, self._compiled, self._done0, self._done = time.monotonic(), compile_seconds(), done0, done0
         self._shown_at = -math.inf
         self._line = self._shown = self._format(0.0, {})
 
@@ -143,10 +141,7 @@ class Progress:
         """`done` of `total` (work before a resume included), and the two or three numbers worth watching."""
         if not is_first():
             return
-        now, compiled = time.monotonic(), compiles()
-        if compiled == self._compiles:
-            self._worked, self._seconds = self._worked + done - self._done, self._seconds + now - self._updated
-        self._done, self._updated, self._compiles = done, now, compiled
+        now, self._done = time.monotonic(), done
         self._line = self._format(now - self._start, numbers)
         if now - self._shown_at >= self._interval:
             self._show(now)
@@ -172,8 +167,9 @@ class Progress:
 
     def _format(self, elapsed: float, numbers: dict[str, float]) -> str:
         done, left, rate = self._done, "?", "?"
-        if self._worked > 0 and self._seconds > 0:
-            per_second = self._worked / self._seconds
+        worked, seconds = done - self._done0, elapsed - (compile_seconds() - self._compiled)
+        if worked > 0 and seconds > 0:
+            per_second = worked / seconds
             left = _clock((self._total - done) / per_second)
             rate = f"{per_second:.3g} {self._unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{self._unit}"
         # What a narrow terminal cuts off stands last.

@@ -13,6 +13,7 @@
              no model:   --samples=FILE_OR_FOLDER,… [--execute] [--out-dir=DIR] grades stored answers again
                          (no --config, no --workdir)
   export     a Hugging Face folder:     --model=warmup|sft|reft|self_train_…|rerank_… --out=DIR
+             [--dtype=float32|bfloat16|float16], the base's if left out
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   plan       does it fit a pod, how fast can it be?  --topology=v5e:4x8 [--search] [--json] (no --workdir; docs/pods.md)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]; DIR may be RUN/models/NAME
@@ -39,6 +40,7 @@ from typing import NoReturn
 from absl import flags
 
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.model_folder import check_new_folder
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 COMMANDS = (
@@ -57,6 +59,7 @@ COMMANDS = (
 )
 RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
 MODELS = {"sample": ("warmup", *RANKED), "rerank": RANKED}
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 MODELS["export"] = (*MODELS["sample"], *(f"rerank_{name}" for name in RANKED))
 # Models of earlier stages, beside --model.
 NEEDS = {"reft": ["warmup"], "self-train": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}
@@ -130,6 +133,7 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_bool("baselines", False, "self-training too, offline and online", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+        flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "of the weights; if left out, the base's", flag_values=values)
     flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
@@ -140,8 +144,6 @@ def run_command(argv: list[str]) -> None:
     for key in values.allow_config_change:
         if key not in SETTINGS:
             raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
-    if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
-        raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     if command == "evaluate" and values.replay:
         from reft_jax.runs.executions import replay
 
@@ -153,6 +155,8 @@ def run_command(argv: list[str]) -> None:
     from reft_jax.runs.setup import open_run
 
     with hosts.joined(values.coordinator, values.num_processes, values.process_id):
+        if command == "export":
+            hosts.from_first("--out", lambda: check_new_folder("--out", Path(values.out)))
         if command == "evaluate" and values.models:
             from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
 
@@ -195,7 +199,7 @@ def dispatch(command: str, run, values: flags.FlagValues) -> None:
     else:
         from reft_jax.runs.export import run_export
 
-        run_export(run, values.model, Path(values.out))
+        run_export(run, values.model, Path(values.out), values.dtype)
 
 
 def check(argv: list[str]) -> None:

@@ -5,8 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from reft_jax.model.safetensors import read_json, write_json, write_tensors
+from reft_jax.model.safetensors import write_json, write_tensors
 from reft_jax.model.torch_bin import BinFile
+from reft_jax.model_folder import read_json
 from reft_jax.runs.setup import check_writable
 from reft_jax.types import InputError
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from reft_jax import executor
-from reft_jax.runs.setup import checked_tokenizer, start_executor
+from reft_jax.runs.setup import checked_tokenizer, completed_text, start_executor
 from reft_jax.runs.sweep import Source, find
-from reft_jax.task import answers, prompts
-from reft_jax.task.tokenizer import decode, encode_rollout
+from reft_jax.task import answers
+from reft_jax.task.tokenizer import all_end_ids, encode_rollout
 from reft_jax.types import Example, InputError, Prompt
 
 
@@ -17,9 +17,9 @@ def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, 
 
     `folder` is in Hugging Face format or RUN/models/NAME of a work directory, whose engine is then the default.
     """
-    source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
-    if source.is_stage and folder.name.startswith("rerank_"):
+    if folder.parent.name == "models" and folder.name.startswith("rerank_"):
         raise InputError(f"{folder}: is a reranker and answers nothing; give the model that it ranks for")
+    source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
     engine = engine or trained_engine(source)
     tokenizer = checked_tokenizer(source.base)
     prompt = encode_rollout(tokenizer, question, engine)
@@ -36,10 +36,11 @@ def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, 
         mesh = make_mesh(-1, 1, 1)
         with on_mesh(mesh):
             model, lm = load_policy(source, mesh)
-            rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
+            ends = all_end_ids(tokenizer, source.base)
+            rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
-        text = prompts.completion_text(decode(tokenizer, [*prompt, *completion.tokens]))
+        text = completed_text(tokenizer, prompt, completion)
         # The right answer is not known here; 0 only stands where grading wants one.
         [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
         print(text)
@@ -67,6 +68,5 @@ def load_policy(source: Source, mesh):
     if not source.is_stage:
         return load_hf(source.folder)
     model = Llama(read_config(source.base))
-    return model, load_params(source.folder, abstract_arrays(mesh, abstract_params(model, ValueHead(), "value_head")))[
-        "lm"
-    ]
+    abstract = abstract_params(model, ValueHead(), "value_head")
+    return model, load_params(source.folder, abstract_arrays(mesh, abstract))["lm"]

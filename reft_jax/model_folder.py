@@ -1,0 +1,171 @@
+"""The small files of a model folder: the tokenizer's, and the ids that end a text. And: can a new folder be made?
+
+No JAX: mistakes in these files should show in a second, before anything starts.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from reft_jax.types import InputError
+
+CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+)
+LFS_POINTER = b"version https://git-lfs"
+SCRATCH = ".reft_jax."  # how the name of a folder begins that is not whole yet
+
+
+def check_file(path: Path) -> None:
+    """InputError unless `path` is a file; a link to nothing and a folder are named."""
+    if os.path.isfile(path):
+        return
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InputError(
+            f"{path}: is a link to {os.readlink(path)}, which is not there; copy with `cp -L`, or fetch it again"
+        )
+    if os.path.exists(path):
+        raise InputError(f"{path}: is a {'folder' if os.path.isdir(path) else 'device'}, not a file; fetch it again")
+    raise InputError(f"{path}: the file is missing; fetch it again")
+
+
+def read_bytes(path: Path, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, or all; InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or InputError."""
+    check_file(path)
+    text = read_bytes(path)
+    if text.startswith(LFS_POINTER):
+        raise InputError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` in the folder")
+    if not text.strip():
+        raise InputError(f"{path}: is empty; fetch it again")
+    try:
+        raw = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a JSON object is needed, this is a {type(raw).__name__}")
+    return raw
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a settings file that a folder need not have: {} if there is none."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The folder's tokenizer files by name. InputError for one that is a dangling link or cannot be read."""
+    try:
+        found = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); check its owner and mode") from None
+    paths = [folder / name for name in sorted(found) if any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)]
+    for path in paths:
+        if not path.is_dir():
+            check_file(path)
+            if read_bytes(path, len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` in the folder")
+    return paths
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The ids that end a text by the folder's own settings: generation_config.json before config.json, as transformers.
+
+    InputError if `eos_token_id` in one of them is anything but an id, a list of ids or null.
+    """
+    return listed_ids(folder / GENERATION) or listed_ids(folder / CONFIG)
+
+
+def listed_ids(path: Path) -> list[int]:
+    """`eos_token_id` of one settings file as a list, which is empty where it says nothing."""
+    found = read_settings(path).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(one) is int for one in ids):
+        raise InputError(f"{path}: field 'eos_token_id' is {found!r}; an id or a list of ids is needed")
+    return ids
+
+
+def with_end(path: Path, eos_id: int | None) -> dict[str, Any]:
+    """The settings of a file, `eos_id` among the ids that end a text: training appends it, whatever else is there."""
+    raw, ids = read_settings(path), listed_ids(path)
+    return raw if eos_id is None or eos_id in ids else raw | {"eos_token_id": [*ids, eos_id] if ids else eos_id}
+
+
+def write_generation(source: Path, eos_id: int | None, out: Path) -> None:
+    """Copies generation_config.json, if there is one, as it is, or with `eos_id` among those that end a text."""
+    path = source / GENERATION
+    if not path.is_file():
+        return
+    raw = with_end(path, eos_id)
+    if raw == read_settings(path):
+        shutil.copyfile(path, out / GENERATION)
+    else:
+        (out / GENERATION).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(tok: Any, out: str | Path) -> None:
+    """Writes a tokenizer's files: those that `load_tokenizer` read as they were, else what transformers makes of it.
+
+    Of a class that only transformers 5 has, and of its spelling of special tokens, version 4 is told in its own words.
+    """
+    out = Path(out)
+    if source := getattr(tok, "read_from", None):
+        out.mkdir(parents=True, exist_ok=True)
+        for path in tokenizer_files(source):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, out / path.name)
+        return
+    type(tok).save_pretrained(tok, out)
+    path = out / TOKENIZER_CONFIG
+    if raw := read_settings(path):
+        if raw.get("tokenizer_class") == "TokenizersBackend":
+            raw["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(raw.get("extra_special_tokens"), list):
+            raw["additional_special_tokens"] = raw.pop("extra_special_tokens")
+        path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_new_folder(name: str, folder: Path) -> None:
+    """Leaves nothing behind. InputError, beginning with `name`, unless a folder can be put at `folder`.
+
+    One that is there must be empty. What would be made on the way is made and removed again: only that tells.
+    """
+    try:
+        folder = Path(os.path.realpath(folder))
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"{name}: {folder} already exists and is not an empty folder; choose another or remove it")
+        if os.path.ismount(folder):
+            raise InputError(f"{name}: {folder} is a mount point; choose a folder in it")
+        made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH).cleanup()
+        finally:
+            for path in made:
+                if path.is_dir():
+                    path.rmdir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}: cannot make {folder} ({reason}); choose another") from None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from planted import PLANTED
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
@@ -408,6 +409,7 @@ MUTATIONS = [
              'if path.name.startswith("rerank_") != reranker:', "if False:",
              ("test_sweep.py::test_a_stages_reranker_is_no_policy_and_a_policy_no_reranker",)),
 ]  # fmt: skip
+MUTATIONS += [Mutation(*planted) for planted in PLANTED]
 
 
 class Planted(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):

@@ -97,9 +97,11 @@ def rerank_scores(run: Run, path: Path, records: list[dict], load: Callable[[], 
     hosts.agree(str(beside), questions=len(done))
     left = [record for record in sorted(records, key=lambda record: record["item_id"]) if record["item_id"] not in done]
     if not left:
+        print(f"{what}: done already, {beside}", flush=True)
         return
     params, score = load(), make_rerank_scorer(run.model)
     progress = Progress(what, len(records), "question", done0=len(done))
+    progress.say("compiling")
     with appended(beside) as file:
         for start in range(0, len(left), SCORED_AT_ONCE):
             group = left[start : start + SCORED_AT_ONCE]

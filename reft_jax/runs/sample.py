@@ -48,7 +48,9 @@ def sampled(
     settings, records = run.config.sample, {record["item_id"]: record for record in read_lines(path)}
     hosts.agree(str(path), questions=len(records))
     left = [example for example in examples if example.item_id not in records]
-    if left:
+    if not left:
+        print(f"{what}: done already, {path}", flush=True)
+    else:
         sampling = {
             "max_len": settings.max_len,
             "temperature": settings.temperature,
@@ -56,6 +58,7 @@ def sampled(
         } | sampling
         lm, right = load(), sum(record["is_correct"] for record in records.values())
         progress = Progress(what, len(examples) * n, "completion", done0=len(records) * n)
+        progress.say("compiling")
         with appended(path) as file:
             group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
             for start in range(0, len(left), group):

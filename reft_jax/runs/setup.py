@@ -7,34 +7,34 @@ right; programs' workers start before JAX takes its devices, and only then come 
 import hashlib
 import json
 import os
-import platform
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from reft_jax import __version__, executor
+from reft_jax import executor
 from reft_jax.config import flatten, to_json
 from reft_jax.parallel import hosts
 from reft_jax.runs import lock
+from reft_jax.runs.about import versions
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
+from reft_jax.runs.watch import Silence
 from reft_jax.store import write_whole, writing
 from reft_jax.task import datasets, prompts
+from reft_jax.task.answerable import trainable, wrong_anyway
 from reft_jax.task.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
 # What may change between two starts of one run: where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("watchdog_minutes",)
-PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 BY_ROW = ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots")
@@ -60,7 +60,7 @@ class Run:
     """One work directory with everything in it made ready.
 
     `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts what became of the
-    completions' programs; `guards` says when to stop.
+    completions' programs; `guards` says when to stop, `silence` when nothing is an answer.
     """
 
     config: object
@@ -76,6 +76,7 @@ class Run:
     executions: ExecutionLog | None = None
     programs: Counter = field(default_factory=Counter)
     guards: Guards = field(default_factory=Guards)
+    silence: Silence = field(default_factory=Silence)
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts of each example, the forced prefix included."""
@@ -111,12 +112,6 @@ def completed_text(tokenizer, prompt: Sequence[int], completion: Completion) -> 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Of this package, of Python and of what decides about numbers."""
-    ours = {"reft_jax": __version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in PACKAGES}
 
 
 def with_absolute_paths(config, workdir: Path):
@@ -259,8 +254,19 @@ def ppo_examples(run: Run) -> list[Example]:
 
 
 def tokenized(run: Run) -> Run:
-    """Fills in `sft` and `questions`; a limit that drops too many rows ends the run here, not after an hour of SFT."""
+    """Fills in `sft` and `questions`, after rows that cannot earn a reward were taken out of the training data.
+
+    A limit that drops too many rows ends the run here, not after an hour of SFT. Rows of dev and test stay, and are
+    named if no completion can answer them.
+    """
+    config, data, tok = run.config, run.data, run.tokenizer
+    where = f"data.train={config.data.train}"
+    data.train = trainable(tok, data.train, config.data.engine, config.data.max_dropped, where)
     run.sft, run.questions = sft_rows(run), ppo_examples(run)
+    splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
+    for split, examples in splits.items():
+        if told := wrong_anyway(tok, examples, config.data.engine, config.sample.max_len, split):
+            print(told, flush=True)
     return run
 
 

@@ -56,9 +56,16 @@ def load_model(run: Run, name: str, abstract=None):
     return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
 
 
-def finished(run: Run, stage: str) -> dict | None:
+def done(run: Run, stage: str) -> dict | None:
     """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
     return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir / stage / "done.json"))
+
+
+def finished(run: Run, stage: str) -> dict | None:
+    """As `done`, for a command that would run the stage: a line says that it will not."""
+    if result := done(run, stage):
+        print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
+    return result
 
 
 def read_result(path: Path) -> dict | None:

@@ -18,6 +18,7 @@ from reft_jax import executor
 from reft_jax.config import flatten
 from reft_jax.parallel import hosts
 from reft_jax.runs import lock, paths
+from reft_jax.runs.about import versions
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.runs.report import print_report, write_sweep
@@ -34,12 +35,13 @@ from reft_jax.runs.setup import (
     recorded,
     shorten,
     start_executor,
-    versions,
     with_absolute_paths,
 )
 from reft_jax.store import write_whole
+from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.records import read_lines
+from reft_jax.task.tokenizer import load_tokenizer
 from reft_jax.types import Example, InputError
 
 SOURCES = "sources.json"
@@ -105,7 +107,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
         return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
     if path.is_dir():
         return Source(path, path)
-    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
+    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
 def run_sweep(
@@ -144,7 +146,8 @@ def _swept(
     reports = []
     for name in data:
         answers = [read_answers(one.name, samples_file(workdir, one, name)) for one in checkpoints]
-        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": [], "seconds": {}}
+        notes = cannot_answer(config, checkpoints, data[name])
+        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
         reports.append(report | {"settings": settings} | table(answers, config.seed))
     if hosts.is_first():
@@ -153,6 +156,15 @@ def _swept(
         write_sweep(workdir, reports)
         print(f"\nsweep.md, sweep.json: {workdir}")
     return reports
+
+
+def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]) -> list[str]:
+    """A line a model: the questions that it cannot answer, whatever it writes. Models of one tokenizer say the same."""
+    lines: dict[str, list[str]] = {}
+    for one in checkpoints:
+        tok, limits = load_tokenizer(one.model.base), (config.data.engine, config.sample.max_len)
+        lines.setdefault(wrong_anyway(tok, examples, *limits, "test"), []).append(one.name)
+    return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
 
 
 def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:

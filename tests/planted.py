@@ -1,0 +1,33 @@
+"""More mistakes for mutations.py, of data, answers, reports and what a run says: (name, module, old, new, tests)."""
+
+PROMPTS, WATCH, TRAINING = "reft_jax.task.prompts", "reft_jax.runs.watch", "reft_jax.runs.training"
+PLANTED = [
+    ("any comma in a target is dropped", PROMPTS, " and THOUSANDS.fullmatch(answer)", "",
+     ("test_answers.py::test_targets",)),
+    ("nl targets keep their commas", PROMPTS, "{plain_answer(example.answer_value)}",
+     "{example.answer_value.strip()}", ("test_answerable.py::test_an_nl_target_is_taught_as_it_is_graded",)),
+    ("docstrings are not escaped", PROMPTS, """.endswith('"')) or is_docstring(plain)""", ") or True",
+     ("test_answerable.py::test_a_right_body_earns_the_reward_after_each_of_them",)),
+    ("every docstring is escaped", PROMPTS, " or is_docstring(plain):", " and not is_docstring(plain):",
+     ("test_answerable.py::test_every_other_question_stands_as_in_the_papers_code",)),
+    ("a broken docstring is taught", PROMPTS, "docstring(question), 1)", "f'{question}', 0)",
+     ("test_answerable.py::test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_with",)),
+    ("hopeless questions are trained on", "reft_jax.task.answerable",
+     "reasons | unanswerable(tok, examples, engine, sys.maxsize)", "reasons",
+     ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
+    ("a byte order mark is data", "reft_jax.task.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
+     ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),
+    ("iteration 0 never wins", TRAINING, 'training.info["start_dev_top1"] = evaluated(0)', "pass",
+     ("test_stages.py::test_iteration_0_is_evaluated_and_wins_if_no_other_is_better",)),
+    ("a resumed stage forgets its first reward", TRAINING, "in read_metrics(training.folder):", "in []:",
+     ("test_stages.py::test_a_collapse_is_warned_of_as_it_happens_and_after_a_resume",)),
+    ("a collapse is a low reward alone", WATCH, " and kl > AWAY", "", ("test_watch.py",)),
+    ("one answer does not end the silence", WATCH, "if tally.reasons.total() == tally.total else 0",
+     "if tally.reasons else 0", ("test_watch.py",)),
+    ("compile time is in the rate", "reft_jax.train.metrics", " - (compile_seconds() - self._compiled)", "",
+     ("test_metrics.py::test_compile_time_is_in_no_rate",)),
+    ("curves begin where the data do", "reft_jax.runs.curves", "1.12 * min(0.0, y.min())", "y.min()",
+     ("test_report.py::test_axes_hide_no_scale",)),
+    ("the suggestion is what is spelled alike", "reft_jax.config", "return meant, meant and its_section",
+     "return spelled, its_section", ("test_config.py::test_the_suggestion_is_what_was_probably_meant",)),
+]  # fmt: skip

@@ -9,7 +9,8 @@ import pytest
 from reft_jax.executor import ExecResult
 from reft_jax.runs.regrade import sample_files
 from reft_jax.runs.results import Answers, by_item, comparisons, read_answers, table
-from reft_jax.task.records import appending, question_record, read_lines, read_records, regrade
+from reft_jax.task.provenance import appending
+from reft_jax.task.records import question_record, read_lines, read_records, regrade
 from reft_jax.types import Example, InputError, Verdict
 
 

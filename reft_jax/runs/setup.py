@@ -9,11 +9,13 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,12 +27,14 @@ from reft_jax.parallel import hosts
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.task import datasets, prompts
+from reft_jax.task.provenance import examples_checksum
 from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
 # What may change between two starts of one run: where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("watchdog_minutes",)
+DATA = ("seed", "toy.", "data.train", "data.dev", "data.engine")  # settings that decide what training and dev rows are
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
 BY_ROW = ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots")
@@ -85,6 +89,13 @@ class Run:
         """The completion as text. Prompt and response are decoded together (see prompts.completion_text)."""
         return prompts.completion_text(decode(self.tokenizer, [*prompt.tokens, *completion.tokens]))
 
+    @cached_property
+    def data_made(self) -> dict:
+        """What a finished stage records about its data: checksums of the rows, and of the settings that chose them."""
+        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA)}
+        checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
+        return {"settings": _hash(json.dumps(settings, sort_keys=True))} | checksums
+
     def made_by(self) -> dict:
         """What a saved step records about its run: JSON."""
         settings = {key: value for key, value in flatten(self.config).items() if key not in MACHINE}
@@ -100,10 +111,24 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of this package, of Python and of what decides about numbers."""
     ours = {"reft_jax": __version__, "python": platform.python_version()}
     return ours | {name: version(name) for name in PACKAGES}
+
+
+@cache
+def commit() -> str:
+    """The commit that this package is of, "-dirty" behind it if files were changed since; "" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
+        return ""
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = ()) -> None:

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
-from reft_jax.train.checksums import MANIFEST, array_checksums, damage, write_manifest
+from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, write_manifest
 from reft_jax.types import InputError, SaveError
-
-ARRAYS = "arrays.json"  # beside saved parameters
 
 
 def save_params(folder: Path, params) -> None:

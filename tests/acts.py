@@ -289,8 +289,8 @@ class World:
         finally:
             self.fakes.dies_after = None
 
-    def evaluate(self, sampled: str = "") -> None:
-        """With `sampled`, the samples of that model must be in the table."""
+    def evaluate(self, sampled: str = "") -> str:
+        """What was printed. With `sampled`, the samples of that model must be in the table."""
         self.capsys.readouterr()
         evaluate.run_evaluate(self.run())
         out = self.capsys.readouterr().out
@@ -305,6 +305,7 @@ class World:
                 assert noted or not any((self.workdir / "samples").glob("*_test.jsonl")), out
             if name == sampled:
                 assert row["n"] == self.config.sample.n and "voting" in row, out
+        return out
 
     def sweep(self) -> None:
         workdir = self.rng.choice((self.workdir, self.folder / "sweep"))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from reft_jax.runs.stages import Weights
 
 SOURCES = "sources.json"
-RESERVED = (".greedy", ".rerank")  # of files beside the samples
+RESERVED = (".greedy", ".rerank", ".jsonl")  # of the files themselves
 LONGEST_NAME = 200
 
 

@@ -38,7 +38,7 @@ def completion(weights: str, example: Example, sample_number: int, settings: tup
     """(text, value) that a fake model answers; `settings` is () for greedy decoding."""
     drawn = number(weights, example.question, sample_number, settings)
     value = None if drawn % 7 == 0 else float(drawn % 3)
-    return f"answer {value}, way {drawn // 16 % 2}", value
+    return f"answer {value}, way {drawn // 16 % 4}", value
 
 
 def probability(weights: str, question: str, text: str) -> float:
@@ -89,11 +89,11 @@ class Fakes:
             ]
 
         def load_model(run, name, abstract=None):
-            weights = weights_of(run.workdir / "models" / name)
+            weights = weights_of(run.workdir / "models" / name, run.base)
             return weights if name.startswith("rerank_") else {"lm": weights}
 
         def with_model(run, source, *, reranker):
-            return run, stages.Weights(source.checksum(run), lambda: weights_of(source.folder))
+            return run, stages.Weights(source.checksum(run), lambda: weights_of(source.folder, source.base))
 
         @contextmanager
         def open_sweep(config, workdir, checkpoints, guards):
@@ -109,8 +109,10 @@ class Fakes:
         monkeypatch.setattr(sweep, "open_sweep", open_sweep)
 
 
-def weights_of(folder: Path) -> str:
-    return (folder / ARRAYS).read_text()
+def weights_of(folder: Path, base: Path) -> str:
+    """What a fake model computes with: its arrays and its tokenizer."""
+    tokenizer = base / "tokenizer.json"
+    return (folder / ARRAYS).read_text() + (tokenizer.read_text() if tokenizer.exists() else "")
 
 
 def save_fake(folder: Path, weights: str) -> None:
@@ -357,8 +359,8 @@ class World:
 
     def compare(self, row: dict, folder: Path, judge: Path | None, which: str, out: str) -> None:
         examples = self.examples(which)
-        weights = weights_of(folder)
-        expected = truth(weights, judge and weights_of(judge), self.config, examples, row["n"] or 1)
+        weights, judging = (one and weights_of(one, self.folder / "base") for one in (folder, judge))
+        expected = truth(weights, judging, self.config, examples, row["n"] or 1)
         for column in COLUMNS.values():
             if column in row:
                 self.compared += 1
@@ -366,7 +368,15 @@ class World:
 
     def act(self) -> None:
         """One act, drawn at random."""
-        acts = [self.train, self.swap_models, self.edit_file, self.edit_file, self.change_setting, self.change_setting]
+        acts = [
+            self.train,
+            self.train,
+            self.swap_models,
+            self.edit_file,
+            self.edit_file,
+            self.change_setting,
+            self.change_setting,
+        ]
         acts += [self.damage_samples, self.damage_samples, self.sample, self.sample, self.sweep, self.sweep]
         act = self.rng.choice([*acts, self.new_tokenizer, self.evaluate, self.evaluate])
         self.log.append(act.__name__)

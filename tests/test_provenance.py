@@ -209,6 +209,13 @@ def test_scores_of_other_completions_are_given_again(world):
     assert "reft_test.rerank.jsonl: 1 of 6 questions are not as they are stored" in said
 
 
+def test_a_reranker_that_was_trained_again_scores_again(world):
+    for _ in range(5):  # by chance one may choose as the other
+        world.train("rerank_reft")
+        said = look(world)
+        assert "reft_test.rerank.jsonl: its answers were made by something else (reranker " in said
+
+
 def test_other_versions_are_told(world, monkeypatch):
     monkeypatch.setattr(sample, "commit", lambda: "abc-dirty")
     said = look(world)

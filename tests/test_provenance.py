@@ -219,7 +219,7 @@ def test_a_reranker_that_was_trained_again_scores_again(world):
 def test_other_versions_are_told(world, monkeypatch):
     monkeypatch.setattr(sample, "commit", lambda: "abc-dirty")
     said = look(world)
-    assert "reft_test.greedy.jsonl: was made with other versions (commit " in said and "-> abc-dirty" in said
+    assert said.count("samples: has answers made with other versions (commit ") == 1 and "-> abc-dirty" in said
 
 
 # --- a model's checksum

@@ -8,13 +8,13 @@ import numpy as np
 from reft_jax.model.heads import RerankHead
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import put_rows
-from reft_jax.runs.sample import appended, recorded, run_sample
+from reft_jax.runs.sample import appended, recorded, reusable, run_sample
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import Weights, abstract_reranker, finished, load_model, model_folder, sources
 from reft_jax.runs.training import Training, train_epochs
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
-from reft_jax.task.provenance import MadeBy, make_ready, stored
+from reft_jax.task.provenance import MadeBy
 from reft_jax.task.records import RERANK, RERANK_KIND, scored, text_hash
 from reft_jax.task.tokenizer import encode
 from reft_jax.task.voting import deduplicate
@@ -111,8 +111,7 @@ def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, w
     def fits(score: dict) -> bool:
         return set(texts[score["item_id"]]) <= set(score.get("completions", ()))
 
-    hosts.from_first(f"{beside} is ready", lambda: make_ready(beside, made, examples, fits))
-    found = stored(beside, made, examples, fits)
+    found = reusable(beside, made, examples, fits)
     scores = found.records
     hosts.agree(str(beside), questions=len(scores))
     left = [record for record in sorted(records, key=lambda one: one["item_id"]) if record["item_id"] not in scores]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
@@ -11,7 +11,7 @@ from reft_jax.parallel import hosts
 from reft_jax.runs.rollout import Graded, roll_out
 from reft_jax.runs.setup import Run, commit, shorten, versions
 from reft_jax.runs.stages import Weights, check_data, policy
-from reft_jax.task.provenance import MadeBy, appending, examples_checksum, make_ready, rewrite, stored
+from reft_jax.task.provenance import MadeBy, Stored, appending, examples_checksum, make_ready, rewrite, stored
 from reft_jax.task.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
 from reft_jax.train.metrics import Progress
 from reft_jax.types import Example, Prompt
@@ -62,6 +62,15 @@ def recorded(examples: list[Example], **more) -> dict:
     return data | more | {"versions": versions() | {"commit": commit()}}
 
 
+def reusable(
+    path: Path, made: MadeBy, examples: list[Example], fits: Callable[[dict], bool] = lambda record: True
+) -> Stored:
+    """What the file at `path` has of the examples; what may not be used is taken out of it, by the first host."""
+    found = make_ready(path, made, examples, fits) if hosts.is_first() else None
+    hosts.gather(f"{path} is ready", None)
+    return found or stored(path, made, examples, fits)
+
+
 def sampled(
     run: Run, path: Path, examples: list[Example], n: int, weights: Weights, what: str, **sampling
 ) -> list[dict]:
@@ -72,8 +81,7 @@ def sampled(
     `what` names the completions in the audit log; `sampling` replaces settings of config.sample.
     """
     made = made_by(run, weights, examples, n, **sampling)
-    hosts.from_first(f"{path} is ready", lambda: make_ready(path, made, examples))
-    found = stored(path, made, examples)
+    found = reusable(path, made, examples)
     records = found.records
     hosts.agree(str(path), questions=len(records))
     there = {example.item_id: records.get(example.item_id, {"predictions": []})["predictions"] for example in examples}

@@ -124,9 +124,9 @@ def changed_data(run: Run, result: dict) -> list[str]:
     """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
     that was allowed. An older version recorded nothing."""
     before, now = result.get("data", run.data_made), run.data_made
-    return [
-        split for split in ("train", "dev") if before[split] != now[split] and before["settings"] == now["settings"]
-    ]
+    if before["settings"] != now["settings"]:
+        return []
+    return [split for split in ("train", "dev") if before[split] != now[split]]
 
 
 def other_sources(run: Run, result: dict) -> str:

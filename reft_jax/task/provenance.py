@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -87,9 +88,8 @@ def _differs(headers: list[dict], made_by: MadeBy) -> str:
         if header["kind"] != made_by.kind:
             return f"it is of the kind {header['kind']!r}"
         before, now = header["made_by"], made_by.identity
-        if told := [
-            f"{key} {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)
-        ]:
+        changed = [key for key in now | before if before.get(key) != now.get(key)]
+        if told := [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed]:
             return f"its answers were made by something else ({'; '.join(told)})"
     return ""
 
@@ -105,8 +105,11 @@ def _recorded(headers: list[dict], made_by: MadeBy) -> str:
 
 def make_ready(
     path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Callable[[dict], bool] = lambda record: True
-) -> None:
-    """Takes what may not be used out of the file at `path`, and says so in a line; the old file is kept in ASIDE."""
+) -> Stored:
+    """Takes what may not be used out of the file at `path`, and says so in a line; the old file is kept in ASIDE.
+
+    Returns what `stored` then gives.
+    """
     found, total = stored(path, made_by, examples, fits), f"{len(examples)} question{'s' * (len(examples) != 1)}"
     if found.refused:
         line = f"{path}: {found.refused}; moved to {_aside(path)}, all {total} are done again"
@@ -116,14 +119,21 @@ def make_ready(
             f"{path}: {len(found.changed)} of {total} are not as they are stored (the first is {found.changed[0]!r}); "
             f"done again, the old file is {kept}"
         )
-    elif found.recorded:
-        line = f"{path}: was made with other versions ({found.recorded}); last bits may differ"
     else:
         line = ""
+        if found.recorded:
+            _tell_versions(path.parent, found.recorded)
     if found.changed or found.repeats:
         rewrite(path, found.headers, [*found.records.values(), *found.others])
     if line:
         print(line, flush=True)
+    return found._replace(refused="", changed=[], repeats=False)
+
+
+@cache
+def _tell_versions(folder: Path, recorded: str) -> None:
+    """Once, not once per file."""
+    print(f"{folder}: has answers made with other versions ({recorded}); last bits may differ", flush=True)
 
 
 def _aside(path: Path, *, copy: bool = False) -> Path:

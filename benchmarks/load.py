@@ -21,7 +21,8 @@ import numpy as np
 from absl import app, flags
 from machine import report
 
-from reft_jax.model.hf import load_hf, save_hf, stored_in
+from reft_jax.model.hf import load_hf, stored_in
+from reft_jax.model.hf_write import save_hf
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPES, map_tensor, read_header, write_tensors

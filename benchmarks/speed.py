@@ -111,7 +111,7 @@ class Ours:
         model, zeros = for_rollouts(self.model, self.mesh), np.zeros(slots, np.int32)
         weights = programs.rollout_weights(model, self.lm)
         state = programs.empty_slots(model, slots, length, length)
-        settings = {"eos_id": -1, "temperature": 1.0, "top_k": 0}
+        settings = {"eos_ids": (-1,), "temperature": 1.0, "top_k": 0}
         taken, rates = [], []
         for i in range(16):
             if i % 3 == 1:  # in turns, so that whoever else uses the machine slows both

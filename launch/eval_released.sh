@@ -4,7 +4,7 @@
 #   WORKDIR=DIR …        results and answers go there (default runs/released); run again, it goes on where it stopped
 #   REFT_PYTHON=python3  an interpreter that has reft_jax, instead of a .venv made here
 # MODEL_DIR holds the folders Codellama-7b-hf-{SFT-warmup,SFT,SFT-Rerank,ReFT,ReFT-Rerank}-GSM8k (or -GSM8K) with
-# safetensors files. DATA is the authors' test file, or what `convert gsm8k` makes of the official test split.
+# safetensors files; `python -m reft_jax convert weights` makes them of .bin files. DATA is the authors' test file, or what `convert gsm8k` makes of the official test split.
 # Other arguments go to `evaluate`. Greedy and 100 samples for 1,319 questions, two models: no figure of its cost yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -6,11 +6,11 @@
 import importlib
 
 __version__ = "0.1.0"
-_HF = ("load_hf", "load_value_head", "load_rerank_head", "save_hf")
+_HF = dict.fromkeys(("load_hf", "load_value_head", "load_rerank_head"), "hf") | {"save_hf": "hf_write"}
 __all__ = ["__version__", *_HF]
 
 
 def __getattr__(name: str):
     if name in _HF:
-        return getattr(importlib.import_module("reft_jax.model.hf"), name)
+        return getattr(importlib.import_module(f"reft_jax.model.{_HF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,11 +13,13 @@
              no model:   --samples=FILE_OR_FOLDER,… [--execute] [--out-dir=DIR] grades stored answers again
                          (no --config, no --workdir)
   export     a Hugging Face folder:     --model=warmup|sft|reft|self_train_…|rerank_… --out=DIR
+             [--dtype=float32|bfloat16|float16], the base's if left out
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   plan       does it fit a pod, how fast can it be?  --topology=v5e:4x8 [--search] [--json] (no --workdir; docs/pods.md)
   solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
+             a folder with pytorch_model*.bin to safetensors: weights --in=DIR --out-dir=DIR
 
 Several hosts run one command together: each the same, on a TPU pod and under srun just so, elsewhere with
 --coordinator=HOST:PORT --num_processes=N --process_id=0…N-1 (docs/pods.md). --workdir is a folder that all of them see.
@@ -38,6 +40,7 @@ from typing import NoReturn
 from absl import flags
 
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
+from reft_jax.model_folder import check_new_folder
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 COMMANDS = (
@@ -56,6 +59,7 @@ COMMANDS = (
 )
 RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
 MODELS = {"sample": ("warmup", *RANKED), "rerank": RANKED}
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 MODELS["export"] = (*MODELS["sample"], *(f"rerank_{name}" for name in RANKED))
 # Models of earlier stages, beside --model.
 NEEDS = {"reft": ["warmup"], "self-train": ["warmup"], "rerank": ["warmup"], "evaluate": ["sft"]}
@@ -123,6 +127,7 @@ def run_command(argv: list[str]) -> None:
         flags.DEFINE_bool("baselines", False, "self-training too, offline and online", flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+        flags.DEFINE_enum("dtype", None, EXPORT_DTYPES, "of the weights; if left out, the base's", flag_values=values)
     flags.DEFINE_string("coordinator", None, "address and port of host 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many hosts there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
@@ -133,8 +138,6 @@ def run_command(argv: list[str]) -> None:
     for key in values.allow_config_change:
         if key not in SETTINGS:
             raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
-    if command == "export" and os.path.isdir(values.out) and os.listdir(values.out):
-        raise InputError(f"--out: {values.out} is not empty; choose another folder or remove it")
     if command == "evaluate" and values.replay:
         from reft_jax.runs.executions import replay
 
@@ -146,6 +149,8 @@ def run_command(argv: list[str]) -> None:
     from reft_jax.runs.setup import open_run
 
     with hosts.joined(values.coordinator, values.num_processes, values.process_id):
+        if command == "export":
+            hosts.from_first("--out", lambda: check_new_folder("--out", Path(values.out)))
         if command == "evaluate" and values.models:
             from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
 
@@ -188,7 +193,7 @@ def dispatch(command: str, run, values: flags.FlagValues) -> None:
     else:
         from reft_jax.runs.export import run_export
 
-        run_export(run, values.model, Path(values.out))
+        run_export(run, values.model, Path(values.out), values.dtype)
 
 
 def check(argv: list[str]) -> None:
@@ -269,20 +274,28 @@ def regrade(argv: list[str]) -> None:
 
 def convert(argv: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_string("in", None, "file, or hub:owner/name:split; openai/gsm8k if left out", flag_values=values)
+    flags.DEFINE_string(
+        "in", None, "file, folder, or hub:owner/name:split; openai/gsm8k if left out", flag_values=values
+    )
     flags.DEFINE_string("out-dir", None, "folder to write", flag_values=values)
     flags.DEFINE_integer("show", 0, "programs to print", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "which programs are printed", flag_values=values)
     flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
     datasets = parse_flags(argv, values)
-    known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric")
+    known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric", "weights")
     if len(datasets) != 1 or datasets[0] not in known:
-        raise InputError(f"convert takes one dataset of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE")
+        raise InputError(f"convert takes one of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE …")
     if not values["out-dir"].value:
         raise InputError("--out-dir is missing; see python -m reft_jax --help")
     source = values["in"].value or ("openai/gsm8k" if datasets[0] == "gsm8k" else "")
     if not source:
-        raise InputError(f"--in is missing: name the file of {datasets[0]}")
+        what = "folder with pytorch_model*.bin" if datasets == ["weights"] else f"file of {datasets[0]}"
+        raise InputError(f"--in is missing: name the {what}")
+    if datasets == ["weights"]:
+        from reft_jax.runs.convert_weights import run_convert_weights
+
+        run_convert_weights(Path(source), Path(values["out-dir"].value))
+        return
     from reft_jax.runs.convert import run_convert
 
     run_convert(

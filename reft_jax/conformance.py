@@ -17,7 +17,9 @@ import optax
 
 from reft_jax import executor
 from reft_jax.algo import advantages
-from reft_jax.model.hf import WRAPPER, hf_tensors, load_hf, load_value_head
+from reft_jax.model.hf import load_hf, load_value_head
+from reft_jax.model.hf_folder import WRAPPER
+from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.safetensors import read_header, read_json
 from reft_jax.task.answers import grade
 from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, voted_correct

@@ -49,6 +49,9 @@ TPU = ("test_engine.py::test_a_tpus_form_of_weights_and_cache_draws_the_same_tok
 JOINS = ("test_model.py::test_joining_writes_what_was_drawn_inside_the_cache_and_nothing_else",)
 ATTENDS = ("test_model.py::test_attention_of_one_token_equals_its_slow_twin",)
 SERVED = ("test_schedule.py::test_every_request_is_served_once_however_rows_end[3-5-8-4]",)
+FIELDS, CONFIG, HF = "reft_jax.model.config_fields", "reft_jax.model.llama_config", "reft_jax.model.hf"
+FOLDER, FORMAT = "reft_jax.model.hf_folder", "reft_jax.model.safetensors"
+READS, KINDS, FILES = ("test_llama_config.py",), ("test_hf_folder.py",), ("test_hf_files.py",)
 MUTATIONS = [
     Mutation("mask starts one late", A, "t >= prompt_len[:, None] - 1", "t >= prompt_len[:, None]"),
     Mutation("mask starts one early", A, "t >= prompt_len[:, None] - 1", "t >= prompt_len[:, None] - 2"),
@@ -229,7 +232,7 @@ MUTATIONS = [
     Mutation("answers to another question are used", PROVENANCE,
              '(record.get("question"), record.get("answer_value")) == asked[item_id] and fits(record)', "fits(record)",
              TRUTH),
-    Mutation("a tokenizer is no part of a model", "reft_jax.train.checksums", '"config.json", "*token*", ', "", TRUTH),
+    Mutation("a tokenizer is no part of a model", "reft_jax.train.checksums", '"*token*", ', "", TRUTH),
     Mutation("scores of other completions are used", "reft_jax.runs.rerank",
              'set(texts[score["item_id"]]) <= set(score.get("completions", ()))', "True",
              (f"{WHOSE}::test_scores_of_other_completions_are_given_again",)),
@@ -257,6 +260,49 @@ MUTATIONS = [
     Mutation("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
     Mutation("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
              ("test_answers.py",)),
+    Mutation("a pickle may call anything", "reft_jax.model.torch_bin", "if (module, name) not in known:",
+             "if module == 'torch':", ("test_torch_bin.py::test_nothing_of_a_file_is_run",)),
+    Mutation("a tensor beyond its storage", "reft_jax.model.torch_bin", "if needed > room or", "if",
+             ("test_torch_bin.py::test_a_damaged_file_is_one_line",)),
+    Mutation("folder: true is a size", FIELDS, "type(value) is int and 1 <=", "isinstance(value, int) and 1 <=", READS),
+    Mutation("folder: a word is a flag", FIELDS, "type(value) is bool)", "value is not None)", READS),
+    Mutation("folder: infinity is a number", FIELDS, " and abs(value) < 1e300", "", READS),
+    Mutation("folder: rope_parameters before rope_scaling", CONFIG, '("rope_scaling", "rope_parameters")',
+             '("rope_parameters", "rope_scaling")', READS),
+    Mutation("folder: another rope_theta ignored", CONFIG, "if any(value != theta for value in given.values()):",
+             "if False:", READS),
+    Mutation("folder: a window ignored", CONFIG,
+             '"sliding_window attention_chunk_size', '"attention_chunk_size', READS),
+    Mutation("folder: Gemma passes", CONFIG, "wrong = [name for name in GEMMA if name in raw]", "wrong = []", READS),
+    Mutation("folder: original length inside only", CONFIG, "rope.setdefault(ORIGINAL", "rope.get(ORIGINAL", READS),
+    Mutation("folder: tied matrices not compared", HF,
+             "if not np.array_equal(embed, head, equal_nan=True):", "if False:", KINDS),
+    Mutation("folder: a tied matrix under one name only", HF,
+             "stored = stored | {_EMBED: stored[_HEAD]}", "pass", KINDS),
+    Mutation("folder: a classifier as a policy", HF, 'elif _HEAD not in stored and "score.weight" in stored:',
+             "elif False:", KINDS),
+    Mutation("folder: a reward model as a reranker", HF, "if len(shape) != 2 or shape[0] != 2:", "if False:", KINDS),
+    Mutation("folder: an adapter ignored", FOLDER, "        raise InputError(_adapter(folder))\n    stored",
+             "        pass\n    stored", FILES),
+    Mutation("folder: quantized by type only", FOLDER,
+             "if odd_type or _QUANTIZED.search(name):", "if odd_type:", KINDS),
+    Mutation("folder: names stay without model.", FOLDER, 'else f"model.{name}"', "else name", KINDS),
+    Mutation("folder: tensors named in the file's order", FOLDER,
+             "return dict(sorted(stored.items()))", "return stored", KINDS),
+    Mutation("folder: masks of others count", FOLDER, r"|self_attn\.(masked_)?bias$", "", KINDS),
+    Mutation("folder: an index's sub-folder forgotten", FOLDER, "merged[name].path != folder / file",
+             "merged[name].path.name != file", FILES),
+    Mutation("folder: null as a file of an index", FOLDER, "if not isinstance(file, str) or not file or", "if", FILES),
+    Mutation("folder: bytes after the last tensor", FORMAT, "if size > end:", "if False:", FILES),
+    Mutation("folder: tensors that overlap", FORMAT, "if tensor.start != end:", "if tensor.start > end:", FILES),
+    Mutation("folder: a link to nothing is a missing file", FORMAT,
+             "if os.path.islink(path) and", "if False and", FILES),
+    Mutation("folder: what cannot be read is a crash", FORMAT, "except OSError as error:", "except EOFError as error:",
+             FILES),
+    Mutation("folder: a pointer of git-lfs", FORMAT, "if begin.startswith(LFS_POINTER):", "if False:", FILES),
+    Mutation("sweep: a stage's reranker as a policy", "reft_jax.runs.sweep",
+             'if path.name.startswith("rerank_") != reranker:', "if False:",
+             ("test_sweep.py::test_a_stages_reranker_is_no_policy_and_a_policy_no_reranker",)),
 ]  # fmt: skip
 
 

@@ -31,9 +31,9 @@ def prompts_of(lengths, name="toy", sample=0) -> list[Prompt]:
 PROMPTS = prompts_of([3, 8, 1, 5, 8, 2])  # in a batch of 8, the two rows left over are filler
 
 
-def generate(prompts, *, batch=8, max_len=MAX_LEN, temperature=TEMPERATURE, seed=0, **settings) -> list[Completion]:
+def generate(prompts, *, batch=8, max_len=MAX_LEN, temperature=TEMPERATURE, seed=0, eos=EOS, **settings):
     """The completions in the order of the prompts."""
-    engine = Engine(MODEL, make_mesh(1, 1, 1), slots=batch, pad_multiple=8, eos_id=EOS, seed=seed)
+    engine = Engine(MODEL, make_mesh(1, 1, 1), slots=batch, pad_multiple=8, eos_id=eos, seed=seed)
     pairs = list(engine.generate(LM, prompts, max_len=max_len, temperature=temperature, **settings))
     assert sorted(i for i, _ in pairs) == list(range(len(prompts)))
     found = dict(pairs)
@@ -152,6 +152,21 @@ def test_a_row_ends_with_its_first_eos_or_at_max_len():
         if not completion.finished:
             assert len(prompt.tokens) + len(completion.tokens) == MAX_LEN
     assert 5 < sum(completion.finished for completion in completions) < 43
+
+
+def test_a_row_ends_with_the_first_of_several_end_ids():
+    """Cut from rows that nothing ended: what a draw is does not depend on what may end the row."""
+    prompts = [prompt._replace(sample=sample) for prompt in PROMPTS for sample in range(8)]
+    whole = generate(prompts, eos=-1)
+    for other in ([7], [40, 7]):
+        ends, seen = {EOS, *other}, set()
+        for endless, completion in zip(whole, generate(prompts, eos=ends), strict=True):
+            tokens = endless.tokens.tolist()
+            length = next((i for i, token in enumerate(tokens, 1) if token in ends), len(tokens))
+            assert completion.tokens.tolist() == tokens[:length]
+            assert completion.finished == (tokens[length - 1] in ends)
+            seen |= {tokens[length - 1]} & ends
+        assert seen == ends
 
 
 def test_a_lower_max_len_cuts_the_same_text():

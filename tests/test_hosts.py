@@ -21,7 +21,8 @@ from flax.linen import unbox
 from test_pipeline import TINY, metrics
 
 from reft_jax.model.heads import ValueHead
-from reft_jax.model.hf import load_hf, load_value_head, save_hf
+from reft_jax.model.hf import load_hf, load_value_head
+from reft_jax.model.hf_write import save_hf
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel import hosts

@@ -13,7 +13,7 @@ import pytest
 from tiny import tiny_model
 
 from reft_jax.config import check_config, default_config
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf_write import save_hf
 from reft_jax.parallel import compilation
 from reft_jax.runs.pipeline import run_pipeline
 from reft_jax.runs.setup import open_run

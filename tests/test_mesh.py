@@ -21,7 +21,8 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax.engine import generate
 from reft_jax.engine import slots as programs
-from reft_jax.model.hf import load_hf, save_hf
+from reft_jax.model.hf import load_hf
+from reft_jax.model.hf_write import save_hf
 from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing

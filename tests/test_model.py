@@ -159,7 +159,7 @@ def test_decoding_never_copies_the_cache():
     model, params = unrolled(*tiny)
     slots = programs.empty_slots(model, 4, 16, 512)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache))
-    settings = {"eos_id": -1, "temperature": 1.0, "top_k": 0}
+    settings = {"eos_ids": (-1,), "temperature": 1.0, "top_k": 0}
     lowered = programs.decode.lower(model, params, slots, jax.random.key(0), 0, 16, 4, **settings)
     chunk = lowered.compile().memory_analysis()
     assert chunk.alias_size_in_bytes >= size and chunk.temp_size_in_bytes < size / 8

@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_model, tiny_policy, tiny_state
 
 from reft_jax import load_hf, save_hf
 from reft_jax.engine.generate import Engine
-from reft_jax.model.hf import load_rerank_head, load_value_head
+from reft_jax.model.hf import VALUE_HEAD_FILE, load_rerank_head, load_value_head
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.task.tokenizer import encode_rollout, load_tokenizer
@@ -177,7 +177,7 @@ def test_parity_of_the_reranker(tmp_path):
     want = torch_logits(theirs, tokens, attention_mask=mask)
     size = {"max_len": 2 * max(lengths), "micro_batch": len(ROWS), "micro_batches": 1, "multiple": 8}
     packing = Packing(ROWS, lengths - 1, np.ones_like(lengths), **size)
-    loaded, trunk = load_hf(out)
+    loaded, trunk = load_hf(out, reranker=True)
     assert trunk.keys() == {"embed", "layers", "final_norm"}
     again = {"lm": trunk, "rerank_head": load_rerank_head(out)}
     for ours in (params, again):
@@ -191,7 +191,7 @@ def test_parity_of_the_value_head_with_trl(tmp_path):
     """TRL keeps it as `v_head.summary`, a torch.nn.Linear on the last hidden state after the final norm."""
     model, params = tiny_policy()
     save_hf(tmp_path / "out", model, params["lm"], value_head=params["value_head"])
-    stored = safetensors_torch.load_file(tmp_path / "out" / "value_head.safetensors")
+    stored = safetensors_torch.load_file(tmp_path / "out" / VALUE_HEAD_FILE)
     theirs = torch.nn.Linear(model.config.hidden_size, 1)
     theirs.load_state_dict({name.removeprefix("v_head.summary."): tensor for name, tensor in stored.items()})
     trunk = transformers.LlamaModel.from_pretrained(tmp_path / "out")

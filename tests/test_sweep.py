@@ -14,9 +14,11 @@ import pytest
 from tiny import tiny_config, tiny_policy
 
 from reft_jax import __main__, executor
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf_write import save_hf
+from reft_jax.runs.sweep import parse_checkpoints
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
+from reft_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"Codellama-7b-hf-{stage}-GSM8k" for stage in ("SFT-warmup", "SFT", "SFT-Rerank", "ReFT", "ReFT-Rerank")]
@@ -179,3 +181,19 @@ def test_a_model_of_a_work_directory_is_a_checkpoint_too(folder, tmp_path):
     assert find(str(run / "models" / "reft")) == (run / "models" / "reft", folder / NAMES[0])
     (run / "config.json").write_text(json.dumps({"model.path": "toy"}))
     assert find(str(run / "models" / "reft")).base == run / "toy" / "model"
+
+
+def test_a_stages_reranker_is_no_policy_and_a_policy_no_reranker(tmp_path):
+    for name in ("sft", "rerank_sft"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"model.path": "base"}')
+    policy, reranker = tmp_path / "models" / "sft", tmp_path / "models" / "rerank_sft"
+    [found] = parse_checkpoints(f"{policy}+{reranker}")
+    assert found.model.is_stage and found.reranker.is_stage and found.reranker.base == Path("base")
+    with pytest.raises(InputError, match="rerank_sft: a reranker, which writes no text; write --models="):
+        parse_checkpoints(str(reranker))
+    with pytest.raises(InputError, match="sft: no reranker; write --models="):
+        parse_checkpoints(f"{policy}+{policy}")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+        parse_checkpoints(str(policy))

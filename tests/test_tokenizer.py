@@ -6,7 +6,8 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from llama_tokenizers import llama_tokenizer
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from reft_jax.task.prompts import completion_text, prompt_text, rollout_prompt
@@ -25,22 +26,9 @@ def bpe() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """Llama's construction: a leading "▁" for the space before the first word, bytes for what is unknown."""
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tok = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tok.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tok.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=llama_tokenizer(TEXTS), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-    marks = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=marks + byte_tokens, show_progress=False)
-    tok.train_from_iterator([text.replace("\n", " ") for text in TEXTS], trainer)
-    spec = json.loads(tok.to_str())  # the trainer can only add the bytes as special tokens; Llama's are ordinary ones
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in marks]
-    tok = Tokenizer.from_str(json.dumps(spec))
-    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture

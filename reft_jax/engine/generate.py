@@ -7,7 +7,7 @@ short list: slots in halves, cache lengths in about sixths of the limit, prompt 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,19 +48,20 @@ class Engine:
         *,
         slots: int,
         pad_multiple: int,
-        eos_id: int,
+        eos_id: int | Collection[int],
         seed: int,
         after_chunk: Callable[[], None] = lambda: None,
     ):
         """`slots` must be a multiple of the mesh's row shards; prompts and rows are padded up to `pad_multiple`, a
-        cache whose keys lie in blocks to whole ones. After each chunk of decode steps `after_chunk` is called; what it
-        raises ends the rollout.
+        cache whose keys lie in blocks to whole ones. A row ends with `eos_id`, or with any of several. After each chunk
+        of decode steps `after_chunk` is called; what it raises ends the rollout.
 
         `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
         (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,
         queue_tokens.
         """
-        self.model, self.mesh, self.pad_multiple, self.eos_id = for_rollouts(model, mesh), mesh, pad_multiple, eos_id
+        self.model, self.mesh, self.pad_multiple = for_rollouts(model, mesh), mesh, pad_multiple
+        self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(sorted(eos_id))
         self.shards = row_shards(mesh)
         self.sizes = [slots // self.shards]  # slots a shard
         while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:
@@ -98,7 +99,7 @@ class Engine:
             empty = np.zeros(0, np.int32)
             yield i, Completion(prompts[i].item_id, prompts[i].sample, empty, empty.astype(np.float32), False)
         if fits:
-            settings = {"eos_id": self.eos_id, "temperature": temperature, "top_k": top_k}
+            settings = {"eos_ids": self.eos_ids, "temperature": temperature, "top_k": top_k}
             yield from _Rollout(self, lm, prompts, limits, fits, iteration, settings).run()
 
 
@@ -226,7 +227,7 @@ class _Rollout:
         for row, request in rows:
             prompt = self.prompts[request]
             response = slice(len(prompt.tokens), total_len[row])
-            finished = bool(tokens[row, total_len[row] - 1] == self.engine.eos_id)
+            finished = bool(tokens[row, total_len[row] - 1] in self.engine.eos_ids)
             yield (
                 request,
                 Completion(prompt.item_id, prompt.sample, tokens[row, response], logprobs[row, response], finished),

@@ -186,13 +186,13 @@ def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
     return kv.KVCache(*map(nn.with_logical_constraint, layer, layer.axes))
 
 
-@partial(jax.jit, static_argnames=("model", "eos_id", "temperature", "top_k"), donate_argnums=2)
+@partial(jax.jit, static_argnames=("model", "eos_ids", "temperature", "top_k"), donate_argnums=2)
 @on_rollout_rules
-def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_id, temperature, top_k) -> Slots:
+def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_ids, temperature, top_k) -> Slots:
     """At most `steps` (of CHUNK) steps over all slots, fewer if `enough` of the rows that decode now have ended.
 
-    Each row draws until EOS or its limit. `steps` must not lead a row past the cache. On a TPU it is written after the
-    last step (model/cache.py).
+    Each row draws until one of `eos_ids`, a tuple, or its limit. `steps` must not lead a row past the cache. On a TPU
+    it is written after the last step (model/cache.py).
     """
     index = jnp.arange(slots.tokens.shape[1])[None]
     keys = row_keys(key, iteration, slots.item, slots.sample)
@@ -216,13 +216,14 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
             logits, written = model.apply(params, token, last, written, method="decode")
         response = slots.total_len - slots.prompt_len
         token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
+        ended = (token[:, None] == jnp.array(eos_ids)[None]).any(1)
         here = active[:, None] & (index == slots.total_len[:, None])
         total_len = jnp.where(active, slots.total_len + 1, slots.total_len)
         slots = slots._replace(
             tokens=jnp.where(here, token[:, None], slots.tokens),
             logprobs=jnp.where(here, logprob[:, None], slots.logprobs),
             total_len=total_len,
-            limit=jnp.where(active & (token == eos_id), total_len, slots.limit),
+            limit=jnp.where(active & ended, total_len, slots.limit),
         )
         return step + 1, slots, _placed_layers(written, where)
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, without torch: config.json, safetensors, heads, tokenizer.
+"""Hugging Face folders in, without torch: config.json, safetensors, heads. `hf_write.py` writes them.
 
 Their linear weights are [out, in]; ours are [in, out] with the axes of heads split and the layers stacked. A process
 reads the slices that its devices hold, a device at a time, and writes what it gathers of all devices one tensor at a
@@ -6,32 +6,22 @@ time: a folder of any size needs little more host memory than what stays there.
 """
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 
+from reft_jax.model.hf_folder import CONFIG, IGNORED, read_raw_config, stored_in, why_missing
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.model.safetensors import (
-    DTYPES,
-    Stored,
-    map_tensor,
-    read_header,
-    read_headers,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from reft_jax.model.safetensors import DTYPES, Stored, map_tensor, read_header
 from reft_jax.types import InputError
 
 # Our path -> their name, and how many leading axes of our tensor (layers aside) are inputs; 0: kept as it is.
@@ -50,41 +40,40 @@ _TENSORS = {
     ("lm_head", "kernel"): ("lm_head.weight", 1),
 }
 _LM_HEAD = ("lm_head", "kernel")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TILE = 256  # of a matrix that is turned over: two of them fit in a core's cache
-WRAPPER = "pretrained_model."  # prefix of a model saved inside TRL's value-head wrapper
-_VALUE_HEAD_FILE = "value_head.safetensors"
+# In a folder of its own: loaders of policies read every *.safetensors that lies beside config.json.
+VALUE_HEAD_FILE = "value_head/model.safetensors"
+OLD_VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
     """The folder's config.json; InputError where it is missing, unreadable or asks for what Llama does not compute."""
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder on disk")
-    path = Path(folder) / "config.json"
-    return LlamaConfig.from_hf(read_json(path), str(path))
+    return LlamaConfig.from_hf(read_raw_config(folder), str(Path(folder) / CONFIG))
 
 
-def check_folder(folder: str | Path) -> LlamaConfig:
-    """Checks a folder by config.json and safetensors headers alone: seconds for any size, no weights are read.
+def check_folder(folder: str | Path, *, reranker: bool = False) -> LlamaConfig:
+    """Checks a folder by config.json and safetensors headers alone: seconds for any size.
 
     InputError unless every file has the length its header promises, the index agrees with the files, and every
-    tensor of the model is there once, with its shape, in float32, float16 or bfloat16, and no unknown one.
+    tensor of the model is there once, with its shape, in float32, float16, bfloat16 or float64, and no unknown one. Of
+    a `reranker`, as for `load_hf`.
     """
-    config = read_config(folder)
-    _check_tensors(folder, config, stored_in(folder))
-    return config
+    return checked(folder, reranker=reranker)[0]
 
 
-def load_hf(folder: str | Path, *, dtype=jnp.float32, shardings: Any = None) -> tuple[Llama, dict]:
+def load_hf(
+    folder: str | Path, *, dtype=jnp.float32, shardings: Any = None, reranker: bool = False
+) -> tuple[Llama, dict]:
     """Model and parameters of a folder, after `check_folder`: `model.apply({"params": params}, tokens)`.
 
     Every parameter becomes `dtype`, which is also the model's compute dtype (`model.clone(dtype=..., remat=...)`
     changes it). `shardings` is a tree like the parameters; each process then reads what its devices hold, and a part
-    that several hold once.
-    A sequence-classification folder without an output matrix gives parameters without "lm_head": `hidden` works.
+    that several hold once. With `reranker` the folder is that of a classifier with 2 classes (`load_rerank_head`), and
+    the parameters have no "lm_head": `hidden` works. InputError where it is the other kind.
     """
-    config = read_config(folder)
-    stored = stored_in(folder)
-    shapes = _check_tensors(folder, config, stored)
+    config, stored, shapes = checked(folder, reranker=reranker)
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes.items():
@@ -147,8 +136,9 @@ def _copy(out: np.ndarray, part: np.ndarray) -> None:
 def load_value_head(folder: str | Path) -> dict | None:
     """ValueHead's parameters, or None where the folder has no value head (TRL's names; beside or in the model)."""
     folder = Path(folder)
-    path = folder / _VALUE_HEAD_FILE
-    stored = read_header(path) if path.exists() else stored_in(folder)
+    paths = [folder / name for name in (VALUE_HEAD_FILE, OLD_VALUE_HEAD_FILE)]
+    path = next((path for path in paths if path.exists()), None)
+    stored = read_header(path) if path else stored_in(folder)
     for prefix in ("v_head.summary.", "v_head."):
         if prefix + "weight" in stored:
             width = read_config(folder).hidden_size
@@ -163,148 +153,9 @@ def load_rerank_head(folder: str | Path) -> dict | None:
     stored = stored_in(folder)
     if "score.weight" not in stored:
         return None
+    _check_classes(stored)
     weight = _read_checked(folder, stored, "score.weight", (2, read_config(folder).hidden_size))
     return {"weight": jnp.asarray(weight.T, jnp.float32)}
-
-
-def save_hf(
-    folder: str | Path,
-    model: Llama,
-    params: dict,
-    *,
-    value_head: dict | None = None,
-    rerank_head: dict | None = None,
-    tokenizer: Any = None,
-    dtype: Any = None,
-    max_shard_bytes: float = 5e9,
-) -> None:
-    """Writes a folder that `load_hf` and transformers read; it appears whole or not at all.
-
-    `dtype` converts the trunk (None: as it is); heads stay float32. With `rerank_head` the folder is a
-    LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The value head gets a file
-    of its own. Where several processes hold the parameters all of them call this and the first one writes. InputError
-    if `folder` has anything in it.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: already exists and is not an empty folder; choose another or remove it")
-    flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != _LM_HEAD}
-    config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None, tokenizer)
-    trunk, value = _layout(model.config, flat, rerank_head, dtype), _value_head_layout(value_head)
-    if jax.process_index():
-        for tensor in trunk + value:
-            tensor.make()
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        target = Path(scratch) / "model"
-        target.mkdir()
-        write_json(target / "config.json", config)
-        _write_model(target, trunk, max_shard_bytes)
-        if value:
-            _write_file(target / _VALUE_HEAD_FILE, value)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        os.replace(target, folder)
-
-
-def _config_json(config: LlamaConfig, dtype: Any, classifier: bool, tokenizer: Any) -> dict:
-    raw = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
-    if classifier:
-        raw |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
-    else:
-        raw |= {"architectures": ["LlamaForCausalLM"]}
-    if tokenizer is not None:
-        raw |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return raw
-
-
-def hf_tensors(
-    config: LlamaConfig, params: dict, *, value_head: dict | None = None, rerank_head: dict | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's name and array of every tensor of a model, one after another; as `save_hf` writes them."""
-    for tensor in _layout(config, flatten_dict(params), rerank_head, None) + _value_head_layout(value_head):
-        yield tensor.name, tensor.make()
-
-
-class _Tensor(NamedTuple):
-    """A tensor to be written: its header is known before the array is made."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
-
-
-def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: Any) -> list[_Tensor]:
-    """The tensors of the trunk, and `score.weight` of a reranker."""
-
-    def make(path: tuple[str, ...], layer: int) -> np.ndarray:
-        value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
-        inputs = _TENSORS[path][1]
-        return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
-
-    tensors = []
-    for path, (_, inputs) in _TENSORS.items():
-        if path in flat:
-            shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
-            kind = jnp.dtype(dtype or flat[path].dtype)
-            for layer, name in enumerate(_names(path, config)):
-                tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), partial(make, path, layer)))
-    return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
-
-
-def _gathered(leaf, layer: int | None = None) -> np.ndarray:
-    """`leaf`, or one layer of it, on the host, from whatever devices have it."""
-    if isinstance(leaf, jax.Array):
-        spans = not leaf.is_fully_addressable
-        where = NamedSharding(leaf.sharding.mesh, PartitionSpec()) if spans else None
-        return np.asarray(_taker(layer is None, where)(leaf, layer or 0))
-    return leaf if layer is None else leaf[layer]
-
-
-@cache
-def _taker(whole: bool, where: NamedSharding | None):
-    return jax.jit(lambda leaf, layer: leaf if whole else leaf[layer], out_shardings=where)
-
-
-def _value_head_layout(head: dict | None) -> list[_Tensor]:
-    """TRL's names of a value head."""
-    if head is None:
-        return []
-    return [_head(f"v_head.summary.{name}", head[name], lambda array: array[None]) for name in ("weight", "bias")]
-
-
-def _head(name: str, leaf: Any, turn: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
-    """A head's parameter as their tensor, float32."""
-    shape = turn(np.empty(leaf.shape)).shape
-    return _Tensor(name, np.dtype(np.float32), shape, lambda: turn(_gathered(leaf)))
-
-
-def _write_model(folder: Path, tensors: list[_Tensor], limit: float) -> None:
-    """model.safetensors, or numbered shards of at most `limit` bytes with an index."""
-    shards, room = [[]], limit
-    for tensor in tensors:
-        nbytes = tensor.dtype.itemsize * math.prod(tensor.shape)
-        if shards[-1] and nbytes > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(tensor)
-        room -= nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_file(path: Path, tensors: list[_Tensor]) -> None:
-    layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    write_tensors(path, layout, (tensor.make() for tensor in tensors))
 
 
 def _names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
@@ -316,33 +167,107 @@ def _hf_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
 
 
-def _check_tensors(folder: str | Path, config: LlamaConfig, stored: dict[str, Stored]) -> dict[tuple, tuple]:
-    """Checks the tensors of a folder against its config; our path -> our shape of the parameters it holds."""
+def checked(
+    folder: str | Path, *, reranker: bool = False
+) -> tuple[LlamaConfig, dict[str, Stored], dict[tuple, tuple[int, ...]]]:
+    """Config, tensors by their names, and our path -> our shape of the parameters, of a folder that is found whole.
+
+    A tied matrix may be stored under either name. InputError where anything is missing, unknown or contradictory.
+    """
+    config, stored = read_config(folder), stored_in(folder)
+    _check_heads(folder, config, stored, reranker)
+    if config.tie_embeddings and _EMBED not in stored and _HEAD in stored:
+        stored = stored | {_EMBED: stored[_HEAD]}
+    shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == _LM_HEAD)}
+    wanted = {}
+    for path, shape in shapes.items():
+        one = _hf_shape(shape[1:] if path[0] == "layers" else shape, _TENSORS[path][1])
+        wanted |= dict.fromkeys(_names(path, config), one)
+    known = wanted.keys() | {_HEAD, "score.weight"}
+    unknown = [name for name in stored if name not in known and not name.startswith("v_head.")]
+    unknown = [name for name in unknown if not IGNORED.search(name)]
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise InputError(f"{folder}: tensor {missing[0]} is missing{_why_missing(folder, missing[0], stored, unknown)}")
+    for name, shape in wanted.items():
+        _checked(folder, stored, name, shape)
+    if unknown:
+        path, why = stored[unknown[0]].path, _why_unknown(unknown[0], config)
+        raise InputError(f"{path}: tensor {unknown[0]} is not part of a Llama{why}")
+    if config.tie_embeddings and not reranker and _HEAD in stored:
+        _check_tied(folder, stored, shapes[("embed",)])
+    return config, stored, shapes
+
+
+@cache
+def _shapes(config: LlamaConfig) -> dict[tuple, tuple[int, ...]]:
+    """Our path -> our shape of every parameter."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     abstract = jax.eval_shape(lambda tokens: unbox(Llama(config).init(jax.random.key(0), tokens)), tokens)
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract["params"]).items()}
-    if "score.weight" in stored and "lm_head.weight" not in stored:
-        shapes.pop(_LM_HEAD, None)
-    known = {"lm_head.weight", "score.weight"}
-    for path, shape in shapes.items():
-        one = shape[1:] if path[0] == "layers" else shape
-        for name in _names(path, config):
-            _checked(folder, stored, name, _hf_shape(one, _TENSORS[path][1]))
-            known.add(name)
-    for name in stored.keys() - known:
-        if not (name.startswith("v_head.") or name.endswith("rotary_emb.inv_freq")):
-            raise InputError(f"{stored[name].path}: tensor {name} is not part of a Llama; is this its config.json?")
-    return shapes
+    return {path: leaf.shape for path, leaf in flatten_dict(abstract["params"]).items()}
 
 
-def stored_in(folder: str | Path) -> dict[str, Stored]:
-    """The tensors of a model folder by their plain names."""
-    return {name.removeprefix(WRAPPER): stored for name, stored in read_headers(Path(folder)).items()}
+def _check_heads(folder: str | Path, config: LlamaConfig, stored: dict[str, Stored], reranker: bool) -> None:
+    """InputError unless the folder has the output that is wanted of it: an output matrix, or two classes."""
+    if reranker:
+        if "score.weight" not in stored:
+            raise InputError(f"{folder}: no tensor score.weight; a reranker is a classifier, give the folder of one")
+        _check_classes(stored)
+    elif _HEAD not in stored and "score.weight" in stored:
+        raise InputError(
+            f"{stored['score.weight'].path}: a classifier (score.weight of shape {stored['score.weight'].shape}, no "
+            f"{_HEAD}), which writes no text; give the folder of a language model"
+        )
+    elif _HEAD not in stored and _EMBED in stored and not config.tie_embeddings and not why_missing(folder, _HEAD):
+        raise InputError(
+            f"{folder}: tensor {_HEAD} is missing, and field 'tie_word_embeddings' of {CONFIG} is false or missing; "
+            f"set it to true if {_EMBED} is the output matrix too, or fetch the checkpoint again"
+        )
+
+
+def _check_classes(stored: dict[str, Stored]) -> None:
+    shape = stored["score.weight"].shape
+    if len(shape) != 2 or shape[0] != 2:
+        raise InputError(
+            f"{stored['score.weight'].path}: tensor score.weight has shape {shape}, but a reranker has 2 classes, "
+            "wrong and right; give the folder of one"
+        )
+
+
+def _check_tied(folder: str | Path, stored: dict[str, Stored], shape: tuple[int, ...]) -> None:
+    """InputError where a tied output matrix is stored too and has other numbers than the embeddings."""
+    tied = [map_tensor(_checked(folder, stored, name, shape)) for name in (_EMBED, _HEAD)]
+    for row in range(0, shape[0], 1024):
+        embed, head = (np.asarray(matrix[row : row + 1024], np.float32) for matrix in tied)
+        if not np.array_equal(embed, head, equal_nan=True):
+            raise InputError(
+                f"{folder}: field 'tie_word_embeddings' of {CONFIG} is true, but tensor {_HEAD} differs from {_EMBED}; "
+                f"set the field to false if {_HEAD} is right, or remove that tensor"
+            )
+
+
+def _why_missing(folder: str | Path, name: str, stored: dict[str, Stored], unknown: list[str]) -> str:
+    if listed := why_missing(folder, name):
+        return f"{listed}; fetch both again"
+    layer = _LAYER.match(name)
+    if layer and not any(other.startswith(layer[0]) for other in stored):
+        return f" with all of its layer; correct field 'num_hidden_layers' of {CONFIG}, or fetch it again"
+    if unknown:
+        return f", and {unknown[0]} is there, which is not part of a Llama; use a Llama checkpoint, or fetch it again"
+    return "; the checkpoint is incomplete, fetch it again"
+
+
+def _why_unknown(name: str, config: LlamaConfig) -> str:
+    layer = _LAYER.match(name)
+    if layer and int(layer[1]) >= config.num_layers:
+        return f" of {config.num_layers} layers, as field 'num_hidden_layers' of {CONFIG} says; is this its {CONFIG}?"
+    what = "a bias, which this version does not compute" if name.endswith(".bias") else "of another family"
+    return f": it is {what}; use a Llama checkpoint, or is this not its {CONFIG}?"
 
 
 def _checked(folder: str | Path, stored: dict[str, Stored], name: str, shape: tuple[int, ...]) -> Stored:
     if name not in stored:
-        raise InputError(f"{folder}: tensor {name} is missing; the checkpoint is incomplete, fetch it again")
+        raise InputError(f"{folder}: tensor {name} is missing; fetch the checkpoint again")
     found = stored[name]
     if found.shape != shape:
         raise InputError(f"{found.path}: tensor {name} has shape {found.shape}, config.json says {shape}")

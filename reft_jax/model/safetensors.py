@@ -7,6 +7,7 @@ needs no special path.
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,14 @@ import numpy as np
 
 from reft_jax.types import InputError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F64": np.dtype(np.float64),
+}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+LFS_POINTER = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
@@ -36,65 +43,99 @@ def map_tensor(stored: Stored) -> np.ndarray:
     return np.asarray(data).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of model.safetensors, or of the files that the index names; InputError where they disagree."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return read_header(single)
-    if not index.exists():
-        raise InputError(f"{folder}: neither {single.name} nor {index.name}; save the model as safetensors")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{index}: field 'weight_map' is missing; fetch the file again")
-    merged: dict[str, Stored] = {}
-    for file in sorted(set(weight_map.values())):
-        for name, stored in read_header(folder / file).items():
-            if name in merged:
-                raise InputError(f"{stored.path}: tensor {name} is also in {merged[name].path.name}; remove one")
-            merged[name] = stored
-    for name, file in weight_map.items():
-        stored = merged.get(name)
-        if stored is None or stored.path.name != file:
-            raise InputError(f"{index}: says that tensor {name} is in {file}, but it is not; fetch both again")
-    return merged
-
-
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file. InputError unless the file is as long as its header promises."""
-    if not path.exists():
-        raise InputError(f"{path}: the file is missing; fetch it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if size < 8 or start > size:
-            raise InputError(f"{path}: {size} bytes, shorter than its own header; fetch it again")
-        try:
-            header = json.loads(file.read(start - 8))
-        except ValueError as error:
-            raise InputError(f"{path}: not a safetensors file ({error}); fetch it again") from None
-    stored = {}
+    """Every tensor of one file, by name.
+
+    InputError unless the tensors lie one after another from the header to the end of the file, as the format wants.
+    """
+    size, begin = _look(path)
+    length = int.from_bytes(begin[:8], "little")
+    start = 8 + length
+    if what := _not_safetensors(begin):
+        raise InputError(f"{path}: {what}")
+    if size < 8 or start > size:
+        raise InputError(f"{path}: {size} bytes, shorter than its own header; fetch it again")
     try:
-        for name, info in header.items():
-            if name != "__metadata__":
-                begin, end = info["data_offsets"]
-                shape = tuple(map(int, info["shape"]))
-                stored[name] = Stored(path, info["dtype"], shape, start + begin, end - begin)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a safetensors header ({error!r}); fetch it again") from None
-    promised = max((s.start + s.nbytes for s in stored.values()), default=start)
-    if size != promised:
-        raise InputError(f"{path}: {size} bytes, its header promises {promised}; the file is cut, fetch it again")
-    return stored
+        header = json.loads(read_bytes(path, start)[8:])
+        stored = [_stored(path, start, name, info) for name, info in header.items() if name != "__metadata__"]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a safetensors header ({error!r:.80}); fetch it again") from None
+    end, last = start, "the header"
+    for name, tensor in sorted(stored, key=lambda pair: (pair[1].start, pair[1].nbytes)):
+        if tensor.start != end:
+            how = "overlaps" if tensor.start < end else "leaves a gap after"
+            raise InputError(f"{path}: tensor {name} {how} {last}; the file is damaged, fetch it again")
+        end, last = end + tensor.nbytes, name
+    if size < end:
+        raise InputError(f"{path}: {size} bytes, its header promises {end}; the file is cut, fetch it again")
+    if size > end:
+        raise InputError(f"{path}: {size - end} bytes after the last tensor; the file is damaged, fetch it again")
+    return dict(stored)
+
+
+def _stored(path: Path, start: int, name: str, info: dict) -> tuple[str, Stored]:
+    """One entry of a header. ValueError and the like where it is none."""
+    (begin, end), shape = info["data_offsets"], info["shape"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *shape)):
+        raise ValueError(f"{name}: {shape}, {begin}, {end}")
+    return name, Stored(path, str(info["dtype"]), tuple(shape), start + begin, end - begin)
+
+
+def _look(path: Path) -> tuple[int, bytes]:
+    """Size and first bytes of a file; InputError where there is none or it cannot be read."""
+    check_file(path)
+    return path.stat().st_size, read_bytes(path, 64)
+
+
+def _not_safetensors(begin: bytes) -> str:
+    """What a file that begins like this is instead, and what to do; empty if nothing is known against it."""
+    if begin[8:9] == b"{":
+        return ""  # a header; its length may begin like anything
+    if begin.startswith(LFS_POINTER):
+        return "is a git-lfs pointer, not the weights; run `git lfs pull` in the folder"
+    if begin.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a PyTorch file under another name; rename it to pytorch_model.bin and convert it"
+    if begin.startswith(b"GGUF"):
+        return "is a GGUF file; use the unquantized safetensors of the model"
+    if begin.lstrip()[:1] == b"<":
+        return "is a web page, not the weights; fetch it again"
+    return ""
+
+
+def check_file(path: Path) -> None:
+    """InputError unless `path` is a file; a link to nothing and a folder are named."""
+    if os.path.isfile(path):
+        return
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InputError(
+            f"{path}: is a link to {os.readlink(path)}, which is not there; copy with `cp -L`, or fetch it again"
+        )
+    if os.path.exists(path):
+        raise InputError(f"{path}: is a {'folder' if os.path.isdir(path) else 'device'}, not a file; fetch it again")
+    raise InputError(f"{path}: the file is missing; fetch it again")
+
+
+def read_bytes(path: Path, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, or all; InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk") from None
 
 
 def read_json(path: Path) -> dict:
     """A JSON object, or InputError."""
+    check_file(path)
+    text = read_bytes(path)
+    if text.startswith(LFS_POINTER):
+        raise InputError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` in the folder")
+    if not text.strip():
+        raise InputError(f"{path}: is empty; fetch it again")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: the file is missing; is this the folder of a model?") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        raw = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); fetch it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a JSON object is needed, this is a {type(raw).__name__}")
     return raw

@@ -15,7 +15,7 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.runs.setup import Data, Run, checked_tokenizer, open_mesh, start_executor
 from reft_jax.task import answers, prompts, synthetic
-from reft_jax.task.tokenizer import decode, encode
+from reft_jax.task.tokenizer import all_end_ids, decode, encode
 from reft_jax.types import Completion, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on
@@ -131,10 +131,12 @@ def check_grading(run: Run) -> Finding:
 
 def check_weights(run: Run, lm) -> Iterator[Finding]:
     """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
-    from reft_jax.model.hf import hf_tensors, stored_in
+    from reft_jax.model.hf import checked
+    from reft_jax.model.hf_write import hf_tensors
     from reft_jax.model.safetensors import map_tensor
 
-    stored, changed, broken, count = stored_in(run.base), [], [], 0
+    _, stored, _ = checked(run.base)
+    changed, broken, count = [], [], 0
     for name, ours in hf_tensors(run.model.config, lm):
         if not np.array_equal(map_tensor(stored[name]).astype(np.float32), ours, equal_nan=True):
             changed.append(name)
@@ -203,8 +205,8 @@ def roll_out(run: Run, lm) -> tuple[list[Prompt], list[Completion]]:
 
     count = round_up(QUESTIONS, row_shards(run.mesh))
     asked = run.prompts(run.data.train, -(-count // QUESTIONS))[:count]
-    eos_id, seed = run.tokenizer.eos_token_id, run.config.seed
-    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=eos_id, seed=seed)
+    ends, seed = all_end_ids(run.tokenizer, run.base), run.config.seed
+    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
     max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
     found = dict(engine.generate(lm, asked, max_len=max_len, temperature=run.config.ppo.temperature))
     return asked, [found[i] for i in range(count)]

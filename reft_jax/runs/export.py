@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 from reft_jax import __version__
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf import stored_in
+from reft_jax.model.hf_write import save_hf
+from reft_jax.model.safetensors import DTYPES
 from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import TITLES, abstract_reranker, done, load_model
@@ -14,14 +16,16 @@ from reft_jax.task.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
 
 
-def run_export(run: Run, name: str, out: Path) -> None:
-    """`name`: a policy (the value head goes into a file of its own beside it) or the reranker of one."""
-    if name.startswith("rerank_"):
-        params = load_model(run, name, abstract_reranker(run))
-        save_hf(out, run.model, params["lm"], rerank_head=params["rerank_head"], tokenizer=run.tokenizer)
-    else:
-        params = load_model(run, name)
-        save_hf(out, run.model, params["lm"], value_head=params["value_head"], tokenizer=run.tokenizer)
+def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
+    """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
+
+    `dtype`: of the weights, if not that of the base's embeddings.
+    """
+    is_reranker = name.startswith("rerank_")
+    params = load_model(run, name, abstract_reranker(run) if is_reranker else None)
+    head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
+    dtype = dtype or DTYPES[stored_in(run.base)["model.embed_tokens.weight"].dtype]
+    save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
     licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
     for path in licences:
         shutil.copy(path, out / path.name)

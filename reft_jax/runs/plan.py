@@ -22,6 +22,7 @@ from reft_jax.config import flatten
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.safetensors import read_json
 from reft_jax.parallel import chips
 from reft_jax.parallel.hlo import Cost, count
 from reft_jax.parallel.mesh import check_divides, make_mesh, on_mesh
@@ -104,7 +105,7 @@ def shapes_of(config, config_file: Path) -> tuple[LlamaConfig, str]:
     folder = Path(config.model.path)
     beside = config_file.parent / "models" / f"{folder.name}.json"
     if not folder.is_dir() and beside.is_file():
-        return LlamaConfig.from_hf(json.loads(beside.read_text()), str(beside)), str(beside)
+        return LlamaConfig.from_hf(read_json(beside), str(beside)), str(beside)
     return read_config(folder), str(folder / "config.json")
 
 

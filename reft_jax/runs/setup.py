@@ -28,7 +28,7 @@ from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.task import datasets, prompts
 from reft_jax.task.provenance import examples_checksum
-from reft_jax.task.tokenizer import check_vocabulary, decode, encode, encode_rollout, load_tokenizer
+from reft_jax.task.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
 # What may change between two starts of one run: where it computes, not what.
@@ -86,8 +86,8 @@ class Run:
         return made
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
-        """The completion as text. Prompt and response are decoded together (see prompts.completion_text)."""
-        return prompts.completion_text(decode(self.tokenizer, [*prompt.tokens, *completion.tokens]))
+        """The completion as text, see `completed_text`."""
+        return completed_text(self.tokenizer, prompt.tokens, completion)
 
     @cached_property
     def data_made(self) -> dict:
@@ -105,6 +105,15 @@ class Run:
             "seed": self.config.seed,
             "versions": versions(),
         }
+
+
+def completed_text(tokenizer, prompt: Sequence[int], completion: Completion) -> str:
+    """A completion as text, without the id that ended it, which is not always a special token.
+
+    Prompt and response are decoded together (see prompts.completion_text).
+    """
+    response = completion.tokens[:-1] if completion.finished else completion.tokens
+    return prompts.completion_text(decode(tokenizer, [*prompt, *response]))
 
 
 def _hash(text: str) -> str:
@@ -252,13 +261,17 @@ def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> Non
         raise InputError(str(error)) from error
 
 
-def checked_tokenizer(folder: Path):
-    """The tokenizer of a model folder, after its tensors' headers and its vocabulary were looked at. InputError."""
+def checked_tokenizer(folder: Path, *, reranker: bool = False):
+    """The tokenizer of a model folder, once tensors' headers, vocabulary and end ids were looked at. InputError.
+
+    `reranker`: the folder must be a classifier's with 2 classes, else a language model's.
+    """
     from reft_jax.model.hf import check_folder
 
-    vocab_size = check_folder(folder).vocab_size
+    vocab_size = check_folder(folder, reranker=reranker).vocab_size
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
+    all_end_ids(tokenizer, folder)
     return tokenizer
 
 
@@ -291,7 +304,7 @@ def make_engine(run: Run):
         run.mesh,
         slots=run.config.engine.slots,
         pad_multiple=run.config.data.pad_multiple,
-        eos_id=run.tokenizer.eos_token_id,
+        eos_id=all_end_ids(run.tokenizer, run.base),
         seed=run.config.seed,
         after_chunk=run.guards.step,
     )

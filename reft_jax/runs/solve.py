@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from reft_jax import executor
-from reft_jax.runs.setup import checked_tokenizer, start_executor
-from reft_jax.task import answers, prompts
-from reft_jax.task.tokenizer import decode, encode_rollout
+from reft_jax.runs.setup import checked_tokenizer, completed_text, start_executor
+from reft_jax.task import answers
+from reft_jax.task.tokenizer import all_end_ids, encode_rollout
 from reft_jax.types import Example, InputError, Prompt
 
 
@@ -26,10 +26,11 @@ def run_solve(folder: Path, question: str, *, engine: str, max_len: int, allow_u
         mesh = make_mesh(-1, 1, 1)
         with on_mesh(mesh):
             model, lm = load_hf(folder)
-            rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=tokenizer.eos_token_id, seed=0)
+            ends = all_end_ids(tokenizer, folder)
+            rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
-        text = prompts.completion_text(decode(tokenizer, [*prompt, *completion.tokens]))
+        text = completed_text(tokenizer, prompt, completion)
         # The right answer is not known here; 0 only stands where grading wants one.
         [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
         print(text)

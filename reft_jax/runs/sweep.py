@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reft_jax import executor
 from reft_jax.config import flatten
+from reft_jax.model.safetensors import read_json
 from reft_jax.parallel import hosts
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
@@ -80,7 +81,8 @@ def parse_checkpoints(text: str) -> list[Checkpoint]:
         folder, *reranker = folders.split("+")
         if len(reranker) > 1:
             raise InputError(f"--models: {part!r} has more than one '+'; write [NAME=]FOLDER[+RERANKER]")
-        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), find(reranker[0]) if reranker else None))
+        judge = find(reranker[0], reranker=True) if reranker else None
+        checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), judge))
     return checkpoints
 
 
@@ -107,15 +109,22 @@ def check_names(flag: str, names: list[str]) -> None:
             )
 
 
-def find(folder: str) -> Source:
-    """Raises InputError unless there is a model in the folder, of either kind."""
+def find(folder: str, *, reranker: bool = False) -> Source:
+    """Raises InputError unless there is a model in the folder, of either kind.
+
+    What a Hugging Face folder holds is looked at later; of a stage's model the name says whether it is a reranker.
+    """
     path = Path(folder).absolute()
-    if (path / "config.json").is_file():
-        return Source(path, path)
     settings = path.parent.parent / "config.json"
-    if path.is_dir() and path.parent.name == "models" and settings.is_file():
-        base = json.loads(settings.read_text()).get("model.path")
+    is_stage = path.is_dir() and path.parent.name == "models" and settings.is_file()
+    if is_stage and not (path / "config.json").exists():
+        if path.name.startswith("rerank_") != reranker:
+            kind = "no reranker" if reranker else "a reranker, which writes no text"
+            raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
+        base = read_json(settings).get("model.path")
         return Source(path, path.parent.parent / "toy" / "model" if base == "toy" else Path(str(base)))
+    if path.is_dir():
+        return Source(path, path)
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
 
 
@@ -184,8 +193,9 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
 def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Guards) -> Iterator[Run]:
     """A run without model, tokenizer and training data, as far as that can be made ready."""
     for checkpoint in checkpoints:
-        for source in filter(None, (checkpoint.model, checkpoint.reranker)):
-            checked_tokenizer(source.base)
+        checked_tokenizer(checkpoint.model.base)
+        if checkpoint.reranker:
+            checked_tokenizer(checkpoint.reranker.base, reranker=not checkpoint.reranker.is_stage)
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         from reft_jax.parallel.compilation import keep_compiled
@@ -243,7 +253,8 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> "tuple[Run, Weigh
 
     config = run.config
     model = Llama(read_config(source.base), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
-    run = replace(run, base=source.base, tokenizer=checked_tokenizer(source.base), model=model)
+    tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
+    run = replace(run, base=source.base, tokenizer=tokenizer, model=model)
     run.engine = make_engine(run)
     abstract = abstract_reranker(run) if reranker else abstract_policy(run)
 
@@ -253,7 +264,7 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> "tuple[Run, Weigh
             params = load_params(source.folder, abstract_arrays(run.mesh, abstract))
             return params if reranker else params["lm"]
         where = shardings(run.mesh, abstract)
-        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"])
+        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"], reranker=reranker)
         return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])} if reranker else lm
 
     return run, Weights(source.checksum(run), load)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from reft_jax.model.hf import save_hf
+from reft_jax.model.hf_write import save_hf
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.task import prompts, synthetic

@@ -20,7 +20,10 @@ from reft_jax.types import InputError
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
 MEMORY = "checksums.json"  # in a work directory: what was hashed before
 # Of a Hugging Face folder: what decides which tokens a model reads and what it computes.
-SMALL, WEIGHTS = ("config.json", "*token*", "vocab*", "merges*", "*.model"), ("*.safetensors",)
+SMALL, WEIGHTS = (
+    ("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "*.model"),
+    ("*.safetensors",),
+)
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 READERS = 4  # files hashed at once
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system

@@ -1,0 +1,196 @@
+"""Hugging Face folders out: what `hf.py` reads, written without torch, one tensor at a time."""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from reft_jax.model.hf import _LM_HEAD, _TENSORS, VALUE_HEAD_FILE, _hf_shape, _names
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.safetensors import write_json, write_tensors
+from reft_jax.model_folder import CONFIG, SCRATCH, check_new_folder, with_end, write_generation, write_tokenizer
+from reft_jax.types import InputError
+
+
+def save_hf(
+    folder: str | Path,
+    model: Llama,
+    params: dict,
+    *,
+    value_head: dict | None = None,
+    rerank_head: dict | None = None,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes a folder that `load_hf`, transformers (4.57 and 5) and what is built on it read; whole or not at all.
+
+    `tokenizer` brings what belongs to it: its files, and from the model folder that it was loaded from the ids of
+    config.json and generation_config.json. `dtype` converts the trunk (None: as it is); heads stay float32. With
+    `rerank_head` the folder is a LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The
+    value head gets a folder of its own inside, which loaders of policies do not look into. Where several processes
+    hold the parameters all of them call this and the first one writes. InputError if `folder` has anything in it or
+    cannot be made, or if a number is too large for `dtype`.
+    """
+    folder = Path(os.path.realpath(folder))
+    flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != _LM_HEAD}
+    config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None)
+    source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # of a tokenizer made on the spot: nowhere
+    if tokenizer is not None:
+        config |= _special_ids(tokenizer, source, model.config.vocab_size, rerank_head is not None)
+    trunk, value = _layout(model.config, flat, rerank_head, dtype), _value_head_layout(value_head)
+    if jax.process_index():
+        for tensor in trunk + value:
+            tensor.make()
+        return
+    check_new_folder("save_hf", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
+        target = Path(scratch) / "model"
+        target.mkdir()
+        write_json(target / CONFIG, config)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, target)
+            write_generation(source, tokenizer.eos_token_id, target)
+        _write_model(target, trunk, max_shard_bytes)
+        if value:
+            (target / VALUE_HEAD_FILE).parent.mkdir()
+            _write_file(target / VALUE_HEAD_FILE, value)
+        os.replace(target, folder)
+
+
+def _config_json(config: LlamaConfig, dtype: Any, classifier: bool) -> dict:
+    """config.json but for its special ids, which are null: left out they would be those of Llama 1."""
+    raw = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
+    raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if classifier:
+        return raw | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
+    return raw | {"architectures": ["LlamaForCausalLM"]}
+
+
+def _special_ids(tokenizer: Any, source: Path, vocab_size: int, classifier: bool) -> dict:
+    """BOS, EOS and padding as the config.json of `source` has them, else as the tokenizer does.
+
+    transformers scores several rows at once only with a padding id that the rows' texts do not have: EOS will do.
+    """
+    base = with_end(source / CONFIG, tokenizer.eos_token_id)
+    bos, pad = base.get("bos_token_id", tokenizer.bos_token_id), base.get("pad_token_id")
+    candidates = [pad, tokenizer.pad_token_id, *([tokenizer.eos_token_id] if classifier else [])]
+    # transformers fails on one that was added behind the vocabulary; Llama 1 has -1 for none.
+    pad = next((one for one in candidates if type(one) is int and 0 <= one < vocab_size), None)
+    return {"bos_token_id": bos, "eos_token_id": base.get("eos_token_id"), "pad_token_id": pad}
+
+
+def hf_tensors(
+    config: LlamaConfig, params: dict, *, value_head: dict | None = None, rerank_head: dict | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Hugging Face's name and array of every tensor of a model, one after another; as `save_hf` writes them."""
+    for tensor in _layout(config, flatten_dict(params), rerank_head, None) + _value_head_layout(value_head):
+        yield tensor.name, tensor.make()
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be written: its header is known before the array is made."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: Any) -> list[_Tensor]:
+    """The tensors of the trunk, and `score.weight` of a reranker."""
+
+    def make(path: tuple[str, ...], layer: int) -> np.ndarray:
+        value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
+        inputs = _TENSORS[path][1]
+        return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
+
+    tensors = []
+    for path, (_, inputs) in _TENSORS.items():
+        if path in flat:
+            shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
+            kind = jnp.dtype(dtype or flat[path].dtype)
+            for layer, name in enumerate(_names(path, config)):
+                made = partial(_converted, name, kind, partial(make, path, layer))
+                tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), made))
+    return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
+
+
+def _converted(name: str, dtype: np.dtype, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` gives as `dtype`; InputError where a number becomes infinite by that."""
+    value = make()
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        converted = value.astype(dtype)
+    if (lost := np.isinf(converted) & np.isfinite(value)).any():
+        largest = float(np.abs(value[lost].astype(np.float32)).max())
+        raise InputError(
+            f"dtype={dtype.name}: tensor {name} has {largest:g}, more than {dtype.name} holds "
+            f"({float(jnp.finfo(dtype).max):g}); choose bfloat16 or float32"
+        )
+    return converted
+
+
+def _gathered(leaf, layer: int | None = None) -> np.ndarray:
+    """`leaf`, or one layer of it, on the host, from whatever devices have it."""
+    if isinstance(leaf, jax.Array):
+        spans = not leaf.is_fully_addressable
+        where = NamedSharding(leaf.sharding.mesh, PartitionSpec()) if spans else None
+        return np.asarray(_taker(layer is None, where)(leaf, layer or 0))
+    return leaf if layer is None else leaf[layer]
+
+
+@cache
+def _taker(whole: bool, where: NamedSharding | None):
+    return jax.jit(lambda leaf, layer: leaf if whole else leaf[layer], out_shardings=where)
+
+
+def _value_head_layout(head: dict | None) -> list[_Tensor]:
+    """TRL's names of a value head."""
+    if head is None:
+        return []
+    return [_head(f"v_head.summary.{name}", head[name], lambda array: array[None]) for name in ("weight", "bias")]
+
+
+def _head(name: str, leaf: Any, turn: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
+    """A head's parameter as their tensor, float32."""
+    shape = turn(np.empty(leaf.shape)).shape
+    return _Tensor(name, np.dtype(np.float32), shape, lambda: turn(_gathered(leaf)))
+
+
+def _write_model(folder: Path, tensors: list[_Tensor], limit: float) -> None:
+    """model.safetensors, or numbered shards of at most `limit` bytes with an index."""
+    shards, room = [[]], limit
+    for tensor in tensors:
+        nbytes = tensor.dtype.itemsize * math.prod(tensor.shape)
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(tensor)
+        room -= nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_file(path: Path, tensors: list[_Tensor]) -> None:
+    layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    write_tensors(path, layout, (tensor.make() for tensor in tensors))

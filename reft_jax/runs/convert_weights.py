@@ -1,0 +1,77 @@
+"""A folder with pytorch_model*.bin files as the same folder with safetensors files, without PyTorch."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from reft_jax.model.safetensors import read_json, write_json, write_tensors
+from reft_jax.model.torch_bin import BinFile
+from reft_jax.runs.setup import check_writable
+from reft_jax.types import InputError
+
+# Files of weights and of optimizers: not copied.
+WEIGHTS = (".bin", ".bin.index.json", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".ckpt", ".h5")
+INDEX = "pytorch_model.bin.index.json"
+
+
+def run_convert_weights(source: Path, out_dir: Path) -> None:
+    """Writes `out_dir`, whole or not at all: the weights of `source` as safetensors, its other files copied.
+
+    Every tensor keeps its name, type and values. Raises InputError before anything is written if `source` has no
+    such files, if one of them holds anything but tensors, or if `out_dir` has anything in it.
+    """
+    check_writable("--out-dir", out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise InputError(f"--out-dir: {out_dir} is not empty; choose another folder or remove it")
+    files = [BinFile(source / name) for name in _bin_files(source)]
+    seen: dict[str, Path] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in seen:
+                raise InputError(f"{file.path}: tensor {name} is also in {seen[name].name}; remove one of the files")
+            seen[name] = file.path
+    if not seen:
+        raise InputError(f"{source}: its pytorch_model*.bin files hold no tensors; fetch them again")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as scratch:
+        target = Path(scratch) / "model"
+        target.mkdir()
+        _write(files, target)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHTS):
+                shutil.copy(path, target / path.name)
+        os.replace(target, out_dir)
+    left_out = [name for file in files for name in file.left_out]
+    if left_out:
+        print(f"left out, for they hold no weights: {', '.join(left_out)}")
+    print(f"{source} -> {out_dir}: {len(seen)} tensors")
+
+
+def _bin_files(source: Path) -> list[str]:
+    """The names of the folder's .bin files: those of the index, else pytorch_model.bin. InputError if it has none."""
+    if not source.is_dir():
+        raise InputError(f"--in: {source} is no folder; name the folder of a model")
+    if (source / INDEX).is_file():
+        weight_map = read_json(source / INDEX).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise InputError(f"{source / INDEX}: field 'weight_map' does not name files of its folder; fetch it again")
+        return sorted(names)
+    if (source / "pytorch_model.bin").exists():
+        return ["pytorch_model.bin"]
+    raise InputError(f"--in: {source} has neither pytorch_model.bin nor {INDEX}; there is nothing to convert")
+
+
+def _write(files: list[BinFile], target: Path) -> None:
+    weight_map, total = {}, 0
+    for number, file in enumerate(files, 1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        layout = {tensor: (array.dtype, array.shape) for tensor in file.tensors for array in [file.array(tensor)]}
+        print(f"{number} of {len(files)}: {file.path.name} -> {name}", flush=True)
+        write_tensors(target / name, layout, map(file.array, layout))
+        weight_map |= dict.fromkeys(layout, name)
+        total += sum(file.array(tensor).nbytes for tensor in layout)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(target / "model.safetensors.index.json", index)

@@ -276,6 +276,8 @@ class World:
 
     def sample(self) -> None:
         name = self.rng.choice(POLICIES)
+        if self.rng.random() < 0.5:
+            self.config.sample.n = self.rng.randint(1, 5)
         if self.rng.random() < 0.3:
             self.dying(lambda: sample.run_sample(self.run(), name, "test"))
         else:
@@ -305,6 +307,7 @@ class World:
             if "voting" not in row or row["n"] < self.config.sample.n:
                 noted = f"{title}: " in out.split("\n\n")[-1]
                 assert noted or not any((self.workdir / "samples").glob("*_test.jsonl")), out
+            assert (row["n"] or 0) <= self.config.sample.n, out
             if name == sampled:
                 assert row["n"] == self.config.sample.n and "voting" in row, out
         return out

@@ -10,7 +10,7 @@ from reft_jax.executor import ExecResult
 from reft_jax.runs.regrade import labels, run_regrade, sample_files
 from reft_jax.runs.results import Answers, by_item, comparisons, read_answers, table
 from reft_jax.task.provenance import appending
-from reft_jax.task.records import question_record, read_lines, read_records, regrade
+from reft_jax.task.records import answered, prediction, read_lines, read_records, regrade
 from reft_jax.types import Example, InputError, Verdict
 
 
@@ -73,7 +73,7 @@ def test_executing_runs_programs_once_and_reads_texts():
 
 def test_a_record_has_the_authors_names():
     verdicts = [Verdict(3.0, True, 1.0, "ok"), Verdict(None, False, 0.0, "timeout")]
-    made = question_record(Example("svamp_1", "1 + 2?", "3"), ["a", "b"], verdicts)
+    made = answered(Example("svamp_1", "1 + 2?", "3"), list(map(prediction, "ab", verdicts)))
     assert made == record("svamp_1", "3", ("a", 3.0, True), ("b", None, False)) | {
         "question": "1 + 2?",
         "most_voted_answer": 3.0,

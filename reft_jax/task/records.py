@@ -37,12 +37,8 @@ class SampleFile(NamedTuple):
     repeats: bool
 
 
-def question_record(example: Example, texts: Sequence[str], verdicts: Sequence[Verdict]) -> dict:
-    """What became of the completions of one question."""
-    return answered(example, [prediction(*pair) for pair in zip(texts, verdicts, strict=True)])
-
-
 def prediction(text: str, verdict: Verdict) -> dict:
+    """What became of one completion."""
     return {"completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
 
 

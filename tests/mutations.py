@@ -46,6 +46,8 @@ BATCH = ("test_steps.py::test_a_ppo_batch_equals_its_slow_twin",)
 PACKING = ("test_packing.py",)
 SELF = "reft_jax.runs.self_train"
 ONLINE = ("test_self_train.py::test_online_trains_responses_of_correct_rows_and_gold_targets_half_each",)
+PROVENANCE, RECORDS = "reft_jax.task.provenance", "reft_jax.task.records"
+TRUTH, WHOSE = ("test_truth.py",), "test_provenance.py"
 SUBSETS, OVER_ALL = "reft_jax.task.subsets", ("test_subsets.py::test_closed_forms_are_the_mean_over_all_subsets",)
 SCORES = ("test_scoring.py::test_decisions_equal_the_full_log_softmax",)
 ENDS = ("test_engine.py::test_a_row_ends_with_its_first_eos_or_at_max_len",)
@@ -318,6 +320,38 @@ MUTATIONS = [
              ("test_workdir.py::test_letters_that_divide_may_stand_in_a_path",)),
     Mutation("shapes of a sweep not compared", CHECKPOINTS, "if found.get(name) != wanted.get(name)", "if False",
              ("test_sweep.py::test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_made",)),
+    Mutation("another model's answers are used", PROVENANCE, "before if before.get(key) != now.get(key)",
+             "before if key != 'model' and before.get(key) != now.get(key)", TRUTH),
+    Mutation("another reranker's scores are used", "reft_jax.runs.rerank", '{"reranker": weights.checksum} | settings',
+             "settings", (f"{WHOSE}::test_a_reranker_that_was_trained_again_scores_again",)),
+    Mutation("answers to another question are used", PROVENANCE,
+             '(record.get("question"), record.get("answer_value")) == asked[item_id] and fits(record)', "fits(record)",
+             TRUTH),
+    Mutation("a tokenizer is no part of a model", "reft_jax.train.checksums", '"*token*", ', "", TRUTH),
+    Mutation("scores of other completions are used", "reft_jax.runs.rerank",
+             'set(texts[score["item_id"]]) <= set(score.get("completions", ()))', "True",
+             (f"{WHOSE}::test_scores_of_other_completions_are_given_again",)),
+    Mutation("two names of a sweep share a file", "reft_jax.runs.sweep",
+             'workdir / "samples" / data / f"{checkpoint.name}.jsonl"',
+             'workdir / "samples" / f"{checkpoint.name}_{data}.jsonl"',
+             (f"{WHOSE}::test_every_model_and_data_file_of_a_sweep_has_a_file_of_its_own",)),
+    Mutation("a sample file's last line is dropped", RECORDS, "for number, line in enumerate(lines, 1):",
+             "for number, line in enumerate(lines[:-1], 1):",
+             ("test_records.py::test_a_last_line_without_a_newline_counts",)),
+    Mutation("the last of two lines about a question wins", RECORDS, "if before and not (headers and", "if False and (",
+             ("test_records.py::test_an_id_that_stands_twice_is_refused",)),
+    Mutation("more samples than were asked for are voted on", RECORDS, 'record["predictions"][:n]} |',
+             'record["predictions"]} |', TRUTH),
+    Mutation("samples are drawn again under the old numbers", "reft_jax.runs.sample",
+             "run.prompts([example], n)[len(there) :]", "run.prompts([example], n - len(there))", TRUTH),
+    Mutation("a file of the same size has the same hash", "reft_jax.train.checksums",
+             'f"{at.st_ino} {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}"', 'f"{at.st_size}"',
+             (f"{WHOSE}::test_a_hugging_face_folder_is_hashed_once_and_again_when_a_file_changes",)),
+    Mutation("a finished stage takes any data", "reft_jax.runs.stages", "if before[split] != now[split]", "if False",
+             (f"{WHOSE}::test_a_finished_stage_knows_the_data_it_was_trained_on",)),
+    Mutation("other questions under the same ids are compared", "reft_jax.runs.results",
+             'if record["question"] != before["question"] or targets[0] != targets[1]:', "if False:",
+             ("test_records.py::test_files_with_other_questions_under_the_same_ids_are_refused",)),
     Mutation("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
     Mutation("executor: the trainer's memory open to its user", f"{E}.process", "prctl(4, 0, 0, 0, 0)",
              "prctl(3, 0, 0, 0, 0)", (f"{CORNER}[kept3-True]",)),

@@ -1,6 +1,6 @@
 """The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
 
-from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -10,31 +10,57 @@ from reft_jax.runs.about import made
 from reft_jax.runs.curves import plot_curves
 from reft_jax.runs.report import print_report, write_report
 from reft_jax.runs.rerank import rerank_scores
-from reft_jax.runs.results import Answers, read_answers, table
-from reft_jax.runs.sample import greedy_answers, samples_path
+from reft_jax.runs.results import Answers, by_item, table
+from reft_jax.runs.sample import greedy_answers, made_by, samples_path
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import POLICIES, TITLES, abstract_reranker, done, load_model, model_folder
+from reft_jax.runs.stages import (
+    POLICIES,
+    STAGES,
+    TITLES,
+    changed_data,
+    done,
+    model_folder,
+    other_sources,
+    policy,
+    reranker,
+)
 from reft_jax.runs.watch import Collapse
 from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.intervals import slope_interval
-from reft_jax.task.records import read_lines
+from reft_jax.task.provenance import stored
+from reft_jax.task.records import first_samples
 from reft_jax.train.metrics import read_metrics
 
 
-def answers_of(run: Run, name: str) -> Answers:
-    """What one model answered to the test questions; greedy answers and reranker's scores are made if they are missing.
+def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
+    """What one model answered to the test questions, and what a reader must know about it; greedy answers and
+    reranker's scores are made if they are missing.
 
-    Samples that `sample` has not made, or not all, are left out.
+    Samples are used as far as `sample` has made them, with this model, these settings and these questions: the first n
+    of each question that all of them have. They are left out where a question has none.
     """
-    path = samples_path(run, name, "test")
-    greedy_answers(run, path, run.data.test, lambda: load_model(run, name)["lm"], f"{name} top-1 on test")
-    records, reranker = read_lines(path), f"rerank_{name}"
-    if len(records) < len(run.data.test):
-        return read_answers(TITLES[name], path)._replace(samples={}, probabilities={})
-    if model_folder(run, reranker).exists():
-        load = partial(load_model, run, reranker, abstract_reranker(run))
-        rerank_scores(run, path, records, load, f"{reranker} on test")
-    return read_answers(TITLES[name], path)
+    path, title, test, wanted = samples_path(run, name, "test"), TITLES[name], run.data.test, run.config.sample.n
+    weights = policy(run, name)
+    greedy = by_item(greedy_answers(run, path, test, weights, f"{name} top-1 on test"))
+    found = stored(path, made_by(run, weights, test, wanted), test)
+    records, again = found.records, f"`sample --model={name}` makes the rest"
+    if len(records) < len(test):
+        why = found.refused or (f"{len(found.changed)} have another question or answer" if found.changed else "")
+        why = f" ({path.name}: {why})" if why else ""
+        note = f"{title}: {len(records)} of {len(test)} test questions are sampled{why}; {again}."
+        return Answers(title, greedy, {}, {}), [note] if path.exists() or expected(run, name) else []
+    n = min(wanted, *(len(record["predictions"]) for record in records.values()))
+    notes = [f"{title}: {n} of {wanted} samples are drawn of every question; {again}."] if n < wanted else []
+    samples = [first_samples(records[example.item_id], n) for example in test]
+    scores, judge = {}, f"rerank_{name}"
+    if model_folder(run, judge).exists():
+        scores = rerank_scores(run, path, samples, reranker(run, judge), f"{judge} on test")
+    return Answers(title, greedy, by_item(samples), scores), notes
+
+
+def expected(run: Run, name: str) -> bool:
+    """Whether the samples of a model are missing beside those of others; the warm-up model's are optional."""
+    return name != "warmup" and any(samples_path(run, other, "test").exists() for other in POLICIES)
 
 
 def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
@@ -47,14 +73,14 @@ def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
 def run_evaluate(run: Run) -> dict:
     """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
     names = [name for name in POLICIES if model_folder(run, name).exists()]
-    found = table([answers_of(run, name) for name in names], run.config.seed)
-    known = (*POLICIES, *(f"rerank_{name}" for name in POLICIES))
-    stages = {stage: result for stage in known if (result := done(run, stage))}
+    models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
+    found = table(models, run.config.seed)
+    stages = {stage: result for stage in STAGES if (result := done(run, stage))}
     report = {
         "title": run.config.name,
         "about": about(run),
         "chosen_on": run.data.chosen_on,
-        "notes": notes(run, stages, found["rows"]),
+        "notes": [*chain(*remarks), *others(run, stages), *notes(run, stages, found["rows"])],
         "settings": flatten(run.config),
         "seconds": {stage: result["seconds"] for stage, result in stages.items()},
         "stages": stages,
@@ -76,6 +102,17 @@ def about(run: Run) -> dict[str, str]:
     files = (("train", config.data.train, data.train), ("dev", dev, data.dev), ("test", config.data.test, data.test))
     told = ", ".join(f"{split} {source} ({len(examples)} rows)" for split, source, examples in files)
     return made() | {"model": model, "data": told, "curves": "curves.png"}
+
+
+def others(run: Run, stages: dict) -> list[str]:
+    """Stages that were trained on other data or from other models than there are now."""
+    lines = []
+    for stage, result in stages.items():
+        if changed := changed_data(run, result):
+            lines.append(f"{stage}: was trained with other {' and '.join(changed)} questions than there are now.")
+        if told := other_sources(run, result):
+            lines.append(f"{stage}: was trained from another model than there is now ({told}).")
+    return lines
 
 
 def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
@@ -114,8 +151,8 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
             lines += [f"{TITLES[stage]}: {told}." for told in ruins]
     for name in POLICIES:
         row = next((row for row in rows if row["model"] == TITLES[name]), {})
-        if judged := row.get("classification_accuracy"):
-            result = stages[f"rerank_{name}"]
+        judged, result = row.get("classification_accuracy"), stages.get(f"rerank_{name}")
+        if judged and result:
             lines.append(
                 f"{TITLES[name]} reranker: trained on {result['rows']} distinct samples of the warm-up model, "
                 f"{result['positive']:.0%} correct; judges {judged['correct'] / judged['total']:.1%} of the "

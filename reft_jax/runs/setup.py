@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,14 @@ from reft_jax.runs.watch import Silence
 from reft_jax.store import write_whole, writing
 from reft_jax.task import datasets, prompts
 from reft_jax.task.answerable import trainable, wrong_anyway
+from reft_jax.task.provenance import examples_checksum
 from reft_jax.task.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
 # What may change between two starts of one run: where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("watchdog_minutes",)
+DATA = ("seed", "toy.", "data.train", "data.dev", "data.engine")  # settings that decide what training and dev rows are
 
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 BY_ROW = ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots")
@@ -89,6 +92,13 @@ class Run:
     def text(self, prompt: Prompt, completion: Completion) -> str:
         """The completion as text, see `completed_text`."""
         return completed_text(self.tokenizer, prompt.tokens, completion)
+
+    @cached_property
+    def data_made(self) -> dict:
+        """What a finished stage records about its data: checksums of the rows, and of the settings that chose them."""
+        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA)}
+        checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
+        return {"settings": _hash(json.dumps(settings, sort_keys=True))} | checksums
 
     def made_by(self) -> dict:
         """What a saved step records about its run: JSON."""

@@ -45,8 +45,8 @@ class Training:
     ):
         """Restores the newest good step of the stage, or begins one around `make_params()` with this `info`.
 
-        `reference` ({"path", "checksum"}) is a model that is frozen beside the state. InputError if the data or the
-        reference are not those of the step.
+        `reference` says which models the stage needs beside its state: JSON with their checksums. InputError if the
+        data or these models are not those of the step.
         """
         self.run, self.folder = run, run.workdir / stage
         self.shardings = state_shardings(run.mesh, optimizer, abstract)
@@ -137,7 +137,8 @@ class Training:
         if "best" not in self.info:
             save_params(model, self.state.params)
         self.info["seconds"] = time.monotonic() - self._clock
-        result = self.info | result | {"checksum": digest(array_checksums(self.state))}
+        checksum = digest(array_checksums(self.state))
+        result = self.info | result | {"checksum": checksum, "data": self.run.data_made}
         return hosts.from_first(f"{self.folder.name} is done", lambda: self._hand_on(model, result))
 
     def _hand_on(self, model: Path, result: dict) -> dict:

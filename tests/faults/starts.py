@@ -62,7 +62,8 @@ def arrays(workdir: Path, model: str) -> dict[str, str]:
 
 def samples(workdir: Path, name: str) -> list[dict]:
     """The questions of a sweep in one order; each stands there once."""
-    records = [json.loads(line) for line in (workdir / "samples" / f"{name}.jsonl").read_text().splitlines()]
+    lines = (workdir / "samples" / f"{name}.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "item_id" in record]  # the header says when and where
     assert len({record["item_id"] for record in records}) == len(records)
     return sorted(records, key=lambda record: record["item_id"])
 

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from reft_jax import executor
-from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.runs.setup import start_executor
+from reft_jax.runs.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.task import answers, gsm8k
 from reft_jax.task.datasets import load_examples, read_rows

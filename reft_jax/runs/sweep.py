@@ -26,16 +26,13 @@ from reft_jax.runs.setup import (
     Data,
     Run,
     check_rows,
-    check_workdir,
     checked_tokenizer,
-    create_workdir,
     make_engine,
     open_mesh,
-    recorded,
     shorten,
     start_executor,
-    with_absolute_paths,
 )
+from reft_jax.runs.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
 from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.provenance import ASIDE

@@ -14,8 +14,9 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays
 from reft_jax.runs.guards import check_finite
 from reft_jax.runs.rollout import greedy, top1
-from reft_jax.runs.setup import Run, remove_leftovers
+from reft_jax.runs.setup import Run
 from reft_jax.runs.watch import Collapse
+from reft_jax.runs.workdir import remove_leftovers
 from reft_jax.store import write_whole
 from reft_jax.train.batches import epoch_order
 from reft_jax.train.checkpoints import Checkpoints, save_params

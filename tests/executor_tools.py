@@ -15,7 +15,7 @@ ZYGOTE_FOLDER = str(Path(process.__file__).parent)
 
 # Lines for `patched_zygote`: a kernel without one of the protections.
 NO_NAMESPACE = "zygote.lockdown.isolate = lambda: False"
-NO_LANDLOCK = "zygote.lockdown.Lockdown.restrict_files = lambda self, packages: 0"
+NO_LANDLOCK = "zygote.files.restrict = lambda packages: 0"
 NO_SECCOMP = "zygote.lockdown.seccomp_filter = lambda machine: None"
 
 

@@ -68,7 +68,7 @@ def rename_tensor(model: Path) -> None:
 def add_token(model: Path) -> None:
     path = model / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 300, "content": "<extra>"})
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 300, "content": "<extra>", "special": False})
     path.write_text(json.dumps(tokenizer))
 
 

@@ -31,7 +31,6 @@ made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM
 again. A second signal ends it at once: 128 + its number.
 """
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -39,8 +38,10 @@ from typing import NoReturn
 
 from absl import flags
 
+from reft_jax import terminal
 from reft_jax.config import SETTINGS, nearest, parse_config, parse_flags
 from reft_jax.model_folder import check_new_folder
+from reft_jax.store import DISK, not_written
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 COMMANDS = (
@@ -69,17 +70,22 @@ def main() -> None:
     """The console script `reft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
+    terminal.prepare()
     try:
-        run_command(sys.argv[1:])
+        with terminal.one_line_on_ctrl_c():
+            run_command(sys.argv[1:])
+        sys.stdout.flush()  # here, where a full disk is still an error of ours
     except Stopped as stop:
         print(f"stopped by {stop}; what was done is saved: the same command goes on", file=sys.stderr)
         sys.exit(stop.exit_code)
     except (InputError, NotFiniteError, SaveError) as error:
         end(error.exit_code, error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK:
             raise
-        end(SaveError.exit_code, f"{error}; what was saved before is whole: make room and run the same command again")
+        end(SaveError.exit_code, not_written("a file", error))
+    except KeyboardInterrupt:
+        os._exit(terminal.INTERRUPTED)  # an orderly end would wait for threads that wait for programs
 
 
 def end(code: int, error) -> NoReturn:
@@ -157,7 +163,8 @@ def run_command(argv: list[str]) -> None:
             checkpoints, files = parse_checkpoints(values.models), parse_data(values.data or config.data.test)
             run_sweep(config, Path(values.workdir).absolute(), checkpoints, files, values.allow_config_change)
             return
-        with open_run(config, Path(values.workdir), needs, values.allow_config_change) as run:
+        workdir, reads = Path(values.workdir), command == "export"
+        with open_run(config, workdir, needs, values.allow_config_change, reads=reads) as run:
             dispatch(command, run, values)
 
 
@@ -261,10 +268,11 @@ def regrade(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {extra[0]!r}; name all sample files in --samples, with commas")
     if not values.samples:
         raise InputError("--samples is empty; name sample files, or a folder of them")
+    from reft_jax.runs.paths import listed
     from reft_jax.runs.regrade import run_regrade
 
     run_regrade(
-        values.samples.split(","),
+        listed(values.samples),
         execute=values.execute,
         out_dir=Path(values["out-dir"].value) if values["out-dir"].value else None,
         seed=values.seed,
@@ -284,7 +292,9 @@ def convert(argv: list[str]) -> None:
     datasets = parse_flags(argv, values)
     known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric", "weights")
     if len(datasets) != 1 or datasets[0] not in known:
-        raise InputError(f"convert takes one of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE …")
+        raise InputError(
+            f"convert takes one dataset of {', '.join(known[:-1])}, or weights: python -m reft_jax convert gsm8k --in=FILE …"
+        )
     if not values["out-dir"].value:
         raise InputError("--out-dir is missing; see python -m reft_jax --help")
     source = values["in"].value or ("openai/gsm8k" if datasets[0] == "gsm8k" else "")

@@ -151,7 +151,8 @@ SETTINGS = {
     "executor.timeout_s": Setting(10.0, POSITIVE, "wall-clock seconds a program"),
     "executor.workers": Setting(2, POSITIVE, "programs run at once"),
     "executor.memory_mb": Setting(1024, at_least(64), "address space a program, MiB"),
-    "executor.allow_unsandboxed": Setting(False, ANY, "run programs where the kernel offers limits only"),
+    "executor.program_kb": Setting(64, POSITIVE, "size of a program, KiB; a longer one is not run"),
+    "executor.allow_unsandboxed": Setting(False, ANY, "run programs where they can read this machine's files"),
     # Mesh
     "mesh.data": Setting(-1, at_least(-1), "replicas; -1 takes the devices that are left"),
     "mesh.fsdp": Setting(1, at_least(1), "shards of parameters and rows"),

@@ -20,7 +20,8 @@ from reft_jax.algo import advantages
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.hf_folder import WRAPPER
 from reft_jax.model.hf_write import hf_tensors
-from reft_jax.model.safetensors import read_header, read_json
+from reft_jax.model.safetensors import read_header
+from reft_jax.model_folder import read_json
 from reft_jax.task.answers import grade
 from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, voted_correct
 from reft_jax.train.batches import pad_tokens

@@ -3,12 +3,11 @@
 No JAX: mistakes in these files should show in a second, before anything starts.
 """
 
-import fnmatch
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +31,63 @@ LFS_POINTER = b"version https://git-lfs"
 SCRATCH = ".reft_jax."  # how the name of a folder begins that is not whole yet
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object of a settings file, {} if there is none. InputError if it is anything else."""
+def check_file(path: Path) -> None:
+    """InputError unless `path` is a file; a link to nothing and a folder are named."""
+    if os.path.isfile(path):
+        return
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InputError(
+            f"{path}: is a link to {os.readlink(path)}, which is not there; copy with `cp -L`, or fetch it again"
+        )
+    if os.path.exists(path):
+        raise InputError(f"{path}: is a {'folder' if os.path.isdir(path) else 'device'}, not a file; fetch it again")
+    raise InputError(f"{path}: the file is missing; fetch it again")
+
+
+def read_bytes(path: Path, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, or all; InputError where it cannot be read."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+        with path.open("rb") as file:
+            return file.read(count)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); see to its permissions") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); copy the file again") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or InputError."""
+    check_file(path)
+    text = read_bytes(path)
+    if text.startswith(LFS_POINTER):
+        raise InputError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` in the folder")
+    if not text.strip():
+        raise InputError(f"{path}: is empty; fetch it again")
+    try:
+        raw = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); fetch it again") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a JSON object is needed, this is a {type(raw).__name__}; copy the file again")
+        raise InputError(f"{path}: a JSON object is needed, this is a {type(raw).__name__}")
     return raw
 
 
-def tokenizer_files(folder: Path) -> Iterator[Path]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a settings file that a folder need not have: {} if there is none."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
     """The folder's tokenizer files by name. InputError for one that is a dangling link or cannot be read."""
     try:
-        names = {name for pattern in TOKENIZER_FILES for name in fnmatch.filter(os.listdir(folder), pattern)}
-        for path in (folder / name for name in sorted(names)):
-            if not path.exists():
-                raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there; copy the file itself")
-            if path.is_file():
-                with path.open("rb") as file:
-                    if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                        raise InputError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in {folder}")
-            yield path
+        found = os.listdir(folder)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions") from None
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); check its owner and mode") from None
+    paths = [folder / name for name in sorted(found) if any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)]
+    for path in paths:
+        if not path.is_dir():
+            check_file(path)
+            if read_bytes(path, len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` in the folder")
+    return paths
 
 
 def end_ids(folder: Path) -> list[int]:
@@ -125,8 +152,8 @@ def check_new_folder(name: str, folder: Path) -> None:
 
     One that is there must be empty. What would be made on the way is made and removed again: only that tells.
     """
-    folder = Path(os.path.realpath(folder))
     try:
+        folder = Path(os.path.realpath(folder))
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{name}: {folder} already exists and is not an empty folder; choose another or remove it")
         if os.path.ismount(folder):

@@ -1,5 +1,6 @@
 """What the tests of the executor share: programs, the processes they leave, and zygotes with parts taken out."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ ZYGOTE_FOLDER = str(Path(process.__file__).parent)
 
 # Lines for `patched_zygote`: a kernel without one of the protections.
 NO_NAMESPACE = "zygote.lockdown.isolate = lambda: False"
-NO_LANDLOCK = "zygote.lockdown.Lockdown.restrict_files = lambda self, packages: 0"
+NO_LANDLOCK = "zygote.files.restrict = lambda packages: 0"
 NO_SECCOMP = "zygote.lockdown.seccomp_filter = lambda machine: None"
 
 
@@ -45,15 +46,19 @@ def processes(memory_mb: int) -> dict[int, str]:
     return found
 
 
-def zombies() -> int:
-    """Dead children of any process, which nobody has reaped."""
-    states = []
+def zombies(sessions: set[int]) -> int:
+    """Dead processes that nobody has reaped: children of this one, and of these sessions (each zygote begins one).
+
+    Those of others on this machine are not counted.
+    """
+    count = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            states.append(stat.read_text().rpartition(")")[2].split()[0])
+            state, parent, _, session, *_ = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return states.count("Z")
+        count += state == "Z" and (int(parent) == os.getpid() or int(session) in sessions)
+    return count
 
 
 def wait_until(condition, seconds: float = 15) -> bool:

@@ -93,6 +93,7 @@ def failed(marks: dict[str, str]) -> set[str]:
 def test_a_sound_model_passes(taught, config, tmp_path):
     passed, marks, said = table(saved(taught, tmp_path / "model"), config)
     assert passed and not failed(marks), said
+    assert all(f"  programs: {name} " in said for name in ("namespaces", "Landlock", "seccomp", "limits")), said
 
 
 def test_a_layer_of_noise_is_named(taught, config, tmp_path):

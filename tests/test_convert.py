@@ -212,7 +212,8 @@ def test_a_write_that_fails_leaves_the_old_files(convert, train, tmp_path, monke
 
     monkeypatch.setattr(Path, "write_text", write_text)
     code, _, stderr = convert("gsm8k", f"--in={train}", f"--out-dir={out}")
-    assert code == 2 and "No space left on device" in stderr
+    assert code == 4 and f"{out}/gsm8k_nl.json could not be written (No space left on device)" in stderr
+    assert stderr.count("error: ") == 1
     assert (out / "gsm8k_python_sdp.json").read_text() == "old"
     assert len(list(out.iterdir())) == 1
 

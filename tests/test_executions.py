@@ -69,5 +69,37 @@ def test_no_log_and_a_broken_line_are_named(tmp_path):
     with pytest.raises(InputError, match="executions.jsonl.gz: no such file"):
         replay(tmp_path)
     (tmp_path / LOG_NAME).write_bytes(gzip.compress(b'{"purpose": '))
-    with pytest.raises(InputError, match="line 1 is not JSON"):
+    with pytest.raises(InputError, match="line 1 is not an execution"):
         replay(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["instead", "behind", "within"])
+def test_what_no_crash_explains_is_an_error_and_nothing_is_cut_off(tmp_path, damage):
+    path = tmp_path / LOG_NAME
+    for line in LINES:
+        ExecutionLog(tmp_path).append([line])
+    whole = path.read_bytes()
+    at = len(whole) // 2
+    damaged = {"instead": b"hello\n", "behind": whole + b"hello\n", "within": whole[:at] + b"\0\0" + whole[at + 2 :]}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(InputError, match="executions.jsonl.gz: damaged after byte"):
+        replay(tmp_path)
+    with pytest.raises(InputError, match="damaged after byte .* or move it away"):
+        ExecutionLog(tmp_path)
+    assert path.read_bytes() == damaged[damage]
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b"5\n", b'{"purpose": "x"}\n'])
+def test_a_line_that_is_no_execution(tmp_path, line):
+    (tmp_path / LOG_NAME).write_bytes(gzip.compress(line))
+    with pytest.raises(InputError, match="line 1 is not an execution"):
+        replay(tmp_path)
+
+
+def test_who_only_reads_cuts_nothing_off(tmp_path):
+    ExecutionLog(tmp_path).append(LINES)
+    path = tmp_path / LOG_NAME
+    torn = path.read_bytes() + path.read_bytes()[:-9]  # another process is writing
+    path.write_bytes(torn)
+    ExecutionLog(tmp_path)
+    assert path.read_bytes() == torn and len(list(read_executions(path))) == len(LINES)

@@ -4,14 +4,18 @@ import functools
 import gc
 import json
 import os
+import re
 import resource
 import socket
+import subprocess
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 from executor_tools import (
+    LINUX,
     NO_LANDLOCK,
     NO_NAMESPACE,
     NO_SECCOMP,
@@ -54,21 +58,33 @@ def only(fresh, *protections: str) -> None:
     fresh.setattr(executor.pool._state, "allow_unsandboxed", True)
 
 
+def nobody_can_import() -> bool:
+    """Whether this is root, whose Python others can read: programs then run as nobody where files are open."""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/test", "-r", os.__file__]
+    return os.getuid() == 0 and LINUX and subprocess.run(command, check=False).returncode == 0
+
+
 @linux
 @pytest.mark.parametrize("protections", [("namespaces",), ("Landlock",), ("seccomp",), ("Landlock", "seccomp")])
 def test_the_line_names_what_is_active_and_no_more(fresh, protections):
     only(fresh, *protections)
-    said = start(1, 330, allow_unsandboxed=False)
+    open_files = protections == ("seccomp",)
+    said = start(1, 330, allow_unsandboxed=open_files)
     assert [name in said for name in WITHOUT] == [name in protections for name in WITHOUT]
+    assert ("programs can read files" in said) == open_files
+    if open_files:
+        with pytest.raises(UnprotectedError, match="can read files.*executor.allow_unsandboxed=true"):
+            start(2, 330, allow_unsandboxed=False)
     assert run_one(body("return 1"), memory_mb=330).value == 1
 
 
 def test_without_protection_nothing_runs_unless_allowed(fresh):
+    limits = "another user, rlimits" if nobody_can_import() else "rlimits"
     fresh.setattr(process, "COMMAND", patched_zygote(*WITHOUT.values()))
     for call in (lambda: start(1, 331), lambda: run_one(body("return 1"), memory_mb=331)):
         with pytest.raises(UnprotectedError, match="executor.allow_unsandboxed=true"):
             call()
-    assert start(1, 331, allow_unsandboxed=True) == "programs run with: rlimits"
+    assert start(1, 331, allow_unsandboxed=True) == f"programs run with: {limits}; programs can read files"
     fresh.setattr(executor.pool._state, "allow_unsandboxed", True)
     assert run_one(body("return 1"), memory_mb=331).value == 1
 
@@ -269,7 +285,9 @@ class Traces:
         self.memory_mb = memory_mb
         start(4, memory_mb)
         run_programs([body(f"return {i}") for i in range(64)], workers=4, memory_mb=memory_mb)
-        self.zombies, self.fds, self.threads = zombies(), len(os.listdir("/proc/self/fd")), threading.active_count()
+        self.sessions = zygotes(memory_mb)
+        self.zombies, self.threads = zombies(self.sessions), threading.active_count()
+        self.fds = len(os.listdir("/proc/self/fd"))
         self.resident = self.rss()
 
     @staticmethod
@@ -280,9 +298,10 @@ class Traces:
     def check(self) -> None:
         assert threading.active_count() == self.threads
         assert self.rss() - self.resident < 50 << 20
+        self.sessions |= zygotes(self.memory_mb)
         shutdown()
         assert processes(self.memory_mb) == {}
-        assert zombies() <= self.zombies
+        assert zombies(self.sessions) <= self.zombies
         assert len(os.listdir("/proc/self/fd")) <= self.fds
 
 
@@ -302,8 +321,11 @@ def test_own_hostile_programs(fresh, workers, tmp_path):
     traces.check()
 
 
-def in_tmp() -> set[str]:
-    return set(os.listdir("/tmp")) | set(os.listdir("/dev/shm"))
+def told_to_write(programs: list[str]) -> set[str]:
+    """What is there of the files that the programs name in a temporary folder: other processes write there too."""
+    named = {path for text in programs for path in re.findall(r"/(?:tmp|dev/shm)/[\w.]+", text)}
+    assert named
+    return set(filter(os.path.exists, named))
 
 
 @linux
@@ -312,7 +334,7 @@ def test_shared_hostile_programs(fresh, shared, workers, timeout_s):
     need(*WITHOUT)
     cases = json.loads((shared / "data" / "hostile_programs.json").read_text())
     programs = [eval(case["code_py_expr"]) if "code_py_expr" in case else case["code"] for case in cases]
-    traces, before = Traces(318), in_tmp()
+    traces, before = Traces(318), told_to_write(programs)
     results = run_programs(programs, timeout_s=timeout_s, workers=workers, memory_mb=318)
     for case, result in zip(cases, results, strict=True):
         answered = result.status == "ok"
@@ -323,5 +345,34 @@ def test_shared_hostile_programs(fresh, shared, workers, timeout_s):
             assert result.value == case["expect"], (case["id"], result)
         for path in case.get("forbid_paths", []):
             assert not Path(path).exists(), case["id"]
-    assert in_tmp() <= before
+    assert told_to_write(programs) <= before
     traces.check()
+
+
+WORDS = {  # protections that are there: (files closed, words of what their absence means, words that would be wrong)
+    ("pid+net+ipc namespaces", "Landlock ABI 7", "seccomp"): (
+        True,
+        ["no network", "no other file", "little"],
+        ["can use"],
+    ),
+    ("seccomp",): (False, ["seccomp keeps programs from network", "your files, answers"], ["end this run", "slower"]),
+    ("seccomp", "another user"): (False, ["every user of this machine may read"], ["your files"]),
+    ("Landlock ABI 7",): (True, ["datagrams", "no other file", "slower"], ["can read", "delete"]),
+    ("Landlock ABI 5",): (True, ["end each other and this run"], ["can read"]),
+    ("pid+net+ipc namespaces", "mount namespace"): (True, ["root folder of their own"], ["can read", "delete"]),
+    ("another user",): (False, ["but not this run"], ["delete"]),
+    (): (False, ["end each other and this run", "your files", "change and delete"], ["no other file", "keeps"]),
+}
+
+
+@pytest.mark.parametrize("protections", WORDS)
+def test_what_a_missing_protection_means_is_said(protections):
+    closed, said, unsaid = WORDS[protections]
+    zygote = types.SimpleNamespace(protections=[*protections, "rlimits"], files_closed=closed)
+    guards = executor.guards.guards(zygote)
+    assert [guard.works for guard in guards] == [
+        any(name in protection for protection in protections) for name in WITHOUT
+    ] + [True]
+    text = "; ".join(guard.meaning for guard in guards)
+    assert all(words in text for words in said) and not any(words in text for words in unsaid), text
+    assert (executor.guards.unprotected(zygote) == "") == closed

@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "reft_jax"
 # A part is a folder or a single module right under reft_jax/; the package itself is "__init__".
 LEVELS = {
     "__init__": 0,
-    **dict.fromkeys(["types", "config", "executor", "model_folder"], 1),
-    **dict.fromkeys(["model", "parallel", "algo", "task"], 2),
+    **dict.fromkeys(["types", "config", "store", "executor", "model_folder"], 1),
+    **dict.fromkeys(["model", "parallel", "algo", "task", "terminal"], 2),
     **dict.fromkeys(["train", "engine"], 3),
     **dict.fromkeys(["runs", "conformance"], 4),
     "__main__": 5,
 }
-SIDEWAYS = {("config", "types"), ("model_folder", "types")}  # the vocabulary of the package; they raise its InputError
+# The vocabulary of the package; they raise its errors.
+SIDEWAYS = {("config", "types"), ("store", "types"), ("model_folder", "types")}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # What a part may not import from outside. The executor's workers start before JAX does, and task is text only.
 BANNED = {part: {"torch"} | (JAX if part in {"types", "executor", "task"} else set()) for part in LEVELS}

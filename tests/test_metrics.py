@@ -10,8 +10,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from reft_jax.train import metrics
-from reft_jax.train.metrics import MetricsWriter, Progress
-from reft_jax.types import InputError
+from reft_jax.train.metrics import MetricsWriter, Progress, read_metrics
+from reft_jax.types import InputError, SaveError
 
 
 def lines(folder):
@@ -83,6 +83,33 @@ def test_damage_that_no_crash_explains_is_an_error_and_nothing_is_lost(tmp_path)
     with MetricsWriter(tmp_path) as writer, pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not"):
         writer.truncate_after(3)
     assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_reading_leaves_out_a_torn_last_line_and_what_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(tmp_path) == []
+    for torn in ("", '{"step": 3, "re', "\x00\x00", "5", "null"):
+        path.write_text('{"step": 1, "reward": null, "kl": 0.5}\n{"step": 2, "reward": 0.25}\n' + torn)
+        assert read_metrics(tmp_path) == [{"step": 1, "kl": 0.5}, {"step": 2, "reward": 0.25}]
+    path.write_text('{"step": 1}\n5\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not a JSON object with a step"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tb"])
+def test_a_full_disk_ends_the_run_with_a_line_and_nothing_waits(tmp_path, full):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    file = writer._file if full == "metrics.jsonl" else writer._tb._file._writer
+    os.dup2(descriptor, file.fileno())
+    os.close(descriptor)
+    with pytest.raises(SaveError, match=rf"{full} could not be written \(No space left on device\)"):
+        for step in range(2, 1000):
+            writer.write(step, {f"n{i}": 1.0 for i in range(100)})
+    with pytest.raises(SaveError):
+        writer.close()
 
 
 class Terminal(io.StringIO):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from reft_jax.runs import curves, report
+from reft_jax import store
+from reft_jax.runs import curves
 from reft_jax.runs.curves import moving_average, plot_curves, series
 from reft_jax.runs.report import (
     markdown,
@@ -154,10 +155,11 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monk
     def crash(source, target):
         raise OSError("disk gone")
 
-    monkeypatch.setattr(report.os, "replace", crash)
+    monkeypatch.setattr(store.os, "replace", crash)
     with pytest.raises(OSError, match="disk gone"):
         write_report(tmp_path, {**full_report(), "title": "new"})
     assert json.loads((tmp_path / "report.json").read_text()) == full_report()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
 SFT = [

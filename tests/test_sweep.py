@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_policy
 
 from reft_jax import __main__, executor
 from reft_jax.model.hf_write import save_hf
-from reft_jax.runs.sweep import parse_checkpoints
+from reft_jax.runs.sweep import Source, check_stage, parse_checkpoints
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
 from reft_jax.types import InputError
@@ -195,5 +195,25 @@ def test_a_stages_reranker_is_no_policy_and_a_policy_no_reranker(tmp_path):
     with pytest.raises(InputError, match="sft: no reranker; write --models="):
         parse_checkpoints(f"{policy}+{policy}")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+    with pytest.raises(InputError, match=r"config\.json: not the settings of a run"):
         parse_checkpoints(str(policy))
+
+
+def test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_made(folder, tmp_path):
+    """Whatever its folder is called."""
+    sft = folder / NAMES[1]
+    shape = dict(vocab_size=json.loads((sft / "config.json").read_text())["vocab_size"], max_position_embeddings=192)
+    save_params(tmp_path / "reft", tiny_policy("value_head", **shape)[1])
+    save_params(tmp_path / "rerank", tiny_policy("rerank_head", **shape)[1])
+    save_params(tmp_path / "other", tiny_policy("value_head", **shape | {"hidden_size": 32})[1])
+    (tmp_path / "empty").mkdir()
+    check_stage(Source(tmp_path / "reft", sft), reranker=False)
+    check_stage(Source(tmp_path / "rerank", sft), reranker=True)
+    for name, reranker, says in (
+        ("rerank", False, r"\['rerank_head'\]|\['value_head'\]"),
+        ("reft", True, r"\['rerank_head'\]|\['value_head'\]"),
+        ("other", False, r"has shape \(\d+, 32\), but \(\d+, 24\) is needed"),
+        ("empty", False, "empty: no model can be read there"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check_stage(Source(tmp_path / name, sft), reranker=reranker)

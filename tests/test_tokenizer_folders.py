@@ -185,8 +185,8 @@ def fields(**changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lfs, r"tokenizer\.json: a git-lfs pointer, not the file; run `git lfs pull` in "),
-        (dangle, r"tokenizer\.json: a link to \.\./\.\./blobs/gone, which is not there; copy the file itself"),
+        (lfs, r"tokenizer\.json: is a git-lfs pointer, not the file; run `git lfs pull` in "),
+        (dangle, r"tokenizer\.json: is a link to \.\./\.\./blobs/gone, which is not there; copy with "),
         (as_folder, r"tokenizer\.json: the tokenizer cannot be loaded .*; copy the file again"),
         (only("tokenizer.model", b"IQ== 0\nIg== 1\n"), r"tokenizer\.model: not a sentencepiece model, perhaps Meta's"),
         (only("tokenizer.model", b""), r"tokenizer\.model: not a sentencepiece model"),
@@ -249,5 +249,5 @@ def test_an_unreadable_file_is_named(tmp_path):
     text, _ = published_json(TEXTS)
     write_folder(tmp_path, {"tokenizer.json": text, "tokenizer_config.json": published_config("LlamaTokenizer")})
     (tmp_path / "tokenizer.json").chmod(0)
-    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read \(Permission denied\); see to its"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read \(Permission denied\); check its owner"):
         load_tokenizer(tmp_path)

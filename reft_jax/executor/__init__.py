@@ -1,15 +1,18 @@
 """Runs programs that a model wrote, outside the training process. Imports nothing of this project."""
 
 from .calls import Stream, run_programs, stream
-from .pool import counts, shutdown, start
+from .guards import Guard
+from .pool import counts, guarding, shutdown, start
 from .process import ExecResult, InfrastructureError, UnprotectedError
 
 __all__ = [
     "ExecResult",
+    "Guard",
     "InfrastructureError",
     "Stream",
     "UnprotectedError",
     "counts",
+    "guarding",
     "run_programs",
     "shutdown",
     "start",

@@ -7,6 +7,8 @@ import errno
 import itertools
 import json
 import math
+import sys
+import types
 
 TEXT_CHARS, DETAIL_CHARS = 256, 80
 UNCOMPILABLE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
@@ -20,6 +22,30 @@ WARM_UP = '''def solution():
     result = round(total, 2) if total > 1 else int(total)
     return result
 '''
+CALL = compile("solution()", "<call>", "eval")
+below = 0  # frames on this child's stack below a program's first one
+
+
+def main_module(**names: object) -> types.ModuleType:
+    """A fresh `__main__` that holds these names: a program runs in it, imports it and pickles its classes."""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(names)
+    sys.modules["__main__"] = module
+    return module
+
+
+def shift_limits() -> None:
+    """Makes the recursion limit, as a program reads and sets it, count from its first frame: see `count_from`."""
+    set_limit, get_limit = sys.setrecursionlimit, sys.getrecursionlimit
+    sys.getrecursionlimit = lambda: get_limit() - below
+    sys.setrecursionlimit = lambda limit: set_limit(limit + below if 0 < limit < 1 << 30 else limit)
+
+
+def count_from(frames: int) -> None:
+    """So many frames are below the program's first."""
+    global below
+    below = frames
+    sys.setrecursionlimit(1000)
 
 
 def report(status: str, value: str | None = None, detail: str = "", cut: bool = False) -> bytes:
@@ -43,7 +69,7 @@ def solve(program: str, want: str, namespace: dict) -> bytes:
         exec(code, namespace)
         if "solution" not in namespace:
             return report("no_solution", cut=cut)
-        status, value, detail = convert(namespace["solution"](), want)
+        status, value, detail = convert(eval(CALL, namespace), want)  # as deep on the stack as the program itself
     except MemoryError:
         return out_of_memory
     except BaseException as error:

@@ -1,8 +1,9 @@
 """What the kernel takes away from a process that runs a program nobody has read. Imported by the zygote only.
 
-What a fork inherits at no cost a zygote does once to itself: namespaces (`isolate`), Landlock (`restrict_files`; in a
-domain of its own every child would copy some 250 rules), no capabilities (`renounce`). The rest is each child's own
-(`enter`): limits, PDEATHSIG, the seccomp filter, prepared in the zygote. On macOS only the limits remain.
+What a fork inherits at no cost a zygote does once to itself: namespaces (`isolate`), files (files.py; in a Landlock
+domain of its own every child would copy some 250 rules), no capabilities and no debuggers (`renounce`). The rest is
+each child's own (`enter`): limits, PDEATHSIG, the seccomp filter, prepared in the zygote. On macOS only the limits
+remain.
 
 System calls are made with ctypes. docs/executor.md says why not with a library.
 """
@@ -15,21 +16,14 @@ import platform
 import resource
 import signal
 import struct
-import sys
-from collections.abc import Iterable
 
-LINUX = sys.platform == "linux"
-LIBC = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+from files import LIBC, LINUX, PR_SET_NO_NEW_PRIVS, check
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 4, 15, 22, 36
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
-
-LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every architecture
-READ_FILE, READ_DIR = 1 << 2, 1 << 3
-FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # ABI: how many of the rights on files it knows; 16 from ABI 5 on
-TCP_RIGHTS = 0b11  # bind, connect; from ABI 4 on
-SCOPES = 0b11  # abstract unix sockets, signals; from ABI 6 on
+NAME = "reft-program"
 
 # System calls that a program which computes a number may make, by their numbers on (x86_64, aarch64). No process or
 # thread, no signal to anyone, no socket, nothing that changes the disk, no memory outside the limit on address space.
@@ -69,12 +63,6 @@ ALLOWED_IF = {
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 SECCOMP_KILL, SECCOMP_EPERM, SECCOMP_ALLOW = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
 BPF_LOAD, BPF_AND, BPF_IF_EQUAL, BPF_IF_AT_LEAST, BPF_RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
-
-
-def check(result: int, what: str) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
 
 
 def prctl(option: int, value: int, pointer: int = 0) -> None:
@@ -123,58 +111,37 @@ def search(runs: list[tuple[int, list]]) -> list[tuple]:
 def isolate() -> bool:
     """Makes the next fork process 1 of new PID, network and IPC namespaces. Returns whether the kernel lets us."""
     flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC
+    if not LINUX or LIBC.unshare(flags) == 0:
+        return LINUX
     # Who may not make them directly may do so inside a user namespace of their own, unless that is forbidden too.
-    return LINUX and (LIBC.unshare(flags) == 0 or LIBC.unshare(flags | CLONE_NEWUSER) == 0)
+    user, group = os.geteuid(), os.getegid()
+    if LIBC.unshare(flags | CLONE_NEWUSER) != 0:
+        return False
+    maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
+    for name, text in maps.items():  # what `own_root` makes must belong to somebody
+        with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    return True
 
 
-def landlock_ruleset(abi: int) -> int:
-    """The fd of a ruleset that forbids all this ABI can: files, TCP, signals and abstract sockets to the outside."""
-    fields = [(1 << FILE_RIGHTS.get(abi, 16)) - 1]
-    if abi >= 4:
-        fields.append(TCP_RIGHTS)
-    if abi >= 6:
-        fields.append(SCOPES)
-    attributes = struct.pack(f"{len(fields)}Q", *fields)
-    return check(LIBC.syscall(LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
-
-
-def allow(ruleset: int, rights: int, paths: Iterable[str]) -> None:
-    """Lets files and folders, with all below them, be used so; a file can be read but not listed."""
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rule = struct.pack("=Qi", rights if os.path.isdir(path) else rights & READ_FILE, fd)
-            check(LIBC.syscall(LANDLOCK_ADD_RULE, ruleset, 1, rule, 0), f"landlock_add_rule {path}")
-            os.close(fd)
-
-
-def library_files() -> tuple[list[str], str]:
-    """What a program may read, and the folder it may list, to import the standard library, not site-packages in it."""
-    stdlib = os.path.dirname(os.__file__)
-    readable = [entry.path for entry in os.scandir(stdlib) if entry.name not in ("site-packages", "dist-packages")]
-    extensions = [path for path in sys.path if path.endswith("lib-dynload")]
-    return [*readable, *extensions, *shared_libraries(extensions), "/etc/ld.so.cache"], stdlib
-
-
-def shared_libraries(folders: list[str]) -> list[str]:
-    """The files that the extension modules in `folders` are linked to, found by loading them all in a fork."""
-    reader, writer = os.pipe()
+def nobody_reads(paths: list[str]) -> bool:
+    """Whether a user without any rights could read these files and folders: tried in a fork."""
     child = os.fork()
     if child == 0:
         try:
-            for folder in folders:
-                for name in os.listdir(folder):
-                    with contextlib.suppress(OSError):  # one that cannot be loaded now cannot be imported later either
-                        ctypes.CDLL(os.path.join(folder, name))
-            with open("/proc/self/maps") as maps, open(writer, "w") as answer:
-                answer.write("\n".join({line[73:].strip() for line in maps}))
-        finally:
+            become_nobody()
+            for path in paths:
+                os.listdir(path) if os.path.isdir(path) else os.close(os.open(path, os.O_RDONLY))
             os._exit(0)
-    os.close(writer)
-    with open(reader) as answer:
-        paths = answer.read().split("\n")
-    os.waitpid(child, 0)
-    return [path for path in paths if os.path.isfile(path)]
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def possible_limit(name: str, limit: int) -> tuple[int, tuple[int, int]]:
@@ -183,6 +150,15 @@ def possible_limit(name: str, limit: int) -> tuple[int, tuple[int, int]]:
     hard = resource.getrlimit(which)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     return which, (limit, limit)
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped; more than that where /proc does not say it."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) + (128 << 20)
 
 
 class Lockdown:
@@ -198,8 +174,7 @@ class Lockdown:
         self.filter = None
         self.end_with_zygote = ready_prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if LINUX:
-            with open("/proc/self/statm") as statm:
-                limits["AS"] = int(statm.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
+            limits["AS"] = address_space() + (memory_mb << 20)
         self.limits = [possible_limit(name, limit) for name, limit in limits.items()]
         if LINUX and (code := seccomp_filter(platform.machine())):
             self.code = ctypes.create_string_buffer(code)
@@ -211,7 +186,9 @@ class Lockdown:
                 self.filter = None
 
     def filter_works(self) -> bool:
-        """Tries it on a child: a call that is not on the list must be refused."""
+        """Tries it on a child: a call that is not on the list must be refused. Raises OSError if the child was killed:
+        that says nothing about the filter.
+        """
         child = os.fork()
         if child == 0:
             try:
@@ -221,48 +198,61 @@ class Lockdown:
                     os.kill(os.getpid(), 0)
                 except PermissionError:
                     os._exit(0)
+            except OSError:
+                pass
             finally:
                 os._exit(1)
-        return os.waitpid(child, 0)[1] == 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code < 0:
+            raise OSError(f"the child that tries seccomp was ended by signal {-code}")
+        return code == 0
 
-    def renounce(self) -> None:
-        """Gives up this process's rights, which no fork has then. Raises OSError."""
+    def renounce(self, files_closed: bool, needed: list[str]) -> None:
+        """Gives up this process's rights, which no fork has then, and closes its memory to processes of its user.
+
+        needed: what it must still be able to read. Raises OSError.
+        """
         if not LINUX:
             return
-        if os.getuid() == 0:
+        guarded = bool(self.filter and files_closed)
+        if os.geteuid() == 0 and not guarded and nobody_reads(needed):
+            become_nobody()  # no file that is closed to others, and no signal to what is root's
+            self.protections.insert(0, "another user")
+        elif os.getuid() == 0:
             # NPROC does not bind a real uid of 0. The effective one stays: the library's files may be root's alone.
             try:
                 os.setresuid(NOBODY, -1, -1)
             except PermissionError:
                 if not self.filter:
                     raise
-        header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-        check(LIBC.capset(header, none), "capset")
+        header, held = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+        if LIBC.capset(header, held) != 0 and not guarded:
+            error = ctypes.get_errno()
+            if LIBC.capget(header, held) != 0 or any(held):
+                raise OSError(error, f"the rights of this user cannot be given up (capset): {os.strerror(error)}")
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-
-    def restrict_files(self, packages: list[str]) -> int:
-        """From here on this process and its forks read the standard library and the folders `packages`, no other file,
-        use no TCP and signal only each other. Returns Landlock's ABI, or 0 where it does not work: nothing has changed.
-        """
-        abi = max(0, LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)) if LINUX else 0
-        if not abi:
-            return 0
-        readable, listable = library_files()
-        ruleset = landlock_ruleset(abi)
-        allow(ruleset, READ_FILE | READ_DIR, [*readable, *packages])
-        allow(ruleset, READ_DIR, [listable])
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-        if LIBC.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
-            return 0
-        os.close(ruleset)
-        return abi
+        hide_memory()
 
     def enter(self) -> None:
         """For a child. Raises OSError or ValueError."""
-        os.setsid()
+        with contextlib.suppress(PermissionError):  # some hosts refuse it; the zygote has no terminal either way
+            os.setsid()
         if LINUX:
             check(LIBC.prctl(*self.end_with_zygote), "PR_SET_PDEATHSIG")
         for which, limit in self.limits:
-            resource.setrlimit(which, limit)
+            try:
+                resource.setrlimit(which, limit)
+            except (OSError, ValueError) as error:
+                raise OSError(f"limit {which} cannot be set to {limit[0]} (setrlimit): {error}") from error
         if self.filter:
             check(LIBC.prctl(*self.take_filter), "PR_SET_SECCOMP")
+
+
+def hide_memory() -> None:
+    """Closes this process and its forks to others of the same user: memory, environment, descriptors (pidfd_getfd)."""
+    prctl(PR_SET_DUMPABLE, 0)
+
+
+def name_process() -> None:
+    """What `ps` shows of this process and its forks, dead ones too: the pool finds its zombies by it."""
+    LIBC.prctl(PR_SET_NAME, NAME.encode(), 0, 0, 0)

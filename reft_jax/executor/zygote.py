@@ -1,10 +1,10 @@
 """A small program of its own that runs untrusted programs: one fork each, from a process that is already warm.
 
-`python -S zygote.py NUMBER FOLDERS {plain|sympy} MEMORY_MB` speaks JSON lines over the socket on its fd 0: first a
-greeting, then an answer for each program, which run one at a time in the order they come, until the socket closes. It
-is exec'd, never forked from the trainer: a fork of a process with JAX's threads deadlocks, and this way no program can
-find the trainer's memory in its own. FOLDERS hold sympy and mpmath; no program finds anything else that is installed.
-NUMBER says which CPU is its own.
+`python -S zygote.py NUMBER FOLDERS {plain|sympy} MEMORY_MB` speaks over the socket on its fd 0: it says a greeting,
+then an answer for each program (JSON lines), which run one at a time in the order they come (wire.py), until the socket
+closes. It is exec'd, never forked from the trainer: a fork of a process with JAX's threads deadlocks, and this way no
+program can find the trainer's memory in its own. FOLDERS hold sympy and mpmath; no program finds anything else that is
+installed. NUMBER says which CPU is its own.
 
 Three processes take part. The *launcher* holds a namespace open and waits. The *zygote* is process 1 of that namespace:
 it forks, keeps the time and kills. A *child* runs one program and ends. Children are forked and locked down ahead of
@@ -13,12 +13,11 @@ enough. Where the kernel has no seccomp there are no spares, and after each prog
 is killed (`sweep`). Where it refuses namespaces the launcher is the zygote.
 
 A child sends one byte when it is locked down and, after its program, one line (see child.py). The zygote believes
-nothing in it before `checked` (see wire.py).
+nothing in it before `checked` (see wire.py). What the machine did to a child is no answer: the zygote says "lost".
 """
 
 import contextlib
 import gc
-import json
 import marshal
 import math
 import os
@@ -27,31 +26,60 @@ import signal
 import socket
 import sys
 import time
-import traceback
 
+import begin
 import child as inside
+import files
 import lockdown
-from wire import CONTROL, Lines, checked, send, wait_for, write
+import sysv
+from wire import CONTROL, Request, Requests, checked, send, wait_for, write
 
-NULL, LINK = 1, 3  # fds: /dev/null (the zygote's stdout), the child's end of its socket
+LINK = 3  # the child's end of its socket
 REPORT_BYTES = 4096
 PATIENCE_S = 0.02  # a program that takes longer is slow: the one sent after it goes to another zygote
 IDLE_S = 0.002  # without a request: the time to end children
 STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
+SMALL_KB = 4096  # what such a child may have taken beyond what it was forked with
 LITTER = 8  # children forked at once, at most
+# Frames of a child's stack that are below its program's first, on the way from <module> to `solve`: by `serve` and
+# `spare` if it is warm, else by `run`, `take` and `fresh` or `run`, `litter` and `spare`. To count them costs it pages.
+BELOW = {True: 7, False: 9}
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
+DYING_S = 0.5  # between the end of a child's socket and its own
+LATE_S = 5.0  # by which the zygote can miss a deadline only if the machine, or it, stood still
+
+
+class NoRoom(Exception):
+    """This machine gives no further child."""
 
 
 class Zygote:
     def __init__(self, namespace: dict, rules: lockdown.Lockdown, cpus: set[int]):
-        self.namespace, self.rules, self.cpus, self.requests = namespace, rules, cpus, Lines()
+        self.namespace, self.rules, self.cpus, self.requests = namespace, rules, cpus, Requests()
+        self.alone = os.getpid() == 1  # in a PID namespace
         self.wanted = 0
         self.spares: list[tuple[int, int]] = []  # as many as wanted: (process id, our end of its socket)
         self.stopped: list[tuple[int, int]] = []  # have reported; their end takes longer than most programs
-        self.children_file = None
-        if os.getpid() != 1:
-            with contextlib.suppress(FileNotFoundError):
-                self.children_file = os.open("/proc/thread-self/children", os.O_RDONLY)
+        self.stopping: list[tuple[int, int]] = []  # of these, those whose memory has not been looked at
+        self.children_file = self.events_file = self.segments_file = None
+        if not self.alone:
+            self.children_file = begin.opened("/proc/thread-self/children")
+        if not rules.filter:
+            self.events_file = begin.opened("/proc/vmstat")
+            self.segments_file = None if self.alone else begin.opened(sysv.TABLE)
+            if not self.alone and lockdown.LINUX and self.children_file is None:
+                raise OSError("without seccomp, namespaces and /proc nothing finds the processes that a program starts")
+
+    def check(self) -> None:
+        """Locks a child down and ends it. Raises OSError if this machine does not let us."""
+        try:
+            self.bury(*self.take())
+        except NoRoom as error:
+            raise OSError(str(error)) from error
+        probe = os.fork()
+        if probe == 0:
+            os._exit(0)
+        self.large = os.wait4(probe, 0)[2].ru_maxrss + SMALL_KB
 
     def serve(self) -> None:
         """Answers until the pool is gone."""
@@ -60,14 +88,15 @@ class Zygote:
             if self.stopped and not self.requests.waiting(IDLE_S):
                 while self.stopped and not self.requests.waiting():
                     self.bury(*self.stopped.pop())
+                self.stopping.clear()
             while settle and len(self.spares) != self.wanted and not self.requests.waiting():
                 if len(self.spares) > self.wanted:
                     self.bury(*self.spares.pop())
                 elif not self.spare(warm=True):
                     break
-            request = json.loads(self.requests.next())
-            if settle := "spares" in request:
-                self.wanted = request["spares"] if self.rules.filter else 0
+            request = self.requests.next()
+            if settle := request.message is None:
+                self.wanted = request.more if self.rules.filter else 0
             else:
                 self.run(request)
 
@@ -79,6 +108,14 @@ class Zygote:
             return False
         return True
 
+    def litter(self, number: int) -> None:
+        """Children for the next programs while one is at work. Several, for after each fork the zygote must copy all
+        pages that its other work writes to.
+        """
+        for _ in range(number):
+            if not self.spare(warm=False):
+                break
+
     def fork(self, warm: bool) -> tuple[int, int]:
         """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
         ours, theirs = socket.socketpair()
@@ -86,61 +123,143 @@ class Zygote:
         child = os.fork()
         if child == 0:
             try:
-                if not warm:
-                    self.roam(0)
-                self.rules.enter()
-                if os.getppid() == zygote:  # else it died before `enter` asked to be told
-                    run_child(theirs.fileno(), self.namespace, warm)
-            except BaseException:
-                traceback.print_exc()  # seen if `enter` failed; what the program raises goes to /dev/null
+                self.live(zygote, theirs.fileno(), warm)
             finally:
                 os._exit(0)
         theirs.close()
         return child, ours.detach()
 
+    def live(self, zygote: int, link: int, warm: bool) -> None:
+        """A child's life. What fails before the first byte is written is our failure.
+
+        On the stack below is what the zygote was at, but nothing of other programs: see `Requests`.
+        """
+        try:
+            os.dup2(link, LINK, inheritable=False)
+            null = os.open(os.devnull, os.O_RDWR)  # its own: flags of an open file are shared by all who inherited it
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.closerange(LINK + 1, begin.DESCRIPTORS)
+            if not warm:
+                begin.roam(0, self.cpus)
+            inside.count_from(BELOW[warm])
+            self.rules.enter()
+            if os.getppid() != zygote:
+                return  # it died before `enter` asked to be told
+            if warm:
+                inside.solve(inside.WARM_UP, "number", dict(self.namespace))
+            os.write(LINK, b"+")
+        except BaseException as error:
+            os.write(LINK, f"-{type(error).__name__}: {error}"[:200].encode(errors="replace"))
+            return
+        message = os.read(LINK, 1 << 16)
+        if len(message) < (size := 8 + int.from_bytes(message[:8], "little")):
+            parts = [message]
+            while (size := size - len(parts[-1])) > 0:
+                parts.append(os.read(LINK, 1 << 20))
+                if not parts[-1]:
+                    return  # the zygote is gone
+            message = b"".join(parts)
+        program, timeout_s, want = marshal.loads(message[8:])
+        resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
+        write(LINK, inside.solve(program, want, self.namespace))
+
     def take(self) -> tuple[int, int]:
-        """A child that is locked down, warm if one is there. Raises RuntimeError if a new one cannot be locked down."""
+        """A child that is locked down, warm if one is there. Raises NoRoom if a new one cannot be had."""
         while True:
             waited = bool(self.spares)
-            child, link = self.spares.pop() if waited else self.fork(warm=False)
-            if wait_for([link], time.monotonic() + LOCK_S) and os.read(link, 1) == b"+":
+            child, link = self.spares.pop() if waited else self.fresh()
+            said = os.read(link, 200) if wait_for([link], time.monotonic() + LOCK_S) else b""
+            if said == b"+":
                 return child, link
             code = self.bury(child, link)
             if not waited:
-                raise RuntimeError(f"a child could not be locked down (exit code {code})")
+                reason = said[1:].decode(errors="replace") or f"exit code {code}"
+                raise NoRoom(f"a child could not be locked down: {reason}")
 
-    def run(self, request: dict) -> None:
+    def fresh(self) -> tuple[int, int]:
+        try:
+            return self.fork(warm=False)
+        except OSError:
+            while self.stopped:
+                self.bury(*self.stopped.pop())
+            self.stopping.clear()
+        try:
+            return self.fork(warm=False)
+        except OSError as error:
+            raise NoRoom(f"no further process can be made: {error.strerror}") from error
+
+    def run(self, request: Request) -> None:
         """One program, from the request to our answer."""
-        start = time.monotonic()
-        # marshal is a third of what JSON costs a child; it goes this way only.
-        message = marshal.dumps((request["program"], request["timeout_s"], request["want"]))
+        start, killed = time.monotonic(), self.machine_kills()
+        self.end_large()
+        shared = sysv.segments(self.segments_file)
         while True:
-            child, link = self.take()
-            deadline = time.monotonic() + request["timeout_s"]
             try:
-                write(link, len(message).to_bytes(8, "little") + message)
+                child, link = self.take()
+            except NoRoom as error:
+                return send({"lost": str(error), "verdict": None})
+            deadline = time.monotonic() + request.timeout_s
+            try:
+                write(link, request.message)
                 if not self.spares and self.rules.filter:
-                    # For the next programs, while this one is at work; several, for after each fork the zygote must
-                    # copy all pages that its other work writes to.
-                    all(self.spare(warm=False) for _ in range(min(request["more"], LITTER)))
+                    self.litter(min(request.more, LITTER))
                 raw, late = self.read_report(child, link, deadline)
                 break
             except ConnectionError:  # it ended before it had read the program, which therefore never ran
                 self.bury(child, link)
         took = {"ms": 1000 * (time.monotonic() - start)}
-        answer = checked(raw, request["want"]) if raw.endswith(b"\n") else None
+        answer = checked(raw, request.want) if raw.endswith(b"\n") else None
         if answer and self.rules.filter and took["ms"] < 1000 * PATIENCE_S:  # else it may hold much memory
             os.kill(child, signal.SIGSTOP)
             self.stopped.append((child, link))
+            self.stopping.append((child, link))
             send(answer | took)
             if len(self.stopped) + len(self.spares) > max(self.wanted, STOPPED):
-                self.bury(*self.stopped.pop(0))
+                self.forget(self.stopped[0])
             return
+        lost = None
+        if not answer:
+            closed = not late and not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES
+            lost = self.disturbance(child, deadline if late else None, DYING_S if closed else 0.0)
         code = self.bury(child, link)
+        sysv.remove(sysv.segments(self.segments_file), shared)
         if not answer:
             status = "timeout" if late else "refused" if code == -signal.SIGSYS else "killed"
             answer = {"status": status, "value": None, "detail": "" if late else f"exit code {code}", "cut": False}
+        if lost:
+            reason, perhaps = lost
+            mine = perhaps and killed is not None and killed == self.machine_kills()
+            return send({"lost": reason, "verdict": answer | took if mine else None})
         send(answer | took)
+
+    def disturbance(self, child: int, deadline: float | None, patience_s: float) -> tuple[str, bool] | None:
+        """What the machine may have done to a child that has not reported, before we end it; and whether, here, the
+        program could as well have done it itself. deadline: the one that has passed, if one has.
+        """
+        if deadline is not None and time.monotonic() > deadline + LATE_S:
+            return "the machine stood still", False
+        if not lockdown.LINUX:
+            return None
+        end, flags = time.monotonic() + patience_s, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        while not (found := os.waitid(os.P_PID, child, flags)) and time.monotonic() < end:
+            time.sleep(0.001)
+        if not found or found.si_code == os.CLD_EXITED:
+            return None
+        by = f"its process was {'stopped' if found.si_code == os.CLD_STOPPED else 'ended'} by signal {found.si_status}"
+        if found.si_status == signal.SIGKILL:
+            return by, not self.rules.filter
+        exposed = not self.rules.filter and not self.alone  # to programs of other zygotes
+        return (by, True) if exposed else None
+
+    def machine_kills(self) -> int | None:
+        """Processes that this machine has ended because memory was short; None if that is unknown or does not matter:
+        with its filter on no program can send a signal.
+        """
+        if self.events_file is None:
+            return None
+        _, found, rest = os.pread(self.events_file, 1 << 16, 0).partition(b"\noom_kill ")
+        return int(rest.split(b"\n")[0]) if found else None
 
     def read_report(self, child: int, link: int, deadline: float) -> tuple[bytes, bool]:
         """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
@@ -162,24 +281,36 @@ class Zygote:
 
         Raises EOFError when the pool closes its socket.
         """
-        self.roam(child)
+        begin.roam(child, self.cpus)
         while True:
-            while self.requests.complete():
-                self.requests.next()
+            while self.requests.give_back():
                 send(None)
             ready = wait_for([link, CONTROL], deadline)
             if CONTROL not in ready:
                 return bool(ready)
             self.requests.read()
 
-    def roam(self, child: int) -> None:
-        """Lets a child, or with 0 this process, run on every CPU that we may use.
+    def end_large(self) -> None:
+        """Ends those stopped children that have taken memory; the kernel says how much once they have stopped."""
+        waiting = []
+        for entry in self.stopping:
+            child, status, usage = os.wait4(entry[0], os.WUNTRACED | os.WNOHANG)
+            if child == 0:
+                waiting.append(entry)
+            elif not os.WIFSTOPPED(status):  # it ended first
+                self.stopped.remove(entry)
+                os.close(entry[1])
+            elif usage.ru_maxrss > self.large:
+                self.stopped.remove(entry)
+                self.bury(*entry)
+        self.stopping = waiting
 
-        A zygote and its spare children have one for them: to wake the other there costs half of what it does elsewhere.
-        """
-        if lockdown.LINUX:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(child, self.cpus)
+    def forget(self, entry: tuple[int, int]) -> None:
+        """Ends a stopped child."""
+        self.stopped.remove(entry)
+        if entry in self.stopping:
+            self.stopping.remove(entry)
+        self.bury(*entry)
 
     def bury(self, child: int, link: int) -> int:
         """Kills and reaps the child, and what it may have started; returns its exit code (-n for signal n)."""
@@ -193,7 +324,7 @@ class Zygote:
         """`bury` where a child could start others: nothing else that this zygote started may be alive."""
         code = None
         while True:
-            if os.getpid() == 1:  # -1 means everything in our namespace but us
+            if self.alone:  # -1 means everything in our namespace but us
                 targets = [-1]
             else:
                 targets = [-child, child] if code is None else []  # a reaped id may soon be another's
@@ -210,84 +341,55 @@ class Zygote:
                 code = os.waitstatus_to_exitcode(status)
 
 
-def run_child(link: int, namespace: dict, warm: bool) -> None:
-    """A child's life once it is locked down. What fails before the first byte is written is our failure."""
-    os.dup2(link, LINK, inheritable=False)
-    os.closerange(LINK + 1, 1024)
-    os.dup2(NULL, CONTROL)
-    if warm:
-        inside.solve(inside.WARM_UP, "number", dict(namespace))
-    os.write(LINK, b"+")
-    os.dup2(NULL, 2)
-    message = os.read(LINK, 1 << 16)
-    while message and len(message) < 8 + int.from_bytes(message[:8], "little"):
-        chunk = os.read(LINK, 1 << 20)
-        message = message + chunk if chunk else b""
-    if not message:
-        return  # the zygote is gone
-    program, timeout_s, want = marshal.loads(message[8:])
-    resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
-    write(LINK, inside.solve(program, want, namespace))
-
-
-def launch() -> bool:
-    """Continues as process 1 of new namespaces, or else as the one who inherits orphans; whether it is the former."""
-    if not lockdown.isolate():
-        if lockdown.LINUX:
-            lockdown.prctl(lockdown.PR_SET_CHILD_SUBREAPER, 1)
-        return False
-    if zygote := os.fork():
-        os.close(CONTROL)
-        os.waitpid(zygote, 0)
-        os._exit(0)
-    lockdown.prctl(lockdown.PR_SET_PDEATHSIG, signal.SIGKILL)
-    return True
-
-
-def settle_on_a_cpu(number: int) -> set[int]:
-    """Returns those that we may use; zygotes whose numbers follow each other settle on different ones."""
-    if not lockdown.LINUX:
-        return set()
-    cpus = os.sched_getaffinity(0)
+def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygote, dict]:
+    """A zygote that is ready, and its greeting. Raises OSError and ImportError."""
     with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, {sorted(cpus)[number % len(cpus)]})
-    return cpus
-
-
-def main(number: str, folders: str, kind: str, memory_mb: str) -> None:
-    cpus = settle_on_a_cpu(int(number))
-    namespace = {"__name__": "__main__", "math": math}
+        os.setsid()
+    cpus = begin.settle_on_a_cpu(int(number))
+    begin.allow_descriptors()
     library = [path for path in sys.path if path not in ("", os.path.dirname(__file__))]
-    packages = []
-    if kind == "sympy":
-        sys.path[:] = [*library, *folders.split(os.pathsep)]
-        try:
-            import mpmath
-            import sympy
-        except ImportError as error:
-            return send({"error": str(error)})
-        namespace["sympy"] = sympy
-        packages = [os.path.dirname(module.__file__) for module in (sympy, mpmath)]
-    sys.path[:] = library
+    namespace, packages = begin.load(folders, kind, library)
     sys.argv, sys.dont_write_bytecode = [""], True
     os.environ.clear()
     protections = []
     if lockdown.LINUX:
-        with open("/proc/self/oom_score_adj", "w") as score:
+        lockdown.name_process()
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
             score.write("1000")  # when the host runs out of memory, not the trainer
-    if launch():
+    if isolated := begin.launch():
         protections.append("pid+net+ipc namespaces")
     rules = lockdown.Lockdown(int(memory_mb))
     zygote = Zygote(namespace, rules, cpus)
-    if abi := rules.restrict_files(packages):
+    closed = False
+    if abi := files.restrict(packages):
         protections.append(f"Landlock ABI {abi}")
-    rules.renounce()
-    for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
-        inside.solve(inside.WARM_UP, "number", dict(namespace))
-    gc.collect()
-    gc.freeze()  # the children's collections leave these pages shared
-    send({"error": None, "protections": protections + rules.protections})
+        closed = True
+    elif isolated and files.own_root(packages):
+        protections.append("mount namespace")
+        closed = True
+    if seen := begin.opened(__file__):  # a file of ours that is not a program's
+        os.close(seen)
+        closed = False
+    stdlib = os.path.dirname(os.__file__)
+    rules.renounce(closed, [stdlib, os.__file__, *(os.path.join(path, "__init__.py") for path in packages)])
+    inside.shift_limits()
+    greeting = {"protections": protections + rules.protections, "files_closed": closed}
+    return zygote, greeting | {"python": sys.version, "library": os.path.realpath(stdlib)}
+
+
+def main(*words: str) -> None:
+    begin.own_signals()
+    try:
+        zygote, greeting = prepare(*words)
+        zygote.check()
+        for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
+            inside.solve(inside.WARM_UP, "number", dict(zygote.namespace))
+        gc.collect()
+        gc.freeze()  # the children's collections leave these pages shared
+    except (OSError, ImportError) as error:
+        return send({"error": str(error)})
     with contextlib.suppress(EOFError):
+        send({"error": None} | greeting)
         zygote.serve()
     for child in zygote.spares + zygote.stopped:
         zygote.bury(*child)

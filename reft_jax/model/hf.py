@@ -18,14 +18,15 @@ import numpy as np
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from reft_jax.model.hf_folder import CONFIG, IGNORED, read_raw_config, stored_in, why_missing
+from reft_jax.model.hf_folder import IGNORED, read_raw_config, stored_in, why_missing
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPES, Stored, map_tensor, read_header
+from reft_jax.model_folder import CONFIG
 from reft_jax.types import InputError
 
 # Our path -> their name, and how many leading axes of our tensor (layers aside) are inputs; 0: kept as it is.
-_TENSORS = {
+TENSORS = {
     ("embed",): ("model.embed_tokens.weight", 0),
     ("layers", "attention_norm"): ("model.layers.{}.input_layernorm.weight", 0),
     ("layers", "q"): ("model.layers.{}.self_attn.q_proj.weight", 1),
@@ -39,7 +40,7 @@ _TENSORS = {
     ("final_norm",): ("model.norm.weight", 0),
     ("lm_head", "kernel"): ("lm_head.weight", 1),
 }
-_LM_HEAD = ("lm_head", "kernel")
+LM_HEAD = ("lm_head", "kernel")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TILE = 256  # of a matrix that is turned over: two of them fit in a core's cache
@@ -77,7 +78,7 @@ def load_hf(
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes.items():
-        read = partial(_read_part, path, shape, [stored[name] for name in _names(path, config)], jnp.dtype(dtype))
+        read = partial(_read_part, path, shape, [stored[name] for name in hf_names(path, config)], jnp.dtype(dtype))
         if path in placement:
             params[path] = _placed(shape, placement[path], read)
         else:
@@ -103,7 +104,7 @@ def _read_part(
     path: tuple, shape: tuple[int, ...], stored: list[Stored], dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
     """Our parameter at `path`, cut at `index`, from their tensors (one a layer)."""
-    inputs, layered = _TENSORS[path][1], path[0] == "layers"
+    inputs, layered = TENSORS[path][1], path[0] == "layers"
     layers, within = (index[0], index[1:]) if layered else (slice(None), index)
     one = shape[1:] if layered else shape
     outputs = len(one) - inputs
@@ -158,12 +159,12 @@ def load_rerank_head(folder: str | Path) -> dict | None:
     return {"weight": jnp.asarray(weight.T, jnp.float32)}
 
 
-def _names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
-    template = _TENSORS[path][0]
+def hf_names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
+    template = TENSORS[path][0]
     return [template.format(i) for i in range(config.num_layers)] if path[0] == "layers" else [template]
 
 
-def _hf_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
+def hf_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
 
 
@@ -178,11 +179,11 @@ def checked(
     _check_heads(folder, config, stored, reranker)
     if config.tie_embeddings and _EMBED not in stored and _HEAD in stored:
         stored = stored | {_EMBED: stored[_HEAD]}
-    shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == _LM_HEAD)}
+    shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == LM_HEAD)}
     wanted = {}
     for path, shape in shapes.items():
-        one = _hf_shape(shape[1:] if path[0] == "layers" else shape, _TENSORS[path][1])
-        wanted |= dict.fromkeys(_names(path, config), one)
+        one = hf_shape(shape[1:] if path[0] == "layers" else shape, TENSORS[path][1])
+        wanted |= dict.fromkeys(hf_names(path, config), one)
     known = wanted.keys() | {_HEAD, "score.weight"}
     unknown = [name for name in stored if name not in known and not name.startswith("v_head.")]
     unknown = [name for name in unknown if not IGNORED.search(name)]

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 from reft_jax.model.config_fields import shown
-from reft_jax.model.safetensors import DTYPES, Stored, read_header, read_json
+from reft_jax.model.safetensors import DTYPES, Stored, read_header
+from reft_jax.model_folder import CONFIG, read_json
 from reft_jax.types import InputError
 
-CONFIG, SINGLE, INDEX, ADAPTER = (
-    "config.json",
+SINGLE, INDEX, ADAPTER = (
     "model.safetensors",
     "model.safetensors.index.json",
     "adapter_config.json",

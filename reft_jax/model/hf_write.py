@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reft_jax.model.hf import _LM_HEAD, _TENSORS, VALUE_HEAD_FILE, _hf_shape, _names
+from reft_jax.model.hf import LM_HEAD, TENSORS, VALUE_HEAD_FILE, hf_names, hf_shape
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import write_json, write_tensors
@@ -43,7 +43,7 @@ def save_hf(
     cannot be made, or if a number is too large for `dtype`.
     """
     folder = Path(os.path.realpath(folder))
-    flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != _LM_HEAD}
+    flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != LM_HEAD}
     config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None)
     source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # of a tokenizer made on the spot: nowhere
     if tokenizer is not None:
@@ -113,17 +113,17 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
 
     def make(path: tuple[str, ...], layer: int) -> np.ndarray:
         value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
-        inputs = _TENSORS[path][1]
+        inputs = TENSORS[path][1]
         return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
 
     tensors = []
-    for path, (_, inputs) in _TENSORS.items():
+    for path, (_, inputs) in TENSORS.items():
         if path in flat:
             shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
             kind = jnp.dtype(dtype or flat[path].dtype)
-            for layer, name in enumerate(_names(path, config)):
+            for layer, name in enumerate(hf_names(path, config)):
                 made = partial(_converted, name, kind, partial(make, path, layer))
-                tensors.append(_Tensor(name, kind, _hf_shape(shape, inputs), made))
+                tensors.append(_Tensor(name, kind, hf_shape(shape, inputs), made))
     return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
 
 

@@ -7,7 +7,6 @@ needs no special path.
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.model_folder import LFS_POINTER, check_file, read_bytes
 from reft_jax.types import InputError
 
 DTYPES = {
@@ -24,7 +24,6 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-LFS_POINTER = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
@@ -100,45 +99,6 @@ def _not_safetensors(begin: bytes) -> str:
     if begin.lstrip()[:1] == b"<":
         return "is a web page, not the weights; fetch it again"
     return ""
-
-
-def check_file(path: Path) -> None:
-    """InputError unless `path` is a file; a link to nothing and a folder are named."""
-    if os.path.isfile(path):
-        return
-    if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(
-            f"{path}: is a link to {os.readlink(path)}, which is not there; copy with `cp -L`, or fetch it again"
-        )
-    if os.path.exists(path):
-        raise InputError(f"{path}: is a {'folder' if os.path.isdir(path) else 'device'}, not a file; fetch it again")
-    raise InputError(f"{path}: the file is missing; fetch it again")
-
-
-def read_bytes(path: Path, count: int = -1) -> bytes:
-    """The first `count` bytes of a file, or all; InputError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(count)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk") from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or InputError."""
-    check_file(path)
-    text = read_bytes(path)
-    if text.startswith(LFS_POINTER):
-        raise InputError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` in the folder")
-    if not text.strip():
-        raise InputError(f"{path}: is empty; fetch it again")
-    try:
-        raw = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a JSON object is needed, this is a {type(raw).__name__}")
-    return raw
 
 
 def write_json(path: Path, raw: dict) -> None:

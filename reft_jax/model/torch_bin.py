@@ -14,12 +14,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from reft_jax.model.safetensors import DTYPES
+from reft_jax.model.safetensors import DTYPES, LFS_POINTER, check_file
 from reft_jax.types import InputError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that PyTorch before 1.6 wrote
-_FLOATS = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-_OTHERS = ("DoubleStorage", "LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage")
+_FLOATS = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
+_OTHERS = ("LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage")
 
 
 class BinTensor(NamedTuple):
@@ -38,18 +38,19 @@ class _Storage(NamedTuple):
 
 
 class BinFile:
-    """One .bin file. `tensors` are its tensors of float32, float16 and bfloat16 by name, `left_out` the other names.
+    """One .bin file. `tensors` are its floating-point tensors by name, `left_out` the names of the others.
 
     Raises InputError, naming the file, if it is no such file, is cut, or holds anything but a dict of tensors.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        check_file(path)
         try:
             with path.open("rb") as file:
                 self._read(file)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); fetch it again") from None
+            raise InputError(f"{path}: cannot be read ({error.strerror}); check its owner and mode") from None
         except InputError:
             raise
         except Exception as error:  # pickle raises whatever a damaged stream leads it to
@@ -65,7 +66,7 @@ class BinFile:
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
     def _read(self, file: BinaryIO) -> None:
-        if file.read(8) == b"version ":
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise self._error("is a git-lfs pointer, not the file itself", "run `git lfs pull` in its folder")
         zipped = zipfile.is_zipfile(file)
         file.seek(0)
@@ -77,8 +78,6 @@ class BinFile:
         for name, tensor in found.items():
             if not isinstance(tensor, BinTensor):
                 raise self._error(f"entry {name!r} is no tensor", "save the model's state_dict()")
-            if tensor.storage == "DoubleStorage":
-                raise self._error(f"tensor {name} is float64", "save the model as float32")
             self._check_bounds(name, tensor)
         self.tensors = {name: tensor for name, tensor in found.items() if tensor.storage in _FLOATS}
         self.left_out = [name for name, tensor in found.items() if tensor.storage not in _FLOATS]

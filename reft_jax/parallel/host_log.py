@@ -25,12 +25,13 @@ def main(path: str, last: str) -> None:
 
 
 def copy(line: bytes, file) -> None:
-    file.write(line)
-    try:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-    except OSError:  # nobody looks any more, as when an ssh session is closed: the file is what counts
-        pass
+    """Where one of the two cannot be written (a full disk, an ssh session that is closed), the other still is."""
+    for write in (file.write, sys.stdout.buffer.write):
+        try:
+            write(line)
+            sys.stdout.buffer.flush()
+        except OSError:
+            pass
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ With one process all of this is there and does nothing: `gather` gives a list of
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,7 @@ class _State:
         self.client, self.number, self.count, self.names = None, 0, 1, [""]
         self.exchanges = 0
         self.silent: dict[int, float] = {}  # hosts that give no sign of life: seconds
+        self.leaving: list[Callable[[], None]] = []
         self.ended = threading.Event()
 
 
@@ -87,12 +89,14 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     except (SystemExit, Stopped):  # all hosts leave by the same decision
         raise
     except (InputError, NotFiniteError, SaveError) as error:
-        _fail("error: " + " ".join(str(error).splitlines()), error.exit_code)
+        end_all("error: " + " ".join(str(error).splitlines()), error.exit_code)
+    except KeyboardInterrupt:
+        end_all(f"host {number()}: stopped by SIGINT", 128 + signal.SIGINT)
     except BaseException as error:
         traceback.print_exc()
         if _of_the_devices(error):  # it may be that the other side of a connection has died
             _look_for_the_lost()
-        _fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
+        end_all(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
     finally:
         _state.ended.set()
 
@@ -264,24 +268,33 @@ def _look_for_the_lost() -> None:
         _leave(1)
 
 
-def _fail(line: str, code: int) -> None:
-    """Tells the others why this host ends, and ends it."""
+def before_leaving(act: Callable[[], None]) -> None:
+    """Has `act()` called where this process ends because of another host, or by `end_all`: no `finally` runs then."""
+    _state.leaving.append(act)
+
+
+def end_all(line: str, code: int) -> None:
+    """Prints why this host ends, tells the others, which end too, and ends it at once, from any thread."""
     print(line, file=sys.stderr, flush=True)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or host 0 is gone
-        _state.client.key_value_set(f"{KEY}/watch/failed", json.dumps([number(), code, line]))
+    if _state.client:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or host 0 is gone
+            _state.client.key_value_set(f"{KEY}/watch/failed", json.dumps([number(), code, line]))
     _leave(code)
 
 
 def _leave(code: int) -> None:
     """Ends this process at once: an orderly end would wait for the others at a barrier. Host 0, over which all talk,
     waits until those who can have heard why."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _state.client.key_value_set(f"{KEY}/gone/{number()}", "", allow_overwrite=True)
-        deadline = time.monotonic() + 5 * WATCH_S
-        while is_first() and time.monotonic() < deadline:
-            if len(_state.client.key_value_dir_get(f"{KEY}/gone")) + len(_state.silent) >= count():
-                break
-            time.sleep(0.2)
+    for act in _state.leaving:
+        act()
+    if _state.client:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _state.client.key_value_set(f"{KEY}/gone/{number()}", "", allow_overwrite=True)
+            deadline = time.monotonic() + 5 * WATCH_S
+            while is_first() and time.monotonic() < deadline:
+                if len(_state.client.key_value_dir_get(f"{KEY}/gone")) + len(_state.silent) >= count():
+                    break
+                time.sleep(0.2)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

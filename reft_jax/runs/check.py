@@ -49,7 +49,9 @@ class Finding(NamedTuple):
 
 
 def run_check(folder: Path, config) -> bool:
-    """Prints the table as it grows; whether everything passed. InputError if the folder cannot be loaded at all."""
+    """Prints what guards programs here, then the table as it grows; whether everything passed. InputError if the folder
+    cannot be loaded at all.
+    """
     started = time.monotonic()
     examples = synthetic.make_split(config.seed, "train", QUESTIONS, engine=config.data.engine, skipped_share=0.0)
     run = Run(config, folder, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
@@ -60,6 +62,8 @@ def run_check(folder: Path, config) -> bool:
 
         run.mesh = open_mesh(config)
         print(f"check {folder}: {config.model.dtype}, mesh {dict(run.mesh.shape)}\n")
+        for guard in executor.guarding():
+            print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
         with on_mesh(run.mesh):
             for finding in findings(run):
                 passed &= finding.passed

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.store import writing
 from reft_jax.task import answers, gsm8k
 from reft_jax.task.datasets import load_examples, read_rows
 from reft_jax.task.prompts import PROGRAM_HEAD, sft_target
@@ -36,6 +37,9 @@ def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: in
     """
     began = time.monotonic()
     check_writable("--out-dir", out_dir)
+    may_write = [f"{dataset}_{name}.json" for name in (*FILES.values(), "questions")] + ["rejected.jsonl"]
+    if Path(source).parent.resolve() == out_dir.resolve() and Path(source).name in may_write:
+        raise InputError(f"--out-dir: {out_dir} holds {source}, which would be overwritten; choose another")
     source = f"hub:{HUB_GSM8K}/main:train" if source == HUB_GSM8K else source
     published = read_rows(source)
     official = dataset == "gsm8k" and not _is_ours(published)
@@ -48,7 +52,7 @@ def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: in
         executor.shutdown()
     files = {f"{dataset}_{FILES[engine]}.json": kept for engine, kept in made.items() if kept or official}
     files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
-    _write(source, out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
+    _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
     print(_summary(source, len(rows), made, rejected, time.monotonic() - began))
     print(f"{out_dir}: " + ", ".join(f"{name} ({len(kept)})" for name, kept in files.items()) + ", rejected.jsonl")
     programs = made.get("python", [])
@@ -144,27 +148,26 @@ def _as_json(examples: list[Example]) -> str:
     return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
 
 
-def _write(source: str, folder: Path, files: dict[str, str], rejected: list[Rejected], rows: list) -> None:
-    """All files or none: each is written beside its place and moved there when the last one is complete."""
+def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: list) -> None:
+    """All files or none: each is written beside its place and moved there when the last one is complete. SaveError."""
     questions = {row.item_id: row.question for row in rows}
     lines = [
         {"item_id": item_id, "engine": engine, "reason": reason, "question": questions[item_id]}
         for item_id, engine, reason in rejected
     ]
     files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if Path(source).parent.resolve() == folder.resolve() and Path(source).name in files:
-        raise InputError(f"--out-dir: {folder} holds {source}, which would be overwritten; choose another")
     parts = {name: folder / f".{name}.part" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
-            part.write_text(files[name], encoding="utf-8")
+            with writing(folder / name):
+                part.write_text(files[name], encoding="utf-8")
         for name, part in parts.items():
             part.replace(folder / name)
-    except OSError as error:
+    except BaseException:
         for part in parts.values():
             part.unlink(missing_ok=True)
-        raise InputError(f"--out-dir: cannot write to {folder} ({error.strerror}); choose another") from error
+        raise
 
 
 def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Rejected], seconds: float) -> str:

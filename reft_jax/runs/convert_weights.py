@@ -5,9 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from reft_jax.model.safetensors import read_json, write_json, write_tensors
+from reft_jax.model.safetensors import write_json, write_tensors
 from reft_jax.model.torch_bin import BinFile
-from reft_jax.runs.setup import check_writable
+from reft_jax.model_folder import SCRATCH, check_new_folder, read_json
+from reft_jax.store import writing
 from reft_jax.types import InputError
 
 # Files of weights and of optimizers: not copied.
@@ -19,11 +20,10 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
     """Writes `out_dir`, whole or not at all: the weights of `source` as safetensors, its other files copied.
 
     Every tensor keeps its name, type and values. Raises InputError before anything is written if `source` has no
-    such files, if one of them holds anything but tensors, or if `out_dir` has anything in it.
+    such files, if one of them holds anything but tensors, or if `out_dir` has anything in it; SaveError if the disk
+    refuses.
     """
-    check_writable("--out-dir", out_dir)
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise InputError(f"--out-dir: {out_dir} is not empty; choose another folder or remove it")
+    check_new_folder("--out-dir", out_dir)
     files = [BinFile(source / name) for name in _bin_files(source)]
     seen: dict[str, Path] = {}
     for file in files:
@@ -33,15 +33,16 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
             seen[name] = file.path
     if not seen:
         raise InputError(f"{source}: its pytorch_model*.bin files hold no tensors; fetch them again")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as scratch:
-        target = Path(scratch) / "model"
-        target.mkdir()
-        _write(files, target)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(WEIGHTS):
-                shutil.copy(path, target / path.name)
-        os.replace(target, out_dir)
+    with writing(out_dir):
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=SCRATCH) as scratch:
+            target = Path(scratch) / "model"
+            target.mkdir()
+            _write(files, target)
+            for path in sorted(source.iterdir()):
+                if path.is_file() and not path.name.endswith(WEIGHTS):
+                    shutil.copy(path, target / path.name)
+            os.replace(target, out_dir)
     left_out = [name for file in files for name in file.left_out]
     if left_out:
         print(f"left out, for they hold no weights: {', '.join(left_out)}")

@@ -1,6 +1,5 @@
 """The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
 
-import json
 from itertools import chain
 
 import numpy as np
@@ -27,6 +26,7 @@ from reft_jax.runs.stages import (
 from reft_jax.task.intervals import slope_interval
 from reft_jax.task.provenance import stored
 from reft_jax.task.records import first_samples
+from reft_jax.train.metrics import read_metrics
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
@@ -61,8 +61,7 @@ def expected(run: Run, name: str) -> bool:
 
 
 def metrics_lines(run: Run, stage: str) -> list[dict]:
-    path = run.workdir / stage / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(run.workdir / stage)
 
 
 def run_evaluate(run: Run) -> dict:

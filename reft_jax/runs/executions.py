@@ -1,14 +1,13 @@
 """The audit log of a work directory: every graded completion, what became of its program, and what it earned.
 
 `executions.jsonl.gz` is only ever appended to, one gzip member a batch: a crash can tear the last member, which the
-next start cuts off. A batch that a resumed run repeats is logged again, for it was executed again.
+next start cuts off when it first writes. A batch that a resumed run repeats is logged again, for it was executed again.
 """
 
 import gzip
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from reft_jax.parallel.hosts import is_first
+from reft_jax.store import writing
 from reft_jax.task.answers import judge
 from reft_jax.types import Example, InputError, Verdict
 
 LOG_NAME = "executions.jsonl.gz"
+FIELDS = {"purpose", "item_id", "answer_value", "outcome", "ms", "value", "correct", "reward"}
 
 
 def program_hash(text: str) -> str:
@@ -47,29 +48,38 @@ class ExecutionLog:
     """Appends to the log of one work directory; where there are several hosts, the first one does."""
 
     def __init__(self, workdir: Path):
+        """Raises InputError if the log is damaged in a way that no crash explains."""
         self.path = workdir / LOG_NAME
-        if is_first() and self.path.exists() and (whole := whole_bytes(self.path)) < self.path.stat().st_size:
-            os.truncate(self.path, whole)
+        self._whole = whole_bytes(self.path) if is_first() and self.path.exists() else None
 
     def append(self, executions: Iterable[dict]) -> None:
-        """Writes one batch, if there is anything in it; it is on its way to the disk when this returns."""
+        """Writes one batch, if there is anything in it; it is on its way to the disk when this returns. SaveError."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in executions)
         if not text or not is_first():
             return
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
+            if self._whole is not None:
+                file.truncate(self._whole)
+                self._whole = None
             file.write(gzip.compress(text.encode()))
 
 
 def whole_bytes(path: Path) -> int:
-    """Length of the file up to the end of its last whole gzip member."""
+    """Length of the file up to the end of its last whole gzip member; another may have been begun.
+
+    Raises InputError if something else follows.
+    """
     whole = 0
     with path.open("rb") as file:
         member, data = zlib.decompressobj(wbits=31), file.read(1 << 20)
         while data:
             try:
                 member.decompress(data)
-            except zlib.error:
-                return whole
+            except zlib.error as error:
+                raise InputError(
+                    f"{path}: damaged after byte {whole} ({error}); restore it from a copy, or move it away and a new "
+                    "one begins"
+                ) from error
             if not member.eof:
                 data = file.read(1 << 20)
                 continue
@@ -89,9 +99,14 @@ def read_executions(path: Path) -> Iterator[dict]:
     with gzip.open(whole, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error}); restore it from a copy") from None
+                found = json.loads(line)
+                if not FIELDS <= found.keys():
+                    raise ValueError("fields are missing")
+            except (ValueError, AttributeError) as error:
+                raise InputError(
+                    f"{path}: line {number} is not an execution ({error}); restore it from a copy"
+                ) from error
+            yield found
 
 
 def replay(workdir: Path) -> bool:

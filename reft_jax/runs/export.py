@@ -4,14 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from reft_jax import __version__
 from reft_jax.model.hf import stored_in
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model.safetensors import DTYPES
+from reft_jax.parallel import hosts
 from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import TITLES, abstract_reranker, done, load_model
+from reft_jax.store import writing
 from reft_jax.task.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
+from reft_jax.types import InputError
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
 
@@ -19,17 +24,24 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of 
 def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
     """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
 
-    `dtype`: of the weights, if not that of the base's embeddings.
+    `dtype`: of the weights, if not the base's. Raises SaveError.
     """
-    is_reranker = name.startswith("rerank_")
-    params = load_model(run, name, abstract_reranker(run) if is_reranker else None)
-    head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
-    dtype = dtype or DTYPES[stored_in(run.base)["model.embed_tokens.weight"].dtype]
-    save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
     licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
-    for path in licences:
-        shutil.copy(path, out / path.name)
-    (out / "README.md").write_text(model_card(run, name, [path.name for path in licences]), encoding="utf-8")
+    card = model_card(run, name, [path.name for path in licences])
+    params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
+    head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
+    base = DTYPES[stored_in(run.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
+    with writing(out):
+        save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
+        try:
+            if hosts.is_first():
+                for path in licences:
+                    shutil.copy(path, out / path.name)
+                (out / "README.md").write_text(card, encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(out)  # so that the same command may be given again
+            raise
     print(f"{name} -> {out}")
 
 
@@ -66,7 +78,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
             "",
             "## Measured",
             "",
-            *(measured(json.loads(report.read_text())) if report.exists() else ["Not evaluated yet."]),
+            *(measured(report) if report.exists() else ["Not evaluated yet."]),
             "",
         ]
     )
@@ -109,9 +121,15 @@ def stages(run: Run, name: str, base: str) -> list[str]:
     return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
 
 
-def measured(report: dict) -> list[str]:
+def measured(path: Path) -> list[str]:
+    """The table of a report.json. InputError if it cannot be read."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        table = markdown_table(report).rstrip()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not a report ({error!r}); run evaluate again, or remove it") from error
     return [
         f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets.",
         "",
-        markdown_table(report).rstrip(),
+        table,
     ]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from reft_jax.parallel import hosts
+from reft_jax.store import write_whole, writing
 from reft_jax.types import NotFiniteError, Stopped
 
 STDERR = 2  # the descriptor: stacks go there even if Python's own stream is stuck
@@ -90,8 +91,9 @@ def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inpu
     saved = folder / f"not_finite_{at}.npz"
     about = {"step": at, "numbers": {name: str(value) for name, value in numbers.items()}, "item_ids": list(item_ids)}
     if hosts.is_first():
-        np.savez(saved, **inputs)
-        saved.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+        with writing(saved):
+            np.savez(saved, **inputs)
+        write_whole(saved.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     raise NotFiniteError(
         f"{folder.name} {at}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; items "
         f"{', '.join(list(item_ids)[:8])}{', …' if len(item_ids) > 8 else ''}; what it read is in {saved}"

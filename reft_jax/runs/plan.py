@@ -22,7 +22,7 @@ from reft_jax.config import flatten
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.model.safetensors import read_json
+from reft_jax.model_folder import read_json
 from reft_jax.parallel import chips
 from reft_jax.parallel.hlo import Cost, count
 from reft_jax.parallel.mesh import check_divides, make_mesh, on_mesh

@@ -10,6 +10,7 @@ from reft_jax import executor
 from reft_jax.runs.report import print_report, write_sweep
 from reft_jax.runs.results import Answers, by_item, read_answers, table
 from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.store import writing
 from reft_jax.task.provenance import ASIDE
 from reft_jax.task.records import GREEDY, RERANK, regrade
 from reft_jax.types import InputError
@@ -43,7 +44,8 @@ def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed
         reports.append(report | table(models, seed))
         print_report(reports[-1])
     if out_dir:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
         write_sweep(out_dir, reports)
     print(f"\n{time.monotonic() - began:.0f} s")
 

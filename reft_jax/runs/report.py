@@ -17,11 +17,11 @@ percentages exist only in print. A run has one report, a sweep one for each data
 """
 
 import json
-import os
 import textwrap
 from datetime import timedelta
 from pathlib import Path
 
+from reft_jax.store import write_whole
 from reft_jax.task.intervals import wilson
 
 NOTHING = "–"
@@ -112,9 +112,7 @@ def markdown(report: dict) -> str:
 
 def _write(path: Path, text: str, data) -> None:
     for suffix, content in ((".md", text), (".json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")):
-        whole = path.with_suffix(suffix + ".tmp")
-        whole.write_text(content, encoding="utf-8")
-        os.replace(whole, path.with_suffix(suffix))
+        write_whole(path.with_suffix(suffix), content)
 
 
 def _bullets(lines: list[str]) -> str:

@@ -100,7 +100,11 @@ class Grading:
             limits = self.config.executor
             self._streams[want] = self._stack.enter_context(
                 executor.stream(
-                    timeout_s=limits.timeout_s, workers=limits.workers, memory_mb=limits.memory_mb, want=want
+                    timeout_s=limits.timeout_s,
+                    workers=limits.workers,
+                    want=want,
+                    memory_mb=limits.memory_mb,
+                    program_kb=limits.program_kb,
                 )
             )
         return self._streams[want]

@@ -13,19 +13,22 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from reft_jax import __version__, executor
 from reft_jax.config import flatten, to_json
 from reft_jax.parallel import hosts
+from reft_jax.runs import lock
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
+from reft_jax.store import write_whole, writing
 from reft_jax.task import datasets, prompts
 from reft_jax.task.provenance import examples_checksum
 from reft_jax.task.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
@@ -37,6 +40,7 @@ MACHINE += ("watchdog_minutes",)
 DATA = ("seed", "toy.", "data.train", "data.dev", "data.engine")  # settings that decide what training and dev rows are
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
 
+PATHS = ("model.path", "data.train", "data.test", "data.dev")
 BY_ROW = ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots")
 Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
 
@@ -140,19 +144,53 @@ def commit() -> str:
         return ""
 
 
-def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = ()) -> None:
+def with_absolute_paths(config, workdir: Path):
+    """The config with the absolute paths of its model and its files: what config.json records, wherever a start is.
+
+    A relative path that leads nowhere from here is the one recorded in `workdir`, if that ends in it.
+    """
+    flat, before = flatten(config), recorded(workdir) or {}
+    paths = {key: absolute(flat[key]) for key in PATHS}
+    for key, path in paths.items():
+        known, tail = str(before.get(key)), [part for part in Path(path).parts if part != ".."]
+        if not os.path.exists(path) and os.path.isabs(known) and tail and list(Path(known).parts[-len(tail) :]) == tail:
+            print(f"{key}: {path} is {known}, as before", flush=True)
+            paths[key] = known
+    changed = ConfigDict(config, type_safe=False)
+    changed.update_from_flattened_dict(paths)
+    return FrozenConfigDict(changed)
+
+
+def absolute(path: str) -> str:
+    """A setting's path, absolute if there is something; "toy" and hub names stay."""
+    named = path in ("", "toy") or path.startswith("hub:")
+    return os.path.abspath(path) if not named and os.path.exists(path) else path
+
+
+def recorded(workdir: Path) -> dict | None:
+    """The settings that `workdir` was made with, None if it is new. InputError if they cannot be read."""
+    path = workdir / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error
+
+
+def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, reads: bool = False) -> None:
     """Writes nothing. InputError unless `workdir` can be written and, where it was used before, was so with `config`.
 
     The settings of MACHINE and those named in `allowed` may differ. `needs` are the models that earlier stages must
-    have made in it.
+    have made in it. A command that only `reads` need not be able to write.
     """
-    check_writable("--workdir", workdir)
-    path = workdir / "config.json"
-    if path.exists():
-        try:
-            before, now = dict(json.loads(path.read_text())), json.loads(to_json(config))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error
+    if not reads:
+        for folder in [workdir, *(path for path in workdir.glob("*") if path.is_dir())]:
+            check_writable("--workdir", folder)
+    before = recorded(workdir)
+    if before is not None:
+        before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
+        now = json.loads(to_json(config))
         changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         if refused := [key for key in changed if key not in allowed]:
@@ -179,21 +217,26 @@ def check_writable(flag: str, folder: Path) -> None:
 def create_workdir(config, workdir: Path) -> None:
     """Makes the work directory, if it is new, and records config and versions; a changed config takes its place.
 
-    One host does it; all must see it.
+    What finished stages left behind goes. One host does it; all must see it. Raises SaveError.
     """
     path, text = workdir / "config.json", to_json(config) + "\n"
-    if hosts.is_first() and not (path.exists() and path.read_text() == text):
-        try:
+    if hosts.is_first():
+        with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-            whole = path.with_suffix(".tmp")
-            whole.write_text(text)
-            whole.rename(path)  # last: from here on the directory is in use
-        except OSError as error:
-            raise InputError(f"--workdir: cannot write to {workdir} ({error.strerror}); choose another") from error
+        if not (path.exists() and path.read_text(encoding="utf-8") == text):
+            write_whole(workdir / "versions.json", json.dumps(versions(), indent=1) + "\n")
+            write_whole(path, text)  # last: from here on the directory is in use
+        for done in workdir.glob("*/done.json"):
+            remove_leftovers(done.parent)
     hosts.gather("the work directory", None)
     if not path.exists():
         raise InputError(f"--workdir: {workdir} of host 0 is not there on host {hosts.number()}; choose a shared one")
+
+
+def remove_leftovers(stage: Path) -> None:
+    """What a finished stage no longer needs: its saved steps and its best models, each as large as a model or three."""
+    for folder in (stage / "checkpoints", *stage.glob("best_*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_data(config, paths: dict[str, str]) -> Data:
@@ -254,10 +297,12 @@ def data_facts(run: Run) -> dict:
 
 
 def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
-    """Before JAX; says on stderr what guards a program. InputError if nothing does and that is not allowed."""
+    """Before JAX; says on stderr what guards a program. InputError if too little does and that is not allowed, or if
+    this machine gives no room for it.
+    """
     try:
         print(executor.start(workers, memory_mb, allow_unsandboxed), file=sys.stderr, flush=True)
-    except executor.UnprotectedError as error:
+    except executor.InfrastructureError as error:
         raise InputError(str(error)) from error
 
 
@@ -271,7 +316,9 @@ def checked_tokenizer(folder: Path, *, reranker: bool = False):
     vocab_size = check_folder(folder, reranker=reranker).vocab_size
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
-    all_end_ids(tokenizer, folder)
+    if others := [index for index in all_end_ids(tokenizer, folder) if index != tokenizer.eos_token_id]:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(others)))
+        print(f"{folder}: by its eos_token_id a rollout also ends at {names}", file=sys.stderr, flush=True)
     return tokenizer
 
 
@@ -311,29 +358,38 @@ def make_engine(run: Run):
 
 
 @contextmanager
-def open_run(config, workdir: Path, needs: list[str], allowed: Sequence[str] = ()) -> Iterator[Run]:
+def open_run(
+    config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, reads: bool = False
+) -> Iterator[Run]:
     """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end.
 
-    `allowed` are settings that may differ from those the work directory was made with.
+    `allowed` are settings that may differ from those the work directory was made with. A command that only `reads`
+    comes in while another one works there, and writes nothing in it.
     """
     workdir = workdir.absolute()
     hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
-    check_workdir(config, workdir, needs, allowed)
+    if not reads:
+        lock.look(workdir)
+    config = with_absolute_paths(config, workdir)
+    check_workdir(config, workdir, needs, allowed, reads=reads)
     with Guards(config.watchdog_minutes) as guards:
-        with _opened(config, workdir, guards) as run:
+        with _opened(config, workdir, guards, reads) as run:
             guards.check()
             yield run
 
 
 @contextmanager
-def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
+def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]:
     toy = config.model.path == "toy"
     if not toy:
         base = Path(config.model.path)
         data = load_data(config, {"train": config.data.train, "dev": config.data.dev, "test": config.data.test})
         run = tokenized(Run(config, workdir, base, checked_tokenizer(base), data))
-    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
-    try:
+    with ExitStack() as stack:
+        if not reads:
+            stack.enter_context(lock.held(workdir))
+        start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
+        stack.callback(executor.shutdown)
         import jax
 
         from reft_jax.model.heads import ValueHead
@@ -349,7 +405,7 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
             from reft_jax.runs.toy import write_data, write_model
 
             def write_toy_data() -> dict[str, str]:
-                if not (workdir / "config.json").exists():  # what a start with other settings may have left
+                if not reads and not (workdir / "config.json").exists():  # what a start with other settings has left
                     shutil.rmtree(workdir / "toy", ignore_errors=True)
                 return write_data(config, workdir / "toy")
 
@@ -359,8 +415,9 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
             run = tokenized(Run(config, workdir, base, load_tokenizer(base), data))
         model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
         check_divides(mesh, abstract_params(model, ValueHead(), "value_head"))
-        create_workdir(config, workdir)
-        hosts.log_to(workdir / "logs")
+        if not reads:
+            create_workdir(config, workdir)
+            hosts.log_to(workdir / "logs")
         hosts.agree("the data", **data_facts(run))
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         run.mesh, run.model, run.executions = mesh, model, ExecutionLog(workdir)
@@ -368,5 +425,3 @@ def _opened(config, workdir: Path, guards: Guards) -> Iterator[Run]:
         run.engine = make_engine(run)
         with on_mesh(mesh):
             yield run
-    finally:
-        executor.shutdown()

@@ -91,9 +91,24 @@ def reranker(run: Run, name: str) -> Weights:
 
 
 def done(run: Run, stage: str) -> dict | None:
-    """What `Training.finish` wrote for this stage, or None if it has not ended."""
-    path = run.workdir / stage / "done.json"
-    return hosts.from_first(f"is {stage} done?", lambda: json.loads(path.read_text()) if path.exists() else None)
+    """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
+    return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir / stage / "done.json"))
+
+
+def read_result(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        problem = None if {"seconds", "checksum"} <= dict(result).keys() else "fields are missing"
+    except (OSError, ValueError, TypeError) as error:
+        problem = error
+    if problem:
+        raise InputError(
+            f"{path}: not what a finished stage writes ({problem}); restore it from a copy, or remove "
+            f"{path.parent} and {path.parent.parent / 'models' / path.parent.name} to begin the stage again"
+        )
+    return result
 
 
 def finished(run: Run, stage: str) -> dict | None:

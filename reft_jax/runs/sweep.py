@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reft_jax import executor
 from reft_jax.config import flatten
-from reft_jax.model.safetensors import read_json
 from reft_jax.parallel import hosts
+from reft_jax.runs import lock, paths
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.runs.report import print_report, write_sweep
@@ -30,10 +30,13 @@ from reft_jax.runs.setup import (
     create_workdir,
     make_engine,
     open_mesh,
+    recorded,
     shorten,
     start_executor,
     versions,
+    with_absolute_paths,
 )
+from reft_jax.store import write_whole
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.provenance import ASIDE
 from reft_jax.types import Example, InputError
@@ -76,22 +79,20 @@ class Checkpoint(NamedTuple):
 def parse_checkpoints(text: str) -> list[Checkpoint]:
     """Of `[NAME=]FOLDER[+RERANKER],…`; without NAME it is that of the folder. Raises InputError."""
     checkpoints = []
-    for part in text.split(","):
-        name, _, folders = part.rpartition("=")
-        folder, *reranker = folders.split("+")
-        if len(reranker) > 1:
-            raise InputError(f"--models: {part!r} has more than one '+'; write [NAME=]FOLDER[+RERANKER]")
-        judge = find(reranker[0], reranker=True) if reranker else None
+    for entry in paths.listed(text, paths.is_checkpoint):
+        name, folders = paths.named(entry)
+        folder, reranker = paths.with_reranker(folders)
+        judge = find(reranker, reranker=True) if reranker else None
         checkpoints.append(Checkpoint(name or Path(folder).name, find(folder), judge))
     return checkpoints
 
 
 def parse_data(text: str) -> dict[str, str]:
     """{name: file} of `[NAME=]FILE,…`; without NAME it is the file's, without its suffix."""
-    pairs = [part.rpartition("=") for part in text.split(",")]
-    names = [name or Path(file).stem for name, _, file in pairs]
+    pairs = [paths.named(entry) for entry in paths.listed(text, paths.is_data)]
+    names = [name or Path(file).stem for name, file in pairs]
     check_names("--data", names)
-    return {name: file for name, (_, _, file) in zip(names, pairs, strict=True)}
+    return {name: file for name, (_, file) in zip(names, pairs, strict=True)}
 
 
 def check_names(flag: str, names: list[str]) -> None:
@@ -115,14 +116,14 @@ def find(folder: str, *, reranker: bool = False) -> Source:
     What a Hugging Face folder holds is looked at later; of a stage's model the name says whether it is a reranker.
     """
     path = Path(folder).absolute()
-    settings = path.parent.parent / "config.json"
-    is_stage = path.is_dir() and path.parent.name == "models" and settings.is_file()
-    if is_stage and not (path / "config.json").exists():
+    workdir = path.parent.parent
+    settings = recorded(workdir) if path.is_dir() and path.parent.name == "models" else None
+    if settings is not None and not (path / "config.json").exists():
         if path.name.startswith("rerank_") != reranker:
             kind = "no reranker" if reranker else "a reranker, which writes no text"
             raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
-        base = read_json(settings).get("model.path")
-        return Source(path, path.parent.parent / "toy" / "model" if base == "toy" else Path(str(base)))
+        base = settings.get("model.path")
+        return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
     if path.is_dir():
         return Source(path, path)
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
@@ -136,12 +137,19 @@ def run_sweep(
     `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
     """
     hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
+    lock.look(workdir)
+    config = with_absolute_paths(config, workdir)
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
     check_workdir(config, workdir, [], allowed)
     data = {
         name: shorten(load_examples(file, need_cot=False), config.data.test_limit, config.seed)
         for name, file in files.items()
     }
+    with lock.held(workdir):
+        return _swept(config, workdir, checkpoints, data)
+
+
+def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str, list[Example]]) -> list[dict]:
     with (
         Guards(config.watchdog_minutes) as guards,
         open_sweep(config, workdir, checkpoints, guards) as run,
@@ -184,9 +192,7 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
                 f"another NAME= or another work directory, or remove {path}: the old answers then move aside"
             )
     if before | sources != before:
-        whole = path.with_suffix(".tmp")
-        whole.write_text(json.dumps(before | sources, indent=1) + "\n")
-        whole.rename(path)
+        write_whole(path, json.dumps(before | sources, indent=1) + "\n")
 
 
 @contextmanager
@@ -203,6 +209,10 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Gua
 
         mesh = open_mesh(config)
         check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
+        for checkpoint in checkpoints:
+            for source in filter(None, (checkpoint.model, checkpoint.reranker)):
+                if source.is_stage:
+                    check_stage(source, reranker=source is checkpoint.reranker)
         create_workdir(config, workdir)
         hosts.log_to(workdir / "logs")
         keep_compiled(Path(config.compiled or workdir / "compiled"))
@@ -212,6 +222,18 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Gua
             yield run
     finally:
         executor.shutdown()
+
+
+def check_stage(source: Source, *, reranker: bool) -> None:
+    """Reads no weights. InputError unless what a stage made is a policy, or a reranker, with its base's shapes."""
+    from reft_jax.model.heads import RerankHead, ValueHead
+    from reft_jax.model.hf import read_config
+    from reft_jax.model.llama import Llama
+    from reft_jax.train.checkpoints import check_shapes
+    from reft_jax.train.state import abstract_params
+
+    head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
+    check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
 
 
 def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:

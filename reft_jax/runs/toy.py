@@ -16,6 +16,7 @@ import numpy as np
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.store import write_whole
 from reft_jax.task import prompts, synthetic
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import Example
@@ -38,7 +39,7 @@ def write_data(config, folder: Path) -> dict[str, str]:
         kept = [p.example for p in problems if not (split == "train" and toy.drop_skipped and p.skipped)]
         folder.mkdir(parents=True, exist_ok=True)
         records = [{k: v for k, v in example._asdict().items() if v is not None} for example in kept]
-        path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        write_whole(path, json.dumps(records, indent=1))
     return paths
 
 

@@ -14,13 +14,14 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays
 from reft_jax.runs.guards import check_finite
 from reft_jax.runs.rollout import greedy, top1
-from reft_jax.runs.setup import Run
+from reft_jax.runs.setup import Run, remove_leftovers
+from reft_jax.store import write_whole
 from reft_jax.train.batches import epoch_order
 from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.metrics import MetricsWriter, Progress
 from reft_jax.train.state import abstract_state, new_state, state_shardings
-from reft_jax.types import InputError, Stopped
+from reft_jax.types import InputError, SaveError, Stopped
 
 
 class Training:
@@ -74,7 +75,7 @@ class Training:
             if together and self.done:
                 self.save()
         finally:
-            with contextlib.suppress(OSError):  # of a full disk; every line is on it already
+            with contextlib.suppress(SaveError):  # of a full disk; every line is on it already
                 self.metrics.close()
             self.checkpoints.close()
 
@@ -127,7 +128,7 @@ class Training:
     def finish(self, model: Path, result: dict) -> dict:
         """Hands on the model (the best one, or the last one where a stage does not choose) and marks the stage done.
 
-        The states of the stage, three times the model's size, are removed: nothing reads them any more.
+        The states of the stage, three times the model's size, and its other best models are removed.
         """
         self.check_finite()
         self.metrics.close()
@@ -145,10 +146,8 @@ class Training:
             model.parent.mkdir(exist_ok=True)
             shutil.rmtree(model, ignore_errors=True)
             best.rename(model)
-        whole = self.folder / "done.tmp"
-        whole.write_text(json.dumps(result, indent=1) + "\n")
-        whole.rename(self.folder / "done.json")
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        write_whole(self.folder / "done.json", json.dumps(result, indent=1) + "\n")
+        remove_leftovers(self.folder)
         return result
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from reft_jax.store import write_whole, writing
 from reft_jax.task.records import SCHEMA, read_file
 from reft_jax.types import Example
 
@@ -138,30 +139,30 @@ def _tell_versions(folder: Path, recorded: str) -> None:
 
 def _aside(path: Path, *, copy: bool = False) -> Path:
     folder = path.parent / ASIDE
-    folder.mkdir(exist_ok=True)
     name, _, suffixes = path.name.partition(".")
     number = 1
     while (place := folder / f"{name}.{number}.{suffixes}").exists():
         number += 1
-    (shutil.copy if copy else os.rename)(path, place)
+    with writing(place):
+        folder.mkdir(exist_ok=True)
+        (shutil.copy if copy else os.rename)(path, place)
     return place
 
 
 def rewrite(path: Path, headers: Sequence[dict], records: Sequence[dict]) -> None:
-    """Replaces the file in one go."""
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_text("".join(json.dumps(line) + "\n" for line in (*headers, *records)), encoding="utf-8")
-    os.replace(whole, path)
+    """Replaces the file in one go. SaveError."""
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in (*headers, *records)))
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[TextIO]:
-    """The file, open at the end of its last whole line. It is written by the line: a crash loses none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _end_line(path)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
-        yield file
+    """The file, open at the end of its last whole line. It is written by the line: a crash loses none. SaveError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _end_line(path)
+        with path.open("a", encoding="utf-8", buffering=1) as file:
+            yield file
 
 
 def _end_line(path: Path) -> None:

@@ -8,34 +8,83 @@ A step is a folder, `checkpoints/120/`, that counts from the moment when its man
 """
 
 import json
+import logging
+import os
 import shutil
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
+from reft_jax.parallel.mesh import unboxed
+from reft_jax.store import DISK, writing
 from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, write_manifest
 from reft_jax.types import InputError, SaveError
 
+# What Orbax logs as an error, with the stacks of its threads, it also raises: one line of ours says it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+
 
 def save_params(folder: Path, params) -> None:
-    """Writes a parameter tree; an older one goes only once this is complete (Orbax's own `force` deletes first)."""
+    """Writes a parameter tree; an older one goes only once this is complete (Orbax's own `force` deletes first).
+
+    Raises SaveError.
+    """
     whole = folder.with_name(folder.name + ".new").absolute()
     checksums = array_checksums(params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(whole, params, force=True)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(whole, params, force=True)
+    except Exception as error:  # Orbax has its own kind for every file system
+        if hosts.is_first():
+            for part in whole.parent.glob(f"{whole.name}*"):  # they may be what fills the disk
+                shutil.rmtree(part, ignore_errors=True)
+        raise SaveError(
+            f"{folder} could not be saved ({first_line(error)}); what was saved before is whole: make room or repair "
+            "the disk, then run the same command again"
+        ) from error
     if hosts.is_first():
-        (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
-        write_manifest(whole)
-        old = folder.with_name(folder.name + ".old")
-        if folder.exists():
+        with writing(folder):
+            (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
+            write_manifest(whole)
+            old = folder.with_name(folder.name + ".old")
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            whole.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        whole.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     hosts.gather(f"{folder} is whole", None)
+
+
+def check_shapes(folder: Path, abstract) -> None:
+    """Reads no arrays. InputError unless saved parameters have the names and shapes of `abstract`."""
+
+    def shapes(tree) -> dict[str, tuple]:
+        return {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = shapes(checkpointer.metadata(folder.absolute()).item_metadata.tree)
+    except Exception as error:  # Orbax has its own kind for every sort of damage
+        raise InputError(
+            f"{folder}: no model can be read there ({first_line(error)}); restore it from a copy"
+        ) from error
+    wanted = shapes(unboxed(abstract))
+    if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
+        name = different[0]
+        raise InputError(
+            f"{folder}: {name} has shape {found.get(name, 'none: it is missing')}, but {wanted.get(name, 'none')} is "
+            "needed; is it another kind of model, or of another base?"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong; of a disk that refuses only its reason, for Orbax says in kilobytes where that was."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return next((reason for reason in map(os.strerror, DISK) if reason in line), line)
 
 
 def load_params(folder: Path, abstract):
@@ -177,10 +226,9 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
         whole = self._whole()
         last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise SaveError(
-            f"{folder} could not be saved ({first_line}); {last}; make room or repair the disk, then run the same "
-            "command again"
+            f"{folder} could not be saved ({first_line(error)}); {last}; make room or repair the disk, then run the "
+            "same command again"
         ) from error
 
     def _quarantine(self, step: int, reason: str) -> None:

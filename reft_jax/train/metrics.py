@@ -5,17 +5,49 @@ Where there are several hosts the first one writes and shows; the others' object
 
 import json
 import math
-import os
 import shutil
+import socket
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from reft_jax.parallel.hosts import is_first
+from reft_jax.store import write_whole, writing
 from reft_jax.types import InputError
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of `folder/metrics.jsonl`, none if there is no such file; a null is left out.
+
+    A last line cut short by a crash is left out as well. Raises InputError when any other line is not a JSON object
+    with a step.
+    """
+    return [
+        {name: value for name, value in line.items() if value is not None}
+        for line in _read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def _read_lines(path: Path) -> list[dict]:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    found = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int | float):
+                raise TypeError
+            found.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise InputError(
+                    f"{path}: line {number} is not a JSON object with a step; repair or remove it"
+                ) from error
+    return found
 
 
 class MetricsWriter:
@@ -32,28 +64,27 @@ class MetricsWriter:
     def __init__(self, folder: Path):
         self._path, self._file = folder / "metrics.jsonl", None
         self._tb_folder = folder / "tb"
-        self._tb: SummaryWriter | None = None  # made by the first write, when it is known whether the run resumes
+        self._tb: TensorBoard | None = None  # made by the first write, when it is known whether the run resumes
         self._purge_step: int | None = None
         if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)  # by the line: a crash loses none written
+            with writing(self._path):
+                folder.mkdir(parents=True, exist_ok=True)
+                # By the line: a crash loses none written.
+                self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values (anything `float` takes) of one step."""
+        """Writes the values (anything `float` takes) of one step. Raises SaveError."""
         if self._file is None:
             return
         if self._tb is None:
-            # The library names files by the second: without a suffix a quick restart would overwrite the one before.
-            suffix = f".{time.time_ns()}"
-            self._tb = SummaryWriter(
-                str(self._tb_folder), purge_step=self._purge_step, flush_secs=30, filename_suffix=suffix
-            )
+            self._tb = TensorBoard(self._tb_folder, self._purge_step)
         line: dict[str, float | None] = {"step": int(step)}
         for name, value in values.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else None
-            self._tb.add_scalar(name, number, step)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._tb.write(step, {name: float(value) for name, value in values.items()})
+        with writing(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def truncate_after(self, step: int) -> None:
         """Forgets every later step, for a run that resumes at `step` and writes them again; call it before `write`.
@@ -63,35 +94,63 @@ class MetricsWriter:
         """
         if self._file is None:
             return
-        kept = []
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError) as error:
-                if number < len(lines):
-                    raise InputError(
-                        f"{self._path}: line {number} is not a JSON object with a step; repair or remove it"
-                    ) from error
+        kept = [json.dumps(line) + "\n" for line in _read_lines(self._path) if line["step"] <= step]
         self._file.close()
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(kept), encoding="utf-8")
-        os.replace(whole, self._path)
+        write_whole(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._purge_step = step + 1
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._tb is not None:
-            self._tb.close()
+        """Raises SaveError."""
+        try:
+            if self._file is not None:
+                with writing(self._path):
+                    self._file.close()
+        finally:
+            if self._tb is not None:
+                self._tb.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class TensorBoard:
+    """A file of events, written by the caller: the library's own thread would die on a full disk, and the run with its
+    queue full would wait for it for ever. Raises SaveError.
+    """
+
+    FLUSH_SECONDS = 30.0
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        """`purge_step`: from here on the events of older files are hidden."""
+        self._folder, self._flushed = folder, time.monotonic()
+        # Nanoseconds: a quick restart would otherwise overwrite the file before.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = RecordWriter(str(folder / name))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=int(step), wall_time=time.time(), summary=Summary(value=points)))
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            with writing(self._folder):
+                self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with writing(self._folder):
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        with writing(self._folder):
+            self._file.write(event.SerializeToString())
 
 
 class Progress:

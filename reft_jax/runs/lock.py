@@ -1,0 +1,213 @@
+"""One run per work directory: `lock.json` says which process works there.
+
+The file is the whole lock, and three operations are all it needs: read it, replace it if it is still what was read, and
+touch it as a sign of life. Where it is missing or empty nobody holds the lock. Readers (`export`, `evaluate --samples`
+and `--replay`) do not ask.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from reft_jax.parallel import hosts
+from reft_jax.store import writing
+from reft_jax.types import InputError
+
+LOCK_NAME = "lock.json"
+BEAT_S = 20.0  # between two signs of life
+SILENCE_S = 90.0  # without one, a holder on another machine counts as dead
+TEXT = {"encoding": "utf-8", "errors": "replace"}
+
+
+class Holder(NamedTuple):
+    """The process that holds a lock.
+
+    machine: equal where process ids can be compared. started: tells a process from a later one with its id.
+    workdir: tells the lock's own folder from a copy of it.
+    """
+
+    host: str
+    pid: int
+    since: str
+    machine: str
+    started: str
+    workdir: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host} since {self.since}"
+
+
+def look(workdir: Path) -> None:
+    """Writes nothing. Raises InputError if another process works in `workdir`."""
+    if hosts.is_first():
+        _left_by(workdir, _read(workdir / LOCK_NAME))
+
+
+@contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Inside, this run works in `workdir`, which is made if it is new, and no other one does. Host 0 holds the lock.
+
+    Raises InputError if another process holds it, SaveError if it cannot be written. A process that loses it, because
+    it was not heard of for SILENCE_S, ends at once: the other one writes now.
+    """
+    if not hosts.is_first():
+        hosts.gather("the work directory is free", None)
+        yield
+        return
+    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    path, mine = workdir / LOCK_NAME, json.dumps(_myself(workdir)._asdict())
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    while True:
+        before = _read(path)
+        takes_over = _left_by(workdir, before)
+        if _swap(path, before, mine):
+            break
+    if takes_over:
+        print(f"{workdir}: takes over from {takes_over}", flush=True)
+    ended = threading.Event()
+
+    def release() -> None:
+        ended.set()
+        with suppress(OSError):
+            _swap(path, mine, "")
+            for folder in new:  # of a start that found something wrong: only what is empty goes
+                folder.rmdir()
+
+    threading.Thread(target=_beat, args=(path, mine, ended), name="reft-lock", daemon=True).start()
+    hosts.before_leaving(release)
+    try:
+        hosts.gather("the work directory is free", None)
+        yield
+    finally:
+        release()
+
+
+def _left_by(workdir: Path, text: str) -> str:
+    """Who left this lock behind and how that is known; "" for no lock. Raises InputError if its holder is alive."""
+    if not text:
+        return ""
+    path = workdir / LOCK_NAME
+    try:
+        holder = Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        holder = None
+    if holder and holder.machine == _machine():
+        if not _is_alive(holder.pid, holder.started):
+            return f"{holder}, which has ended"
+        if os.path.exists(holder.workdir) and not os.path.samefile(holder.workdir, workdir):
+            return f"{holder}, which works in {holder.workdir}"
+        wait = "as soon as that process has ended"
+    else:
+        silent = _silence(path)
+        if silent > SILENCE_S:
+            return f"{holder or 'an unknown process'}, of which nothing was heard for {silent:.0f} s"
+        until = datetime.now().astimezone() + timedelta(seconds=SILENCE_S - silent)
+        wait = f"if nothing is heard of it until {_clock(until)}; the last sign of life was {max(0, silent):.0f} s ago"
+    who = holder or f"an unknown process ({path} cannot be read)"
+    raise InputError(f"--workdir: {workdir} is in use by {who}; choose another, or wait: a start takes it over {wait}")
+
+
+def _beat(path: Path, mine: str, ended: threading.Event) -> None:
+    """Touches the lock while it is this run's; ends the process when it is another's."""
+    while not ended.wait(BEAT_S):
+        with suppress(OSError):  # of a disk that is away for a moment; whoever waits too long takes over
+            text = _read(path)
+            if text == mine:
+                os.utime(path)
+            elif not text:  # removed by hand
+                _swap(path, "", mine)
+            elif not ended.is_set():
+                line = f"error: {path.parent}: another run took over, because nothing was heard of this one; {text}"
+                hosts.end_all(line, InputError.exit_code)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(**TEXT)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise InputError(f"--workdir: cannot read {path} ({error.strerror}); choose another") from error
+
+
+def _swap(path: Path, before: str, after: str) -> bool:
+    """Replaces the text `before` (none: "") by `after`, unless another process has changed it since it was read."""
+    with writing(path):
+        try:
+            descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if after else 0), 0o666)
+        except FileNotFoundError:
+            return False
+        with open(descriptor, "r+", **TEXT) as file:
+            with suppress(OSError):  # a file system without locks: two that take over at one moment are not told apart
+                fcntl.flock(file, fcntl.LOCK_EX)
+            there = path.stat().st_ino if path.exists() else None
+            if there != os.fstat(file.fileno()).st_ino or file.read() != before:
+                return False
+            if not after:
+                path.unlink()
+                return True
+            file.seek(0)
+            file.truncate()
+            file.write(after)
+            return True
+
+
+def _silence(path: Path) -> float:
+    """Seconds since the last sign of life, both times by the clock of the file system: hosts' clocks may differ."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as now:
+            return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+    except FileNotFoundError:  # released at this moment
+        return 0.0
+    except OSError:  # a full disk
+        return time.time() - path.stat().st_mtime
+
+
+def _myself(workdir: Path) -> Holder:
+    since = _clock(datetime.now().astimezone())
+    return Holder(socket.gethostname(), os.getpid(), since, _machine(), _start_of(os.getpid()), str(workdir))
+
+
+def _machine() -> str:
+    """This boot of this kernel and this namespace of process ids (a container's is its own)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_alive(pid: int, started: str) -> bool:
+    if now := _start_of(pid):
+        return now == started
+    try:  # where processes cannot be looked at, as another user's may not be, its life is all there is to see
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in the kernel's ticks, and "ended" of one that only its parent still knows; "" if that
+    cannot be seen."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "ended" if state in "ZX" else fields[18]
+    except OSError:
+        return ""
+
+
+def _clock(time: datetime) -> str:
+    return time.isoformat(sep=" ", timespec="seconds")

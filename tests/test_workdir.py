@@ -1,0 +1,139 @@
+"""A work directory from another folder, what is left over in it, and what is damaged in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reft_jax.config import check_config, load_config
+from reft_jax.runs import paths
+from reft_jax.runs.setup import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.runs.stages import read_result
+from reft_jax.types import InputError
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+
+
+def config(**changed):
+    """As a user writes it, with relative paths."""
+    written = load_config(str(CONFIG))
+    files = {"model.path": "m", "data.train": "train.json", "data.test": "../t/test.json", "data.dev": ""}
+    written.update_from_flattened_dict(files | {key.replace("_", ".", 1): value for key, value in changed.items()})
+    return check_config(written)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The folder of a first start, with its model and its data."""
+    (tmp_path / "here" / "m").mkdir(parents=True)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for file in ("here/train.json", "t/test.json"):
+        (tmp_path / file).write_text("[]")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def opened(written, workdir: Path):
+    """What a start does to its config, and what it records."""
+    changed = with_absolute_paths(written, workdir)
+    check_workdir(changed, workdir, [])
+    create_workdir(changed, workdir)
+    return changed
+
+
+def test_paths_are_recorded_absolute_and_mean_the_same_from_elsewhere(here, monkeypatch, capsys):
+    written, workdir = config(), here / "run"
+    first = opened(written, workdir)
+    assert written.model.path == "m"
+    assert recorded(workdir)["model.path"] == first.model.path == str(here / "here" / "m")
+    assert first.data.test == str(here / "t" / "test.json") and first.data.dev == ""
+    monkeypatch.chdir(here / "elsewhere")
+    assert opened(written, workdir) == first
+    assert f"model.path: m is {here}/here/m, as before" in capsys.readouterr().out
+    (here / "elsewhere" / "m").mkdir()  # another model of that name
+    with pytest.raises(InputError, match=f"made with other settings .*model.path: '{here}/here/m' -> '{here}/else"):
+        opened(written, workdir)
+
+
+def test_an_older_work_directory_with_relative_paths_still_opens(here):
+    workdir = here / "run"
+    opened(config(), workdir)
+    before = recorded(workdir) | {"model.path": "m", "data.train": "train.json", "data.test": "../t/test.json"}
+    (workdir / "config.json").write_text(json.dumps(before))
+    opened(config(), workdir)
+    assert recorded(workdir)["data.train"] == str(here / "here" / "train.json")
+    (workdir / "config.json").write_text(json.dumps(before | {"model.path": "other"}))
+    with pytest.raises(InputError, match="made with other settings"):
+        opened(config(), workdir)
+
+
+def test_names_are_no_paths(here):
+    (here / "here" / "toy").mkdir()
+    written = config(model_path="toy", data_train="toy", data_test="toy", data_dev="hub:a/b:test")
+    assert with_absolute_paths(written, here / "run") == written
+    nowhere = config(model_path="codellama/CodeLlama-7b-hf")
+    assert with_absolute_paths(nowhere, here / "run").model.path == "codellama/CodeLlama-7b-hf"
+
+
+def test_what_a_finished_stage_no_longer_needs_goes(here):
+    workdir = here / "run"
+    for folder in ("sft/checkpoints/3", "sft/best_2", "sft/best_3.new", "sft/tb", "reft/checkpoints/1", "reft/best_1"):
+        (workdir / folder).mkdir(parents=True)
+    (workdir / "sft" / "done.json").write_text("{}")
+    opened(config(), workdir)
+    left = sorted(str(path.relative_to(workdir)) for path in workdir.glob("*/*"))
+    assert left == ["reft/best_1", "reft/checkpoints", "sft/done.json", "sft/tb"]
+
+
+def test_a_folder_in_it_that_cannot_be_written_is_found_first(here, monkeypatch):
+    workdir = here / "run"
+    (workdir / "samples").mkdir(parents=True)
+    refuses = str(workdir / "samples")
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != refuses)
+    with pytest.raises(InputError, match="cannot write to .*/run/samples"):
+        check_workdir(config(), workdir, [])
+    check_workdir(config(), workdir, [], reads=True)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"best": 3}', "\x00" * 20])
+def test_a_damaged_done_json_is_one_line(tmp_path, text):
+    path = tmp_path / "sft" / "done.json"
+    path.parent.mkdir()
+    assert read_result(path) is None
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"sft/done.json: not what a finished stage writes .*models/sft to begin"):
+        read_result(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "folders", "expected"),
+    [
+        ("a=m+r,m", "m r", [("a", "m", "r"), ("", "m", "")]),
+        ("lr=1e-5/m", "lr=1e-5/m", [("", "lr=1e-5/m", "")]),
+        ("lr=1e-5/m", "1e-5/m", [("lr", "1e-5/m", "")]),
+        ("./lr=1e-5/m", "lr=1e-5/m", [("", "./lr=1e-5/m", "")]),
+        ("a=x/lr=1e-5/m", "x/lr=1e-5/m", [("a", "x/lr=1e-5/m", "")]),
+        ("a=c++/m+c++/r", "c++/m c++/r", [("a", "c++/m", "c++/r")]),
+        ("c++/m", "c++/m", [("", "c++/m", "")]),
+        ("a=x,y/m,b=z", "x,y/m z", [("a", "x,y/m", ""), ("b", "z", "")]),
+        ("a=x,y+r,1,m", "x,y r,1 m", [("a", "x,y", "r,1"), ("", "m", "")]),
+        ("a=no,m", "m", [("a", "no", ""), ("", "m", "")]),
+    ],
+)
+def test_letters_that_divide_may_stand_in_a_path(tmp_path, monkeypatch, text, folders, expected):
+    for folder in folders.split():
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = [paths.named(entry) for entry in paths.listed(text, paths.is_checkpoint)]
+    assert [(name, *paths.with_reranker(rest)) for name, rest in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("folders", "says"), [("m+", "on one side"), ("+m", "on one side"), ("a+b+c", "more than one '[+]'")]
+)
+def test_a_reranker_that_is_not_clear(tmp_path, monkeypatch, folders, says):
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        paths.with_reranker(folders)

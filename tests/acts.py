@@ -15,7 +15,8 @@ from pathlib import Path
 from reft_jax.config import default_config, flatten
 from reft_jax.runs import evaluate, rerank, sample, stages, sweep
 from reft_jax.runs.rollout import Graded
-from reft_jax.runs.setup import Data, Run, create_workdir, shorten
+from reft_jax.runs.setup import Data, Run, shorten
+from reft_jax.runs.workdir import create_workdir
 from reft_jax.task import answers
 from reft_jax.task.datasets import load_examples
 from reft_jax.train.checksums import ARRAYS, write_manifest
@@ -114,6 +115,8 @@ class Fakes:
             yield FakeRun(config, workdir, Path(), None, Data([], [], [], ""))
 
         monkeypatch.setattr(sample, "roll_out", self.roll_out)
+        monkeypatch.setattr(evaluate, "wrong_anyway", lambda *args: "")  # there is no tokenizer
+        monkeypatch.setattr(sweep, "cannot_answer", lambda *args: [])
         monkeypatch.setattr(stages, "load_model", load_model)
         monkeypatch.setattr(stages, "abstract_reranker", lambda run: None)
         monkeypatch.setattr(rerank, "make_rerank_scorer", lambda model: None)

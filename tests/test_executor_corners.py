@@ -77,6 +77,9 @@ def corner(kept, another_user: bool, count: int, folder: Path) -> None:
     assert (SECRET in json.dumps(found["files"])) == ("programs can read files" in line), found["files"]
     assert "programs can read files" in line or "landlock" in kept or "mount namespace" in line
     assert found["segments"] == []
+    left = Path("/tmp/reft_test_leftover")  # what hostile programs try to make
+    assert kept == () or not left.exists()
+    left.unlink(missing_ok=True)
     assert found["wrong"] == [], found["wrong"][:3]
 
 

@@ -90,25 +90,17 @@ def test_signals_to_everything_on_a_machine_change_no_verdict(fresh):
     assert len(found) >= 2
 
 
-@linux
 def test_a_program_does_not_run_out_of_time_while_its_machine_stands_still(fresh):
-    """The zygote is stopped with its child, beyond the deadline, and goes on."""
-    fresh.setattr(process, "COMMAND", patched_zygote("zygote.LATE_S = 0.5"))
-    isolated = "namespaces" in start(1, 342)
-    slept = body("import time", "time.sleep(0.6)", "return 7")
-
-    def stop():
-        assert wait_until(lambda: children(342, isolated))
-        stopped = zygotes(342)
-        for number in (19, 18):
-            for pid in stopped:
-                os.kill(pid, number)
-            time.sleep(2.5)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    assert run_one(slept, timeout_s=1.5, memory_mb=342).value == 7
-    thread.join()
+    """As a container that is paused: its zygote comes back long after the deadline."""
+    pause = "def pause(fds, deadline):\n    zygote.time.sleep(deadline - zygote.time.monotonic() + 1)\n    return []\n"
+    pause += "wait = zygote.Zygote.wait_long\n"
+    pause += "def paused(*a):\n    zygote.wait_for = pause\n    return wait(*a)\nzygote.Zygote.wait_long = paused"
+    retries = executor.counts()["retries"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "COMMAND", patched_zygote("zygote.LATE_S = 0.5", pause))
+        start(1, 342)
+    assert run_one(body("import time", "time.sleep(0.2)", "return 7"), timeout_s=1, memory_mb=342).value == 7
+    assert executor.counts()["retries"] == retries + 1
 
 
 @linux
@@ -139,16 +131,19 @@ def test_spares_have_one_cap_over_calls_threads_and_kinds(fresh):
 
 @linux
 def test_stopped_children_that_hold_megabytes_end_at_once(fresh):
-    """Others wait until their zygote has time, which here it never has."""
-    fresh.setattr(process, "COMMAND", patched_zygote("zygote.IDLE_S = 3600", "zygote.PATIENCE_S = 60"))
+    """Others wait until their zygote has time, which here it never has. None ends by itself before it is stopped."""
+    linger = "live = zygote.Zygote.live\ndef linger(self, *a):\n    live(self, *a)\n    zygote.time.sleep(60)\n"
+    lines = ["zygote.IDLE_S = 3600", "zygote.PATIENCE_S = 60", linger + "zygote.Zygote.live = linger"]
+    fresh.setattr(process, "COMMAND", patched_zygote(*lines))
     line = start(1, 345)
     if "seccomp" not in line:
         pytest.skip("no child is stopped without seccomp")
     isolated = "namespaces" in line
-    for size in (0, 24 << 20):
-        programs = [body(f"return len(b'x' * {size}) + {i}") for i in range(12)]
+    for size, kept in ((0, 10), (24 << 20, 0)):
+        programs = [body("global held", f"held = b'x' * {size}", f"return len(held) + {i}") for i in range(12)]
         batch = calls.Stream(20.0, 1, "number", 345)  # not closed: that would have spares made
         assert [batch.submit(program).result().value for program in programs] == [size + i for i in range(12)]
+        assert len(children(345, isolated)) >= kept
     large = [pid for pid in children(345, isolated) if resident(pid) > 20 << 20]
     assert len(large) <= 1  # the last one is looked at with the next program
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from reft_jax.config import flatten
 from reft_jax.parallel import hosts
+from reft_jax.runs.about import made
 from reft_jax.runs.curves import plot_curves
 from reft_jax.runs.report import print_report, write_report
 from reft_jax.runs.rerank import rerank_scores
@@ -23,6 +24,8 @@ from reft_jax.runs.stages import (
     policy,
     reranker,
 )
+from reft_jax.runs.watch import Collapse
+from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.intervals import slope_interval
 from reft_jax.task.provenance import stored
 from reft_jax.task.records import first_samples
@@ -60,8 +63,11 @@ def expected(run: Run, name: str) -> bool:
     return name != "warmup" and any(samples_path(run, other, "test").exists() for other in POLICIES)
 
 
-def metrics_lines(run: Run, stage: str) -> list[dict]:
-    return read_metrics(run.workdir / stage)
+def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
+    """The lines of a stage, with one for iteration 0, the model that it began with, if its `result` has that."""
+    start = result.get("start_dev_top1")
+    first = [] if start is None else [{"step": 0, "dev_top1": start}]
+    return first + read_metrics(run.workdir / stage)
 
 
 def run_evaluate(run: Run) -> dict:
@@ -72,6 +78,7 @@ def run_evaluate(run: Run) -> dict:
     stages = {stage: result for stage in STAGES if (result := done(run, stage))}
     report = {
         "title": run.config.name,
+        "about": about(run),
         "chosen_on": run.data.chosen_on,
         "notes": [*chain(*remarks), *others(run, stages), *notes(run, stages, found["rows"])],
         "settings": flatten(run.config),
@@ -80,11 +87,21 @@ def run_evaluate(run: Run) -> dict:
     } | found
     if hosts.is_first():
         write_report(run.workdir, report)
-        lines = [metrics_lines(run, stage) for stage in ("sft", "reft")]
+        lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
         if any(lines):
             plot_curves(run.workdir, *lines, run.workdir / "curves.png")
         print_report(report)
     return report
+
+
+def about(run: Run) -> dict[str, str]:
+    """The report's first lines."""
+    config, data = run.config, run.data
+    model = f"toy, made from seed {config.seed}" if config.model.path == "toy" else config.model.path
+    dev = config.data.dev or data.chosen_on
+    files = (("train", config.data.train, data.train), ("dev", dev, data.dev), ("test", config.data.test, data.test))
+    told = ", ".join(f"{split} {source} ({len(examples)} rows)" for split, source, examples in files)
+    return made() | {"model": model, "data": told, "curves": "curves.png"}
 
 
 def others(run: Run, stages: dict) -> list[str]:
@@ -101,6 +118,9 @@ def others(run: Run, stages: dict) -> list[str]:
 def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
     """What a reader of the table must know."""
     lines = []
+    data, max_len = run.config.data, run.config.sample.max_len
+    if wrong := wrong_anyway(run.tokenizer, run.data.test, data.engine, max_len, "test"):
+        lines.append(f"{wrong}.")
     if run.config.model.path == "toy":
         lines.append(
             "A toy: generated word problems and a tiny Llama trained from scratch, to show that the machinery works. "
@@ -114,12 +134,21 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
         lines.append(f"{TITLES['self_train_offline']}: {best}, {offline['rows']} rows.")
     for stage in ("self_train_online", "reft"):
         if result := stages.get(stage):
+            trained, collapse = metrics_lines(run, stage, result), Collapse(run.config.ppo.prompts)
             line = f"{TITLES[stage]}: best iteration {result['best']} of {result['iterations']}"
-            rewards = [line["reward"] for line in metrics_lines(run, stage) if "reward" in line]
+            if not result["best"]:
+                line += ", the warm-up model itself: no iteration was better on dev"
+            rewards = [line["reward"] for line in trained if "reward" in line]
             if len(rewards) >= 3:
                 slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
                 line += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
             lines.append(line + ".")
+            ruins = [
+                f"from iteration {line['step']:.0f} on it is ruined: {told}"
+                for line in trained
+                if (told := collapse.add(line))
+            ]
+            lines += [f"{TITLES[stage]}: {told}." for told in ruins]
     for name in POLICIES:
         row = next((row for row in rows if row["model"] == TITLES[name]), {})
         judged, result = row.get("classification_accuracy"), stages.get(f"rerank_{name}")
@@ -127,6 +156,7 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
             lines.append(
                 f"{TITLES[name]} reranker: trained on {result['rows']} distinct samples of the warm-up model, "
                 f"{result['positive']:.0%} correct; judges {judged['correct'] / judged['total']:.1%} of the "
-                f"{judged['total']} distinct test samples rightly."
+                f"{judged['total']} distinct test samples correctly (always saying the more frequent of right and "
+                f"wrong: {judged['base_rate']:.1%})."
             )
     return lines

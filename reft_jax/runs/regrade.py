@@ -9,7 +9,8 @@ from pathlib import Path
 from reft_jax import executor
 from reft_jax.runs.report import print_report, write_sweep
 from reft_jax.runs.results import Answers, by_item, read_answers, table
-from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.runs.setup import start_executor
+from reft_jax.runs.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.task.provenance import ASIDE
 from reft_jax.task.records import GREEDY, RERANK, regrade

@@ -115,9 +115,12 @@ def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, w
     scores = found.records
     hosts.agree(str(beside), questions=len(scores))
     left = [record for record in sorted(records, key=lambda one: one["item_id"]) if record["item_id"] not in scores]
-    if left:
+    if not left:
+        print(f"{what}: done already, {beside}", flush=True)
+    else:
         params, score = weights.load(), make_rerank_scorer(run.model)
         progress = Progress(what, len(records), "question", done0=len(scores))
+        progress.say("compiling")
         with appended(beside) as file:
             if made.header() not in found.headers[-1:]:
                 file.write(json.dumps(made.header()) + "\n")

@@ -100,20 +100,47 @@ def count(flags) -> dict:
 
 
 def row(answers: Answers, seed: int) -> dict:
-    """A row of the table: n, counts {"correct", "total"} of COLUMNS and of the reranker's judgements, and the curve."""
+    """A row of the table: n, counts {"correct", "total"} of COLUMNS and of the reranker's judgements, the curve, how
+    many completions have no answer, and reranking compared with voting."""
     found = {"model": answers.model, "n": samples_each(answers)}
-    for column in COLUMNS:
-        flags = by_question(answers, column)
-        found[column] = None if flags is None else count(flags)
+    flags = {column: by_question(answers, column) for column in COLUMNS}
+    found |= {column: None if one is None else count(one) for column, one in flags.items()}
+    found["no_answer"] = {
+        kind: without_answer(records)
+        for kind, records in (("greedy", answers.greedy), ("samples", answers.samples))
+        if records
+    }
     if answers.probabilities:
-        found["classification_accuracy"] = count(
-            (probability > 0.5) == prediction["correctness"]
-            for predictions, row in judged(answers)
-            for prediction, probability in zip(deduplicate(predictions), row, strict=True)
-        )
+        found["classification_accuracy"] = judgements(answers)
+        found["rerank_minus_voting"] = compared(flags["rerank"], flags["voting"], seed)
     if answers.samples:
         found["curve"] = curve(answers, seed)
     return found
+
+
+def without_answer(records: dict[str, dict]) -> dict:
+    """{"none", "total"}: completions of which no answer could be read, and all."""
+    values = [prediction["solving_res"] for record in records.values() for prediction in record["predictions"]]
+    return {"none": sum(value is None for value in values), "total": len(values)}
+
+
+def judgements(answers: Answers) -> dict:
+    """{"correct", "total", "base_rate"}: how often the reranker tells right from wrong among the distinct samples, and
+    the share of whichever is more frequent: what always saying the same would reach."""
+    pairs = [
+        (prediction["correctness"], probability > 0.5)
+        for predictions, row in judged(answers)
+        for prediction, probability in zip(deduplicate(predictions), row, strict=True)
+    ]
+    share = sum(correct for correct, _ in pairs) / len(pairs)
+    return count(correct == said for correct, said in pairs) | {"base_rate": max(share, 1 - share)}
+
+
+def compared(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
+    """{"difference", "low", "high", "p"} of bool[Q] a minus b: shares, their 95 % interval by a paired bootstrap over
+    questions, and McNemar's p-value."""
+    difference, low, high = paired_bootstrap(a, b, seed)
+    return {"difference": difference, "low": low, "high": high, "p": mcnemar(a, b)}
 
 
 def curve(answers: Answers, seed: int) -> list[dict]:
@@ -135,9 +162,8 @@ def curve(answers: Answers, seed: int) -> list[dict]:
 def comparisons(models: list[Answers], seed: int) -> list[dict]:
     """Every pair, the later one first, in top-1, voting and rerank where both have them, question by question.
 
-    {"a", "b", "column", "difference", "low", "high", "p"}: shares, their 95 % interval by a paired bootstrap, and
-    McNemar's p-value. The intervals and p-values are those of each pair alone. Models with different numbers of samples
-    are compared in top-1 only.
+    {"a", "b", "column"} and what `compared` gives. The intervals and p-values are those of each pair alone. Models with
+    different numbers of samples are compared in top-1 only.
     """
     found = []
     for b, a in combinations(models, 2):
@@ -145,9 +171,7 @@ def comparisons(models: list[Answers], seed: int) -> list[dict]:
             pair = [by_question(one, column) for one in (a, b)]
             alike = column == "top1" or samples_each(a) == samples_each(b)
             if alike and all(flags is not None for flags in pair):
-                difference, low, high = paired_bootstrap(*pair, seed)
-                compared = {"difference": difference, "low": low, "high": high, "p": mcnemar(*pair)}
-                found.append({"a": a.model, "b": b.model, "column": column} | compared)
+                found.append({"a": a.model, "b": b.model, "column": column} | compared(*pair, seed))
     return found
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TextIO
 
 from reft_jax.parallel import hosts
+from reft_jax.runs.about import commit, versions
 from reft_jax.runs.rollout import Graded, roll_out
-from reft_jax.runs.setup import Run, commit, shorten, versions
+from reft_jax.runs.setup import Run, shorten
 from reft_jax.runs.stages import Weights, check_data, policy
 from reft_jax.task.provenance import MadeBy, Stored, appending, examples_checksum, make_ready, rewrite, stored
 from reft_jax.task.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
@@ -86,7 +87,9 @@ def sampled(
     hosts.agree(str(path), questions=len(records))
     there = {example.item_id: records.get(example.item_id, {"predictions": []})["predictions"] for example in examples}
     left = [example for example in examples if len(there[example.item_id]) < n]
-    if left:
+    if not left:
+        print(f"{what}: done already, {path}", flush=True)
+    else:
         if more := sum(bool(there[example.item_id]) for example in left):
             print(
                 f"{path}: {more} of {len(examples)} questions have fewer than {n} samples; more are drawn", flush=True
@@ -95,6 +98,7 @@ def sampled(
         lm, whole = weights.load(), [one["is_correct"] for one in records.values() if len(one["predictions"]) >= n]
         right, ended, done = sum(whole), len(whole), sum(min(n, len(one)) for one in there.values())
         progress = Progress(what, len(examples) * n, "completion", done0=done)
+        progress.say("compiling")
         with appended(path) as file:
             for header in headers[len(found.headers) :]:
                 file.write(json.dumps(header) + "\n")

@@ -112,17 +112,26 @@ def read_result(path: Path) -> dict | None:
 
 
 def finished(run: Run, stage: str) -> dict | None:
-    """As `done`, for a command that trains. InputError if a finished stage was trained on other data than there is now,
-    or this one from other models; a line if this one's checkpoint was chosen on other questions."""
+    """As `done`, for a command that trains; a line says that it will not. InputError if a finished stage was trained on
+    other data than there is now, or this one from other models; a line if this one's checkpoint was chosen on other
+    questions."""
     check_data(run)
+    check_sources(run, stage)
+    result = done(run, stage)
+    if result:
+        print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
+        if "best" in result and "dev" in changed_data(run, result):
+            print(f"{stage}: its checkpoint was chosen on other dev questions than there are now", flush=True)
+    return result
+
+
+def check_sources(run: Run, stage: str) -> None:
+    """InputError if the stage is done but was trained from other models than there are now."""
     if (result := done(run, stage)) and (told := other_sources(run, result)):
         raise InputError(
             f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
             f"or remove {stage}/ and models/{stage} to train again"
         )
-    if result and "best" in result and "dev" in changed_data(run, result):
-        print(f"{stage}: is done; its checkpoint was chosen on other dev questions than there are now", flush=True)
-    return result
 
 
 def check_data(run: Run) -> None:

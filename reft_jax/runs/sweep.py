@@ -17,6 +17,7 @@ from reft_jax import executor
 from reft_jax.config import flatten
 from reft_jax.parallel import hosts
 from reft_jax.runs import lock, paths
+from reft_jax.runs.about import versions
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.runs.report import print_report, write_sweep
@@ -25,20 +26,18 @@ from reft_jax.runs.setup import (
     Data,
     Run,
     check_rows,
-    check_workdir,
     checked_tokenizer,
-    create_workdir,
     make_engine,
     open_mesh,
-    recorded,
     shorten,
     start_executor,
-    versions,
-    with_absolute_paths,
 )
+from reft_jax.runs.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
 from reft_jax.store import write_whole
+from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.provenance import ASIDE
+from reft_jax.task.tokenizer import load_tokenizer
 from reft_jax.types import Example, InputError
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
         return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
     if path.is_dir():
         return Source(path, path)
-    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
+    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
 def run_sweep(
@@ -161,7 +160,8 @@ def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str,
     reports = []
     for name in data:
         answers = [of_model[name] for of_model in found]
-        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": [], "seconds": {}}
+        notes = cannot_answer(config, checkpoints, data[name])
+        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
         reports.append(report | {"settings": settings} | table(answers, config.seed))
     if hosts.is_first():
@@ -170,6 +170,15 @@ def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str,
         write_sweep(workdir, reports)
         print(f"\nsweep.md, sweep.json: {workdir}")
     return reports
+
+
+def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]) -> list[str]:
+    """A line a model: the questions that it cannot answer, whatever it writes. Models of one tokenizer say the same."""
+    lines: dict[str, list[str]] = {}
+    for one in checkpoints:
+        tok, limits = load_tokenizer(one.model.base), (config.data.engine, config.sample.max_len)
+        lines.setdefault(wrong_anyway(tok, examples, *limits, "test"), []).append(one.name)
+    return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
 
 
 def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:

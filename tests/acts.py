@@ -42,10 +42,6 @@ def completion(weights: str, example: Example, sample_number: int, settings: tup
     return f"answer {value}, way {drawn // 16 % 4}", value
 
 
-def probability(weights: str, question: str, text: str) -> float:
-    return number(weights, question, text) % 1000 / 1000
-
-
 def sampling_of(config) -> tuple:
     settings = config.sample
     return settings.temperature, settings.top_k, settings.max_len, config.seed, config.data.engine
@@ -60,41 +56,58 @@ class FakeRun(Run):
 
 
 class Fakes:
-    """Dies after `dies_after` completions, if that is not None."""
+    """Models that are a function of their checksums. Dies after `dies_after` completions, if that is not None."""
 
     def __init__(self):
         self.dies_after: int | None = None
         self.drawn = 0
 
+    def save(self, folder: Path, weights: str) -> None:
+        """As a stage saves a model."""
+        save_fake(folder, weights)
+
+    def weights(self, folder: Path, base: Path):
+        """What a model computes with: its arrays and its tokenizer."""
+        tokenizer = base / "tokenizer.json"
+        return (folder / ARRAYS).read_text() + (tokenizer.read_text() if tokenizer.exists() else "")
+
+    def complete(self, weights, asked: list[tuple[Example, int]], settings: tuple) -> list[tuple[str, float | None]]:
+        """(text, value) of each sample of a question; `settings` is () for greedy decoding."""
+        return [completion(weights, example, i, settings) for example, i in asked]
+
+    def probability(self, weights, question: str, text: str) -> float:
+        return number(weights, question, text) % 1000 / 1000
+
     def roll_out(self, run, lm, prompts, examples, purpose, clock=None, **sampling):
         greedy = not sampling["temperature"]
         settings = () if greedy else (sampling["temperature"], sampling["top_k"], sampling["max_len"])
         settings += () if greedy else (run.config.seed, run.config.data.engine)
+        answered = self.complete(lm, [(e, p.sample) for e, p in zip(examples, prompts, strict=True)], settings)
         order = list(range(len(prompts)))
         random.Random(len(prompts)).shuffle(order)  # rows end in any order
         for i in order:
             if self.dies_after is not None and self.drawn >= self.dies_after:
                 raise Killed
             self.drawn += 1
-            text, value = completion(lm, examples[i], prompts[i].sample, settings)
+            text, value = answered[i]
             yield i, Graded(None, text, answers.judge(value, "ok", examples[i]))
 
     def install(self, monkeypatch) -> None:
         def scores(run, params, score, records):
             return [
                 [
-                    probability(params, record["question"], p["completion"])
+                    self.probability(params, record["question"], p["completion"])
                     for p in rerank.deduplicate(record["predictions"])
                 ]
                 for record in records
             ]
 
         def load_model(run, name, abstract=None):
-            weights = weights_of(run.workdir / "models" / name, run.base)
+            weights = self.weights(run.workdir / "models" / name, run.base)
             return weights if name.startswith("rerank_") else {"lm": weights}
 
         def with_model(run, source, *, reranker):
-            return run, stages.Weights(source.checksum(run), lambda: weights_of(source.folder, source.base))
+            return run, stages.Weights(source.checksum(run), lambda: self.weights(source.folder, source.base))
 
         @contextmanager
         def open_sweep(config, workdir, checkpoints, guards):
@@ -102,6 +115,8 @@ class Fakes:
             yield FakeRun(config, workdir, Path(), None, Data([], [], [], ""))
 
         monkeypatch.setattr(sample, "roll_out", self.roll_out)
+        monkeypatch.setattr(evaluate, "wrong_anyway", lambda *args: "")  # there is no tokenizer
+        monkeypatch.setattr(sweep, "cannot_answer", lambda *args: [])
         monkeypatch.setattr(stages, "load_model", load_model)
         monkeypatch.setattr(stages, "abstract_reranker", lambda run: None)
         monkeypatch.setattr(rerank, "make_rerank_scorer", lambda model: None)
@@ -110,14 +125,7 @@ class Fakes:
         monkeypatch.setattr(sweep, "open_sweep", open_sweep)
 
 
-def weights_of(folder: Path, base: Path) -> str:
-    """What a fake model computes with: its arrays and its tokenizer."""
-    tokenizer = base / "tokenizer.json"
-    return (folder / ARRAYS).read_text() + (tokenizer.read_text() if tokenizer.exists() else "")
-
-
 def save_fake(folder: Path, weights: str) -> None:
-    """As a stage saves a model."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / ARRAYS).write_text(json.dumps({"x": weights}))
@@ -127,14 +135,14 @@ def save_fake(folder: Path, weights: str) -> None:
 # --- the truth
 
 
-def truth(weights: str, judge: str | None, config, examples: list[Example], n: int) -> dict[str, int]:
+def truth(fakes: Fakes, weights, judge, config, examples: list[Example], n: int) -> dict[str, int]:
     """How many questions each column has right, question by question, without a file."""
     right = dict.fromkeys(COLUMNS.values(), 0)
     for example in examples:
         target = float(example.answer_value)
-        _, value = completion(weights, example, 0, ())
+        [(_, value)] = fakes.complete(weights, [(example, 0)], ())
         right["top1"] += value == target
-        drawn = [completion(weights, example, i, sampling_of(config)) for i in range(n)]
+        drawn = fakes.complete(weights, [(example, i) for i in range(n)], sampling_of(config))
         values = [value for _, value in drawn if value is not None]
         voted = max(values, key=lambda v: (values.count(v), -values.index(v)), default=None)
         right["voting"] += voted == target
@@ -142,7 +150,7 @@ def truth(weights: str, judge: str | None, config, examples: list[Example], n: i
         if judge:
             best = max(
                 (pair for pair in drawn if pair[1] is not None),
-                key=lambda pair: (probability(judge, example.question, pair[0]), -drawn.index(pair)),
+                key=lambda pair: (fakes.probability(judge, example.question, pair[0]), -drawn.index(pair)),
                 default=("", None),
             )
             right["rerank"] += best[1] == target
@@ -210,7 +218,7 @@ class World:
 
     def train(self, name: str | None = None) -> None:
         name = name or self.rng.choice([*POLICIES, "rerank_reft", "rerank_sft"])
-        save_fake(self.workdir / "models" / name, str(self.rng.randrange(10**9)))
+        self.fakes.save(self.workdir / "models" / name, str(self.rng.randrange(10**9)))
 
     def swap_models(self) -> None:
         a, b = (self.workdir / "models" / name for name in POLICIES)
@@ -363,8 +371,8 @@ class World:
 
     def compare(self, row: dict, folder: Path, judge: Path | None, which: str, out: str) -> None:
         examples = self.examples(which)
-        weights, judging = (one and weights_of(one, self.folder / "base") for one in (folder, judge))
-        expected = truth(weights, judging, self.config, examples, row["n"] or 1)
+        weights, judging = (one and self.fakes.weights(one, self.folder / "base") for one in (folder, judge))
+        expected = truth(self.fakes, weights, judging, self.config, examples, row["n"] or 1)
         for column in COLUMNS.values():
             if column in row:
                 self.compared += 1

@@ -116,16 +116,22 @@ def finished(run: Run, stage: str) -> dict | None:
     other data than there is now, or this one from other models; a line if this one's checkpoint was chosen on other
     questions."""
     check_data(run)
-    if (result := done(run, stage)) and (told := other_sources(run, result)):
-        raise InputError(
-            f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
-            f"or remove {stage}/ and models/{stage} to train again"
-        )
+    check_sources(run, stage)
+    result = done(run, stage)
     if result:
         print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
         if "best" in result and "dev" in changed_data(run, result):
             print(f"{stage}: its checkpoint was chosen on other dev questions than there are now", flush=True)
     return result
+
+
+def check_sources(run: Run, stage: str) -> None:
+    """InputError if the stage is done but was trained from other models than there are now."""
+    if (result := done(run, stage)) and (told := other_sources(run, result)):
+        raise InputError(
+            f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
+            f"or remove {stage}/ and models/{stage} to train again"
+        )
 
 
 def check_data(run: Run) -> None:

@@ -33,6 +33,7 @@ from reft_jax.runs.setup import (
     start_executor,
 )
 from reft_jax.runs.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.store import write_whole
 from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.datasets import load_examples
 from reft_jax.task.provenance import ASIDE
@@ -200,9 +201,7 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
                 f"another NAME= or another work directory, or remove {path}: the old answers then move aside"
             )
     if before | sources != before:
-        whole = path.with_suffix(".tmp")
-        whole.write_text(json.dumps(before | sources, indent=1) + "\n")
-        whole.rename(path)
+        write_whole(path, json.dumps(before | sources, indent=1) + "\n")
 
 
 @contextmanager

@@ -139,12 +139,13 @@ def _tell_versions(folder: Path, recorded: str) -> None:
 
 def _aside(path: Path, *, copy: bool = False) -> Path:
     folder = path.parent / ASIDE
-    folder.mkdir(exist_ok=True)
     name, _, suffixes = path.name.partition(".")
     number = 1
     while (place := folder / f"{name}.{number}.{suffixes}").exists():
         number += 1
-    (shutil.copy if copy else os.rename)(path, place)
+    with writing(place):
+        folder.mkdir(exist_ok=True)
+        (shutil.copy if copy else os.rename)(path, place)
     return place
 
 

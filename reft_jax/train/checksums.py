@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.store import write_whole
 from reft_jax.types import InputError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
@@ -137,9 +138,7 @@ def _remembered(paths: list[Path], memory: Path) -> dict[str, str]:
     if new:
         with ThreadPoolExecutor(READERS) as pool:
             known |= {str(path): (marks[path], entry[1]) for path, entry in zip(new, pool.map(_hash, new), strict=True)}
-        whole = memory.with_suffix(".tmp")
-        whole.write_text(json.dumps({key: entry for key, entry in known.items() if entry[0]}, indent=1) + "\n")
-        whole.rename(memory)
+        write_whole(memory, json.dumps({key: entry for key, entry in known.items() if entry[0]}, indent=1) + "\n")
     return {path.name: known[str(path)][1] for path in paths}
 
 

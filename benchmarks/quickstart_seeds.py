@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from reft_jax.task.intervals import paired_bootstrap
-from reft_jax.task.records import GREEDY, read_lines
+from reft_jax.task.records import GREEDY, GREEDY_KIND, read_records
 
 CONDITIONS = {
     "mixed": (["pipeline"], []),
@@ -61,7 +61,7 @@ def run(condition: str, seed: str, cores: Queue) -> dict | None:
 
 
 def answers(condition: str, seed: str, name: str) -> np.ndarray:
-    records = read_lines(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}")
+    records = read_records(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}", GREEDY_KIND)
     return np.array([record["is_correct"] for record in records])
 
 

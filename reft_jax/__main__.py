@@ -1,4 +1,4 @@
-"""python -m reft_jax COMMAND --config=FILE --workdir=DIR [--config.KEY=VALUE …]
+"""python -m reft_jax COMMAND --config=FILE --workdir=DIR [--config.KEY=VALUE …]      (or --version)
 
   pipeline   sft, reft, sample, rerank and evaluate in order; skips what is done; ends with the table; with --baselines
              the self-trained models too
@@ -16,7 +16,7 @@
              [--dtype=float32|bfloat16|float16], the base's if left out
   check      is a model, on this machine, ready for a run?  --model=DIR (no --workdir)
   plan       does it fit a pod, how fast can it be?  --topology=v5e:4x8 [--search] [--json] (no --workdir; docs/pods.md)
-  solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]
+  solve      one question:              --model=DIR "question" [--engine=nl] [--max_len=512]; DIR may be RUN/models/NAME
   convert    training files from published data: gsm8k|svamp|mathqa|mathqa-numeric --in=FILE --out-dir=DIR
              [--show=20 --seed=0]: print random programs (no --workdir; docs/data.md)
              a folder with pytorch_model*.bin to safetensors: weights --in=DIR --out-dir=DIR
@@ -97,6 +97,12 @@ def run_command(argv: list[str]) -> None:
     """Parses the flags of one command and runs it. Raises InputError before anything is compiled or written."""
     if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(__doc__)
+        return
+    if argv[0] in ("--version", "version"):
+        from reft_jax.runs.about import commit, versions
+
+        made_of = ", ".join(f"{name} {number}" for name, number in versions().items() if name != "reft_jax")
+        print(f"reft_jax {versions()['reft_jax']}{f' ({commit()})' if commit() else ''}\n{made_of}")
         return
     command, argv = argv[0], ["reft", *argv[1:]]
     if command not in COMMANDS:
@@ -239,8 +245,8 @@ def plan(argv: list[str]) -> None:
 
 def solve(argv: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_string("model", None, "Hugging Face folder", flag_values=values)
-    flags.DEFINE_enum("engine", "python", ("python", "nl"), "program or text", flag_values=values)
+    flags.DEFINE_string("model", None, "Hugging Face folder or RUN/models/NAME", flag_values=values)
+    flags.DEFINE_enum("engine", None, ("python", "nl"), "program or text; the run's, else python", flag_values=values)
     flags.DEFINE_integer("max_len", 512, "tokens of prompt and answer", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
     questions = parse_flags(argv, values)
@@ -292,7 +298,10 @@ def convert(argv: list[str]) -> None:
     datasets = parse_flags(argv, values)
     known = ("gsm8k", "svamp", "mathqa", "mathqa-numeric", "weights")
     if len(datasets) != 1 or datasets[0] not in known:
-        raise InputError(f"convert takes one of {', '.join(known)}: python -m reft_jax convert gsm8k --in=FILE …")
+        raise InputError(
+            f"convert takes one dataset of {', '.join(known[:-1])}, or weights: python -m reft_jax convert gsm8k "
+            "--in=FILE …"
+        )
     if not values["out-dir"].value:
         raise InputError("--out-dir is missing; see python -m reft_jax --help")
     source = values["in"].value or ("openai/gsm8k" if datasets[0] == "gsm8k" else "")

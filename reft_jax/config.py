@@ -187,7 +187,21 @@ def flatten(config) -> dict[str, Any]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    """The name that was probably meant.
+
+    First those whose last part is that of `name`, begins with it, or has words with these initials (lr); of these the
+    same section is preferred. Else the one that is spelled most alike.
+    """
+    section, _, field = name.rpartition(".")
+
+    def closeness(key: str) -> tuple:
+        its_section, _, its_field = key.rpartition(".")
+        initials = "".join(word[:1] for word in its_field.split("_"))
+        meant = its_field == field or (len(field) > 1 and (initials == field or its_field.startswith(field)))
+        spelled = difflib.SequenceMatcher(None, name, key).ratio()
+        return meant, meant and its_section == section, meant and initials == field, spelled
+
+    return max(sorted(names), key=closeness)
 
 
 def check_values(config: ConfigDict, source: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from reft_jax.config import SETTINGS, check_config, default_config, flatten, parse_config, to_json
+from reft_jax.config import SETTINGS, check_config, default_config, flatten, nearest, parse_config, to_json
 from reft_jax.types import InputError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -185,6 +185,26 @@ def test_values_of_a_file_and_of_the_command_line_are_of_one_kind(parse):
     assert parse("--config=FILE", "--config.ppo.kl_coef=0.5", source=source).ppo.kl_coef == 0.5
     frozen = GOOD.replace("return config", "import ml_collections\n    return ml_collections.FrozenConfigDict(config)")
     assert parse("--config=FILE", "--config.ppo.kl_coef=0.5", source=frozen).ppo.kl_coef == 0.5
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("ppo.kl", "ppo.kl_coef"),  # what it begins with
+        ("ppo.epoch", "ppo.epochs"),
+        ("sft.lr", "sft.learning_rate"),  # initials, before lr_warmup
+        ("rerank.lr", "rerank.learning_rate"),  # of its own section
+        ("ppo.batch_size", "sft.batch_size"),  # right but for the section
+        ("kl_coef", "ppo.kl_coef"),
+        ("engine.slot", "engine.slots"),
+        ("ppo.klcoef", "ppo.kl_coef"),  # spelled wrong
+        ("mesh.fdsp", "mesh.fsdp"),
+        ("seeds", "seed"),
+    ],
+)
+def test_the_suggestion_is_what_was_probably_meant(written, meant):
+    assert nearest(written, SETTINGS) == meant
+    assert nearest(f"config.{written}", [f"config.{key}" for key in SETTINGS] + ["workdir"]) == f"config.{meant}"
 
 
 @pytest.mark.parametrize(

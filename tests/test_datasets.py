@@ -88,6 +88,13 @@ def test_official_gsm8k(write):
         ([ROW | {"answer_value": float("nan")}], "'nan' is not a finite number"),
         ([ROW | {"item_id": "mathqa_1"}], "field 'answer_value': '2.0' is not one letter a-e, as mathqa"),
         ([ROW | {"item_id": "mathqa-numeric_1", "answer_value": "a"}], "'a' is not a finite number"),
+        (
+            [ROW | {"answer_value": "1,5"}],
+            "field 'answer_value': '1,5' is not a finite number, commas only between groups",
+        ),
+        ([{"question": "q", "answer": "x\n#### 3,5"}], "'3,5' is not a finite number, commas only between groups"),
+        ("[" * 100_000 + "]" * 100_000, r"data\.json: cannot be read as JSON from line 1 on \(.*recursion"),
+        ('[{"answer_value": ' + "1" * 5000 + "}]", r"data\.json: cannot be read as JSON from line 1 on \(.*digits"),
         ([ROW, ROW | {"item_id": "svamp_2"}, ROW], "row 2, field 'item_id': 'svamp_1' already stands in row 0"),
         ([{"question": "q", "answer": "12"}], "row 0, field 'answer': has no '####'"),
         ([{"question": "q", "answer": "Many.\n####"}], "row 0, field 'answer_value': is blank"),
@@ -103,6 +110,17 @@ def test_bad_content_is_named(write, rows, message):
 def test_a_broken_line_of_json_lines_is_counted_in_the_file(write):
     with pytest.raises(InputError, match="not JSON at line 3, column 1"):
         load_examples(write('{"question": "q", "answer": "#### 1"}\n\nnonsense\n', "x.jsonl"), need_cot=False)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read(tmp_path, name):
+    texts = [json.dumps([ROW], indent=1), json.dumps([ROW]), f"\n{json.dumps([ROW])}\n"]
+    texts += [json.dumps(ROW) + "\n", json.dumps(ROW)] if name.endswith("l") else []
+    for text in texts:
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / name).write_text(text, encoding=encoding)
+            [example] = load_examples(tmp_path / name, need_cot=True)
+            assert example.question == "1 + 1?"
 
 
 def test_unreadable_files(tmp_path):

@@ -14,7 +14,7 @@ from test_tokenizer import TEXTS
 from tiny import tiny_model, tiny_policy
 
 from reft_jax import load_hf, load_value_head, save_hf
-from reft_jax.model.hf import OLD_VALUE_HEAD_FILE, VALUE_HEAD_FILE
+from reft_jax.model.hf import VALUE_HEAD_FILE
 from reft_jax.model.safetensors import map_tensor, read_header
 from reft_jax.model_folder import check_new_folder
 from reft_jax.runs import export
@@ -178,9 +178,9 @@ def test_the_value_head_is_out_of_the_reach_of_loaders_and_the_old_place_is_read
     _, params = tiny_policy(vocab_size=load_hf(base)[0].config.vocab_size)
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     jax.tree.map(np.testing.assert_array_equal, load_value_head(tmp_path / "out"), params["value_head"])
-    (tmp_path / "out" / VALUE_HEAD_FILE).rename(tmp_path / "out" / OLD_VALUE_HEAD_FILE)
+    (tmp_path / "out" / VALUE_HEAD_FILE).rename(tmp_path / "out" / "value_head.safetensors")
     jax.tree.map(np.testing.assert_array_equal, load_value_head(tmp_path / "out"), params["value_head"])
-    (tmp_path / "out" / OLD_VALUE_HEAD_FILE).unlink()
+    (tmp_path / "out" / "value_head.safetensors").unlink()
     assert load_value_head(tmp_path / "out") is None
 
 

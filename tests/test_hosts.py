@@ -31,6 +31,7 @@ from reft_jax.runs.executions import LOG_NAME, read_executions
 from reft_jax.runs.rollout import shares
 from reft_jax.task import prompts
 from reft_jax.task.intervals import wilson
+from reft_jax.task.records import read_records
 from reft_jax.task.tokenizer import encode, encode_rollout, train_bpe
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.state import abstract_params
@@ -184,7 +185,7 @@ def test_losses_stay_those_of_one_process(together, alone):
 
 def test_the_same_rows_are_written_once_and_in_the_same_order(together, alone):
     for file in ("samples/warmup_train.jsonl", "samples/sft_test.jsonl", "samples/reft_test.jsonl"):
-        ours, theirs = ([json.loads(line) for line in (d / file).read_text().splitlines()] for d in (together, alone))
+        ours, theirs = (read_records(d / file) for d in (together, alone))
         assert [record["item_id"] for record in ours] == [record["item_id"] for record in theirs]
         assert [len(record["predictions"]) for record in ours] == [len(record["predictions"]) for record in theirs]
     ours, theirs = ({line["item_id"] for line in read_executions(d / LOG_NAME)} for d in (together, alone))
@@ -196,7 +197,7 @@ def test_accuracies_agree_within_their_intervals(together, alone):
     ours, theirs = (json.loads((workdir / "report.json").read_text())["rows"] for workdir in (together, alone))
     assert [row["model"] for row in ours] == [row["model"] for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        counted = [column for column, count in other.items() if column not in ("model", "curve") and count]
+        counted = [column for column, count in other.items() if column not in ("model", "n", "curve") and count]
         assert mine.keys() == other.keys() and "top1" in counted
         for column in counted:
             (low, high), (our_low, our_high) = wilson(**other[column]), wilson(**mine[column])

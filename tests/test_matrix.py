@@ -19,6 +19,7 @@ from reft_jax.runs.pipeline import run_pipeline
 from reft_jax.runs.setup import open_run
 from reft_jax.task.answers import CHOICE_DATASET
 from reft_jax.task.prompts import PROGRAM_HEAD, prompt_text, sft_target
+from reft_jax.task.records import read_records
 from reft_jax.task.tokenizer import train_bpe
 from reft_jax.types import Example
 
@@ -121,7 +122,7 @@ def test_every_stage(model, tmp_path, dataset, engine, capsys):
         assert row["upper_bound"]["correct"] >= max(row["voting"]["correct"], row["rerank"]["correct"])
     assert table["SFT"]["upper_bound"]["correct"] > 0
 
-    samples = [json.loads(line) for line in (tmp_path / "run/samples/sft_test.jsonl").read_text().splitlines()]
+    samples = read_records(tmp_path / "run/samples/sft_test.jsonl")
     answers = [p["solving_res"] for record in samples for p in record["predictions"] if p["solving_res"] is not None]
     assert answers and all(isinstance(value, str if dataset == CHOICE_DATASET else float) for value in answers)
     if dataset == CHOICE_DATASET:

@@ -5,10 +5,12 @@ import json
 import os
 import struct
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from reft_jax.parallel import compilation
 from reft_jax.train import metrics
 from reft_jax.train.metrics import MetricsWriter, Progress, read_metrics
 from reft_jax.types import InputError, SaveError
@@ -138,6 +140,46 @@ def test_the_lines_are_those_of_the_docstring(clock, capsys):
         "sample  25600/131900 completions  19 %  left 0:05:40  correct 0.634  312 completions/s  elapsed 0:01:22",
     ]
     assert all(line in Progress.__doc__ for line in printed)
+
+
+def test_compile_time_is_in_no_rate(clock, capsys, monkeypatch):
+    compiled = [50.0]  # by an earlier stage
+    monkeypatch.setattr(metrics, "compile_seconds", lambda: compiled[0])
+    progress = Progress("reft", total=10, unit="iteration")
+    for iteration, (seconds, of_them) in enumerate([(100, 96), (4, 0), (30, 26), (4, 0)], 1):
+        clock[0] += seconds
+        compiled[0] += of_them
+        progress.update(iteration)
+    progress.close()
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "reft  1/10 iterations  10 %  left 0:00:36  4 s/iteration  elapsed 0:01:40"
+    assert last == "reft  4/10 iterations  40 %  left 0:00:24  4 s/iteration  elapsed 0:02:18"  # 6 left, 4 s each
+
+
+def test_what_is_compiled_is_counted_with_its_seconds():
+    before, seconds = compilation.compiles(), compilation.compile_seconds()
+    jax.jit(lambda x: jax.numpy.sin(x) + 0.12345)(np.float32(1))
+    assert compilation.compiles() > before and 0 < compilation.compile_seconds() - seconds < 60
+
+
+def test_what_takes_long_is_said_at_once(clock, capsys):
+    progress = Progress("reft", total=40, unit="iteration", done0=12)
+    progress.say("compiling")
+    assert capsys.readouterr().err == "reft  12/40 iterations  compiling\n"
+    clock[0] += 1
+    progress.update(13)
+    assert capsys.readouterr().err == ""  # a line was shown a second ago
+    progress.close()
+    assert capsys.readouterr().err.startswith("reft  13/40 iterations  32 %")
+
+
+def test_a_remark_takes_the_place_of_the_progress_line_on_a_terminal(capsys, monkeypatch):
+    metrics.remark("warning: x")
+    assert capsys.readouterr().err == "warning: x\n"
+    stderr = Terminal()
+    monkeypatch.setattr(metrics.sys, "stderr", stderr)
+    metrics.remark("warning: x")
+    assert stderr.getvalue() == "\r\x1b[Kwarning: x\n"
 
 
 def test_a_log_gets_a_line_every_15_seconds_and_the_last(clock, capsys):

@@ -74,6 +74,56 @@ def test_ppo_starts_at_the_reference(finished):
     assert lines[1]["kl"] != 0
 
 
+def test_the_warm_up_model_is_evaluated_as_iteration_0_and_the_best_on_dev_is_handed_on(finished):
+    """One dev accuracy of three is the best, the earlier one of equals; the report names its iteration."""
+    workdir, done = finished
+    result = json.loads((workdir / "reft" / "done.json").read_text())
+    found = [(0, result["start_dev_top1"])]
+    found += [(line["step"], line["dev_top1"]) for line in metrics(workdir, "reft") if "dev_top1" in line]
+    assert [iteration for iteration, _ in found] == [0, 2, 3]
+    assert (result["best"], result["best_dev_top1"]) == max(found, key=lambda one: one[1])
+    arrays = [json.loads((workdir / "models" / name / "arrays.json").read_text()) for name in ("reft", "warmup")]
+    assert (arrays[0] == arrays[1]) == (result["best"] == 0)
+    assert f"ReFT: best iteration {result['best']} of 3" in (workdir / "report.md").read_text()
+    told = "reft: no iteration was better on dev than the warm-up model, which is handed on" in done.stderr
+    assert told == (result["best"] == 0)
+
+
+def test_a_report_says_first_what_made_it(finished):
+    workdir, _ = finished
+    title, blank, *lines = (workdir / "report.md").read_text().splitlines()[:7]
+    assert title.startswith("# ") and not blank
+    assert [line.partition(":")[0] for line in lines] == ["- made", "- with", "- model", "- data", "- curves"]
+    assert "reft_jax 0." in lines[1] and ", jax 0." in lines[1]
+    assert lines[2:] == [
+        "- model: toy, made from seed 42",
+        "- data: train toy (48 rows), dev toy (6 rows), test toy (7 rows)",
+        "- curves: [curves.png](curves.png)",
+    ]
+
+
+def test_what_takes_long_is_announced(finished):
+    """Compiling and evaluating are lines of their own; no rate counts what was compiled in it."""
+    told = finished[1].stderr
+    for line in (
+        "sft  0/6 steps  compiling\n",
+        "reft  0/3 iterations  compiling\n",
+        "reft dev  0/6 completions  evaluat",
+    ):
+        assert line in told
+
+
+def test_solve_takes_a_model_of_a_work_directory(finished):
+    workdir, _ = finished
+    solve = [sys.executable, "-m", "reft_jax", "solve", f"--model={workdir / 'models' / 'reft'}", "2 and 3?"]
+    solved = subprocess.run(solve, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert solved.returncode == 0, solved.stderr
+    assert solved.stdout.startswith('def solution():\n    """2 and 3?"""') and "\nanswer: " in solved.stdout
+    solve[4] = f"--model={workdir / 'models' / 'rerank_reft'}"
+    refused = subprocess.run(solve, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2 and "is a reranker" in refused.stderr
+
+
 def test_second_run_does_nothing_again(finished):
     workdir, _ = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "report" not in p.name}
@@ -81,6 +131,9 @@ def test_second_run_does_nothing_again(finished):
     assert again.returncode == 0, again.stderr
     after = {p: p.stat().st_mtime_ns for p in before}
     assert {p.name for p in before if before[p] != after[p]} <= {"curves.png"}
+    for stage in ("sft", "reft", "rerank_sft", "rerank_reft"):
+        assert f"{stage}: done already, {workdir / stage / 'done.json'}\n" in again.stdout
+    assert f"reft samples on test: done already, {workdir / 'samples' / 'reft_test.jsonl'}\n" in again.stdout
 
 
 def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
@@ -88,7 +141,7 @@ def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
     done = run("evaluate", workdir, "--replay")
     assert done.returncode == 0, done.stderr
     assert "reft rollout: 48," in done.stdout and "sft samples on test: 14," in done.stdout
-    logged = 2 * 6 + 3 * 16 + 2 * 6 + 3 * 7 + 2 * 14 + 16  # SFT dev, rollouts, ReFT dev, top-1, samples: test, train
+    logged = 2 * 6 + 3 * 16 + 3 * 6 + 3 * 7 + 2 * 14 + 16  # SFT dev, rollouts, ReFT dev, top-1, samples: test, train
     assert f"{logged} of {logged} verdicts are what the log says" in done.stdout
     assert all(line["seconds_program_p99"] >= line["seconds_program_p50"] > 0 for line in metrics(workdir, "reft"))
 

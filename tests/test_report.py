@@ -141,6 +141,42 @@ def test_files_hold_the_whole_report(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
+ABOUT = {
+    "made": "2026-11-29 17:50 UTC",
+    "with": "reft_jax 0.1.0, commit 0123456789ab, jax 0.10",
+    "model": "/models/CodeLlama-7b-hf",
+    "data": "train a.json (7 rows)",
+    "curves": "curves.png",
+}
+
+
+def test_the_first_lines_say_what_made_it():
+    text = markdown({**full_report(), "about": ABOUT})
+    assert text.startswith(
+        "# Toy word problems\n\n- made: 2026-11-29 17:50 UTC\n- with: reft_jax 0.1.0, commit 0123456789ab, jax 0.10\n"
+        "- model: /models/CodeLlama-7b-hf\n- data: train a.json (7 rows)\n- curves: [curves.png](curves.png)\n\n500 "
+    )
+
+
+def test_shares_without_an_answer_and_rerankers_below_voting_are_remarked(capsys):
+    report = full_report()
+    worse = {"difference": -0.031, "low": -0.05, "high": -0.012, "p": 0.004}
+    report["rows"][0] |= {"no_answer": {"greedy": {"none": 36, "total": 500}}}
+    report["rows"][1] |= {"no_answer": {"greedy": {"none": 500, "total": 500}, "samples": {"none": 41, "total": 4000}}}
+    report["rows"][1] |= {"rerank_minus_voting": worse}
+    report["rows"][2] |= {"rerank_minus_voting": worse | {"difference": 0.0}}
+    remarks = (
+        "Without an answer: SFT warm-up 7.2 % of greedy answers; SFT 100.0 % of greedy answers and 1.0 % of samples.",
+        "SFT: the reranker chooses worse than voting does: -3.1 [-5.0, -1.2] points, p 0.004.",
+    )
+    print_report(report)
+    printed = " ".join(capsys.readouterr().out.split())
+    for remark in remarks:
+        assert f"- {remark}\n" in markdown(report)
+        assert remark in printed
+    assert "ReFT: the reranker chooses worse" not in printed  # not where they are equal
+
+
 def test_files_leave_out_what_there_is_nothing_to_say_about(tmp_path):
     write_report(tmp_path, top1_report())
     text = (tmp_path / "report.md").read_text()
@@ -165,7 +201,8 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monk
 SFT = [
     {"step": s, "epoch": s / 10, "loss": 3 / s, **({"dev_top1": s / 100} if s % 10 == 0 else {})} for s in range(1, 51)
 ]
-REFT = [{"step": s, "reward": s / 50, "train_correct": 0.5, "kl": None, "dev_top1": 0.3} for s in range(1, 6)]
+REFT = [{"step": 0, "dev_top1": 0.6}]
+REFT += [{"step": s, "reward": s / 50, "no_answer": 0.5, "kl": -0.1 * s, "dev_top1": 0.3} for s in range(1, 6)]
 
 
 @pytest.fixture
@@ -191,7 +228,8 @@ def test_a_panel_for_every_quantity_that_was_logged(tmp_path, drawn):
         "SFT: training loss": "epoch",
         "SFT: dev accuracy": "epoch",
         "ReFT: mean reward": "iteration",
-        "ReFT: correct training samples": "iteration",
+        "ReFT: samples without an answer": "iteration",
+        "ReFT: divergence from the reference": "iteration",
         "ReFT: dev accuracy": "iteration",
     }
     dev = figure.axes[1]
@@ -200,9 +238,33 @@ def test_a_panel_for_every_quantity_that_was_logged(tmp_path, drawn):
     assert len(figure.axes[0].lines) == 2  # 50 points: faint, and their moving average
 
 
+def test_axes_hide_no_scale(tmp_path, drawn):
+    """They begin at 0, or below what is negative; both dev accuracies have one scale."""
+    plot_curves(tmp_path, SFT, REFT, tmp_path / "curves.png")
+    axes = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
+    kl = axes.pop("ReFT: divergence from the reference")
+    assert all(one.get_ylim()[0] == 0 for one in axes.values()) and kl.get_ylim()[0] < -0.5
+    assert all(one.get_xlim()[0] == 0 for one in axes.values())
+    sft, reft = axes["SFT: dev accuracy"], axes["ReFT: dev accuracy"]
+    assert sft.get_ylim() == reft.get_ylim() and sft.get_ylim()[1] > 60
+    for one in axes.values():
+        assert max(line.get_ydata()[0] for line in one.lines) <= one.get_ylim()[1]
+
+
+def test_refts_dev_accuracy_begins_at_iteration_0_beside_the_best_sft(tmp_path, drawn):
+    plot_curves(tmp_path, SFT, REFT, tmp_path / "curves.png")
+    [reft] = [axes for axes in drawn[0].axes if axes.get_title(loc="left") == "ReFT: dev accuracy"]
+    assert reft.lines[0].get_xydata()[0].tolist() == [0, 60]
+    assert reft.get_title(loc="right") == "best 60.0 % (iteration 0)"
+    [label] = reft.get_legend().get_texts()
+    assert label.get_text() == "best SFT 50.0 %"
+    assert any(list(line.get_ydata()) == [50, 50] for line in reft.lines)
+
+
 def test_one_stage_alone_is_drawn(tmp_path, drawn):
     plot_curves(tmp_path, [], REFT, tmp_path / "curves.png")
-    assert len(drawn[0].axes) == 3
+    assert len(drawn[0].axes) == 4
+    assert drawn[0].axes[3].get_legend() is None  # no SFT, no line for its best
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

@@ -1,16 +1,20 @@
 """What the training stages share."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 from tiny import tiny_policy
 
 from reft_jax import save_hf
-from reft_jax.config import check_config, load_config
+from reft_jax.config import check_config, default_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
+from reft_jax.runs import training
 from reft_jax.runs.setup import Run
 from reft_jax.runs.stages import base_policy
+from reft_jax.runs.training import Training
+from reft_jax.train.metrics import MetricsWriter, read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 
@@ -29,3 +33,71 @@ def test_a_run_goes_on_with_the_value_head_of_an_exported_folder(tmp_path, capsy
     jax.tree.map(np.testing.assert_array_equal, found["exported"], params)
     assert "the value head is that of" in capsys.readouterr().out
     assert not np.any(found["bare"]["value_head"]["weight"])  # the quickstart's value_init is 0
+
+
+class Begun(Training):
+    """A stage of PPO whose state is its iteration, and whose dev accuracies are known."""
+
+    def __init__(self, tmp_path, monkeypatch, dev_top1: dict[int, float], **ppo):
+        config = default_config()
+        config.ppo.update({"prompts": 64, "iterations": max(dev_top1), "eval_every": 1, "save_every": 1} | ppo)
+        self.run, self.folder = SimpleNamespace(config=config, data=SimpleNamespace(dev=[])), tmp_path / "reft"
+        self.done, self.state, self.pending = 0, SimpleNamespace(params={"lm": 0}), {}
+        self.info, self.metrics = {"best": 0, "best_dev_top1": -1.0}, MetricsWriter(self.folder)
+        self.kept, self.evaluated = [], []
+        monkeypatch.setattr(training, "save_params", lambda folder, params: self.kept.append(folder.name))
+        monkeypatch.setattr(training, "greedy", lambda run, lm, *_: self.evaluated.append(lm) or [dev_top1[lm]])
+        monkeypatch.setattr(training, "top1", lambda graded: graded[0])
+
+    def updated(self, done, state, numbers, pending, item_ids, inputs):
+        self.done, self.state, self.pending = done, state, pending
+
+    def check_finite(self):
+        pass
+
+    def save(self):
+        pass
+
+    def train(self, rewards: dict[int, float], kl: float = 0.1) -> None:
+        def iterate(state, iteration):
+            line = {"reward": rewards.get(iteration, 0.4), "kl": kl * iteration}
+            return SimpleNamespace(params={"lm": iteration}), line, [], {}
+
+        with self.metrics:
+            training.train_iterations(self, iterate, questions=64, shown=("reward", "kl"))
+
+
+def test_iteration_0_is_evaluated_and_wins_if_no_other_is_better(tmp_path, monkeypatch, capsys):
+    stage = Begun(tmp_path, monkeypatch, {0: 0.4, 1: 0.2, 2: 0.4, 3: 0.0})
+    stage.train({})
+    assert stage.evaluated == [0, 1, 2, 3] and stage.kept == ["best_0"]
+    assert (stage.info["best"], stage.info["best_dev_top1"], stage.info["start_dev_top1"]) == (0, 0.4, 0.4)
+    assert [line["step"] for line in read_metrics(stage.folder)] == [1, 2, 3]
+    assert "warning: reft: no iteration was better on dev than the warm-up model" in capsys.readouterr().err
+
+
+def test_a_later_iteration_that_is_better_wins(tmp_path, monkeypatch, capsys):
+    stage = Begun(tmp_path, monkeypatch, {0: 0.4, 1: 0.2, 2: 0.5, 3: 0.5})
+    stage.train({})
+    assert stage.kept == ["best_0", "best_2"] and stage.info["best"] == 2 and stage.info["start_dev_top1"] == 0.4
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_stage_that_resumes_does_not_evaluate_iteration_0(tmp_path, monkeypatch):
+    stage = Begun(tmp_path, monkeypatch, {0: 0.4, 1: 0.2, 2: 0.5, 3: 0.6})
+    stage.done, stage.info = 2, {"best": 2, "best_dev_top1": 0.5, "start_dev_top1": 0.4}
+    stage.train({})
+    assert stage.evaluated == [3] and stage.info["start_dev_top1"] == 0.4
+
+
+def test_a_collapse_is_warned_of_as_it_happens_and_after_a_resume(tmp_path, monkeypatch, capsys):
+    warning = "warning: reft: iteration 3 looks ruined: mean reward 0.000, 0.400 at the beginning; KL 27 nats per row"
+    dev = dict.fromkeys(range(5), 0.4)
+    Begun(tmp_path, monkeypatch, dev).train({3: 0.0, 4: 0.0}, kl=9)
+    assert capsys.readouterr().err.count(warning) == 1
+    stage = Begun(tmp_path / "again", monkeypatch, dev)  # the first two iterations were those of an earlier start
+    for step in (1, 2):
+        stage.metrics.write(step, {"reward": 0.4, "kl": 9 * step})
+    stage.done, stage.info = 2, {"best": 2, "best_dev_top1": 0.5}
+    stage.train({3: 0.0, 4: 0.0}, kl=9)
+    assert capsys.readouterr().err.count(warning) == 1

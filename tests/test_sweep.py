@@ -88,8 +88,8 @@ def test_a_sweep_is_a_table_a_data_file(finished):
             assert bounds == sorted(bounds) and bounds[-1] == row["upper_bound"]["correct"] / QUESTIONS
         pairs = {(found["a"], found["b"]) for found in report["comparisons"] if found["column"] == "rerank"}
         assert pairs == {("reft", NAMES[1])}
-    samples = [json.loads(line) for line in (finished / "samples" / "reft_gsm8k.jsonl").read_text().splitlines()]
-    assert len({p["completion"] for record in samples for p in record["predictions"]}) > 20
+    samples = [json.loads(line) for line in (finished / "samples/gsm8k/reft.jsonl").read_text().splitlines()]
+    assert len({p["completion"] for record in samples[1:] for p in record["predictions"]}) > 20
 
 
 def kill_when(process: subprocess.Popen, there) -> None:
@@ -102,19 +102,20 @@ def kill_when(process: subprocess.Popen, there) -> None:
 
 def test_a_sweep_that_was_killed_twice_ends_with_the_same_table(folder, finished):
     workdir = folder / "killed"
-    for file in ("warm_gsm8k.greedy.jsonl", f"{NAMES[1]}_second.jsonl"):
+    for file in ("gsm8k/warm.greedy.jsonl", f"second/{NAMES[1]}.jsonl"):
         path = workdir / "samples" / file
         process = subprocess.Popen(
             command(folder, workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         kill_when(process, lambda path=path: path.exists() and path.stat().st_size)
         assert path.stat().st_size and not (workdir / "sweep.json").exists()
-    with (workdir / "samples" / f"{NAMES[1]}_second.jsonl").open("a") as file:
+    with (workdir / "samples" / "second" / f"{NAMES[1]}.jsonl").open("a") as file:
         file.write('{"item_id": "svamp_')  # a line torn by the crash
     done = subprocess.run(command(folder, workdir), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    for path in (finished / "samples").iterdir():
-        ours, theirs = ((at / "samples" / path.name).read_text().splitlines() for at in (workdir, finished))
+    for path in (finished / "samples").glob("*/*"):
+        at = path.relative_to(finished)
+        ours, theirs = ((folder / at).read_text().splitlines() for folder in (workdir, finished))
         assert sorted(ours) == sorted(theirs)  # questions stand in the order in which they were finished
     for name in ("sweep.md", "sweep.json"):
         assert (workdir / name).read_bytes() == (finished / name).read_bytes()
@@ -134,7 +135,7 @@ def test_the_table_comes_from_the_files_alone(finished, tmp_path, monkeypatch, c
     whole = json.loads((finished / "sweep.json").read_text())
     for report, other in zip(again, whole, strict=True):
         for row in report["rows"]:
-            same = next(one for one in other["rows"] if row["model"].startswith(f"{one['model']}_"))
+            same = next(one for one in other["rows"] if Path(row["model"]).name == one["model"])
             assert row | {"model": ""} == same | {"model": ""}
 
 

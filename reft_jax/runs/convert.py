@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from reft_jax import executor
-from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.runs.setup import start_executor
+from reft_jax.runs.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.task import answers, gsm8k
 from reft_jax.task.datasets import load_examples, read_rows
-from reft_jax.task.prompts import PROGRAM_HEAD, sft_target
+from reft_jax.task.prompts import PROGRAM_HEAD, plain_answer, sft_target
 from reft_jax.types import Example, InputError
 
 HUB_GSM8K = "openai/gsm8k"
@@ -74,7 +75,7 @@ def _examples(dataset: str, source: str) -> list[Example]:
                 "as the dataset that its ids begin with"
             )
         value = example.answer_value.strip()
-        value = value.lower() if dataset == answers.CHOICE_DATASET else value.replace(",", "")
+        value = value.lower() if dataset == answers.CHOICE_DATASET else plain_answer(value)
         cot = example.answer_cot and example.answer_cot.strip()
         examples.append(Example(example.item_id, example.question.strip(), value, cot))
     return examples

@@ -1,4 +1,8 @@
-"""The training curves of a run as one picture: small panels, one quantity each."""
+"""The training curves of a run as one picture: small panels, one quantity each.
+
+Every axis begins at 0, or below where a value is negative, and both panels of dev accuracy have one scale: a small
+change looks small.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from reft_jax.types import InputError
 
 INK, GRID = "#3b3b3b", "#e4e4e4"
+SFT_COLOR, REFT_COLOR = "#2f6db3", "#c4561c"
+ROUND = [1, 2, 5, 10]  # steps between ticks
 MANY = 40  # more points than this are drawn faint, under their moving average
 
 
@@ -32,7 +38,7 @@ SFT_PANELS = (
 )
 REFT_PANELS = (
     Panel("reward", "ReFT: mean reward", "reward per sample"),
-    Panel("train_correct", "ReFT: correct training samples", "% of samples", 100),
+    Panel("no_answer", "ReFT: samples without an answer", "% of samples", 100),
     Panel("kl", "ReFT: divergence from the reference", "nats per row"),
     Panel("response_length", "ReFT: response length", "tokens"),
     Panel("dev_top1", "ReFT: dev accuracy", "% of questions, greedy", 100, best=True),
@@ -43,11 +49,15 @@ def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequen
     """Draws the lines of both metrics.jsonl into a PNG at `path`; the folder's name becomes the title.
 
     SFT lines need `epoch` (may be fractional), ReFT lines `step`; a quantity that no line has gets no panel, and lines
-    that lack it, or hold null, no point. Raises InputError when nothing is left to draw.
+    that lack it, or hold null, no point. The best dev accuracy of SFT is a line in ReFT's panel. Raises InputError when
+    nothing is left to draw.
     """
-    panels = [(panel, *series(sft_metrics, "epoch", panel), "epoch", "#2f6db3") for panel in SFT_PANELS]
-    panels += [(panel, *series(reft_metrics, "step", panel), "iteration", "#c4561c") for panel in REFT_PANELS]
+    panels = [(panel, *series(sft_metrics, "epoch", panel), "epoch", SFT_COLOR) for panel in SFT_PANELS]
+    panels += [(panel, *series(reft_metrics, "step", panel), "iteration", REFT_COLOR) for panel in REFT_PANELS]
     panels = [entry for entry in panels if entry[1].size]
+    highest: dict[str, float] = {}
+    for panel, _, y, *_ in panels:
+        highest[panel.key] = max(y.max(), highest.get(panel.key, 0.0))
     if not panels:
         raise InputError(f"{workdir}: no metrics to draw yet; run sft or reft there first")
     columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
@@ -56,7 +66,14 @@ def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequen
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.suptitle(workdir.name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     for place, entry in enumerate(panels, start=1):
-        _draw(figure.add_subplot(rows, columns, place), *entry)
+        panel, _, y, _, color = entry
+        axes = figure.add_subplot(rows, columns, place)
+        _draw(axes, *entry)
+        axes.set_ylim(1.12 * min(0.0, y.min()), 1.12 * highest[panel.key] or 1.0)
+        best_sft = series(sft_metrics, "epoch", SFT_PANELS[1])[1].max(initial=-1.0)
+        if color == REFT_COLOR and panel.best and best_sft >= 0:
+            axes.axhline(best_sft, color=SFT_COLOR, linewidth=1.2, linestyle="--", label=f"best SFT {best_sft:.1f} %")
+            axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower right")
     figure.savefig(path, format="png", facecolor="white")
 
 
@@ -89,16 +106,17 @@ def _draw(axes: Axes, panel: Panel, x: np.ndarray, y: np.ndarray, x_label: str, 
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.margins(x=0.03, y=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_xlim(0, 1.03 * x.max() or 1.0)
     if x.size > MANY:
         window = 2 * (x.size // 30) + 1
         axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
         axes.plot(x, moving_average(y, window), color=color, linewidth=1.8, label=f"mean of {window} points")
         axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
     else:
-        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=3.5)
+        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=3.5, clip_on=False)
     if panel.best:
         at = int(np.argmax(y))
         axes.plot(x[at], y[at], marker="o", markersize=8, markerfacecolor="none", markeredgecolor=INK)

@@ -13,7 +13,7 @@ from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import TITLES, abstract_reranker, finished, load_model
+from reft_jax.runs.stages import TITLES, abstract_reranker, done, load_model
 from reft_jax.store import writing
 from reft_jax.task.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
 from reft_jax.types import InputError
@@ -101,23 +101,23 @@ def prompt_format(engine: str, *, is_reranker: bool) -> list[str]:
 def stages(run: Run, name: str, base: str) -> list[str]:
     """How the model came about, one line a stage."""
     config, policy = run.config, name.removeprefix("rerank_")
-    sft = finished(run, "sft") or {}
+    sft = done(run, "sft") or {}
     first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.engine})"
     lines = [f"{first}, epoch {config.sft.warmup_epoch} of a schedule of {config.sft.epochs}."]
     if policy == "sft":
         lines = [f"{first}, best epoch ({sft.get('best', '?')} of {sft.get('epochs', '?')})."]
     elif policy == "self_train_offline":
-        done = finished(run, policy) or {}
-        lines.append(f"Its correct samples and the worked solutions: {done.get('rows', '?')} rows.")
-        lines.append(f"SFT of {base} on these, best epoch ({done.get('best', '?')} of {done.get('epochs', '?')}).")
+        result = done(run, policy) or {}
+        lines.append(f"Its correct samples and the worked solutions: {result.get('rows', '?')} rows.")
+        lines.append(f"SFT of {base} on these, best epoch ({result.get('best', '?')} of {result.get('epochs', '?')}).")
     elif policy != "warmup":
-        done = finished(run, policy) or {}
-        best = f"best iteration ({done.get('best', '?')} of {done.get('iterations', '?')})"
+        result = done(run, policy) or {}
+        best = f"best iteration ({result.get('best', '?')} of {result.get('iterations', '?')})"
         how = "PPO on executed answers" if policy == "reft" else "online self-training"
-        lines.append(f"{TITLES[policy]}: {how}, {done.get('questions', '?')} questions, {best}.")
+        lines.append(f"{TITLES[policy]}: {how}, {result.get('questions', '?')} questions, {best}.")
     if name != policy:
-        done = finished(run, name) or {}
-        lines.append(f"A classifier on {done.get('rows', '?')} distinct samples of the warm-up model, from that model.")
+        rows = (done(run, name) or {}).get("rows", "?")
+        lines.append(f"A classifier on {rows} distinct samples of the warm-up model, from that model.")
     return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
 
 

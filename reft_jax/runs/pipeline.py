@@ -10,7 +10,7 @@ from reft_jax.runs.sample import run_sample
 from reft_jax.runs.self_train import OFFLINE, ONLINE, online_rows, run_offline, run_online
 from reft_jax.runs.setup import Run
 from reft_jax.runs.sft import run_sft
-from reft_jax.runs.stages import TITLES
+from reft_jax.runs.stages import TITLES, finished
 
 
 def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
@@ -29,6 +29,8 @@ def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
         (f"samples of {TITLES[name]} on test questions", partial(run_sample, run, name, "test")) for name in names
     ]
     stages += [(f"reranker for {TITLES[name]}", partial(run_rerank, run, name)) for name in names]
+    for stage in ["sft", "reft", *(f"rerank_{name}" for name in names)]:
+        finished(run, stage)  # a stage that is done but may not be used is found now, not after hours
     started = time.monotonic()
     for i, (title, stage) in enumerate(stages, start=1):
         print(f"[{i}/{len(stages) + 1}] {title}", flush=True)

@@ -12,7 +12,7 @@ from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import put_rows, round_up
 from reft_jax.runs.rollout import Clock, one_each, roll_out
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder
+from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder, sources
 from reft_jax.runs.training import Training, train_iterations
 from reft_jax.train.batches import rollout_rows, rows_at
 from reft_jax.train.checksums import array_checksums, digest
@@ -132,5 +132,5 @@ def run_reft(run: Run) -> dict:
             return state, line, [example.item_id for example in examples], rollout._asdict()
 
         iterations = train_iterations(training, iterate, questions=len(questions), shown=("reward", "kl"))
-        result = {"iterations": iterations, "questions": len(questions)}
+        result = {"iterations": iterations, "questions": len(questions), "from": sources(run, "warmup")}
         return training.finish(model_folder(run, "reft"), result)

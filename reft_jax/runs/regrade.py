@@ -2,15 +2,18 @@
 
 import os
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.runs.report import print_report, write_sweep
 from reft_jax.runs.results import Answers, by_item, read_answers, table
-from reft_jax.runs.setup import check_writable, start_executor
+from reft_jax.runs.setup import start_executor
+from reft_jax.runs.workdir import check_writable
 from reft_jax.store import writing
-from reft_jax.task.records import GREEDY, RERANK, read_records, regrade
+from reft_jax.task.provenance import ASIDE
+from reft_jax.task.records import GREEDY, RERANK, regrade
 from reft_jax.types import InputError
 
 MEMORY_MB, TIMEOUT_S = 1024, 10.0  # a program, as in the method
@@ -25,11 +28,11 @@ def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed
     began = time.monotonic()
     if out_dir:
         check_writable("--out-dir", out_dir)
-    files = {path: read_records(path) for path in sample_files(sources)}
+    files = {path: read_answers(label, path) for path, label in labels(sample_files(sources)).items()}
     if execute:
         start_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed)
     try:
-        found = [_graded(path, records, execute) for path, records in files.items()]
+        found = [_graded(path, answers, execute) for path, answers in files.items()]
     finally:
         executor.shutdown()
     by_questions: dict[tuple[str, ...], list[Answers]] = {}
@@ -49,25 +52,33 @@ def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed
 
 
 def sample_files(sources: list[str]) -> list[Path]:
-    """The files named, and in a folder all sample files, in order. Raises InputError where there is none."""
+    """The files named, and in a folder all sample files, those of a sweep's data folders too, in order.
+
+    Raises InputError where there is none.
+    """
     files = []
     for source in sources:
         path = Path(source)
-        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        files += [file for file in inside if not file.name.endswith((GREEDY, RERANK))]
+        inside = sorted([*path.glob("*.jsonl"), *path.glob("*/*.jsonl")]) if path.is_dir() else [path]
+        files += [file for file in inside if not file.name.endswith((GREEDY, RERANK)) and file.parent.name != ASIDE]
     if not files:
         raise InputError(f"--samples: no sample files (*.jsonl) in {', '.join(sources)}; sample first")
-    return files
+    return list(dict.fromkeys(files))
 
 
-def _graded(path: Path, records: list[dict], execute: bool) -> Answers:
+def labels(files: list[Path]) -> dict[Path, str]:
+    """What each file's row is called: its name, with its folder's where two files share one."""
+    names = Counter(path.stem for path in files)
+    return {path: path.stem if names[path.stem] == 1 else str(path.with_suffix("")) for path in files}
+
+
+def _graded(path: Path, answers: Answers, execute: bool) -> Answers:
     run_programs = partial(executor.run_programs, timeout_s=TIMEOUT_S, workers=os.cpu_count() or 1, memory_mb=MEMORY_MB)
-    beside = path.with_suffix(GREEDY)
-    greedy = read_records(beside) if beside.exists() else []
     (samples, changed), (first, more) = (
-        regrade(one, run_programs if execute else None) if one else ([], 0) for one in (records, greedy)
+        regrade(list(one.values()), run_programs if execute else None) if one else ([], 0)
+        for one in (answers.samples, answers.greedy)
     )
     total = sum(len(record["predictions"]) for record in [*samples, *first])
     how = "executed" if execute else "graded from its stored value"
     print(f"{path}: each of {total} answers {how}; {changed + more} differ from what the file says")
-    return read_answers(path.stem, path)._replace(samples=by_item(samples), greedy=by_item(first))
+    return answers._replace(samples=by_item(samples), greedy=by_item(first))

@@ -4,11 +4,15 @@ A report is about one data file: a dict of plain JSON values. Counts are counts,
 percentages exist only in print. A run has one report, a sweep one for each data file.
 
     title            str
-    n                samples a question, for the voting and rerank columns
+    about            {name: what made the report: "made" (date), "with" (versions), "model", "data", "curves" (file)}
+    n                samples per question, for the voting and rerank columns: the most that a model has; a row may have
+                      an "n" of its own, 0 without samples
     test_questions   int
     chosen_on        which data chose the checkpoints: "third split", "test file, as the paper did"; "" if not known
     rows             [{"model": "ReFT", "top1": {"correct": 309, "total": 500}, "voting": the same or None, "rerank",
-                     "upper_bound", "curve": [{"k": 1, "voting": 0.31, "rerank": 0.33, "upper_bound": 0.31}, …]}]
+                     "upper_bound", "curve": [{"k": 1, "voting": 0.31, "rerank": 0.33, "upper_bound": 0.31}, …],
+                     "no_answer": {"greedy": {"none": 8, "total": 500}, "samples": the same},
+                     "rerank_minus_voting": {"difference", "low", "high", "p"}}]
     comparisons      [{"a": "ReFT", "b": "SFT", "column": "top1", "difference", "low", "high", "p"}]
     notes            [str]
     settings         {name: value}
@@ -31,7 +35,9 @@ SAMPLED = {"voting": "voting@{}", "rerank": "rerank@{}", "upper_bound": "upper b
 def markdown_table(report: dict) -> str:
     """The rows as a Markdown table, cells like `61.8 % (309/500) [57.5, 66.0]`; columns without any entry left out."""
     columns = _columns(report)
-    lines = [[row["model"], *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]]
+    lines = [
+        [_name(row, report), *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]
+    ]
     return _markdown(["Model", *columns.values()], lines)
 
 
@@ -40,14 +46,14 @@ def markdown_curves(report: dict) -> str:
     parts = []
     for key, heading in SAMPLED.items():
         curves = {row["model"]: [p for p in row.get("curve", []) if key in p] for row in report["rows"]}
-        lines = [
-            [model, *(_share(p[key], report["test_questions"]) for p in curve)]
-            for model, curve in curves.items()
-            if curve
-        ]
+        ks = sorted({p["k"] for curve in curves.values() for p in curve})
+        lines = []
+        for model, curve in curves.items():
+            shares = {p["k"]: _share(p[key], report["test_questions"]) for p in curve}
+            if shares:
+                lines.append([model, *(shares.get(k, NOTHING) for k in ks)])
         if lines:
-            ks = next([str(p["k"]) for p in curve] for curve in curves.values() if curve)
-            parts.append(_markdown([heading.format("k") + ", by samples a question", *ks], lines))
+            parts.append(_markdown([heading.format("k") + ", by samples a question", *map(str, ks)], lines))
     return "\n".join(parts)
 
 
@@ -82,11 +88,11 @@ def print_report(report: dict) -> None:
     lines = [["model", *columns.values()]]
     for row in report["rows"]:
         cells = [_cell(row.get(key)) for key in columns]
-        lines.append([row["model"], *(share for share, _ in cells)])
+        lines.append([_name(row, report), *(share for share, _ in cells)])
         lines.append(["", *(interval for _, interval in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    remarks = [_subject(report), *_compared(report), *report["notes"]]
+    remarks = [_subject(report), *_compared(report), *_remarks(report), *report["notes"]]
     print(f"\n{report['title']}\n")
     print("\n".join([table[0], "─" * max(map(len, table)), *table[1:]]) + "\n")
     print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in remarks))
@@ -94,7 +100,8 @@ def print_report(report: dict) -> None:
 
 def markdown(report: dict) -> str:
     """The whole report; a part that there is nothing to say about is left out."""
-    parts = [f"# {report['title']}", _subject(report), markdown_table(report), _bullets(report["notes"])]
+    notes = _bullets([*_remarks(report), *report["notes"]])
+    parts = [f"# {report['title']}", _about(report), _subject(report), markdown_table(report), notes]
     if report["comparisons"]:
         parts += ["## Differences", markdown_comparisons(report), _bullets([*_compared(report), HOW_COMPARED])]
     if curves := markdown_curves(report):
@@ -122,8 +129,19 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
 
 def _columns(report: dict) -> dict[str, str]:
     """{key in a row: heading} of the columns that have an entry, in the paper's order."""
-    headings = {"top1": "top-1"} | {key: heading.format(report["n"]) for key, heading in SAMPLED.items()}
+    n = report["n"] if len(_sizes(report)) < 2 else "n"
+    headings = {"top1": "top-1"} | {key: heading.format(n) for key, heading in SAMPLED.items()}
     return {key: heading for key, heading in headings.items() if any(row.get(key) for row in report["rows"])}
+
+
+def _sizes(report: dict) -> set[int]:
+    """The numbers of samples per question that its rows have."""
+    return {row["n"] for row in report["rows"] if row.get("n")}
+
+
+def _name(row: dict, report: dict) -> str:
+    """The model, with its number of samples where not all rows have the same."""
+    return f"{row['model']} (n={row['n']})" if row.get("n") and len(_sizes(report)) > 1 else row["model"]
 
 
 def _cell(count: dict | None) -> tuple[str, str]:
@@ -150,9 +168,36 @@ def _difference(found: dict) -> str:
 
 
 def _subject(report: dict) -> str:
-    samples = f", {report['n']} samples each" if len(_columns(report)) > 1 else ""
+    each = " or ".join(map(str, sorted(_sizes(report)))) or report["n"]
+    samples = f", {each} samples each" if len(_columns(report)) > 1 else ""
     chosen = f"; checkpoints chosen on: {report['chosen_on']}" if report["chosen_on"] else ""
     return f"{report['test_questions']} test questions{samples}{chosen}. Brackets: 95 % intervals."
+
+
+def _about(report: dict) -> str:
+    """A line each: date, versions, model, data, and a link to the curves."""
+    about = report.get("about", {})
+    links = {"curves": "[{0}]({0})"}
+    return _bullets([f"{name}: {links.get(name, '{0}').format(text)}" for name, text in about.items()])
+
+
+def _remarks(report: dict) -> list[str]:
+    """What the rows say beside their shares."""
+    without = []
+    for row in report["rows"]:
+        kinds = {"greedy": "greedy answers", "samples": "samples"}
+        shares = [
+            f"{100 * found['none'] / found['total']:.1f} % of {kinds[kind]}"
+            for kind, found in row.get("no_answer", {}).items()
+        ]
+        without += [f"{row['model']} {' and '.join(shares)}"] if shares else []
+    remarks = [f"Without an answer: {'; '.join(without)}."] if without else []
+    for row in report["rows"]:
+        gap = row.get("rerank_minus_voting")
+        if gap and gap["difference"] < 0:
+            told = f"{_difference(gap)} points, p {gap['p']:.2g}"
+            remarks.append(f"{row['model']}: the reranker chooses worse than voting does: {told}.")
+    return remarks
 
 
 def _compared(report: dict) -> list[str]:

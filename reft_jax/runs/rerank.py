@@ -1,7 +1,6 @@
 """The reranker: a model's trunk and two classes, trained on the warm-up model's samples of the training questions."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +8,21 @@ import numpy as np
 from reft_jax.model.heads import RerankHead
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import put_rows
-from reft_jax.runs.sample import appended, run_sample
+from reft_jax.runs.sample import appended, recorded, reusable, run_sample
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import abstract_reranker, finished, load_model, model_folder
+from reft_jax.runs.stages import Weights, abstract_reranker, finished, load_model, model_folder, sources
 from reft_jax.runs.training import Training, train_epochs
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import rerank_text
-from reft_jax.task.records import RERANK, read_lines
+from reft_jax.task.provenance import MadeBy
+from reft_jax.task.records import RERANK, RERANK_KIND, scored, text_hash
 from reft_jax.task.tokenizer import encode
 from reft_jax.task.voting import deduplicate
 from reft_jax.train.metrics import Progress
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
+from reft_jax.types import Example
 
 SCORED_AT_ONCE = 64  # questions between two writes
 
@@ -51,8 +52,9 @@ def run_rerank(run: Run, name: str) -> dict:
         head = init_head(run.mesh, RerankHead(), run.model.config.hidden_size, run.config.seed)
         return {"lm": load_model(run, name)["lm"], "rerank_head": head}
 
+    made_from = sources(run, name, "warmup")
     positive = float(np.mean([label for _, label, _ in rows]))
-    with Training(run, stage, abstract_reranker(run), optimizer, begin, {}) as training:
+    with Training(run, stage, abstract_reranker(run), optimizer, begin, {}, made_from) as training:
         step_fn = make_rerank_step(run.model, optimizer, training.shardings)
 
         def make_batch(chosen):
@@ -70,7 +72,7 @@ def run_rerank(run: Run, name: str) -> dict:
 
         size = {"rows": len(rows), "batch_size": settings.batch_size, "epochs": settings.epochs}
         train_epochs(training, step_fn, make_batch, end_epoch, **size)
-        return training.finish(model_folder(run, stage), {"rows": len(rows), "positive": positive})
+        return training.finish(model_folder(run, stage), {"rows": len(rows), "positive": positive, "from": made_from})
 
 
 def pack(run: Run, rows: list[list[int]]) -> Packing:
@@ -87,27 +89,51 @@ def pack(run: Run, rows: list[list[int]]) -> Packing:
     )
 
 
-def rerank_scores(run: Run, path: Path, records: list[dict], load: Callable[[], dict], what: str) -> None:
-    """Probabilities of "correct" of the samples at `path`, into the file beside it (see task/records.py); resumes.
+def scores_made_by(run: Run, weights: Weights, records: list[dict]) -> MadeBy:
+    """The header of a file of scores."""
+    settings = {"max_len": run.config.rerank.max_len, "dtype": run.config.model.dtype}
+    return MadeBy(RERANK_KIND, {"reranker": weights.checksum} | settings, recorded(asked_in(records)))
 
-    records: those of `path`. `load()` gives the reranker's parameters, if they are needed.
+
+def asked_in(records: list[dict]) -> list[Example]:
+    return [Example(record["item_id"], record["question"], record["answer_value"]) for record in records]
+
+
+def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, what: str) -> dict[str, list[float]]:
+    """Probabilities of "correct" of the distinct completions of `records`, by item_id, in the order of `deduplicate`.
+
+    They are kept beside the samples at `path`, each with the hash of its completion; what is missing, or was given by
+    another reranker or to other completions, is made now and appended.
     """
-    beside = path.with_suffix(RERANK)
-    done = {line["item_id"] for line in read_lines(beside)}
-    hosts.agree(str(beside), questions=len(done))
-    left = [record for record in sorted(records, key=lambda record: record["item_id"]) if record["item_id"] not in done]
+    beside, made, examples = path.with_suffix(RERANK), scores_made_by(run, weights, records), asked_in(records)
+    texts = {r["item_id"]: [text_hash(p["completion"]) for p in deduplicate(r["predictions"])] for r in records}
+
+    def fits(score: dict) -> bool:
+        return set(texts[score["item_id"]]) <= set(score.get("completions", ()))
+
+    found = reusable(beside, made, examples, fits)
+    scores = found.records
+    hosts.agree(str(beside), questions=len(scores))
+    left = [record for record in sorted(records, key=lambda one: one["item_id"]) if record["item_id"] not in scores]
     if not left:
-        return
-    params, score = load(), make_rerank_scorer(run.model)
-    progress = Progress(what, len(records), "question", done0=len(done))
-    with appended(beside) as file:
-        for start in range(0, len(left), SCORED_AT_ONCE):
-            group = left[start : start + SCORED_AT_ONCE]
-            for record, row in zip(group, score_questions(run, params, score, group), strict=True):
-                file.write(json.dumps({"item_id": record["item_id"], "probabilities": row}) + "\n")
-            progress.update(len(done) + start + len(group))
-    progress.close()
-    hosts.gather(f"{beside} is written", None)
+        print(f"{what}: done already, {beside}", flush=True)
+    else:
+        params, score = weights.load(), make_rerank_scorer(run.model)
+        progress = Progress(what, len(records), "question", done0=len(scores))
+        progress.say("compiling")
+        with appended(beside) as file:
+            if made.header() not in found.headers[-1:]:
+                file.write(json.dumps(made.header()) + "\n")
+            for start in range(0, len(left), SCORED_AT_ONCE):
+                group = left[start : start + SCORED_AT_ONCE]
+                for record, row in zip(group, score_questions(run, params, score, group), strict=True):
+                    scores[record["item_id"]] = scored(record, row)
+                    file.write(json.dumps(scores[record["item_id"]]) + "\n")
+                progress.update(len(scores))
+        progress.close()
+        hosts.gather(f"{beside} is written", None)
+    by_text = {item: dict(zip(one["completions"], one["probabilities"], strict=True)) for item, one in scores.items()}
+    return {item: [by_text[item][text] for text in asked] for item, asked in texts.items()}
 
 
 def score_questions(run: Run, params, score, records: list[dict]) -> list[list[float]]:

@@ -16,7 +16,9 @@ from reft_jax import executor
 from reft_jax.parallel import hosts
 from reft_jax.runs.executions import execution
 from reft_jax.runs.setup import Run
+from reft_jax.runs.watch import SILENT_ROLLOUTS, Tally
 from reft_jax.task import answers
+from reft_jax.train.metrics import Progress
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
@@ -118,7 +120,7 @@ def roll_out(
 
     `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
     """
-    clock, owners, alone = clock or Clock(), shares(prompts), hosts.count() == 1
+    clock, owners, alone, tally = clock or Clock(), shares(prompts), hosts.count() == 1, Tally()
     ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
     mine: dict[int, Verdict] = {}
     with Grading(run) as grading, contextlib.closing(Log(run)) as log:
@@ -127,6 +129,7 @@ def roll_out(
             for i, verdict in verdicts:
                 completion, text = ended.pop(i)
                 log.add(execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0)))
+                tally.add(completion, text, verdict)
                 yield i, Graded(completion, text, verdict)
 
         begun = time.monotonic()
@@ -151,6 +154,7 @@ def roll_out(
             run.programs.update(theirs[2])
         clock.waiting = time.monotonic() - begun
         yield from settled([(i, verdicts[i]) for i in ended], seconds)
+    run.silence.ended(purpose, tally, SILENT_ROLLOUTS if "iteration" in sampling else 1)
 
 
 class Log:
@@ -187,8 +191,13 @@ def one_each(run: Run, examples: list[Example]) -> list[Prompt]:
 
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
     """The greedy completion of each example, continued from the forced prefix."""
-    max_len = run.config.sample.max_len
-    found = dict(roll_out(run, lm, run.prompts(examples), examples, purpose, max_len=max_len, temperature=0.0))
+    sampling, found = {"max_len": run.config.sample.max_len, "temperature": 0.0}, {}
+    progress = Progress(purpose, len(examples), "completion")
+    progress.say("evaluating")
+    for i, graded in roll_out(run, lm, run.prompts(examples), examples, purpose, **sampling):
+        found[i] = graded
+        progress.update(len(found))
+    progress.close()
     return [found[i] for i in range(len(examples))]
 
 

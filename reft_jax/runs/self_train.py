@@ -10,7 +10,7 @@ from reft_jax.runs.rollout import Clock, Graded, one_each, roll_out, top1
 from reft_jax.runs.sample import run_sample
 from reft_jax.runs.setup import Row, Run, supervised_row
 from reft_jax.runs.sft import train_supervised
-from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder
+from reft_jax.runs.stages import abstract_policy, finished, load_model, model_folder, sources
 from reft_jax.runs.training import Training, train_iterations
 from reft_jax.task.datasets import fit
 from reft_jax.task.prompts import sft_target
@@ -29,7 +29,7 @@ def run_offline(run: Run) -> dict:
         return result
     rows = offline_rows(run, run_sample(run, "warmup", "train"))
     epochs = run.config.self_train.epochs
-    return train_supervised(run, OFFLINE, rows, epochs, epochs)
+    return train_supervised(run, OFFLINE, rows, epochs, epochs, sources=sources(run, "warmup"))
 
 
 def offline_rows(run: Run, records: list[dict]) -> list[Row]:
@@ -68,7 +68,9 @@ def run_online(run: Run) -> dict:
     schedule = constant_schedule(settings.learning_rate, ppo.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=ppo.weight_decay, clip_norm=ppo.clip_norm)
     begin = {"best": 0, "best_dev_top1": -1.0}
-    with Training(run, ONLINE, abstract_policy(run), optimizer, lambda: load_model(run, "warmup"), begin) as training:
+    made_from = sources(run, "warmup")
+    where = run, ONLINE, abstract_policy(run), optimizer
+    with Training(*where, lambda: load_model(run, "warmup"), begin, made_from) as training:
         step_fn = make_self_train_step(run.model, optimizer, training.shardings)
 
         def iterate(state, iteration):
@@ -84,7 +86,8 @@ def run_online(run: Run) -> dict:
             return state, line, [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
 
         iterations = train_iterations(training, iterate, questions=len(rows), shown=("loss", "train_correct"))
-        return training.finish(model_folder(run, ONLINE), {"iterations": iterations, "questions": len(rows)})
+        result = {"iterations": iterations, "questions": len(rows), "from": made_from}
+        return training.finish(model_folder(run, ONLINE), result)
 
 
 def roll_out_once(

@@ -6,37 +6,33 @@ right; programs' workers start before JAX takes its devices, and only then come 
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
 
-from reft_jax import __version__, executor
-from reft_jax.config import flatten, to_json
+from reft_jax import executor
+from reft_jax.config import flatten
 from reft_jax.parallel import hosts
 from reft_jax.runs import lock
+from reft_jax.runs.about import versions
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
-from reft_jax.store import write_whole, writing
+from reft_jax.runs.watch import Silence
+from reft_jax.runs.workdir import MACHINE, check_workdir, create_workdir, with_absolute_paths
 from reft_jax.task import datasets, prompts
+from reft_jax.task.answerable import trainable, wrong_anyway
+from reft_jax.task.provenance import examples_checksum
 from reft_jax.task.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
-# What may change between two starts of one run: where it computes, not what.
-MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
-MACHINE += ("watchdog_minutes",)
-PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy ml_collections".split()
-
-PATHS = ("model.path", "data.train", "data.test", "data.dev")
+DATA = ("seed", "toy.", "data.train", "data.dev", "data.engine")  # settings that decide what training and dev rows are
 BY_ROW = ("sft.micro_batch", "ppo.micro_batch", "rerank.micro_batch", "engine.slots")
 Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
 
@@ -60,7 +56,7 @@ class Run:
     """One work directory with everything in it made ready.
 
     `sft` are the rows of `sft_rows`, `questions` the examples of `ppo_examples`; `programs` counts what became of the
-    completions' programs; `guards` says when to stop.
+    completions' programs; `guards` says when to stop, `silence` when nothing is an answer.
     """
 
     config: object
@@ -76,6 +72,7 @@ class Run:
     executions: ExecutionLog | None = None
     programs: Counter = field(default_factory=Counter)
     guards: Guards = field(default_factory=Guards)
+    silence: Silence = field(default_factory=Silence)
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts of each example, the forced prefix included."""
@@ -88,6 +85,13 @@ class Run:
     def text(self, prompt: Prompt, completion: Completion) -> str:
         """The completion as text, see `completed_text`."""
         return completed_text(self.tokenizer, prompt.tokens, completion)
+
+    @cached_property
+    def data_made(self) -> dict:
+        """What a finished stage records about its data: checksums of the rows, and of the settings that chose them."""
+        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA)}
+        checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
+        return {"settings": _hash(json.dumps(settings, sort_keys=True))} | checksums
 
     def made_by(self) -> dict:
         """What a saved step records about its run: JSON."""
@@ -111,107 +115,6 @@ def completed_text(tokenizer, prompt: Sequence[int], completion: Completion) -> 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Of this package, of Python and of what decides about numbers."""
-    ours = {"reft_jax": __version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in PACKAGES}
-
-
-def with_absolute_paths(config, workdir: Path):
-    """The config with the absolute paths of its model and its files: what config.json records, wherever a start is.
-
-    A relative path that leads nowhere from here is the one recorded in `workdir`, if that ends in it.
-    """
-    flat, before = flatten(config), recorded(workdir) or {}
-    paths = {key: absolute(flat[key]) for key in PATHS}
-    for key, path in paths.items():
-        known, tail = str(before.get(key)), [part for part in Path(path).parts if part != ".."]
-        if not os.path.exists(path) and os.path.isabs(known) and tail and list(Path(known).parts[-len(tail) :]) == tail:
-            print(f"{key}: {path} is {known}, as before", flush=True)
-            paths[key] = known
-    changed = ConfigDict(config, type_safe=False)
-    changed.update_from_flattened_dict(paths)
-    return FrozenConfigDict(changed)
-
-
-def absolute(path: str) -> str:
-    """A setting's path, absolute if there is something; "toy" and hub names stay."""
-    named = path in ("", "toy") or path.startswith("hub:")
-    return os.path.abspath(path) if not named and os.path.exists(path) else path
-
-
-def recorded(workdir: Path) -> dict | None:
-    """The settings that `workdir` was made with, None if it is new. InputError if they cannot be read."""
-    path = workdir / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error
-
-
-def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, reads: bool = False) -> None:
-    """Writes nothing. InputError unless `workdir` can be written and, where it was used before, was so with `config`.
-
-    The settings of MACHINE and those named in `allowed` may differ. `needs` are the models that earlier stages must
-    have made in it. A command that only `reads` need not be able to write.
-    """
-    if not reads:
-        for folder in [workdir, *(path for path in workdir.glob("*") if path.is_dir())]:
-            check_writable("--workdir", folder)
-    before = recorded(workdir)
-    if before is not None:
-        before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
-        now = json.loads(to_json(config))
-        changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
-        told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        if refused := [key for key in changed if key not in allowed]:
-            raise InputError(
-                f"--workdir: {workdir} was made with other settings ({told}); choose another or, if what is done "
-                f"there may stand beside them, add --allow_config_change={','.join(refused)}"
-            )
-        if changed:
-            print(f"{workdir}: goes on with changed settings ({told})", flush=True)
-    for name in needs:
-        if not (workdir / "models" / name).exists():
-            raise InputError(
-                f"--workdir: {workdir} has no model {name!r}; run `pipeline`, or the command that makes it, there first"
-            )
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Writes nothing. InputError unless `folder`, or what it would be made in, is a folder that can be written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag}: cannot write to {folder} ({there} is no writable folder); choose another")
-
-
-def create_workdir(config, workdir: Path) -> None:
-    """Makes the work directory, if it is new, and records config and versions; a changed config takes its place.
-
-    What finished stages left behind goes. One host does it; all must see it. Raises SaveError.
-    """
-    path, text = workdir / "config.json", to_json(config) + "\n"
-    if hosts.is_first():
-        with writing(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-        if not (path.exists() and path.read_text(encoding="utf-8") == text):
-            write_whole(workdir / "versions.json", json.dumps(versions(), indent=1) + "\n")
-            write_whole(path, text)  # last: from here on the directory is in use
-        for done in workdir.glob("*/done.json"):
-            remove_leftovers(done.parent)
-    hosts.gather("the work directory", None)
-    if not path.exists():
-        raise InputError(f"--workdir: {workdir} of host 0 is not there on host {hosts.number()}; choose a shared one")
-
-
-def remove_leftovers(stage: Path) -> None:
-    """What a finished stage no longer needs: its saved steps and its best models, each as large as a model or three."""
-    for folder in (stage / "checkpoints", *stage.glob("best_*")):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_data(config, paths: dict[str, str]) -> Data:
@@ -259,8 +162,19 @@ def ppo_examples(run: Run) -> list[Example]:
 
 
 def tokenized(run: Run) -> Run:
-    """Fills in `sft` and `questions`; a limit that drops too many rows ends the run here, not after an hour of SFT."""
+    """Fills in `sft` and `questions`, after rows that cannot earn a reward were taken out of the training data.
+
+    A limit that drops too many rows ends the run here, not after an hour of SFT. Rows of dev and test stay, and are
+    named if no completion can answer them.
+    """
+    config, data, tok = run.config, run.data, run.tokenizer
+    where = f"data.train={config.data.train}"
+    data.train = trainable(tok, data.train, config.data.engine, config.data.max_dropped, where)
     run.sft, run.questions = sft_rows(run), ppo_examples(run)
+    splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
+    for split, examples in splits.items():
+        if told := wrong_anyway(tok, examples, config.data.engine, config.sample.max_len, split):
+            print(told, flush=True)
     return run
 
 

@@ -18,11 +18,18 @@ def run_sft(run: Run) -> dict:
 
 
 def train_supervised(
-    run: Run, stage: str, rows: list[Row], epochs: int, last_epoch: int, warmup_epoch: int = 0
+    run: Run,
+    stage: str,
+    rows: list[Row],
+    epochs: int,
+    last_epoch: int,
+    warmup_epoch: int = 0,
+    sources: dict[str, str] | None = None,
 ) -> dict:
     """Trains the base model on rows of `supervised_row`, saves models/STAGE (best on dev); as `run_sft` returns.
 
     The schedule is that of `epochs`, the run ends after `last_epoch`; models/warmup is what `warmup_epoch` leaves.
+    `sources` are checksums of the models that the rows come from.
     """
     if result := finished(run, stage):
         return result
@@ -31,7 +38,7 @@ def train_supervised(
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
     begin = {"best": 0, "best_dev_top1": -1.0}
-    with Training(run, stage, abstract_policy(run), optimizer, lambda: base_policy(run), begin) as training:
+    with Training(run, stage, abstract_policy(run), optimizer, lambda: base_policy(run), begin, sources) as training:
         step_fn = make_sft_step(run.model, optimizer, training.shardings)
 
         def make_batch(chosen):
@@ -53,7 +60,8 @@ def train_supervised(
 
         size = {"rows": len(rows), "batch_size": settings.batch_size, "epochs": last_epoch}
         train_epochs(training, step_fn, make_batch, end_epoch, **size, shown=lambda: best_so_far(training.info))
-        return training.finish(model_folder(run, stage), {"epochs": last_epoch, "rows": len(rows)})
+        result = {"epochs": last_epoch, "rows": len(rows), "from": sources or {}}
+        return training.finish(model_folder(run, stage), result)
 
 
 def pack(run: Run, rows: list[Row]) -> Packing:

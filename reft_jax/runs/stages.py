@@ -1,7 +1,10 @@
 """The models of a work directory by name: where they come from, where they are, and what a finished stage said."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,6 +14,7 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.runs.setup import Run
 from reft_jax.train.checkpoints import load_params
+from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params, init_head
 from reft_jax.types import InputError
 
@@ -22,6 +26,14 @@ TITLES = {
     "reft": "ReFT",
 }
 POLICIES = tuple(TITLES)
+STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
+
+
+class Weights(NamedTuple):
+    """A model that answers: the checksum that its answers are stored under, and what reads its parameters."""
+
+    checksum: str
+    load: Callable[[], Any]
 
 
 def abstract_policy(run: Run):
@@ -56,7 +68,29 @@ def load_model(run: Run, name: str, abstract=None):
     return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
 
 
-def finished(run: Run, stage: str) -> dict | None:
+def checksum(run: Run, name: str) -> str:
+    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged."""
+    folder = model_folder(run, name)
+
+    def look() -> str:
+        return model_checksum(folder, run.base, run.workdir / MEMORY) if folder.exists() else ""
+
+    return hosts.from_first(f"checksum of {name}", look)
+
+
+def policy(run: Run, name: str) -> Weights:
+    """The language model of a policy."""
+    return Weights(checksum(run, name), lambda: load_model(run, name)["lm"])
+
+
+def reranker(run: Run, name: str) -> Weights:
+    return Weights(checksum(run, name), partial(load_model, run, name, abstract_reranker(run)))
+
+
+# --- finished stages
+
+
+def done(run: Run, stage: str) -> dict | None:
     """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
     return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir / stage / "done.json"))
 
@@ -75,3 +109,54 @@ def read_result(path: Path) -> dict | None:
             f"{path.parent} and {path.parent.parent / 'models' / path.parent.name} to begin the stage again"
         )
     return result
+
+
+def finished(run: Run, stage: str) -> dict | None:
+    """As `done`, for a command that trains; a line says that it will not. InputError if a finished stage was trained on
+    other data than there is now, or this one from other models; a line if this one's checkpoint was chosen on other
+    questions."""
+    check_data(run)
+    if (result := done(run, stage)) and (told := other_sources(run, result)):
+        raise InputError(
+            f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
+            f"or remove {stage}/ and models/{stage} to train again"
+        )
+    if result:
+        print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
+        if "best" in result and "dev" in changed_data(run, result):
+            print(f"{stage}: its checkpoint was chosen on other dev questions than there are now", flush=True)
+    return result
+
+
+def check_data(run: Run) -> None:
+    """InputError if a finished stage was trained on other data than there is now, under the same settings of data."""
+    for stage in STAGES:
+        if (result := done(run, stage)) and "train" in changed_data(run, result):
+            raise InputError(
+                f"{run.workdir / stage}: this stage was trained on other rows than the training data has now; bring "
+                f"them back, choose another --workdir, or remove {stage}/ and its models to train again"
+            )
+
+
+def changed_data(run: Run, result: dict) -> list[str]:
+    """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
+    that was allowed. An older version recorded nothing."""
+    before, now = result.get("data", run.data_made), run.data_made
+    if before["settings"] != now["settings"]:
+        return []
+    return [split for split in ("train", "dev") if before[split] != now[split]]
+
+
+def other_sources(run: Run, result: dict) -> str:
+    """The models that a finished stage was trained from and that are others now, in words; "" if there are none."""
+    now = {name: checksum(run, name) for name in result.get("from", {})}
+    return ", ".join(
+        f"models/{name} was {before}, is {now[name] or 'not there'}"
+        for name, before in result.get("from", {}).items()
+        if now[name] != before
+    )
+
+
+def sources(run: Run, *names: str) -> dict[str, str]:
+    """Checksums of the models that a stage is trained from: what its `from` records."""
+    return {name: checksum(run, name) for name in names}

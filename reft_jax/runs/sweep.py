@@ -1,48 +1,50 @@
 """Many checkpoints on many data files in one command: answers into sample files, then a table a data file.
 
-    WORKDIR/samples/MODEL_DATA.jsonl      and beside it .greedy.jsonl, .rerank.jsonl (task/records.py)
-    WORKDIR/sweep.md, sweep.json
+    WORKDIR/samples/DATA/MODEL.jsonl      and beside it .greedy.jsonl, .rerank.jsonl (task/records.py)
+    WORKDIR/sweep.md, sweep.json, sources.json
 
-What is in the files is not made again, so an interrupted sweep goes on where it was, to the question.
+What the same model has answered is not asked again, so an interrupted sweep resumes where it was, to the question.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from reft_jax import executor
 from reft_jax.config import flatten
 from reft_jax.parallel import hosts
 from reft_jax.runs import lock, paths
+from reft_jax.runs.about import versions
 from reft_jax.runs.executions import ExecutionLog
 from reft_jax.runs.guards import Guards
 from reft_jax.runs.report import print_report, write_sweep
-from reft_jax.runs.results import read_answers, table
+from reft_jax.runs.results import Answers, by_item, table
 from reft_jax.runs.setup import (
     Data,
     Run,
     check_rows,
-    check_workdir,
     checked_tokenizer,
-    create_workdir,
     make_engine,
     open_mesh,
-    recorded,
     shorten,
     start_executor,
-    versions,
-    with_absolute_paths,
 )
-from reft_jax.store import write_whole
+from reft_jax.runs.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.task.answerable import wrong_anyway
 from reft_jax.task.datasets import load_examples
-from reft_jax.task.records import read_lines
+from reft_jax.task.provenance import ASIDE
+from reft_jax.task.tokenizer import load_tokenizer
 from reft_jax.types import Example, InputError
 
+if TYPE_CHECKING:
+    from reft_jax.runs.stages import Weights
+
 SOURCES = "sources.json"
+RESERVED = (".greedy", ".rerank", ".jsonl")  # of the files themselves
+LONGEST_NAME = 200
 
 
 class Source(NamedTuple):
@@ -55,6 +57,13 @@ class Source(NamedTuple):
     @property
     def is_stage(self) -> bool:
         return self.folder != self.base
+
+    def checksum(self, run: Run) -> str:
+        """Of weights, config and tokenizer, wherever they lie."""
+        from reft_jax.train.checksums import MEMORY, model_checksum
+
+        memory = run.workdir / MEMORY
+        return hosts.from_first(f"checksum of {self.folder}", lambda: model_checksum(self.folder, self.base, memory))
 
 
 class Checkpoint(NamedTuple):
@@ -85,8 +94,18 @@ def parse_data(text: str) -> dict[str, str]:
 
 
 def check_names(flag: str, names: list[str]) -> None:
-    if len(set(names)) < len(names) or not all(names) or any("/" in name for name in names):
-        raise InputError(f"{flag}: the names {', '.join(names)} must differ and have no '/'; write NAME=PATH")
+    """InputError unless every name can be that of a file or folder of its own."""
+    distinct = len({name.casefold() for name in names}) == len(names)  # some file systems ignore case
+    if not distinct or not all(names) or any("/" in name or name.startswith(".") for name in names):
+        raise InputError(
+            f"{flag}: the names {', '.join(names)} must differ, not begin with '.' and have no '/'; write NAME=PATH"
+        )
+    for name in names:
+        if name.endswith(RESERVED) or name == ASIDE or len(name.encode()) > LONGEST_NAME:
+            raise InputError(
+                f"{flag}: the name {name!r} is reserved ({', '.join(RESERVED)}, {ASIDE}) or longer than {LONGEST_NAME} "
+                "bytes; write NAME=PATH"
+            )
 
 
 def find(folder: str, *, reranker: bool = False) -> Source:
@@ -105,7 +124,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
         return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
     if path.is_dir():
         return Source(path, path)
-    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check --models")
+    raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
 def run_sweep(
@@ -124,27 +143,24 @@ def run_sweep(
         name: shorten(load_examples(file, need_cot=False), config.data.test_limit, config.seed)
         for name, file in files.items()
     }
-    sources = {f"model {one.name}": str(one.model.folder) for one in checkpoints}
-    sources |= {f"reranker {one.name}": str(one.reranker.folder) for one in checkpoints if one.reranker}
-    sources |= {f"data {name}": digest(examples) for name, examples in data.items()}
-    hosts.agree("the sweep", **sources)
     with lock.held(workdir):
-        return _swept(config, workdir, checkpoints, data, sources)
+        return _swept(config, workdir, checkpoints, data)
 
 
-def _swept(
-    config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str, list[Example]], sources: dict[str, str]
-) -> list[dict]:
+def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str, list[Example]]) -> list[dict]:
     with (
         Guards(config.watchdog_minutes) as guards,
-        open_sweep(config, workdir, checkpoints, known_sources(workdir, sources), guards) as run,
+        open_sweep(config, workdir, checkpoints, guards) as run,
     ):
-        for checkpoint in checkpoints:
-            answer(replace(run, base=checkpoint.model.base), checkpoint, data)
+        sources = {f"model {one.name}": one.model.checksum(run) for one in checkpoints}
+        sources |= {f"reranker {one.name}": one.reranker.checksum(run) for one in checkpoints if one.reranker}
+        hosts.from_first("the models", lambda: keep_sources(workdir, sources))
+        found = [answer(run, checkpoint, data) for checkpoint in checkpoints]
     reports = []
     for name in data:
-        answers = [read_answers(one.name, samples_file(workdir, one, name)) for one in checkpoints]
-        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": [], "seconds": {}}
+        answers = [of_model[name] for of_model in found]
+        notes = cannot_answer(config, checkpoints, data[name])
+        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
         reports.append(report | {"settings": settings} | table(answers, config.seed))
     if hosts.is_first():
@@ -155,31 +171,42 @@ def _swept(
     return reports
 
 
+def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]) -> list[str]:
+    """A line a model: the questions that it cannot answer, whatever it writes. Models of one tokenizer say the same."""
+    lines: dict[str, list[str]] = {}
+    for one in checkpoints:
+        tok, limits = load_tokenizer(one.model.base), (config.data.engine, config.sample.max_len)
+        lines.setdefault(wrong_anyway(tok, examples, *limits, "test"), []).append(one.name)
+    return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
+
+
 def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
-    return workdir / "samples" / f"{checkpoint.name}_{data}.jsonl"
+    return workdir / "samples" / data / f"{checkpoint.name}.jsonl"
 
 
-def digest(examples: list[Example]) -> str:
-    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
-
-
-def known_sources(workdir: Path, sources: dict[str, str]) -> dict[str, str]:
-    """These and the earlier ones; InputError if a name stood for another folder, or for other questions, before."""
+def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
+    """Records the checksum of every model and reranker by its name. InputError if a name stood for another one before:
+    it has answers already."""
     path = workdir / SOURCES
-    before = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        before = json.loads(path.read_text()) if path.exists() else {}
+        before = {name: source for name, source in before.items() if "/" not in source}  # older versions': folders
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it, the sample files say the same") from error
     for name, source in sources.items():
         if before.get(name, source) != source:
             raise InputError(
-                f"--workdir: {workdir} has answers of another {name} ({before[name]}, now {source}); choose another "
-                "work directory or another NAME="
+                f"--workdir: {workdir} has answers of another {name} (checksum {before[name]}, now {source}); choose "
+                f"another NAME= or another work directory, or remove {path}: the old answers then move aside"
             )
-    return before | sources
+    if before | sources != before:
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(before | sources, indent=1) + "\n")
+        whole.rename(path)
 
 
 @contextmanager
-def open_sweep(
-    config, workdir: Path, checkpoints: list[Checkpoint], sources: dict[str, str], guards: Guards
-) -> Iterator[Run]:
+def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Guards) -> Iterator[Run]:
     """A run without model, tokenizer and training data, as far as that can be made ready."""
     for checkpoint in checkpoints:
         checked_tokenizer(checkpoint.model.base)
@@ -197,8 +224,6 @@ def open_sweep(
                 if source.is_stage:
                     check_stage(source, reranker=source is checkpoint.reranker)
         create_workdir(config, workdir)
-        if hosts.is_first():
-            write_whole(workdir / SOURCES, json.dumps(sources, indent=1) + "\n")
         hosts.log_to(workdir / "logs")
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         with on_mesh(mesh):
@@ -221,25 +246,33 @@ def check_stage(source: Source, *, reranker: bool) -> None:
     check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
 
 
-def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> None:
-    """Greedy answers, samples and the reranker's scores of one model to every data file, as far as they are missing."""
+def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
+    """Greedy answers, samples and the reranker's scores of one model to every data file, by the file's name; made as
+    far as they are missing."""
     from reft_jax.runs.rerank import rerank_scores
     from reft_jax.runs.sample import greedy_answers, sampled
 
-    files = {name: samples_file(run.workdir, checkpoint, name) for name in data}
-    run, load = with_model(run, checkpoint.model, reranker=False)
+    paths = {name: samples_file(run.workdir, checkpoint, name) for name in data}
+    run, weights = with_model(run, checkpoint.model, reranker=False)
+    found = {}
     for name, examples in data.items():
+        if (older := run.workdir / "samples" / f"{checkpoint.name}_{name}.jsonl").exists():
+            print(f"{older}: is not used, the answers of this sweep are in {paths[name]}", flush=True)
         what = f"{checkpoint.name} on {name}"
-        greedy_answers(run, files[name], examples, lambda: load()["lm"], f"{what}, greedy")
-        sampled(run, files[name], examples, run.config.sample.n, lambda: load()["lm"], f"{what}, samples")
+        greedy = greedy_answers(run, paths[name], examples, weights, f"{what}, greedy")
+        records = sampled(run, paths[name], examples, run.config.sample.n, weights, f"{what}, samples")
+        found[name] = Answers(checkpoint.name, by_item(greedy), by_item(records), {})
     if checkpoint.reranker:
-        run, load = with_model(run, checkpoint.reranker, reranker=True)
-        for name, path in files.items():
-            rerank_scores(run, path, read_lines(path), load, f"{checkpoint.name} on {name}, rerank")
+        run, weights = with_model(run, checkpoint.reranker, reranker=True)
+        for name, answers in found.items():
+            what = f"{checkpoint.name} on {name}, rerank"
+            scores = rerank_scores(run, paths[name], list(answers.samples.values()), weights, what)
+            found[name] = answers._replace(probabilities=scores)
+    return found
 
 
-def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callable[[], dict]]:
-    """The run with this model's shape, tokenizer and engine, and what reads its weights when they are first needed."""
+def with_model(run: Run, source: Source, *, reranker: bool) -> "tuple[Run, Weights]":
+    """The run with this model's shape, tokenizer and engine, and its weights, read when they are first needed."""
     import functools
 
     import jax.numpy as jnp
@@ -247,7 +280,7 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
     from reft_jax.model.hf import load_hf, load_rerank_head, read_config
     from reft_jax.model.llama import Llama
     from reft_jax.parallel.mesh import abstract_arrays, put, shardings
-    from reft_jax.runs.stages import abstract_policy, abstract_reranker
+    from reft_jax.runs.stages import Weights, abstract_policy, abstract_reranker
     from reft_jax.train.checkpoints import load_params
 
     config = run.config
@@ -260,11 +293,10 @@ def with_model(run: Run, source: Source, *, reranker: bool) -> tuple[Run, Callab
     @functools.cache
     def load() -> dict:
         if source.is_stage:
-            return load_params(source.folder, abstract_arrays(run.mesh, abstract))
+            params = load_params(source.folder, abstract_arrays(run.mesh, abstract))
+            return params if reranker else params["lm"]
         where = shardings(run.mesh, abstract)
         _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"], reranker=reranker)
-        if not reranker:
-            return {"lm": lm}
-        return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])}
+        return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])} if reranker else lm
 
-    return run, load
+    return run, Weights(source.checksum(run), load)

@@ -14,12 +14,14 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays
 from reft_jax.runs.guards import check_finite
 from reft_jax.runs.rollout import greedy, top1
-from reft_jax.runs.setup import Run, remove_leftovers
+from reft_jax.runs.setup import Run
+from reft_jax.runs.watch import Collapse
+from reft_jax.runs.workdir import remove_leftovers
 from reft_jax.store import write_whole
 from reft_jax.train.batches import epoch_order
 from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
-from reft_jax.train.metrics import MetricsWriter, Progress
+from reft_jax.train.metrics import MetricsWriter, Progress, read_metrics, remark
 from reft_jax.train.state import abstract_state, new_state, state_shardings
 from reft_jax.types import InputError, SaveError, Stopped
 
@@ -44,8 +46,8 @@ class Training:
     ):
         """Restores the newest good step of the stage, or begins one around `make_params()` with this `info`.
 
-        `reference` ({"path", "checksum"}) is a model that is frozen beside the state. InputError if the data or the
-        reference are not those of the step.
+        `reference` says which models the stage needs beside its state: JSON with their checksums. InputError if the
+        data or these models are not those of the step.
         """
         self.run, self.folder = run, run.workdir / stage
         self.shardings = state_shardings(run.mesh, optimizer, abstract)
@@ -136,7 +138,8 @@ class Training:
         if "best" not in self.info:
             save_params(model, self.state.params)
         self.info["seconds"] = time.monotonic() - self._clock
-        result = self.info | result | {"checksum": digest(array_checksums(self.state))}
+        checksum = digest(array_checksums(self.state))
+        result = self.info | result | {"checksum": checksum, "data": self.run.data_made}
         return hosts.from_first(f"{self.folder.name} is done", lambda: self._hand_on(model, result))
 
     def _hand_on(self, model: Path, result: dict) -> dict:
@@ -177,6 +180,7 @@ def train_epochs(
     """
     run, per_epoch = training.run, -(-rows // batch_size)
     progress = Progress(training.folder.name, epochs * per_epoch, done0=training.done)
+    progress.say("compiling")
     while True:
         epoch, at = divmod(training.done, per_epoch)
         if at == 0 and training.pending:
@@ -201,21 +205,33 @@ def train_iterations(training: Training, iterate, *, questions: int, shown: tupl
 
     How many there are, which is returned, follows from config.ppo and the number of questions. iterate(state,
     iteration) -> (state, line of the metrics, item ids, inputs by name). `shown` are the numbers of a line that the
-    progress shows.
+    progress shows. Iteration 0 is the model that the stage begins with: it is evaluated too, and may be the best.
     """
     run, stage, ppo = training.run, training.folder.name, training.run.config.ppo
     per_pass = max(1, questions // ppo.prompts)
     iterations = ppo.iterations or ppo.epochs * per_pass
     eval_every, save_every = ppo.eval_every or per_pass, ppo.save_every or per_pass
+    collapse = Collapse(ppo.prompts)
+    for line in read_metrics(training.folder):
+        collapse.add(line)
+
+    def evaluated(iteration: int) -> float:
+        dev_top1 = top1(greedy(run, training.state.params["lm"], run.data.dev, f"{stage} dev"))
+        training.keep_if_best(iteration, dev_top1)
+        return dev_top1
+
+    if not training.done:
+        training.info["start_dev_top1"] = evaluated(0)
     progress = Progress(stage, iterations, "iteration", done0=training.done)
+    progress.say("compiling")
     while True:
         iteration = training.done
         if line := training.pending:  # trained; a stop may have come before it was evaluated
             if iteration % eval_every == 0 or iteration == iterations:
-                lm = training.state.params["lm"]
-                line = line | {"dev_top1": top1(greedy(run, lm, run.data.dev, f"{stage} dev"))}
-                training.keep_if_best(iteration, line["dev_top1"])
+                line = line | {"dev_top1": evaluated(iteration)}
             training.write(iteration, line)
+            if ruin := collapse.add(line):
+                remark(f"warning: {stage}: iteration {iteration} looks ruined: {ruin}; the best model so far is kept")
             if iteration % save_every == 0 or iteration == iterations:
                 training.save()
             progress.update(iteration, **{name: line[name] for name in shown}, **best_so_far(training.info))
@@ -225,9 +241,11 @@ def train_iterations(training: Training, iterate, *, questions: int, shown: tupl
         training.updated(iteration + 1, state, line, line, item_ids, inputs)
         training.check_finite()
     progress.close()
+    if not training.info["best"]:
+        remark(f"warning: {stage}: no iteration was better on dev than the warm-up model, which is handed on")
     return iterations
 
 
 def best_so_far(info: dict) -> dict:
     """For the progress line: nothing before the first evaluation."""
-    return {"best_dev_top1": info["best_dev_top1"]} if info["best"] else {}
+    return {"best_dev_top1": info["best_dev_top1"]} if info["best_dev_top1"] >= 0 else {}

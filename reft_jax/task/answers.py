@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from reft_jax.executor import ExecResult
-from reft_jax.task.prompts import ANSWER_PHRASE
+from reft_jax.task.prompts import ANSWER_PHRASE, plain_answer
 from reft_jax.types import Example, InputError, Verdict
 
 CHOICE_DATASET = "mathqa"  # its answer is one of the letters a-e; every other dataset's is a number
@@ -47,8 +47,9 @@ def read_answer(dataset: str, raw: float | str | None) -> float | str | None:
 
 
 def read_target(dataset: str, answer_value: str) -> float | str | None:
-    """The correct answer, as `read_answer` gives it; a number may be written with commas ("1,080")."""
-    return read_answer(dataset, answer_value.replace(",", ""))
+    """The correct answer, as `read_answer` gives it; a number may have commas between groups of thousands ("1,080"),
+    and with any other comma ("1,5") it is None."""
+    return read_answer(dataset, plain_answer(answer_value))
 
 
 def is_correct(dataset: str, value: float | str | None, answer_value: str) -> bool:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from reft_jax.task.answers import CHOICE_DATASET, dataset_of, read_target
+from reft_jax.task.prompts import plain_answer
 from reft_jax.types import Example, InputError
 
 Row = TypeVar("Row")
+NAMED = 8  # items that a line names
 HUB_SOURCE = re.compile(r"hub:(?P<repo>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?:(?P<split>.+)")
 
 
@@ -101,20 +103,44 @@ def fit(rows: Sequence[Row], lengths: Sequence[int], limit: int, max_dropped: fl
     return kept
 
 
+def leave_out(examples: Sequence[Example], reasons: dict[str, str], max_dropped: float, source: str) -> list[Example]:
+    """The examples that have no reason (by item_id) to be left out of training; a line names the others.
+
+    Raises InputError if they are a larger share than `max_dropped`, or all.
+    """
+    kept = [example for example in examples if example.item_id not in reasons]
+    if not reasons:
+        return kept
+    told = f"{source}: {len(reasons)} of {len(examples)} rows cannot earn a reward or be taught: {named(reasons)}"
+    if len(reasons) > max_dropped * len(examples) or not kept:
+        raise InputError(f"{told}; at most {max_dropped:.1%} (data.max_dropped) may be left out: correct the file")
+    print(f"{told}; they are left out of training", flush=True)
+    return kept
+
+
+def named(reasons: dict[str, str]) -> str:
+    """The items, by their reason: "svamp_3, svamp_8 (no program compiles after the question)"."""
+    by_reason: dict[str, list[str]] = {}
+    for item_id, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(item_id)
+    told = [f"{', '.join(ids[:NAMED])}{', …' * (len(ids) > NAMED)} ({reason})" for reason, ids in by_reason.items()]
+    return "; ".join(told)
+
+
 def _question_key(example: Example) -> str:
     return " ".join(example.question.lower().split())
 
 
 def _file_rows(source: str) -> object:
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{source}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     if not text.strip():
         raise InputError(f"{source}: is empty; check how the file was made")
-    if source.endswith(".jsonl"):
+    if source.endswith(".jsonl") and not text.lstrip().startswith("["):
         # not splitlines(): a JSON string may hold U+2028 and the like as they are
         return [_parse(line, source, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return _parse(text, source, 1)
@@ -128,6 +154,11 @@ def _parse(text: str, source: str, first_line: int) -> object:
         raise InputError(
             f"{source}: not JSON at line {line}, column {error.colno} ({error.msg}); correct it, or name a file of one "
             "JSON object a line *.jsonl"
+        ) from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
+        reason = str(error).partition(";")[0]
+        raise InputError(
+            f"{source}: cannot be read as JSON from line {first_line} on ({reason}); correct it"
         ) from error
 
 
@@ -161,7 +192,8 @@ def _example(row: object, index: int, source: str, need_cot: bool) -> Example:
     except InputError as error:
         raise InputError(f"{source}: row {index}, field 'item_id': {error}") from error
     if read_target(dataset, row["answer_value"]) is None:
-        wanted = "one letter a-e" if dataset == CHOICE_DATASET else "a finite number"
+        number = "a finite number" + ", commas only between groups of thousands" * ("," in row["answer_value"])
+        wanted = "one letter a-e" if dataset == CHOICE_DATASET else number
         raise InputError(
             f"{source}: row {index}, field 'answer_value': {row['answer_value']!r} is not {wanted}, as {dataset} "
             "answers are; correct the value or the prefix of item_id"
@@ -181,7 +213,7 @@ def _from_official(row: dict, index: int, source: str) -> dict:
     return {
         "item_id": f"gsm8k_{index}",
         "question": row.get("question"),
-        "answer_value": value.strip().replace(",", ""),
+        "answer_value": plain_answer(value),
         "answer_cot": re.sub(r"<<.*?>>", "", cot).strip(),
     }
 

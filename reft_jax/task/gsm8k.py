@@ -10,6 +10,7 @@ from reft_jax.task.equations import plain_text
 from reft_jax.task.naming import Unnameable
 from reft_jax.task.program_rules import broken_rules
 from reft_jax.task.programs import write_program
+from reft_jax.task.prompts import plain_answer
 from reft_jax.types import Example, InputError
 
 TRIES = 4  # derivations of one row, the likeliest first
@@ -43,7 +44,7 @@ def read_official(source: str, published: list) -> list[Official]:
             except InputError as error:
                 raise InputError(str(error).replace(f"row {index}", _place(source, index), 1)) from error
         _, marker, value = row["answer"].rpartition("####")
-        value = value.strip().replace(",", "")
+        value = plain_answer(value)
         if not marker or read_target("gsm8k", value) is None:
             raise InputError(
                 f"{source}: {_place(source, index)}, field 'answer': does not end in '#### ' and a number, as GSM8K's "

@@ -5,12 +5,18 @@ head of the program with the question as its docstring), so that a model never h
 training still sees the whole program. Under `nl` the target is free text that ends with the answer phrase.
 """
 
+import ast
+import re
+import warnings
+
 from reft_jax.types import Example, InputError
 
 QUESTION = "Question:\n"
 REASONING = "\nAnswer reasoning:\n"
 ANSWER_PHRASE = "Therefore, the answer is: "
 PROGRAM_HEAD = "def solution():\n"
+THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def prompt_text(question: str) -> str:
@@ -19,11 +25,48 @@ def prompt_text(question: str) -> str:
 
 
 def forced_prefix(question: str, engine: str) -> str:
-    """What every rollout's answer begins with: two lines of program for `python`, nothing for `nl`.
+    """What every rollout's answer begins with: two lines of program for `python`, nothing for `nl`."""
+    return f"{PROGRAM_HEAD}    {docstring(question.strip())}\n" if engine == "python" else ""
 
-    As in the paper's code the question is not escaped; one that ends in a double quote makes an invalid program.
+
+def docstring(question: str) -> str:
+    """The question between triple quotes.
+
+    It stands there as it is, as in the paper's code, unless no program would compile then (it ends in a double quote
+    or a backslash, holds three quotes or \\u without a number): its backslashes and double quotes are escaped then.
     """
-    return f'{PROGRAM_HEAD}    """{question.strip()}"""\n' if engine == "python" else ""
+    plain = f'"""{question}"""'
+    if not ("\\" in question or '"""' in question or question.endswith('"')) or is_docstring(plain):
+        return plain
+    escaped = question.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"""{escaped}"""'
+
+
+def is_docstring(source: str) -> bool:
+    """Whether this is Python source of one string and nothing else."""
+    statements = parsed(source)
+    return len(statements) == 1 and is_text(statements[0])
+
+
+def is_text(statement: ast.stmt) -> bool:
+    value = getattr(statement, "value", None)
+    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def parsed(source: str) -> list[ast.stmt]:
+    """The statements of a program; none if it is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes like \d, which stay as they are
+        try:
+            return ast.parse(source).body
+        except UNPARSABLE:
+            return []
+
+
+def plain_answer(answer_value: str) -> str:
+    """The answer as it is taught and read: stripped, without the commas between groups of thousands ("1,080")."""
+    answer = answer_value.strip()
+    return answer.replace(",", "") if "," in answer and THOUSANDS.fullmatch(answer) else answer
 
 
 def rollout_prompt(question: str, engine: str) -> str:
@@ -33,7 +76,7 @@ def rollout_prompt(question: str, engine: str) -> str:
 
 def sft_target(example: Example, engine: str) -> str:
     """The text after the prompt that supervised training learns, without EOS: the whole program, or `nl`'s reasoning
-    closed by the answer phrase.
+    closed by the answer phrase. A docstring that `docstring` escapes is escaped in it too.
 
     Raises InputError if the worked solution is of the other engine's kind: such a file trains without complaint and
     yields a model that never answers.
@@ -45,7 +88,10 @@ def sft_target(example: Example, engine: str) -> str:
         raise InputError(
             f"{example.item_id}: answer_cot is {kind}, but the engine is {engine}; use the data file of that engine"
         )
-    return cot if is_program else f"{cot}\n{ANSWER_PHRASE}{example.answer_value.strip()}"
+    if not is_program:
+        return f"{cot}\n{ANSWER_PHRASE}{plain_answer(example.answer_value)}"
+    question = example.question.strip()
+    return cot.replace(f'"""{question}"""', docstring(question), 1)
 
 
 def completion_text(full_text: str) -> str:

@@ -21,10 +21,8 @@ import orbax.checkpoint as ocp
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
 from reft_jax.store import DISK, writing
-from reft_jax.train.checksums import MANIFEST, array_checksums, damage, write_manifest
+from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, write_manifest
 from reft_jax.types import InputError, SaveError
-
-ARRAYS = "arrays.json"  # beside saved parameters
 
 # What Orbax logs as an error, with the stacks of its threads, it also raises: one line of ours says it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,9 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MANIFEST = "manifest.json"
+from reft_jax.types import InputError
+
+MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
+MEMORY = "checksums.json"  # in a work directory: what was hashed before
+# Of a Hugging Face folder: what decides which tokens a model reads and what it computes.
+SMALL, WEIGHTS = (
+    ("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "*.model"),
+    ("*.safetensors",),
+)
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 READERS = 4  # files hashed at once
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 
 
 def array_checksums(tree) -> dict[str, str]:
@@ -85,6 +95,62 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def model_checksum(weights: Path, base: Path, memory: Path) -> str:
+    """16 hex digits of a model: its weights, and config.json and tokenizer of `base`, wherever the folders lie.
+
+    Saved parameters count by the checksums of their arrays, so nothing large is read. A Hugging Face folder's files are
+    hashed whole, once: `memory` is a JSON file that keeps their hashes as long as inode, size and times of a file stay.
+
+    Raises InputError if files of saved parameters are missing, too many or of another size.
+    """
+    if (weights / MANIFEST).is_file():
+        arrays, large = _saved_arrays(weights), []
+    else:
+        arrays, large = {}, [path for pattern in WEIGHTS for path in weights.glob(pattern)]
+    files = {path for pattern in SMALL for path in base.glob(pattern)} | set(large)
+    return digest(arrays | _remembered(sorted(path for path in files if path.is_file()), memory))
+
+
+def _saved_arrays(folder: Path) -> dict[str, str]:
+    try:
+        listed = {name: size for name, (size, _) in json.loads((folder / MANIFEST).read_text())["files"].items()}
+        arrays = json.loads((folder / ARRAYS).read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: the model is damaged ({error}); restore it from a copy or remove it") from error
+    found = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+    if different := sorted(name for name in listed | found if listed.get(name) != found.get(name)):
+        raise InputError(
+            f"{folder}: the model is damaged ({different[0]} is not as it was written); restore it from a copy or "
+            "remove it"
+        )
+    return arrays
+
+
+def _remembered(paths: list[Path], memory: Path) -> dict[str, str]:
+    """{file name: SHA-256}; hashed only if a file is not the one that was hashed before."""
+    try:
+        known = {key: tuple(entry) for key, entry in json.loads(memory.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        known = {}
+    marks = {path: _mark(path) for path in paths}
+    new = [path for path in paths if marks[path] is None or known.get(str(path), ("",))[0] != marks[path]]
+    if new:
+        with ThreadPoolExecutor(READERS) as pool:
+            known |= {str(path): (marks[path], entry[1]) for path, entry in zip(new, pool.map(_hash, new), strict=True)}
+        whole = memory.with_suffix(".tmp")
+        whole.write_text(json.dumps({key: entry for key, entry in known.items() if entry[0]}, indent=1) + "\n")
+        whole.rename(memory)
+    return {path.name: known[str(path)][1] for path in paths}
+
+
+def _mark(path: Path) -> str | None:
+    """It changes when the file does: nothing sets a ctime back. None for a file so new that two writes may share it."""
+    at = path.stat()
+    if time.time_ns() - at.st_ctime_ns < SETTLED_NS:
+        return None
+    return f"{at.st_ino} {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}"
+
+
 def _text(files: dict[str, tuple[int, str]]) -> str:
     """With a checksum of its own: a flipped bit in this file is damage too."""
     listed = json.dumps(files, indent=1, sort_keys=True)
@@ -92,9 +158,13 @@ def _text(files: dict[str, tuple[int, str]]) -> str:
 
 
 def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    paths = _files(folder)
     with ThreadPoolExecutor(READERS) as pool:
         return {str(path.relative_to(folder)): entry for path, entry in zip(paths, pool.map(_hash, paths), strict=True)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
 
 
 def _hash(path: Path) -> tuple[int, str]:

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
+from reft_jax.parallel.compilation import compile_seconds
 from reft_jax.parallel.hosts import is_first
 from reft_jax.store import write_whole, writing
 from reft_jax.types import InputError
@@ -168,27 +169,36 @@ class Progress:
 
         sample  25600/131900 completions  19 %  left 0:05:40  correct 0.634  312 completions/s  elapsed 0:01:22
 
-    Left, rate and elapsed are of this run's work: what was done before a resume (`done0`) does not count.
+    Left, rate and elapsed are of this run's work: what was done before a resume (`done0`) does not count. The time
+    that compiling took is in elapsed, not in left and rate.
     """
 
     TERMINAL_SECONDS, LOG_SECONDS = 0.2, 15.0
 
     def __init__(self, stage: str, total: int, unit: str = "step", *, done0: int = 0):
-        self._stage, self._total, self._unit, self._done0 = stage, total, unit, done0
+        self._stage, self._total, self._unit = stage, total, unit
         self._terminal = sys.stderr.isatty()
         self._interval = self.TERMINAL_SECONDS if self._terminal else self.LOG_SECONDS
-        self._start = time.monotonic()
+        self._start, self._compiled, self._done0, self._done = time.monotonic(), compile_seconds(), done0, done0
         self._shown_at = -math.inf
-        self._line = self._shown = self._format(done0, 0.0, {})
+        self._line = self._shown = self._format(0.0, {})
+
+    def say(self, what: str) -> None:
+        """Shows the line at once and what is done now, as "compiling": it may be minutes until the next update."""
+        if is_first():
+            self._line = f"{self._stage}  {self._done}/{self._total} {self._unit}s  {what}"
+            self._show(time.monotonic())
 
     def update(self, done: int, **numbers: float) -> None:
         """`done` of `total` (work before a resume included), and the two or three numbers worth watching."""
         if not is_first():
             return
-        now = time.monotonic()
-        self._line = self._format(done, now - self._start, numbers)
-        if now - self._shown_at < self._interval:
-            return
+        now, self._done = time.monotonic(), done
+        self._line = self._format(now - self._start, numbers)
+        if now - self._shown_at >= self._interval:
+            self._show(now)
+
+    def _show(self, now: float) -> None:
         self._shown_at, self._shown = now, self._line
         if self._terminal:
             self._rewrite(self._line[: shutil.get_terminal_size().columns - 1])
@@ -207,17 +217,23 @@ class Progress:
     def _rewrite(self, text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)  # back to the start, erase to the end
 
-    def _format(self, done: int, elapsed: float, numbers: dict[str, float]) -> str:
-        worked = done - self._done0
-        left = rate = "?"
-        if worked > 0 and elapsed > 0:
-            per_second = worked / elapsed
+    def _format(self, elapsed: float, numbers: dict[str, float]) -> str:
+        done, left, rate = self._done, "?", "?"
+        worked, seconds = done - self._done0, elapsed - (compile_seconds() - self._compiled)
+        if worked > 0 and seconds > 0:
+            per_second = worked / seconds
             left = _clock((self._total - done) / per_second)
             rate = f"{per_second:.3g} {self._unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{self._unit}"
         # What a narrow terminal cuts off stands last.
         parts = [self._stage, f"{done}/{self._total} {self._unit}s", f"{100 * done // self._total} %", f"left {left}"]
         parts += [f"{name} {value:.3g}" for name, value in numbers.items()]
         return "  ".join([*parts, rate, f"elapsed {_clock(elapsed)}"])
+
+
+def remark(text: str) -> None:
+    """A line of its own on stderr, in the place of a progress line that stands there and comes again."""
+    if is_first():
+        print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

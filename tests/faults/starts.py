@@ -16,7 +16,7 @@ sft.max_len=224 sample.max_len=224 sample.n=2 sample.train_n=2 sample.train_limi
 rerank.batch_size=8 rerank.micro_batch=8 rerank.max_len=448 data.pad_multiple=224 mesh.cpu_devices=1
 """.split()
 # What two runs of one command need not share: times, and what depends on when a process was started.
-VARYING = ("seconds", "compiles", "executor_retries")
+VARYING = ("seconds", "compiles", "executor_retries", "made")
 LIMIT_S = 300.0
 
 
@@ -62,7 +62,8 @@ def arrays(workdir: Path, model: str) -> dict[str, str]:
 
 def samples(workdir: Path, name: str) -> list[dict]:
     """The questions of a sweep in one order; each stands there once."""
-    records = [json.loads(line) for line in (workdir / "samples" / f"{name}.jsonl").read_text().splitlines()]
+    lines = (workdir / "samples" / f"{name}.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "item_id" in record]  # the header says when and where
     assert len({record["item_id"] for record in records}) == len(records)
     return sorted(records, key=lambda record: record["item_id"])
 

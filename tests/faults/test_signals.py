@@ -70,7 +70,7 @@ def test_a_sweep_keeps_the_questions_that_are_finished(reference, cache, tmp_pat
     starts.before_ppo(reference, tmp_path)
     done = starts.run("sample", tmp_path, cache, "--model=sft", at=("record", 3, "SIGTERM"))
     assert done.returncode == 75, done.stderr
-    kept = len((tmp_path / "samples" / "sft_test.jsonl").read_text().splitlines())
+    kept = len(starts.samples(tmp_path, "sft_test"))
     assert 2 <= kept < 7
     done = starts.run("sample", tmp_path, cache, "--model=sft")
     assert done.returncode == 0, done.stderr

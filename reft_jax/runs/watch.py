@@ -1,0 +1,70 @@
+"""What a run is warned of although nothing fails: nothing is ever an answer, or the policy is ruined."""
+
+import math
+from collections import Counter, deque
+
+from reft_jax.train.metrics import remark
+from reft_jax.types import Completion, Verdict
+
+SHOWN_CHARS = 160
+SILENT_ROLLOUTS = 3  # of training; an evaluation is enough by itself
+ROWS = 64  # so many are a mean reward that can be believed
+GONE, AWAY = 0.25, 1.0  # share of the first reward; nats per row
+
+
+class Tally:
+    """The verdicts of one rollout: how many there are, and why those without an answer have none."""
+
+    def __init__(self):
+        self.total, self.reasons, self.examples = 0, Counter(), {}
+
+    def add(self, completion: Completion, text: str, verdict: Verdict) -> None:
+        self.total += 1
+        if verdict.value is None:
+            reason = verdict.status + ("" if completion.finished else ", cut at the length limit")
+            self.reasons[reason] += 1
+            self.examples.setdefault(reason, text)
+
+
+class Silence:
+    """Warns once when `patience` rollouts of one purpose in a row had not one answer."""
+
+    def __init__(self):
+        self._silent: Counter[str] = Counter()
+
+    def ended(self, purpose: str, tally: Tally, patience: int) -> None:
+        """A rollout is over."""
+        if not tally.total:
+            return
+        self._silent[purpose] = self._silent[purpose] + 1 if tally.reasons.total() == tally.total else 0
+        if self._silent[purpose] == patience:
+            [(reason, count)] = tally.reasons.most_common(1)
+            rollouts = f" in each of {patience} iterations" * (patience > 1)
+            remark(
+                f"warning: {purpose}: {tally.total} of {tally.total} completions had no answer{rollouts}, most often: "
+                f"{reason} ({count}); one ends in {tally.examples[reason][-SHOWN_CHARS:]!r}"
+            )
+
+
+class Collapse:
+    """Looks for the iteration of PPO from which on the reward is gone and the policy far from its reference."""
+
+    def __init__(self, prompts: int):
+        """`prompts`: rows per iteration; as many iterations as have ROWS rows are looked at together."""
+        self._last: deque[tuple[float, float]] = deque(maxlen=math.ceil(ROWS / prompts))
+        self._first, self._told = None, False
+
+    def add(self, line: dict) -> str:
+        """One line of the metrics. What there is to say about it: "" but for the first iteration that is ruined."""
+        if line.get("reward") is None or line.get("kl") is None:
+            return ""
+        self._last.append((float(line["reward"]), float(line["kl"])))
+        if len(self._last) < self._last.maxlen:
+            return ""
+        reward, kl = (sum(numbers) / len(numbers) for numbers in zip(*self._last, strict=True))
+        if self._first is None:
+            self._first = reward
+        if self._told or not (reward < GONE * self._first and kl > AWAY):
+            return ""
+        self._told = True
+        return f"mean reward {reward:.3f}, {self._first:.3f} at the beginning; KL {kl:.3g} nats per row"

@@ -1,0 +1,387 @@
+"""People's everyday acts on a run whose models are fakes: answers are a function of a model's checksum.
+
+`World` does the acts through the program's own functions; only what needs a real model is replaced (`install`). Every
+printed share is compared with the truth, which is computed from scratch and knows nothing of files.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from reft_jax.config import default_config, flatten
+from reft_jax.runs import evaluate, rerank, sample, stages, sweep
+from reft_jax.runs.rollout import Graded
+from reft_jax.runs.setup import Data, Run, shorten
+from reft_jax.runs.workdir import create_workdir
+from reft_jax.task import answers
+from reft_jax.task.datasets import load_examples
+from reft_jax.train.checksums import ARRAYS, write_manifest
+from reft_jax.types import Example, InputError, Prompt
+
+POLICIES = ("sft", "reft")
+SHARE = re.compile(r"[\d.]+ % \((\d+)/(\d+)\)")
+COLUMNS = {"top-1": "top1", "voting": "voting", "rerank": "rerank", "upper bound": "upper_bound"}
+
+
+class Killed(BaseException):
+    """As SIGKILL would end the process."""
+
+
+def number(*what) -> int:
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:6])
+
+
+def completion(weights: str, example: Example, sample_number: int, settings: tuple) -> tuple[str, float | None]:
+    """(text, value) that a fake model answers; `settings` is () for greedy decoding."""
+    drawn = number(weights, example.question, sample_number, settings)
+    value = None if drawn % 7 == 0 else float(drawn % 3)
+    return f"answer {value}, way {drawn // 16 % 4}", value
+
+
+def probability(weights: str, question: str, text: str) -> float:
+    return number(weights, question, text) % 1000 / 1000
+
+
+def sampling_of(config) -> tuple:
+    settings = config.sample
+    return settings.temperature, settings.top_k, settings.max_len, config.seed, config.data.engine
+
+
+class FakeRun(Run):
+    def prompts(self, examples, n=1):
+        return [Prompt(example.item_id, i, ()) for example in examples for i in range(n)]
+
+
+# --- what replaces the model
+
+
+class Fakes:
+    """Dies after `dies_after` completions, if that is not None."""
+
+    def __init__(self):
+        self.dies_after: int | None = None
+        self.drawn = 0
+
+    def roll_out(self, run, lm, prompts, examples, purpose, clock=None, **sampling):
+        greedy = not sampling["temperature"]
+        settings = () if greedy else (sampling["temperature"], sampling["top_k"], sampling["max_len"])
+        settings += () if greedy else (run.config.seed, run.config.data.engine)
+        order = list(range(len(prompts)))
+        random.Random(len(prompts)).shuffle(order)  # rows end in any order
+        for i in order:
+            if self.dies_after is not None and self.drawn >= self.dies_after:
+                raise Killed
+            self.drawn += 1
+            text, value = completion(lm, examples[i], prompts[i].sample, settings)
+            yield i, Graded(None, text, answers.judge(value, "ok", examples[i]))
+
+    def install(self, monkeypatch) -> None:
+        def scores(run, params, score, records):
+            return [
+                [
+                    probability(params, record["question"], p["completion"])
+                    for p in rerank.deduplicate(record["predictions"])
+                ]
+                for record in records
+            ]
+
+        def load_model(run, name, abstract=None):
+            weights = weights_of(run.workdir / "models" / name, run.base)
+            return weights if name.startswith("rerank_") else {"lm": weights}
+
+        def with_model(run, source, *, reranker):
+            return run, stages.Weights(source.checksum(run), lambda: weights_of(source.folder, source.base))
+
+        @contextmanager
+        def open_sweep(config, workdir, checkpoints, guards):
+            create_workdir(config, workdir)
+            yield FakeRun(config, workdir, Path(), None, Data([], [], [], ""))
+
+        monkeypatch.setattr(sample, "roll_out", self.roll_out)
+        monkeypatch.setattr(stages, "load_model", load_model)
+        monkeypatch.setattr(stages, "abstract_reranker", lambda run: None)
+        monkeypatch.setattr(rerank, "make_rerank_scorer", lambda model: None)
+        monkeypatch.setattr(rerank, "score_questions", scores)
+        monkeypatch.setattr(sweep, "with_model", with_model)
+        monkeypatch.setattr(sweep, "open_sweep", open_sweep)
+
+
+def weights_of(folder: Path, base: Path) -> str:
+    """What a fake model computes with: its arrays and its tokenizer."""
+    tokenizer = base / "tokenizer.json"
+    return (folder / ARRAYS).read_text() + (tokenizer.read_text() if tokenizer.exists() else "")
+
+
+def save_fake(folder: Path, weights: str) -> None:
+    """As a stage saves a model."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / ARRAYS).write_text(json.dumps({"x": weights}))
+    write_manifest(folder)
+
+
+# --- the truth
+
+
+def truth(weights: str, judge: str | None, config, examples: list[Example], n: int) -> dict[str, int]:
+    """How many questions each column has right, question by question, without a file."""
+    right = dict.fromkeys(COLUMNS.values(), 0)
+    for example in examples:
+        target = float(example.answer_value)
+        _, value = completion(weights, example, 0, ())
+        right["top1"] += value == target
+        drawn = [completion(weights, example, i, sampling_of(config)) for i in range(n)]
+        values = [value for _, value in drawn if value is not None]
+        voted = max(values, key=lambda v: (values.count(v), -values.index(v)), default=None)
+        right["voting"] += voted == target
+        right["upper_bound"] += target in values
+        if judge:
+            best = max(
+                (pair for pair in drawn if pair[1] is not None),
+                key=lambda pair: (probability(judge, example.question, pair[0]), -drawn.index(pair)),
+                default=("", None),
+            )
+            right["rerank"] += best[1] == target
+    return right
+
+
+def printed(text: str) -> list[dict[str, dict]]:
+    """The tables in a terminal's text: {model: {column: (correct, total), "n": …}} each."""
+    tables, heads = [], None
+    for line in text.splitlines():
+        if line.startswith("model "):
+            heads, widths = line, [m.start() for m in re.finditer(r"(?<=   )\S|^\S", line)]
+            tables.append({})
+        elif heads and SHARE.search(line) and not line.startswith(" "):
+            cells = [line[a:b].strip() for a, b in zip(widths, [*widths[1:], None], strict=True)]
+            names = [heads[a:b].strip() for a, b in zip(widths, [*widths[1:], None], strict=True)]
+            model, _, own = cells[0].partition(" (n=")
+            row = {"n": int(own.rstrip(")")) if own else None}
+            for name, cell in zip(names[1:], cells[1:], strict=True):
+                kind, _, k = name.partition("@")
+                if k.isdigit():
+                    row["n"] = row["n"] or int(k)
+                if found := SHARE.fullmatch(cell):
+                    row[COLUMNS[kind]] = tuple(map(int, found.groups()))
+            tables[-1][model] = row
+        elif heads and not line.strip():
+            heads = None
+    return tables
+
+
+# --- the acts
+
+
+class World:
+    """One work directory, two data files, another folder of checkpoints and another folder for sweeps."""
+
+    def __init__(self, folder: Path, seed: int, fakes: Fakes, capsys):
+        self.folder, self.rng, self.fakes, self.capsys = folder, random.Random(seed), fakes, capsys
+        self.config = default_config()
+        self.config.update_from_flattened_dict({"sample.n": 3, "engine.slots": 8, "model.path": str(folder / "base")})
+        (folder / "base").mkdir()
+        (folder / "base" / "config.json").write_text("{}")
+        self.workdir, self.files = folder / "run", {name: folder / f"{name}.json" for name in ("test", "other")}
+        for path in self.files.values():
+            path.write_text(json.dumps([self.question(i) for i in range(self.rng.randint(3, 6))]))
+        (self.workdir / "models").mkdir(parents=True)
+        (self.workdir / "config.json").write_text(json.dumps({"model.path": str(folder / "base")}))
+        for name in POLICIES:
+            self.train(name)
+        self.log: list[str] = []
+        self.compared = 0
+
+    def question(self, i: int) -> dict:
+        asked = f"{self.rng.randrange(10**6)} and {i}?"
+        return {"item_id": f"toy_{i}", "question": asked, "answer_value": str(self.rng.randrange(3))}
+
+    def examples(self, name: str) -> list[Example]:
+        found = load_examples(self.files[name], need_cot=False)
+        return shorten(found, self.config.data.test_limit, self.config.seed)
+
+    def run(self) -> FakeRun:
+        return FakeRun(self.config, self.workdir, self.folder / "base", None, Data([], [], self.examples("test"), ""))
+
+    # Acts: what a person does between two looks at a table.
+
+    def train(self, name: str | None = None) -> None:
+        name = name or self.rng.choice([*POLICIES, "rerank_reft", "rerank_sft"])
+        save_fake(self.workdir / "models" / name, str(self.rng.randrange(10**9)))
+
+    def swap_models(self) -> None:
+        a, b = (self.workdir / "models" / name for name in POLICIES)
+        between = a.with_name("between")
+        for old, new in ((a, between), (b, a), (between, b)):
+            old.rename(new)
+
+    def new_tokenizer(self) -> None:
+        (self.folder / "base" / "tokenizer.json").write_text(str(self.rng.random()))
+
+    def edit_file(self) -> None:
+        path = self.files[self.rng.choice(list(self.files))]
+        rows = json.loads(path.read_text())
+        what, at = (
+            self.rng.choice(("answer", "question", "shorten", "lengthen", "shuffle")),
+            self.rng.randrange(len(rows)),
+        )
+        if what == "answer":
+            rows[at]["answer_value"] = str((int(rows[at]["answer_value"]) + 1) % 3)
+        elif what == "question":
+            rows[at]["question"] += " And then?"
+        elif what == "shorten" and len(rows) > 1:
+            del rows[at]
+        elif what == "lengthen":
+            rows.append(self.question(100 + self.rng.randrange(10**4)))
+        else:
+            self.rng.shuffle(rows)
+        path.write_text(json.dumps(rows))
+
+    def change_setting(self) -> None:
+        values = {
+            "sample.n": (1, 2, 3, 4),
+            "sample.temperature": (1.0, 0.5),
+            "sample.top_k": (50, 0),
+            "sample.max_len": (1024, 64),
+            "data.engine": ("python", "nl"),
+            "data.test_limit": (0, 2, 3),
+            "seed": (42, 7),
+        }
+        key = self.rng.choice([*values, "sample.n", "sample.n"])
+        self.config.update_from_flattened_dict({key: self.rng.choice(values[key])})
+
+    def damage_samples(self) -> None:
+        """Deletes a file, a line or the last newline, tears the last line, drops the header, copies another over."""
+        files = [path for path in self.folder.glob("*/samples/**/*.jsonl") if path.parent.name != "aside"]
+        if not files:
+            return
+        path, other = self.rng.choice(files), self.rng.choice(files)
+        lines = path.read_text().splitlines(keepends=True)
+        what = self.rng.choice(("delete", "line", "newline", "tear", "header", "copy"))
+        if what == "delete":
+            path.unlink()
+        elif what == "line" and len(lines) > 1:
+            del lines[self.rng.randrange(1, len(lines))]
+            path.write_text("".join(lines))
+        elif what == "newline":
+            path.write_text("".join(lines).rstrip("\n"))
+        elif what == "tear":
+            path.write_text("".join(lines)[: -self.rng.randrange(1, 20)])
+        elif what == "header":
+            path.write_text("".join(lines[1:]))
+        elif other.name.split(".")[1:] == path.name.split(".")[1:]:
+            path.write_text(other.read_text())
+
+    def sample(self) -> None:
+        name = self.rng.choice(POLICIES)
+        if self.rng.random() < 0.5:
+            self.config.sample.n = self.rng.randint(1, 5)
+        if self.rng.random() < 0.3:
+            self.dying(lambda: sample.run_sample(self.run(), name, "test"))
+        else:
+            sample.run_sample(self.run(), name, "test")
+            self.evaluate(sampled=name)
+
+    def dying(self, act) -> None:
+        self.fakes.dies_after, self.fakes.drawn = self.rng.randrange(8), 0
+        try:
+            act()
+        except Killed:
+            pass
+        finally:
+            self.fakes.dies_after = None
+
+    def evaluate(self, sampled: str = "") -> str:
+        """What was printed. With `sampled`, the samples of that model must be in the table."""
+        self.capsys.readouterr()
+        evaluate.run_evaluate(self.run())
+        out = self.capsys.readouterr().out
+        [table] = printed(out)
+        titles = {stages.TITLES[name]: name for name in POLICIES}
+        assert set(table) == set(titles), out
+        for title, row in table.items():
+            name, judge = titles[title], self.workdir / "models" / f"rerank_{titles[title]}"
+            self.compare(row, self.workdir / "models" / name, judge if judge.exists() else None, "test", out)
+            if "voting" not in row or row["n"] < self.config.sample.n:
+                noted = f"{title}: " in out.split("\n\n")[-1]
+                assert noted or not any((self.workdir / "samples").glob("*_test.jsonl")), out
+            assert (row["n"] or 0) <= self.config.sample.n, out
+            if name == sampled:
+                assert row["n"] == self.config.sample.n and "voting" in row, out
+        return out
+
+    def sweep(self) -> None:
+        workdir = self.rng.choice((self.workdir, self.folder / "sweep"))
+        names = self.rng.sample(("m", "m_x", "reft", "sft"), 2)
+        folders = [self.workdir / "models" / self.rng.choice(POLICIES) for _ in names]
+        judges = [self.workdir / "models" / f"rerank_{folder.name}" for folder in folders]
+        judges = [judge if judge.exists() and self.rng.random() < 0.7 else None for judge in judges]
+        data = dict(zip(self.rng.sample(("x_y", "y", "test", "reft_test"), 2), self.files, strict=True))
+        models = ",".join(
+            f"{name}={folder}" + (f"+{judge}" if judge else "")
+            for name, folder, judge in zip(names, folders, judges, strict=True)
+        )
+        files = {name: str(self.files[which]) for name, which in data.items()}
+        for _ in range(self.rng.choice((1, 2))):  # twice: the second time nothing is drawn
+            self.run_sweep(
+                workdir, models, files, dict(zip(names, zip(folders, judges, strict=True), strict=True)), data
+            )
+
+    def run_sweep(self, workdir: Path, models: str, files: dict, sources: dict, data: dict) -> None:
+        def start():
+            return sweep.run_sweep(
+                self.config, workdir, sweep.parse_checkpoints(models), files, list(flatten(self.config))
+            )
+
+        self.capsys.readouterr()
+        if self.rng.random() < 0.2:
+            self.dying(lambda: self.refused(start, workdir))
+            return
+        if self.refused(start, workdir):
+            return
+        out = self.capsys.readouterr().out
+        tables = printed(out)
+        assert len(tables) == len(data), out
+        for table, which in zip(tables, data.values(), strict=True):
+            assert set(table) == set(sources), out
+            for name, (folder, judge) in sources.items():
+                assert table[name]["n"] == self.config.sample.n, out
+                self.compare(table[name], folder, judge, which, out)
+
+    def refused(self, start, workdir: Path) -> bool:
+        """Whether a sweep was refused because a name stood for another model; its owner then drops the names."""
+        try:
+            start()
+        except InputError as error:
+            assert "has answers of another" in str(error), error
+            (workdir / "sources.json").unlink()
+            return True
+        return False
+
+    def compare(self, row: dict, folder: Path, judge: Path | None, which: str, out: str) -> None:
+        examples = self.examples(which)
+        weights, judging = (one and weights_of(one, self.folder / "base") for one in (folder, judge))
+        expected = truth(weights, judging, self.config, examples, row["n"] or 1)
+        for column in COLUMNS.values():
+            if column in row:
+                self.compared += 1
+                assert row[column] == (expected[column], len(examples)), (column, self.log, expected, out)
+
+    def act(self) -> None:
+        """One act, drawn at random."""
+        acts = [
+            self.train,
+            self.train,
+            self.swap_models,
+            self.edit_file,
+            self.edit_file,
+            self.change_setting,
+            self.change_setting,
+        ]
+        acts += [self.damage_samples, self.damage_samples, self.sample, self.sample, self.sweep, self.sweep]
+        act = self.rng.choice([*acts, self.new_tokenizer, self.evaluate, self.evaluate])
+        self.log.append(act.__name__)
+        act()

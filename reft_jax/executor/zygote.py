@@ -38,11 +38,11 @@ LINK = 3  # the child's end of its socket
 REPORT_BYTES = 4096
 PATIENCE_S = 0.02  # a program that takes longer is slow: the one sent after it goes to another zygote
 IDLE_S = 0.002  # without a request: the time to end children
+SURPLUS_S = 0.5  # the same, to end spares that nobody has asked for
 STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
 SMALL_KB = 4096  # what such a child may have taken beyond what it was forked with
 LITTER = 8  # children forked at once, at most
-# Frames of a child's stack that are below its program's first, on the way from <module> to `solve`: by `serve` and
-# `spare` if it is warm, else by `run`, `take` and `fresh` or `run`, `litter` and `spare`. To count them costs it pages.
+# Frames below a program's first, <module> to `solve`: by `serve` and `spare` if warm, else by `take` or `litter`.
 BELOW = {True: 7, False: 9}
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
 DYING_S = 0.5  # between the end of a child's socket and its own
@@ -89,6 +89,8 @@ class Zygote:
                 while self.stopped and not self.requests.waiting():
                     self.bury(*self.stopped.pop())
                 self.stopping.clear()
+            if not settle and len(self.spares) > self.wanted:  # the litter of a call whose end says nothing to us
+                settle = not self.requests.waiting(SURPLUS_S)
             while settle and len(self.spares) != self.wanted and not self.requests.waiting():
                 if len(self.spares) > self.wanted:
                     self.bury(*self.spares.pop())
@@ -109,9 +111,7 @@ class Zygote:
         return True
 
     def litter(self, number: int) -> None:
-        """Children for the next programs while one is at work. Several, for after each fork the zygote must copy all
-        pages that its other work writes to.
-        """
+        """Children for the next programs, several: after each fork the zygote copies all pages it then writes to."""
         for _ in range(number):
             if not self.spare(warm=False):
                 break

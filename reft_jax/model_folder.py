@@ -107,6 +107,23 @@ def listed_ids(path: Path) -> list[int]:
     return ids
 
 
+def check_ids(folder: Path, vocab_size: int) -> None:
+    """InputError unless the special ids of the folder's settings are ids, and those that end a text ids of the model.
+
+    Others may stand for none: Llama 1 has a `pad_token_id` of -1.
+    """
+    for path in (folder / CONFIG, folder / GENERATION):
+        for index in listed_ids(path):
+            if not 0 <= index < vocab_size:
+                raise InputError(
+                    f"{path}: field 'eos_token_id' has {index}; allowed: 0 to {vocab_size - 1}, the ids of the model"
+                )
+        settings = read_settings(path)
+        for key in ("bos_token_id", "pad_token_id"):
+            if (value := settings.get(key)) is not None and type(value) is not int:
+                raise InputError(f"{path}: field {key!r} is {value!r}; allowed: an id or null")
+
+
 def with_end(path: Path, eos_id: int | None) -> dict[str, Any]:
     """The settings of a file, `eos_id` among the ids that end a text: training appends it, whatever else is there."""
     raw, ids = read_settings(path), listed_ids(path)
@@ -152,6 +169,8 @@ def check_new_folder(name: str, folder: Path) -> None:
 
     One that is there must be empty. What would be made on the way is made and removed again: only that tells.
     """
+    if str(folder).startswith("~"):  # no shell replaced it, and a folder of that name is not what was meant
+        raise InputError(f"{name}: {folder} begins with '~', which stands for nothing here; write the path out")
     try:
         folder = Path(os.path.realpath(folder))
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):

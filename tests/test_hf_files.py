@@ -67,6 +67,8 @@ FILES = {
     "consolidated": (only("consolidated.safetensors"), "its publisher's own format", "Hugging Face format"),
     "variant": (only("model.fp16.safetensors"), "model.fp16.safetensors", "rename it to model.safetensors"),
     "numbered": (only("model-00001-of-00002.safetensors"), "no model.safetensors.index.json", "fetch that too"),
+    "adapter weights": (only("adapter_model.safetensors"), "an adapter, no whole model", "merge it first"),
+    "old adapter": (only("adapter_model.bin"), "an adapter, no whole model", "merge it first"),
     "checkpoint": (only("global_step100"), "a training checkpoint", "save_pretrained"),
     "nothing": (only("README.md"), "neither model.safetensors nor model.safetensors.index.json", "fetch"),
     "link": (dangling("model.safetensors"), "/model.safetensors: is a link to ../../blobs/gone", "not there"),
@@ -86,6 +88,11 @@ FILES = {
     "gap": (offsets(lambda a, b: [a + 4, b]), f"tensor {Q} leaves a gap after", "damaged", "fetch it again"),
     "backwards": (offsets(lambda a, b: [b, a]), "not a safetensors header", "fetch it again"),
     "float offsets": (offsets(lambda a, b: [float(a), b]), "not a safetensors header", "fetch it again"),
+    "null type": (
+        lambda folder: change_header(folder, lambda header: header | {Q: header[Q] | {"dtype": None}}),
+        "not a safetensors header",
+        "fetch it again",
+    ),
     "null offsets": (offsets(lambda a, b: None), "not a safetensors header", "fetch it again"),
     "adapter": (
         write_text("adapter_config.json", json.dumps(LORA)),

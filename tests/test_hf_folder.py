@@ -178,6 +178,10 @@ def test_float64_and_layers_that_are_missing(copy):
         (".qweight", "I32", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, 'says "gptq"'),
         (".weight.absmax", "U8", {"quantization_config": {"quant_method": "bitsandbytes"}}, 'says "bitsandbytes"'),
         (".SCB", "I8", {"quantization_config": {"quant_method": "bitsandbytes"}}, 'says "bitsandbytes"'),
+        (".input_scale", "F32", {"quantization_config": {"quant_method": "modelopt"}}, 'says "modelopt"'),
+        (".W_q", "U8", {"quantization_config": {"quant_method": "hqq"}}, 'says "hqq"'),
+        (".codebooks", "F16", {"quantization_config": {"quant_method": "aqlm"}}, 'says "aqlm"'),
+        (".weight_scales", "F32", {"quantization_config": {"quant_method": "eetq"}}, 'says "eetq"'),
         (".scales", "U32", {"quantization": {"group_size": 64, "bits": 4}}, 'quantization says {"group_size": 64'),
     ],
 )

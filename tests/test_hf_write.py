@@ -158,6 +158,8 @@ def test_other_tokenizers_are_written_in_words_that_transformers_4_knows(tmp_pat
             r"dtype=float16: tensor model\.layers\.1\.mlp\.down_proj\.weight has 100000, more than",
         ),
         (jnp.float16, -65520.0, r"has 65520, more than float16 holds \(65504\); choose bfloat16 or float32"),
+        ("int8", 1.0, r"dtype='int8': allowed: float32, float16, bfloat16, float64$"),
+        ("half a float", 1.0, r"dtype='half a float': allowed: float32, float16, bfloat16, float64$"),
         (jnp.bfloat16, 3.4e38, r"dtype=bfloat16: .* has 3\.4e\+38, more than bfloat16 holds"),
     ],
 )
@@ -182,6 +184,9 @@ def test_the_value_head_is_out_of_the_reach_of_loaders_and_the_old_place_is_read
     jax.tree.map(np.testing.assert_array_equal, load_value_head(tmp_path / "out"), params["value_head"])
     (tmp_path / "out" / "value_head.safetensors").unlink()
     assert load_value_head(tmp_path / "out") is None
+    (tmp_path / "out" / "value_head.safetensors").symlink_to("gone")
+    with pytest.raises(InputError, match=r"value_head\.safetensors: is a link to gone, which is not there"):
+        load_value_head(tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_made_is_found_by_trying(tmp_path):
@@ -193,6 +198,10 @@ def test_a_folder_that_cannot_be_made_is_found_by_trying(tmp_path):
         with pytest.raises(InputError, match=r"^--out: .*; choose another") as caught:
             check_new_folder("--out", tmp_path / name)
         assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^--out: ~/x begins with '~', which stands for nothing here; write the path"):
+        check_new_folder("--out", Path("~/x"))
+    with pytest.raises(InputError, match=r"^save_hf: .*; choose another"):
+        save_hf("a\0b", *tiny_model())
     (tmp_path / "empty").mkdir()
     for name in ("new", "new/deep/er", "empty", "link", "full/new"):
         check_new_folder("--out", tmp_path / name)

@@ -20,6 +20,7 @@ from test_tokenizer import PROGRAM_TAIL, QUESTION, TEXTS
 from tiny import tiny_model
 
 from reft_jax.model.hf_write import save_hf
+from reft_jax.model_folder import check_ids
 from reft_jax.runs.setup import checked_tokenizer, completed_text
 from reft_jax.task.prompts import rollout_prompt
 from reft_jax.task.tokenizer import all_end_ids, check_vocabulary, decode, encode, load_tokenizer, train_bpe
@@ -195,6 +196,30 @@ def fields(**changes):
         (lambda folder: write_folder(folder, {"tokenizer_config.json": "{"}), r"_config\.json: not JSON "),
         (fields(eos_token=""), r"tokenizer_config\.json: field 'eos_token' is empty; write the token or remove the"),
         (fields(eos_token=None), r"has no EOS token; set eos_token in tokenizer_config\.json"),
+        (
+            fields(eos_token=5),
+            r"tokenizer_config\.json: field 'eos_token' is 5; allowed: a token, as",
+        ),
+        (
+            fields(pad_token={"content": 5}),
+            r"tokenizer_config\.json: field 'pad_token' is {'content': 5}; allowed: a ",
+        ),
+        (
+            fields(bos_token=["<s>"]),
+            r"tokenizer_config\.json: field 'bos_token' is \['<s>'\]; allowed: a token",
+        ),
+        (
+            fields(tokenizer_class=5),
+            r"tokenizer_config\.json: field 'tokenizer_class' is 5; allowed: the name of",
+        ),
+        (fields(tokenizer_class="AutoModel"), r"field 'tokenizer_class' is 'AutoModel', which is no tokenizer; copy"),
+        (fields(tokenizer_class="LlamaForCausalLM"), r"'LlamaForCausalLM', which is no tokenizer; copy"),
+        (lambda folder: write_folder(folder, {"added_tokens.json": "{"}), r"added_tokens\.json: not JSON "),
+        (lambda folder: write_folder(folder, {"special_tokens_map.json": ""}), r"special_tokens_map\.json: is empty; "),
+        (
+            lambda folder: write_folder(folder, {"config.json": {"model_type": "llama", "pretraining_tp": "x"}}),
+            r"config\.json: transformers cannot read it \(.*'pretraining_tp'.*'x'.*\); correct the field, or copy",
+        ),
         (fields(bos_token="", unk_token=""), r"tokenizer_config\.json: field 'unk_token' is empty; write"),
     ],
 )
@@ -230,6 +255,25 @@ def test_end_ids_of_a_wrong_type_are_named(tmp_path, wrong):
     write_folder(tmp_path, {"generation_config.json": {"eos_token_id": wrong}})
     with pytest.raises(InputError, match=r"generation_config\.json: field 'eos_token_id' is .*; an id or a list of"):
         all_end_ids(SimpleNamespace(eos_token_id=2), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("eos_token_id", -1, r"has -1; allowed: 0 to 99, the ids of the model"),
+        ("eos_token_id", [2, 100], r"has 100; allowed: 0 to 99, the ids of the model"),
+        ("eos_token_id", 2**70, r"has 1180591620717411303424; allowed: 0 to 99, "),
+        ("bos_token_id", "1", r"is '1'; allowed: an id or null"),
+        ("pad_token_id", [0], r"is \[0\]; allowed: an id or null"),
+    ],
+)
+def test_special_ids_are_ids_of_the_model(tmp_path, name, field, value, words):
+    good = {"bos_token_id": 1, "eos_token_id": [2, 99], "pad_token_id": -1}  # Llama 1 has no padding, and says so
+    check_ids(write_folder(tmp_path, {"config.json": good, "generation_config.json": good}), 100)
+    write_folder(tmp_path, {name: good | {field: value}})
+    with pytest.raises(InputError, match=rf"/{name}: field '{field}' {words}"):
+        check_ids(tmp_path, 100)
 
 
 def test_the_id_that_ended_a_completion_is_not_its_text():

@@ -190,13 +190,19 @@ def write_index(text: str):
     return lambda source, out: (source / "pytorch_model.bin.index.json").write_text(text)
 
 
+NAME = "pytorch_model.bin"
 BAD_FOLDERS = {
     "no weights": (lambda source, out: None, "neither pytorch_model.bin nor"),
     "no weight_map": (write_index("{}"), "field 'weight_map'"),
     "a file outside": (write_index('{"weight_map": {"a": "../b.bin"}}'), "field 'weight_map'"),
     "a missing shard": (write_index('{"weight_map": {"a": "b.bin"}}'), r"b\.bin: .* missing"),
     "an output in use": (lambda source, out: out.mkdir() or (out / "file").touch(), "not an empty folder"),
-    "no folder": (lambda source, out: source.rmdir(), "is no folder"),
+    "no folder": (lambda source, out: source.rmdir(), "no such folder"),
+    "a link to nothing": (lambda source, out: (source / NAME).symlink_to("gone"), "is a link to gone, which is not"),
+    "quantized": (
+        lambda source, out: torch.save({"a.weight": torch.ones(3, dtype=torch.int8)}, source / NAME),
+        r"pytorch_model\.bin: tensor a\.weight holds whole numbers: the weights are quantized; use the unquantized",
+    ),
 }
 
 
@@ -209,6 +215,12 @@ def test_a_folder_that_cannot_be_converted_is_one_line(tmp_path, kind):
     with pytest.raises(InputError, match=words):
         run_convert_weights(source, out)
     assert not out.exists() or [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_a_path_that_no_folder_can_have(tmp_path):
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="no such folder"):
+            run_convert_weights(tmp_path / name, tmp_path / "out")
 
 
 def test_what_pickles_set_on_functions_does_not_stay(tmp_path):

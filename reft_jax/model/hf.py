@@ -6,6 +6,7 @@ time: a folder of any size needs little more host memory than what stays there.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from functools import cache, partial
@@ -138,7 +139,7 @@ def load_value_head(folder: str | Path) -> dict | None:
     """ValueHead's parameters, or None where the folder has no value head (TRL's names; beside or in the model)."""
     folder = Path(folder)
     paths = [folder / name for name in (VALUE_HEAD_FILE, OLD_VALUE_HEAD_FILE)]
-    path = next((path for path in paths if path.exists()), None)
+    path = next(filter(os.path.lexists, paths), None)
     stored = read_header(path) if path else stored_in(folder)
     for prefix in ("v_head.summary.", "v_head."):
         if prefix + "weight" in stored:

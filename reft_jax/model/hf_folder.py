@@ -22,8 +22,8 @@ IGNORED = re.compile(
 )
 HEADS = ("lm_head.", "score.", "v_head.")
 _QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight_scale|weight_scale_inv|weight_scale_2|weight_packed)$"
-    r"|\.quant_state\."
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight_(scales?|scale_inv|scale_2|packed|zero_point|shape)"
+    r"|input_scale|(weight|input)_global_scale|W_q|codebooks|codes|Qidxs)$|\.quant_state\."
 )
 _UNMERGED = re.compile(r"\.lora_[AB]\.|\.lora_(magnitude|embedding)|\.base_layer\.|\.modules_to_save\.")
 _FUSED = re.compile(r"\.(qkv_proj|gate_up_proj|query_key_value|W_pack|wqkv)\.")
@@ -101,8 +101,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                 "file in the folder. Fetch the index again"
             )
     merged: dict[str, Stored] = {}
-    for file in sorted(set(weight_map.values())):
-        for name, stored in read_header(folder / file).items():
+    for path in sorted({folder / file for file in weight_map.values()}):
+        for name, stored in read_header(path).items():
             if name in merged:
                 raise InputError(f"{stored.path}: tensor {name} is also in {merged[name].path.name}; remove one")
             merged[name] = stored
@@ -199,6 +199,7 @@ def _without_weights(folder: Path) -> str:
         convert = f"python -m reft_jax convert weights --in={folder} --out-dir=DIR"
         return f"{folder}: has PyTorch files only ({name}), which are not read; convert them: {convert}"
     for pattern, what in (
+        (r"adapter_model\..+", f"an adapter, no whole model, and its {ADAPTER} is missing; {MERGE}"),
         (r".+\.gguf", "a GGUF file; use the model's folder with unquantized safetensors"),
         (r"consolidated.*|.+\.pth", "its publisher's own format; use the folder in Hugging Face format"),
         (

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reft_jax.model.hf import LM_HEAD, TENSORS, VALUE_HEAD_FILE, hf_names, hf_shape
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.model.safetensors import write_json, write_tensors
+from reft_jax.model.safetensors import DTYPE_CODES, write_json, write_tensors
 from reft_jax.model_folder import CONFIG, SCRATCH, check_new_folder, with_end, write_generation, write_tokenizer
 from reft_jax.types import InputError
 
@@ -40,20 +40,21 @@ def save_hf(
     `rerank_head` the folder is a LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The
     value head gets a folder of its own inside, which loaders of policies do not look into. Where several processes
     hold the parameters all of them call this and the first one writes. InputError if `folder` has anything in it or
-    cannot be made, or if a number is too large for `dtype`.
+    cannot be made, if safetensors has no type `dtype`, or if a number is too large for it.
     """
-    folder = Path(os.path.realpath(folder))
+    kind = None if dtype is None else _known_dtype(dtype)
     flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != LM_HEAD}
-    config = _config_json(model.config, dtype or flat[("embed",)].dtype, rerank_head is not None)
+    config = _config_json(model.config, kind or flat[("embed",)].dtype, rerank_head is not None)
     source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # of a tokenizer made on the spot: nowhere
     if tokenizer is not None:
         config |= _special_ids(tokenizer, source, model.config.vocab_size, rerank_head is not None)
-    trunk, value = _layout(model.config, flat, rerank_head, dtype), _value_head_layout(value_head)
+    trunk, value = _layout(model.config, flat, rerank_head, kind), _value_head_layout(value_head)
     if jax.process_index():
         for tensor in trunk + value:
             tensor.make()
         return
-    check_new_folder("save_hf", folder)
+    check_new_folder("save_hf", Path(folder))
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
         target = Path(scratch) / "model"
@@ -67,6 +68,17 @@ def save_hf(
             (target / VALUE_HEAD_FILE).parent.mkdir()
             _write_file(target / VALUE_HEAD_FILE, value)
         os.replace(target, folder)
+
+
+def _known_dtype(dtype: Any) -> np.dtype:
+    """`dtype` as NumPy's; InputError unless folders may have it."""
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind not in DTYPE_CODES:
+        raise InputError(f"dtype={dtype!r}: allowed: {', '.join(known.name for known in DTYPE_CODES)}")
+    return kind
 
 
 def _config_json(config: LlamaConfig, dtype: Any, classifier: bool) -> dict:

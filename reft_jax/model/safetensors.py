@@ -77,7 +77,9 @@ def _stored(path: Path, start: int, name: str, info: dict) -> tuple[str, Stored]
     (begin, end), shape = info["data_offsets"], info["shape"]
     if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *shape)):
         raise ValueError(f"{name}: {shape}, {begin}, {end}")
-    return name, Stored(path, str(info["dtype"]), tuple(shape), start + begin, end - begin)
+    if not isinstance(info["dtype"], str):
+        raise ValueError(f"{name}: {info['dtype']}")
+    return name, Stored(path, info["dtype"], tuple(shape), start + begin, end - begin)
 
 
 def _look(path: Path) -> tuple[int, bytes]:

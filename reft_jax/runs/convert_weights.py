@@ -5,9 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from reft_jax.model.hf_folder import check_is_folder
 from reft_jax.model.safetensors import write_json, write_tensors
 from reft_jax.model.torch_bin import BinFile
-from reft_jax.model_folder import SCRATCH, check_new_folder, read_json
+from reft_jax.model_folder import SCRATCH, check_new_folder, read_bytes, read_json
 from reft_jax.store import writing
 from reft_jax.types import InputError
 
@@ -31,17 +32,24 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
             if name in seen:
                 raise InputError(f"{file.path}: tensor {name} is also in {seen[name].name}; remove one of the files")
             seen[name] = file.path
+        if quantized := next((name for name in file.left_out if name.endswith("weight")), None):
+            raise InputError(
+                f"{file.path}: tensor {quantized} holds whole numbers: the weights are quantized; use the unquantized "
+                "model"
+            )
     if not seen:
         raise InputError(f"{source}: its pytorch_model*.bin files hold no tensors; fetch them again")
+    others = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(WEIGHTS)]
+    for path in others:
+        read_bytes(path, 1)
     with writing(out_dir):
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=SCRATCH) as scratch:
             target = Path(scratch) / "model"
             target.mkdir()
             _write(files, target)
-            for path in sorted(source.iterdir()):
-                if path.is_file() and not path.name.endswith(WEIGHTS):
-                    shutil.copy(path, target / path.name)
+            for path in others:
+                shutil.copy(path, target / path.name)
             os.replace(target, out_dir)
     left_out = [name for file in files for name in file.left_out]
     if left_out:
@@ -51,15 +59,14 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
 
 def _bin_files(source: Path) -> list[str]:
     """The names of the folder's .bin files: those of the index, else pytorch_model.bin. InputError if it has none."""
-    if not source.is_dir():
-        raise InputError(f"--in: {source} is no folder; name the folder of a model")
-    if (source / INDEX).is_file():
+    check_is_folder(source)
+    if os.path.lexists(source / INDEX):
         weight_map = read_json(source / INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise InputError(f"{source / INDEX}: field 'weight_map' does not name files of its folder; fetch it again")
         return sorted(names)
-    if (source / "pytorch_model.bin").exists():
+    if os.path.lexists(source / "pytorch_model.bin"):
         return ["pytorch_model.bin"]
     raise InputError(f"--in: {source} has neither pytorch_model.bin nor {INDEX}; there is nothing to convert")
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from reft_jax import executor
 from reft_jax.config import flatten
+from reft_jax.model_folder import check_ids
 from reft_jax.parallel import hosts
 from reft_jax.runs import lock
 from reft_jax.runs.about import versions
@@ -203,6 +204,7 @@ def checked_tokenizer(folder: Path, *, reranker: bool = False):
     from reft_jax.model.hf import check_folder
 
     vocab_size = check_folder(folder, reranker=reranker).vocab_size
+    check_ids(folder, vocab_size)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)
     if others := [index for index in all_end_ids(tokenizer, folder) if index != tokenizer.eos_token_id]:

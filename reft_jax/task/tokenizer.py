@@ -7,11 +7,12 @@ in the settings or the data should show before that.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reft_jax.model_folder import CONFIG, TOKENIZER_CONFIG, end_ids, read_settings, tokenizer_files, write_tokenizer
 from reft_jax.task.prompts import rollout_prompt
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 EOS, PAD = "<eos>", "<pad>"
 BYTES = 256
+SPECIAL = tuple(f"{name}_token" for name in ("eos", "bos", "unk", "pad", "sep", "cls", "mask"))
 # Words, pieces of snake_case names, single digits, punctuation, whitespace; the space before a word belongs to it.
 SPLIT = r" ?\p{L}+|_\p{L}+| ?\d| ?[^\s\p{L}\d_]+|\s+(?!\S)|\s+"
 # None begins with a space, as no text of a run does: there, and only there, Llama's classes and their files differ.
@@ -64,30 +66,60 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
     settings, config = read_settings(folder / TOKENIZER_CONFIG), read_settings(folder / CONFIG)
     import transformers
 
-    name = settings.get("tokenizer_class")
-    known = isinstance(name, str) and (hasattr(transformers, name) or hasattr(transformers, name.removesuffix("Fast")))
+    name = check_settings(settings, folder / TOKENIZER_CONFIG).get("tokenizer_class") or ""
+    found = getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Fast"), None)
+    known = found is not None
+    if known and not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)):
+        raise InputError(
+            f"{folder / TOKENIZER_CONFIG}: field 'tokenizer_class' is {name!r}, which is no tokenizer; copy the "
+            "model's own file"
+        )
     maps = settings.get("auto_map"), config.get("auto_map")
     if not known and any(found.get("AutoTokenizer") if isinstance(found, dict) else found for found in maps):
         raise InputError(
             f"{folder / TOKENIZER_CONFIG}: field 'auto_map': tokenizer {name!r} needs code from the folder, which is "
             "never run; use a model whose tokenizer transformers has, or save this one as tokenizer.json alone"
         )
-    for key in ("eos_token", "unk_token"):
-        if settings.get(key) == "":  # transformers would take the id of unk_token for it
-            raise InputError(
-                f"{folder / TOKENIZER_CONFIG}: field {key!r} is empty; write the token or remove the field"
-            )
     # For a sentencepiece model alone transformers 5 guesses a tokenizer without Llama's space before the first word.
     only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
     kind = transformers.LlamaTokenizer if only_model and not known else transformers.AutoTokenizer
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises nothing more specific for a broken file
+        if os.path.lexists(folder / CONFIG):
+            check_config(folder)
         reason, remedy = str(error).partition("\n")[0], "copy its files again"
         if not only_model and not (folder / "tokenizer.json").is_file():
             reason = "vocab.json and merges.txt do not say how text is split"
             remedy = f"copy the model's tokenizer.json there, or name its tokenizer_class in {TOKENIZER_CONFIG}"
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); {remedy}") from error
+
+
+def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a tokenizer_config.json. InputError on names and tokens of a wrong type."""
+    for key in ("tokenizer_class", *SPECIAL):
+        value = settings.get(key)
+        text = value.get("content") if isinstance(value, dict) and key in SPECIAL else value
+        if value is not None and not isinstance(text, str):
+            allowed = "a token, as text or as an object with 'content'" if key in SPECIAL else "the name of a class"
+            raise InputError(f"{path}: field {key!r} is {value!r}; allowed: {allowed}, or null")
+        if text == "" and key in ("eos_token", "unk_token"):  # transformers would take the id of unk_token for it
+            raise InputError(f"{path}: field {key!r} is empty; write the token or remove the field")
+    return settings
+
+
+def check_config(folder: Path) -> None:
+    """InputError if transformers cannot read config.json, which it wants to see before it reads a tokenizer."""
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a wrong value of some field leads it to
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{folder / CONFIG}: transformers cannot read it ({reason}); correct the field, or copy the model's own "
+            "file"
+        ) from None
 
 
 def own_reading(folder: Path) -> tuple[Path, Callable[[str], list[int]]] | None:
@@ -97,6 +129,8 @@ def own_reading(folder: Path) -> tuple[Path, Callable[[str], list[int]]] | None:
     if one is not what its name says.
     """
     names = {path.name for path in tokenizer_files(folder)}
+    for name in ("special_tokens_map.json", "added_tokens.json"):  # which of them transformers reads, depends
+        read_settings(folder / name)
     if "tokenizer.json" in names:
         from tokenizers import Tokenizer
 

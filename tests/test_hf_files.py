@@ -209,12 +209,14 @@ def ordinary_user():
     os.seteuid(0)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "."])
-def test_what_cannot_be_read_is_named(copy, name, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize(
+    ("name", "mode"), [("config.json", 0), ("model.safetensors", 0), (".", 0), (".", 0o444), (".", 0o111)]
+)
+def test_what_cannot_be_read_is_named(copy, name, mode, tmp_path, monkeypatch, request):
     folder = copy()
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
-    (folder / name).chmod(0)
+    (folder / name).chmod(mode)
     request.getfixturevalue("ordinary_user")
     with pytest.raises(InputError) as error:
         check_folder("plain")

@@ -54,7 +54,7 @@ def check_is_folder(folder: str | Path) -> Path:
         raise InputError(f"{folder}: no such folder; {remedy}")
     try:
         os.listdir(path)
-        os.stat(path / ".")
+        os.stat(os.path.join(path, "."))  # a Path would drop the dot
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror}); check its owner and mode") from None
     return path

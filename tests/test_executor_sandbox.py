@@ -311,7 +311,7 @@ def test_own_hostile_programs(fresh, workers, tmp_path):
     need(*WITHOUT)
     traces = Traces(338)
     programs = [program for program, _ in HOSTILE.values()]
-    results = run_programs(programs, timeout_s=1, workers=workers, memory_mb=338)
+    results = run_programs(programs, timeout_s=2, workers=workers, memory_mb=338)
     wrong = {
         name: result
         for (name, (_, expected)), result in zip(HOSTILE.items(), results, strict=True)

@@ -18,6 +18,7 @@ from reft_jax.runs.stages import (
     STAGES,
     TITLES,
     changed_data,
+    checksum,
     done,
     model_folder,
     other_sources,
@@ -82,6 +83,7 @@ def run_evaluate(run: Run) -> dict:
         "chosen_on": run.data.chosen_on,
         "notes": [*chain(*remarks), *others(run, stages), *notes(run, stages, found["rows"])],
         "settings": flatten(run.config),
+        "checksums": {name: made for one in names for name in (one, f"rerank_{one}") if (made := checksum(run, name))},
         "seconds": {stage: result["seconds"] for stage, result in stages.items()},
         "stages": stages,
     } | found

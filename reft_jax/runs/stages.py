@@ -68,12 +68,15 @@ def load_model(run: Run, name: str, abstract=None):
     return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
 
 
-def checksum(run: Run, name: str) -> str:
-    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged."""
+def checksum(run: Run, name: str, memory: Path | None = None) -> str:
+    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged.
+
+    memory: of `model_checksum`; the work directory's if left out.
+    """
     folder = model_folder(run, name)
 
     def look() -> str:
-        return model_checksum(folder, run.base, run.workdir / MEMORY) if folder.exists() else ""
+        return model_checksum(folder, run.base, memory or run.workdir / MEMORY) if folder.exists() else ""
 
     return hosts.from_first(f"checksum of {name}", look)
 

@@ -20,7 +20,7 @@ def run(tmp_path) -> Run:
         "sft": {"best": 7, "epochs": 40, "rows": 7356},
         "reft": {"best": 30, "iterations": 900, "questions": 7300},
         "self_train_offline": {"best": 3, "epochs": 20, "rows": 9000},
-        "rerank_reft": {"rows": 500_000},
+        "rerank_reft": {"rows": 500_000, "positive": 0.4},
     }.items():
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "done.json").write_text(json.dumps(done | {"seconds": 1.0, "checksum": "0"}))

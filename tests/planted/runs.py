@@ -58,6 +58,8 @@ PLANTED = [
      ("test_terminal.py::test_a_stream_whose_reader_is_gone_takes_everything",)),
     ("disk: a full one names no file", "reft_jax.store", "{error.filename or path} could", "a file could",
      ("test_lock.py::test_a_lock_that_cannot_be_written_is_named",)),
+    ("log: nothing was replayed and all is well", "reft_jax.runs.executions", "if not (total := ", "if () == (total := ",
+     ("test_executions.py::test_no_log_and_a_broken_line_are_named",)),
     ("log: damage is a torn end", "reft_jax.runs.executions", "except zlib.error as error:",
      "except zlib.error as error:\n                return whole",
      ("test_executions.py::test_what_no_crash_explains_is_an_error_and_nothing_is_cut_off",)),

@@ -132,7 +132,7 @@ def test_an_untrained_model_does_not_know_language(config, tmp_path):
 def rolled_out(taught, config):
     """(run, policy, prompts, completions), as `findings` has them."""
     model, params, tokenizer = taught
-    run = Run(config, None, None, tokenizer, Data(EXAMPLES[:4], [], [], ""), mesh=make_mesh(1, 1, 1), model=model)
+    run = Run(config, Path(), Path(), tokenizer, Data(EXAMPLES[:4], [], [], ""), mesh=make_mesh(1, 1, 1), model=model)
     with on_mesh(run.mesh):
         policy = jax.tree.map(jnp.array, params)
         yield run, policy, *check.roll_out(run, policy["lm"])

@@ -71,6 +71,10 @@ def test_no_log_and_a_broken_line_are_named(tmp_path):
     (tmp_path / LOG_NAME).write_bytes(gzip.compress(b'{"purpose": '))
     with pytest.raises(InputError, match="line 1 is not an execution"):
         replay(tmp_path)
+    for nothing in (b"", gzip.compress(b"{}")[:-1]):  # emptied, and the first batch torn
+        (tmp_path / LOG_NAME).write_bytes(nothing)
+        with pytest.raises(InputError, match="executions.jsonl.gz: holds no execution"):
+            replay(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["instead", "behind", "within"])

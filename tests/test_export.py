@@ -6,9 +6,11 @@ import pytest
 from test_report import full_report
 
 from reft_jax.config import default_config
+from reft_jax.runs import export
 from reft_jax.runs.export import model_card
 from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Data, Run
+from reft_jax.types import InputError
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def run(tmp_path) -> Run:
         "sft": {"best": 7, "epochs": 40, "rows": 7356},
         "reft": {"best": 30, "iterations": 900, "questions": 7300},
         "self_train_offline": {"best": 3, "epochs": 20, "rows": 9000},
-        "rerank_reft": {"rows": 500_000},
+        "rerank_reft": {"rows": 500_000, "positive": 0.4},
     }.items():
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "done.json").write_text(json.dumps(done | {"seconds": 1.0, "checksum": "0"}))
@@ -42,8 +44,18 @@ def test_a_policy(run):
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n")
 
 
-def test_a_reranker_and_what_was_measured(run):
-    (run.workdir / "report.json").write_text(json.dumps(full_report()))
+@pytest.fixture
+def evaluated(run, monkeypatch) -> Run:
+    """With a report of the models that are there."""
+    there = {"sft": "1", "reft": "2", "rerank_reft": "3"}
+    monkeypatch.setattr(export, "checksum", lambda run, name, memory: there.get(name, ""))
+    (run.workdir / "report.json").write_text(json.dumps(full_report() | {"checksums": there}))
+    run.there = there
+    return run
+
+
+def test_a_reranker_and_what_was_measured(evaluated):
+    run = evaluated
     card = model_card(run, "rerank_reft", [])
     assert "# GSM8K: ReFT reranker" in card and "pipeline_tag: text-classification" in card
     assert "```\nQuestion:\n{question}\nAnswer reasoning:\n{completion}\n```" in card
@@ -52,6 +64,25 @@ def test_a_reranker_and_what_was_measured(run):
     assert (
         f"500 test questions, 100 samples each, 95 % intervals in brackets.\n\n{markdown_table(full_report())}" in card
     )
+
+
+@pytest.mark.parametrize("name", ["sft", "reft", "rerank_reft"])
+def test_the_figures_of_another_model_are_not_in_the_card(evaluated, capsys, name):
+    """A model trained again after `evaluate`, whichever of them is exported; and a report that does not say."""
+    path = evaluated.workdir / "report.json"
+    evaluated.there |= {name: "another"}
+    assert "## Measured\n\nNot evaluated yet.\n" in model_card(evaluated, "reft", [])
+    assert f"{path}: is of another {name} than there is now" in capsys.readouterr().out
+    path.write_text(json.dumps(full_report()))
+    assert "## Measured\n\nNot evaluated yet.\n" in model_card(evaluated, "reft", [])
+    assert "is of an older version" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"rows": ["a"]}', '{"rows": [], "n": 1}', '{"checksums": 3}'])
+def test_a_damaged_report_is_named(run, text):
+    (run.workdir / "report.json").write_text(text)
+    with pytest.raises(InputError, match="report.json: not a report"):
+        model_card(run, "reft", [])
 
 
 @pytest.mark.parametrize(

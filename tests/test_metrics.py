@@ -93,8 +93,13 @@ def test_reading_leaves_out_a_torn_last_line_and_what_is_null(tmp_path):
     for torn in ("", '{"step": 3, "re', "\x00\x00", "5", "null"):
         path.write_text('{"step": 1, "reward": null, "kl": 0.5}\n{"step": 2, "reward": 0.25}\n' + torn)
         assert read_metrics(tmp_path) == [{"step": 1, "kl": 0.5}, {"step": 2, "reward": 0.25}]
-    path.write_text('{"step": 1}\n5\n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not a JSON object with a step"):
+    for line in ("5", '{"kl": 1}', '{"step": "2"}', '{"step": 2, "kl": "x"}', '{"step": 2, "kl": [1]}'):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not a JSON object of numbers with a step"):
+            read_metrics(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be read"):
         read_metrics(tmp_path)
 
 

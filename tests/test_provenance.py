@@ -275,6 +275,9 @@ def test_a_hugging_face_folder_is_hashed_once_and_again_when_a_file_changes(tmp_
 
 # --- finished stages
 
+COUNTS = {"best": 1, "epochs": 2, "iterations": 3, "rows": 4, "positive": 0.5}
+OLDER = COUNTS | {"seconds": 1.0, "checksum": "0"}  # without data and sources, as earlier versions wrote it
+
 
 def stage_run(tmp_path: Path, train: str = "1 and 2?", dev: str = "3 and 4?", **settings) -> FakeRun:
     config = default_config()
@@ -286,7 +289,7 @@ def stage_run(tmp_path: Path, train: str = "1 and 2?", dev: str = "3 and 4?", **
 
 def finish(run: FakeRun, stage: str, *sources: str) -> None:
     (run.workdir / stage).mkdir(exist_ok=True)
-    result = {"best": 1, "seconds": 1.0, "checksum": "0", "data": run.data_made, "from": stages.sources(run, *sources)}
+    result = OLDER | {"data": run.data_made, "from": stages.sources(run, *sources)}
     (run.workdir / stage / "done.json").write_text(json.dumps(result))
 
 
@@ -308,7 +311,7 @@ def test_a_finished_stage_knows_the_data_it_was_trained_on(tmp_path, capsys):
     assert stages.finished(stage_run(tmp_path, dev="5 and 6?"), "sft")
     assert "chosen on other dev questions" in capsys.readouterr().out
     stages.finished(stage_run(tmp_path, train="5 and 6?", **{"data.train_limit": 1}), "sft")  # changed on purpose
-    (tmp_path / "sft" / "done.json").write_text('{"best": 1, "seconds": 1.0, "checksum": "0"}')  # an older version's
+    (tmp_path / "sft" / "done.json").write_text(json.dumps(OLDER))
     stages.finished(other, "sft")
 
 

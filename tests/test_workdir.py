@@ -96,7 +96,39 @@ def test_a_folder_in_it_that_cannot_be_written_is_found_first(here, monkeypatch)
     check_workdir(config(), workdir, [], reads=True)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"best": 3}', "\x00" * 20])
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "executions.jsonl.gz", "samples/sft_test.jsonl"])
+def test_what_cannot_be_written_at_the_end_is_found_at_the_start(here, monkeypatch, name):
+    path = here / "run" / name
+    path.mkdir(parents=True)
+    with pytest.raises(InputError, match=f"/run/{name} is no file that can be written"):
+        check_workdir(config(), here / "run", [])
+    check_workdir(config(), here / "run", [], reads=True)
+    path.rmdir()
+    path.write_text("")
+    check_workdir(config(), here / "run", [])
+    monkeypatch.setattr("os.access", lambda there, mode: str(there) != str(path))
+    with pytest.raises(InputError, match=f"/run/{name} is no file that can be written"):
+        check_workdir(config(), here / "run", [])
+
+
+def test_a_file_where_a_folder_has_to_be_is_found_at_the_start(here):
+    (here / "run").mkdir()
+    (here / "run" / "samples").write_text("")
+    with pytest.raises(InputError, match="/run/samples is no folder that can be written"):
+        check_workdir(config(), here / "run", [])
+
+
+RESULT = {"best": 1, "epochs": 2, "seconds": 1.0, "checksum": "0"}
+
+
+def changed_results() -> list[str]:
+    """Results of an SFT with one mistake each, which parse."""
+    without = [{key: value for key, value in RESULT.items() if key != name} for name in RESULT]
+    wrong = [{"seconds": "x"}, {"best": "1"}, {"epochs": True}, {"data": [1]}, {"data": {"train": "a"}}, {"from": 3}]
+    return [json.dumps(one) for one in (*without, *(RESULT | one for one in wrong))]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"best": 3}', "\x00" * 20, *changed_results()])
 def test_a_damaged_done_json_is_one_line(tmp_path, text):
     path = tmp_path / "sft" / "done.json"
     path.parent.mkdir()
@@ -104,6 +136,8 @@ def test_a_damaged_done_json_is_one_line(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InputError, match=r"sft/done.json: not what a finished stage writes .*models/sft to begin"):
         read_result(path)
+    path.write_text(json.dumps(RESULT))
+    assert read_result(path) == RESULT
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from reft_jax.runs.stages import (
     STAGES,
     TITLES,
     changed_data,
+    checksum,
     done,
     model_folder,
     other_sources,
@@ -72,22 +73,25 @@ def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
 
 def run_evaluate(run: Run) -> dict:
     """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
+    stages = {
+        stage: result for stage in STAGES if (result := done(run, stage))
+    }  # damage ends it before the first answer
+    lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     names = [name for name in POLICIES if model_folder(run, name).exists()]
     models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
     found = table(models, run.config.seed)
-    stages = {stage: result for stage in STAGES if (result := done(run, stage))}
     report = {
         "title": run.config.name,
         "about": about(run),
         "chosen_on": run.data.chosen_on,
         "notes": [*chain(*remarks), *others(run, stages), *notes(run, stages, found["rows"])],
         "settings": flatten(run.config),
+        "checksums": {name: made for one in names for name in (one, f"rerank_{one}") if (made := checksum(run, name))},
         "seconds": {stage: result["seconds"] for stage, result in stages.items()},
         "stages": stages,
     } | found
     if hosts.is_first():
         write_report(run.workdir, report)
-        lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
         if any(lines):
             plot_curves(run.workdir, *lines, run.workdir / "curves.png")
         print_report(report)

@@ -130,7 +130,10 @@ def replay(workdir: Path) -> bool:
         print(
             f"{purpose}: {total}, {correct[purpose] / total:.1%} correct, p50 {p50:.1f} ms, p99 {p99:.1f} ms; {ended}"
         )
-    total = sum(counted.total() for counted in outcomes.values())
+    if not (total := sum(counted.total() for counted in outcomes.values())):
+        raise InputError(
+            f"{workdir / LOG_NAME}: holds no execution, so no verdict is shown to hold; restore it from a copy"
+        )
     print(f"{total - len(different)} of {total} verdicts are what the log says")
     for line in different[:5]:
         print(f"  {line}")

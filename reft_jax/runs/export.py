@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.runs.report import markdown_table
 from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import TITLES, abstract_reranker, done, load_model
+from reft_jax.runs.stages import TITLES, abstract_reranker, checksum, done, load_model
 from reft_jax.store import writing
 from reft_jax.task.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
 from reft_jax.types import InputError
@@ -46,7 +47,7 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None
 
 
 def model_card(run: Run, name: str, licences: list[str]) -> str:
-    """Base, licence notice, prompt format, stages and, if `evaluate` has run, the measured table, as Markdown."""
+    """Base, licence notice, prompt format, stages and, if `evaluate` has seen these models, its table, as Markdown."""
     base, policy = run.base.name, name.removeprefix("rerank_")
     title = f"{TITLES[policy]} reranker" if name != policy else TITLES[policy]
     notice = (
@@ -78,7 +79,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
             "",
             "## Measured",
             "",
-            *(measured(report) if report.exists() else ["Not evaluated yet."]),
+            *(measured(run, report) if report.exists() else ["Not evaluated yet."]),
             "",
         ]
     )
@@ -121,15 +122,19 @@ def stages(run: Run, name: str, base: str) -> list[str]:
     return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
 
 
-def measured(path: Path) -> list[str]:
-    """The table of a report.json. InputError if it cannot be read."""
+def measured(run: Run, path: Path) -> list[str]:
+    """The table of a report.json, if its models are those that are there now. InputError if it cannot be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(report.get("checksums", {}))
         table = markdown_table(report).rstrip()
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        subject = f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets."
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a report ({error!r}); run evaluate again, or remove it") from error
-    return [
-        f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets.",
-        "",
-        table,
-    ]
+    with tempfile.TemporaryDirectory() as folder:  # a reader leaves nothing in the work directory
+        changed = [name for name in before if checksum(run, name, Path(folder) / "checksums.json") != before[name]]
+    if changed or not before:
+        why = f"of another {' and '.join(changed)} than there is now" if changed else "of an older version"
+        print(f"{path}: is {why}, so its table is not in the card; run evaluate first", flush=True)
+        return ["Not evaluated yet."]
+    return [subject, "", table]

@@ -16,6 +16,7 @@ percentages exist only in print. A run has one report, a sweep one for each data
     comparisons      [{"a": "ReFT", "b": "SFT", "column": "top1", "difference", "low", "high", "p"}]
     notes            [str]
     settings         {name: value}
+    checksums        {name under models/: checksum of the model that it was then}; not of a sweep
     seconds          {stage: seconds}
 """
 

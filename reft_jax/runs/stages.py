@@ -27,6 +27,13 @@ TITLES = {
 }
 POLICIES = tuple(TITLES)
 STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
+COUNTS = {  # what done.json of a stage must have, beside `seconds`; rerankers have RERANKED
+    "sft": ("best", "epochs"),
+    "self_train_offline": ("best", "epochs", "rows"),
+    "self_train_online": ("best", "iterations"),
+    "reft": ("best", "iterations"),
+}
+RERANKED = ("rows", "positive")
 
 
 class Weights(NamedTuple):
@@ -68,12 +75,15 @@ def load_model(run: Run, name: str, abstract=None):
     return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
 
 
-def checksum(run: Run, name: str) -> str:
-    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged."""
+def checksum(run: Run, name: str, memory: Path | None = None) -> str:
+    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged.
+
+    memory: of `model_checksum`; the work directory's if left out.
+    """
     folder = model_folder(run, name)
 
     def look() -> str:
-        return model_checksum(folder, run.base, run.workdir / MEMORY) if folder.exists() else ""
+        return model_checksum(folder, run.base, memory or run.workdir / MEMORY) if folder.exists() else ""
 
     return hosts.from_first(f"checksum of {name}", look)
 
@@ -100,7 +110,7 @@ def read_result(path: Path) -> dict | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        problem = None if {"seconds", "checksum"} <= dict(result).keys() else "fields are missing"
+        problem = _problem(path.parent.name, dict(result))
     except (OSError, ValueError, TypeError) as error:
         problem = error
     if problem:
@@ -109,6 +119,19 @@ def read_result(path: Path) -> dict | None:
             f"{path.parent} and {path.parent.parent / 'models' / path.parent.name} to begin the stage again"
         )
     return result
+
+
+def _problem(stage: str, result: dict) -> str:
+    """What is wrong with a result; "" if nothing is. What older versions did not record may be absent."""
+    numbers = ("seconds", *COUNTS.get(stage, RERANKED))
+    if absent := [name for name in (*numbers, "checksum") if name not in result]:
+        return f"no {', '.join(absent)}"
+    if wrong := [name for name in numbers if type(result[name]) not in (int, float)]:
+        return f"{wrong[0]} is not a number"
+    data, made_from = result.get("data"), result.get("from", {})
+    if data is not None and not (isinstance(data, dict) and {"settings", "train", "dev"} <= data.keys()):
+        return "data is not settings, train and dev"
+    return "" if isinstance(made_from, dict) else "from is not an object"
 
 
 def finished(run: Run, stage: str) -> dict | None:
@@ -147,7 +170,7 @@ def check_data(run: Run) -> None:
 def changed_data(run: Run, result: dict) -> list[str]:
     """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
     that was allowed. An older version recorded nothing."""
-    before, now = result.get("data", run.data_made), run.data_made
+    before, now = result.get("data") or run.data_made, run.data_made
     if before["settings"] != now["settings"]:
         return []
     return [split for split in ("train", "dev") if before[split] != now[split]]

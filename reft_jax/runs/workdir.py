@@ -17,6 +17,9 @@ from reft_jax.types import InputError
 # What may change between two starts of one run: where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("watchdog_minutes",)
+FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
+FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "checksums.json", "versions.json")
+FILES += ("sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 
 
@@ -63,6 +66,7 @@ def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str
     if not reads:
         for folder in [workdir, *(path for path in workdir.glob("*") if path.is_dir())]:
             check_writable("--workdir", folder)
+        check_kinds(workdir)
     before = recorded(workdir)
     if before is not None:
         before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
@@ -81,6 +85,16 @@ def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str
             raise InputError(
                 f"--workdir: {workdir} has no model {name!r}; run `pipeline`, or the command that makes it, there first"
             )
+
+
+def check_kinds(workdir: Path) -> None:
+    """InputError if what this program names in a work directory is no file, or no folder, that it can write."""
+    files = [*(workdir / name for name in FILES), *workdir.glob("*/*.jsonl")]
+    odd = [path for path in files if path.exists() and not (path.is_file() and os.access(path, os.W_OK))]
+    odd += [folder for folder in (workdir / name for name in FOLDERS) if folder.exists() and not folder.is_dir()]
+    if odd:
+        kind = "folder" if odd[0].name in FOLDERS else "file"
+        raise InputError(f"--workdir: {odd[0]} is no {kind} that can be written; move it away, or choose another")
 
 
 def check_writable(flag: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of `folder/metrics.jsonl`, none if there is no such file; a null is left out.
 
     A last line cut short by a crash is left out as well. Raises InputError when any other line is not a JSON object
-    with a step.
+    of numbers with a step.
     """
     return [
         {name: value for name, value in line.items() if value is not None}
@@ -35,18 +35,21 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _read_lines(path: Path) -> list[dict]:
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    found = []
+    try:
+        lines, found = path.read_bytes().splitlines() if path.exists() else [], []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it from a copy or remove it") from error
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line["step"], int | float):
+            numbers = [line["step"], *(value for value in line.values() if value is not None)]
+            if not all(type(number) in (int, float) for number in numbers):
                 raise TypeError
             found.append(line)
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise InputError(
-                    f"{path}: line {number} is not a JSON object with a step; repair or remove it"
+                    f"{path}: line {number} is not a JSON object of numbers with a step; repair or remove it"
                 ) from error
     return found
 
@@ -91,7 +94,7 @@ class MetricsWriter:
         """Forgets every later step, for a run that resumes at `step` and writes them again; call it before `write`.
 
         A last line cut short by a crash is dropped as well. TensorBoard hides the later events of the older files.
-        Raises InputError when any other line is not a JSON object with a step.
+        Raises InputError when any other line is not a JSON object of numbers with a step.
         """
         if self._file is None:
             return

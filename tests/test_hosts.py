@@ -28,6 +28,7 @@ from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, make_mesh
 from reft_jax.runs.executions import LOG_NAME, read_executions
+from reft_jax.runs.results import COLUMNS
 from reft_jax.runs.rollout import shares
 from reft_jax.task import prompts
 from reft_jax.task.intervals import wilson
@@ -197,10 +198,12 @@ def test_accuracies_agree_within_their_intervals(together, alone):
     ours, theirs = (json.loads((workdir / "report.json").read_text())["rows"] for workdir in (together, alone))
     assert [row["model"] for row in ours] == [row["model"] for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        counted = [column for column, count in other.items() if column not in ("model", "n", "curve") and count]
+        counted = [column for column in (*COLUMNS, "classification_accuracy") if other.get(column)]
         assert mine.keys() == other.keys() and "top1" in counted
         for column in counted:
-            (low, high), (our_low, our_high) = wilson(**other[column]), wilson(**mine[column])
+            (low, high), (our_low, our_high) = (
+                wilson(one[column]["correct"], one[column]["total"]) for one in (other, mine)
+            )
             assert low <= our_high and our_low <= high, (mine["model"], column)
 
 

@@ -8,11 +8,11 @@ import threading
 import time
 
 import pytest
-from executor_tools import body, linux, wait_until, zygotes
+from executor_tools import body, linux, patched_zygote, wait_until, zygotes
 from test_executor_corners import DENIED, python
 
 from reft_jax import executor
-from reft_jax.executor import run_programs, start
+from reft_jax.executor import InfrastructureError, process, run_programs, start
 
 # what: (families of system calls that are refused, options of denied.py); each must work
 ODD = {
@@ -63,6 +63,26 @@ def test_a_host_that_refuses_too_much_is_told_in_one_line(what):
     assert "\n" not in error
     with pytest.raises(AssertionError, match=told):
         raise AssertionError(error)
+
+
+@linux
+@pytest.mark.parametrize("families", ["none", "namespaces", "namespaces,setsid"])
+def test_process_1_collects_what_a_lost_zygote_leaves(families):
+    said = host(families, "--first", "lose")
+    assert said["wrong"] == [] and said["retries"] == 1 and said["dead"] == 0, said
+
+
+def test_a_zygote_with_another_python_is_refused(fresh):
+    """It is told where this Python's library is; what it then runs with is compared."""
+    fresh.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
+    change = "zygote.sys.version = 'another ' + zygote.os.environ.get('LD_LIBRARY_PATH', '')"
+    fresh.setattr(process, "COMMAND", patched_zygote(change))
+    with pytest.raises(InfrastructureError, match="would run with the python another /opt/python/lib, not 3"):
+        start(1, 351)
+    moved = "zygote.os.__file__ = '/usr/lib/python3/os.py'\nzygote.files.restrict = lambda packages: 0"
+    fresh.setattr(process, "COMMAND", patched_zygote(moved, "zygote.files.own_root = zygote.files.restrict"))
+    with pytest.raises(InfrastructureError, match="would run with the library /usr/lib/python3, not "):
+        start(1, 351, allow_unsandboxed=True)
 
 
 @linux

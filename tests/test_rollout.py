@@ -81,7 +81,7 @@ def test_an_executor_that_fails_is_an_error_and_no_reward(tmp_path, monkeypatch)
     def broken(*args, **kwargs):
         raise executor.InfrastructureError("no zygote")
 
-    monkeypatch.setattr(executor.pool, "new", broken)
+    monkeypatch.setattr(executor.pool, "Zygote", broken)
     monkeypatch.setattr(executor.pool, "take", lambda kind: None)
     run = run_with(FakeEngine(), tmp_path, monkeypatch)
     with pytest.raises(executor.InfrastructureError):

@@ -219,21 +219,23 @@ def real(smollm2, shared):
 
 def test_parity_of_smollm2_logits(real):
     theirs, model, params, _, prompts = real
-    apply = jax.jit(model.apply)
+    apply, clear = jax.jit(model.apply), []
     for start in range(0, 50, 5):
         tokens, lengths, mask = padded(sorted(prompts, key=len)[start : start + 5])
         ours = np.asarray(apply({"params": params}, np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % 64)))))
         want = torch_logits(theirs, tokens, attention_mask=mask)
         for row, length in enumerate(lengths):
-            compare_logits(ours[row, :length], want[row, :length])
+            clear.append(compare_logits(ours[row, :length], want[row, :length]))
+    assert np.concatenate(clear).mean() > 0.99  # of all positions: which of them are near ties differs between CPUs
 
 
-def compare_logits(ours, want):
+def compare_logits(ours, want) -> np.ndarray:
+    """bool[T]: where the first choice is clear, and there both have the same one."""
     assert np.abs(ours - want).max() <= 2e-3
     top = np.sort(want, -1)
     clear = top[:, -1] - top[:, -2] >= NEAR_TIE
     np.testing.assert_array_equal(ours.argmax(-1)[clear], want.argmax(-1)[clear])
-    assert clear.mean() > 0.99
+    return clear
 
 
 def test_parity_of_smollm2_greedy_text(real, capsys):

@@ -194,7 +194,7 @@ def test_a_stream_gives_results_while_programs_still_come(asked):
         assert first.result(timeout=20).value == "a"
         again, slow = (
             batch.submit(body("return 'a'")),
-            batch.submit(body("import time", "time.sleep(0.3)", "return 'b'")),
+            batch.submit(body("import time", "time.sleep(1.5)", "return 'b'")),
         )
         quick = batch.submit(body("return 'c'"))
         assert again is first and quick.result(timeout=20).value == "c" and not slow.done()

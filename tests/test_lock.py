@@ -171,7 +171,7 @@ def test_signs_of_life(tmp_path, monkeypatch):
             os.utime(path, (0, 0))
             assert soon(lambda: path.stat().st_mtime > 1)
         path.unlink()  # by hand
-        assert soon(lambda: path.exists() and written(tmp_path)["pid"] == os.getpid())
+        assert soon(lambda: path.exists() and path.read_text() and written(tmp_path)["pid"] == os.getpid())
 
 
 def soon(happens) -> bool:

@@ -14,7 +14,7 @@ from reft_jax import executor
 
 
 def during_a_call() -> None:
-    """The fork has an executor of its own and cannot use the stream; the call goes on."""
+    """The fork has an executor of its own and cannot use the stream; the call continues."""
     executor.start(1, 352)
     with executor.stream(workers=1, memory_mb=352) as batch:
         future = batch.submit(body("import time", "time.sleep(0.5)", "return 7"))

@@ -3,7 +3,7 @@
     python tests/mutations.py            all of them; exit code 1 if one goes unnoticed
     python tests/mutations.py gae        those whose name contains "gae"
 
-Nothing here is written: a mutated module exists only in this process, which imports the package anew for every
+Nothing here is written: a mutated module exists only in this process, which imports the package again for every
 mutation. The executor's are read by processes of their own: they are mutated in a copy of the repository.
 """
 

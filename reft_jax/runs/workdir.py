@@ -79,7 +79,7 @@ def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str
                 f"there may stand beside them, add --allow_config_change={','.join(refused)}"
             )
         if changed:
-            print(f"{workdir}: goes on with changed settings ({told})", flush=True)
+            print(f"{workdir}: resumes with changed settings ({told})", flush=True)
     for name in needs:
         if not (workdir / "models" / name).exists():
             raise InputError(

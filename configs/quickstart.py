@@ -17,11 +17,11 @@ def get_config():
         epochs=16, warmup_epoch=10, batch_size=16, micro_batch=16, learning_rate=2.5e-3, weight_decay=0.01, max_len=128
     )
     config.sft.eval_every = 2
-    config.ppo.update(
-        iterations=40, prompts=128, micro_batch=16, minibatches=2, learning_rate=3e-4, lr_warmup=10, vf_coef=0.1
+    config.rl.update(
+        iterations=40, questions=128, micro_batch=16, minibatches=2, learning_rate=3e-4, lr_warmup=10, vf_coef=0.1
     )
     # A random value head takes hundreds of updates to unlearn at this size, and its noise is all the policy would see.
-    config.ppo.update(value_init=0.0, max_prompt=96, max_len=128, eval_every=10, save_every=10)
+    config.rl.update(value_init=0.0, max_prompt=96, max_len=128, eval_every=10, save_every=10)
     config.self_train.update(epochs=16, learning_rate=3e-4)
     config.sample.update(n=16, train_n=8, train_limit=800, max_len=128)
     config.rerank.update(epochs=3, batch_size=64, micro_batch=32, learning_rate=1e-3, max_len=128)

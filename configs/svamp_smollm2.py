@@ -31,8 +31,8 @@ def get_config(variant=""):
     config.data.test = "data/svamp_test_set.json"
     config.data.update(dev_rows=60, train_limit=1000, test_limit=60, max_dropped=0.8, pad_multiple=32)
     config.sft.update(epochs=3, warmup_epoch=2, batch_size=16, micro_batch=8, learning_rate=5e-5, max_len=128)
-    config.ppo.update(iterations=50, prompts=32, micro_batch=8, ppo_epochs=1, minibatches=2, learning_rate=1e-5)
-    config.ppo.update(vf_coef=0.1, value_init=0.0, max_prompt=80, max_len=128, eval_every=25, save_every=5)
+    config.rl.update(iterations=50, questions=32, micro_batch=8, ppo_epochs=1, minibatches=2, learning_rate=1e-5)
+    config.rl.update(vf_coef=0.1, value_init=0.0, max_prompt=80, max_len=128, eval_every=25, save_every=5)
     config.sample.update(n=4, train_n=4, train_limit=24, max_len=256)
     config.engine.slots = 64
     config.rerank.update(epochs=1, batch_size=16, micro_batch=8, learning_rate=2e-5, max_len=224)
@@ -41,6 +41,6 @@ def get_config(variant=""):
     if variant == "baselines":
         config.name += ", with baselines"
         config.data.test_limit = 100
-        config.ppo.update(iterations=24, eval_every=12)
+        config.rl.update(iterations=24, eval_every=12)
         config.sample.update(n=16, train_n=16, train_limit=80)
     return config

@@ -99,7 +99,7 @@ def run_command(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv[0] in ("--version", "version"):
-        from reft_jax.runs.about import commit, versions
+        from reft_jax.run.about import commit, versions
 
         made_of = ", ".join(f"{name} {number}" for name, number in versions().items() if name != "reft_jax")
         print(f"reft_jax {versions()['reft_jax']}{f' ({commit()})' if commit() else ''}\n{made_of}")
@@ -151,20 +151,20 @@ def run_command(argv: list[str]) -> None:
         if key not in SETTINGS:
             raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
     if command == "evaluate" and values.replay:
-        from reft_jax.runs.executions import replay
+        from reft_jax.run.executions import replay
 
         sys.exit(0 if replay(Path(values.workdir)) else 1)
     if command == "evaluate" and values.data and not values.models:
         raise InputError("--data belongs to a sweep: --models=FOLDER,… is missing; see python -m reft_jax --help")
     needs = NEEDS.get(command, []) + ([values.model] if command in MODELS else [])
     from reft_jax.parallel import hosts
-    from reft_jax.runs.setup import open_run
+    from reft_jax.run.open import open_run
 
     with hosts.joined(values.coordinator, values.num_processes, values.process_id):
         if command == "export":
             hosts.from_first("--out", lambda: check_new_folder("--out", Path(values.out)))
         if command == "evaluate" and values.models:
-            from reft_jax.runs.sweep import parse_checkpoints, parse_data, run_sweep
+            from reft_jax.commands.sweep import parse_checkpoints, parse_data, run_sweep
 
             checkpoints, files = parse_checkpoints(values.models), parse_data(values.data or config.data.test)
             run_sweep(config, Path(values.workdir).absolute(), checkpoints, files, values.allow_config_change)
@@ -176,35 +176,35 @@ def run_command(argv: list[str]) -> None:
 
 def dispatch(command: str, run, values: flags.FlagValues) -> None:
     if command == "pipeline":
-        from reft_jax.runs.pipeline import run_pipeline
+        from reft_jax.commands.pipeline import run_pipeline
 
         run_pipeline(run, baselines=values.baselines)
     elif command == "sft":
-        from reft_jax.runs.sft import run_sft
+        from reft_jax.stages.sft import run_sft
 
         run_sft(run)
     elif command == "reft":
-        from reft_jax.runs.reft import run_reft
+        from reft_jax.stages.reft import run_reft
 
         run_reft(run)
     elif command == "self-train":
-        from reft_jax.runs.self_train import run_offline, run_online
+        from reft_jax.stages.self_train import run_offline, run_online
 
         {"offline": run_offline, "online": run_online}[values.kind](run)
     elif command == "sample":
-        from reft_jax.runs.sample import run_sample
+        from reft_jax.stages.sample import run_sample
 
         run_sample(run, values.model, values.split)
     elif command == "rerank":
-        from reft_jax.runs.rerank import run_rerank
+        from reft_jax.stages.rerank import run_rerank
 
         run_rerank(run, values.model)
     elif command == "evaluate":
-        from reft_jax.runs.evaluate import run_evaluate
+        from reft_jax.commands.evaluate import run_evaluate
 
         run_evaluate(run)
     else:
-        from reft_jax.runs.export import run_export
+        from reft_jax.commands.export import run_export
 
         run_export(run, values.model, Path(values.out), values.dtype)
 
@@ -215,7 +215,7 @@ def check(argv: list[str]) -> None:
     config = parse_config(argv, values)
     if not values.model:
         raise InputError("--model=DIR is missing; see python -m reft_jax --help")
-    from reft_jax.runs.check import run_check
+    from reft_jax.commands.check import run_check
 
     sys.exit(0 if run_check(Path(values.model), config) else 1)
 
@@ -238,7 +238,7 @@ def plan(argv: list[str]) -> None:
     # process compile.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # else it warns
-    from reft_jax.runs.plan_table import run_plan
+    from reft_jax.plan.table import run_plan
 
     sys.exit(0 if run_plan(config, values) else 1)
 
@@ -252,7 +252,7 @@ def solve(argv: list[str]) -> None:
     questions = parse_flags(argv, values)
     if not values.model or len(questions) != 1 or not questions[0].strip():
         raise InputError('solve takes a folder and one question: python -m reft_jax solve --model=DIR "question"')
-    from reft_jax.runs.solve import run_solve
+    from reft_jax.commands.solve import run_solve
 
     run_solve(
         Path(values.model),
@@ -274,8 +274,8 @@ def regrade(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {extra[0]!r}; name all sample files in --samples, with commas")
     if not values.samples:
         raise InputError("--samples is empty; name sample files, or a folder of them")
-    from reft_jax.runs.paths import listed
-    from reft_jax.runs.regrade import run_regrade
+    from reft_jax.commands.paths import listed
+    from reft_jax.commands.regrade import run_regrade
 
     run_regrade(
         listed(values.samples),
@@ -309,11 +309,11 @@ def convert(argv: list[str]) -> None:
         what = "folder with pytorch_model*.bin" if datasets == ["weights"] else f"file of {datasets[0]}"
         raise InputError(f"--in is missing: name the {what}")
     if datasets == ["weights"]:
-        from reft_jax.runs.convert_weights import run_convert_weights
+        from reft_jax.commands.convert_weights import run_convert_weights
 
         run_convert_weights(Path(source), Path(values["out-dir"].value))
         return
-    from reft_jax.runs.convert import run_convert
+    from reft_jax.commands.convert import run_convert
 
     run_convert(
         datasets[0],

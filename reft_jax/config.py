@@ -1,7 +1,7 @@
 """Every setting of a run: its default, what is allowed, and what it means. Checked and frozen before anything compiles.
 
 A file in configs/ defines `get_config()`: it takes `default_config()`, changes what it needs and returns it. The
-command line changes single values: `--config.ppo.kl_coef=0.05`. Defaults are the paper's (CodeLlama-7B, GSM8K).
+command line changes single values: `--config.rl.kl_coef=0.05`. Defaults are the paper's (CodeLlama-7B, GSM8K).
 """
 
 import difflib
@@ -65,7 +65,7 @@ SETTINGS = {
     "data.test": Setting("", ANY, 'test file, hub name or "toy"'),
     "data.dev": Setting("", ANY, 'file that chooses checkpoints; "" holds out dev_rows training questions instead'),
     "data.dev_rows": Setting(0, at_least(0), "training questions held out when dev is empty; 0: the test file chooses"),
-    "data.engine": Setting("python", one_of("python", "nl"), "solutions are programs or text"),
+    "data.format": Setting("python", one_of("python", "nl"), "solutions are programs or text"),
     "data.train_limit": Setting(0, at_least(0), "use the first rows of a seeded shuffle of the training file; 0: all"),
     "data.test_limit": Setting(0, at_least(0), "the same for the test file"),
     "data.max_dropped": Setting(0.2, between(0, 1), "largest share of rows that a length limit may drop"),
@@ -96,37 +96,35 @@ SETTINGS = {
     "sft.max_len": Setting(1024, POSITIVE, "tokens of prompt and target; longer rows are dropped"),
     "sft.eval_every": Setting(1, POSITIVE, "epochs between greedy evaluations"),
     # PPO
-    "ppo.iterations": Setting(0, at_least(0), "0: as many as `epochs` passes over the training questions"),
-    "ppo.epochs": Setting(300, POSITIVE, "passes over the training questions, when iterations is 0"),
-    "ppo.prompts": Setting(32, POSITIVE, "questions an iteration, one sample each"),
-    "ppo.micro_batch": Setting(32, POSITIVE, "rows in memory at once in scoring and updates"),
-    "ppo.minibatches": Setting(1, POSITIVE, "updates a PPO epoch"),
-    "ppo.ppo_epochs": Setting(2, POSITIVE, "passes over the rows of an iteration"),
-    "ppo.learning_rate": Setting(3e-7, POSITIVE, "constant after lr_warmup"),
-    "ppo.lr_warmup": Setting(0, at_least(0), "updates of linear warm-up"),
-    "ppo.weight_decay": Setting(0.0, at_least(0), "AdamW"),
-    "ppo.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
-    "ppo.kl_coef": Setting(
-        0.01, at_least(0), "β of the KL reward; the paper: 0.05 for nl, but 0.01 for MathQA-numeric"
-    ),
-    "ppo.gamma": Setting(1.0, between(0, 1), "discount"),
-    "ppo.lam": Setting(0.95, between(0, 1), "λ of GAE"),
-    "ppo.vf_coef": Setting(5.0, at_least(0), "weight of the value loss"),
-    "ppo.value_init": Setting(1.0, at_least(0), "scale of the value head's initial weights; 0 begins with V = 0"),
-    "ppo.clip": Setting(0.2, POSITIVE, "policy ratio"),
-    "ppo.value_clip": Setting(0.2, POSITIVE, "value change"),
-    "ppo.temperature": Setting(1.0, POSITIVE, "of sampling and of every log-probability"),
-    "ppo.max_prompt": Setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped"),
-    "ppo.max_len": Setting(700, POSITIVE, "tokens of prompt and response"),
-    "ppo.eval_every": Setting(
+    "rl.iterations": Setting(0, at_least(0), "0: as many as `epochs` passes over the training questions"),
+    "rl.epochs": Setting(300, POSITIVE, "passes over the training questions, when iterations is 0"),
+    "rl.questions": Setting(32, POSITIVE, "questions an iteration, one sample each"),
+    "rl.micro_batch": Setting(32, POSITIVE, "rows in memory at once in scoring and updates"),
+    "rl.minibatches": Setting(1, POSITIVE, "updates a PPO epoch"),
+    "rl.ppo_epochs": Setting(2, POSITIVE, "passes over the rows of an iteration"),
+    "rl.learning_rate": Setting(3e-7, POSITIVE, "constant after lr_warmup"),
+    "rl.lr_warmup": Setting(0, at_least(0), "updates of linear warm-up"),
+    "rl.weight_decay": Setting(0.0, at_least(0), "AdamW"),
+    "rl.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
+    "rl.kl_coef": Setting(0.01, at_least(0), "β of the KL reward; the paper: 0.05 for nl, but 0.01 for MathQA-numeric"),
+    "rl.gamma": Setting(1.0, between(0, 1), "discount"),
+    "rl.lam": Setting(0.95, between(0, 1), "λ of GAE"),
+    "rl.vf_coef": Setting(5.0, at_least(0), "weight of the value loss"),
+    "rl.value_init": Setting(1.0, at_least(0), "scale of the value head's initial weights; 0 begins with V = 0"),
+    "rl.clip": Setting(0.2, POSITIVE, "policy ratio"),
+    "rl.value_clip": Setting(0.2, POSITIVE, "value change"),
+    "rl.temperature": Setting(1.0, POSITIVE, "of sampling and of every log-probability"),
+    "rl.max_prompt": Setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped"),
+    "rl.max_len": Setting(700, POSITIVE, "tokens of prompt and response"),
+    "rl.eval_every": Setting(
         0, at_least(0), "iterations between greedy evaluations; 0: once a pass over the questions"
     ),
-    "ppo.save_every": Setting(0, at_least(0), "iterations between resumable checkpoints; 0: once a pass"),
-    # Self-training, the paper's two baselines. What is not here is as in `sft` (offline) and `ppo` (online).
+    "rl.save_every": Setting(0, at_least(0), "iterations between resumable checkpoints; 0: once a pass"),
+    # Self-training, the paper's two baselines. What is not here is as in `sft` (offline) and `rl` (online).
     "self_train.samples": Setting(10, POSITIVE, "offline: distinct correct samples a question, beside its solution"),
     "self_train.epochs": Setting(20, POSITIVE, "offline: length of the run and of its schedule"),
     "self_train.updates": Setting(2, POSITIVE, "online: updates on each batch"),
-    "self_train.learning_rate": Setting(3e-7, POSITIVE, "online: constant after ppo.lr_warmup"),
+    "self_train.learning_rate": Setting(3e-7, POSITIVE, "online: constant after rl.lr_warmup"),
     # Sampling for voting, reranking and offline self-training
     "sample.n": Setting(100, POSITIVE, "completions a test question"),
     "sample.train_n": Setting(100, POSITIVE, "completions a training question, for the reranker and self-training"),
@@ -176,7 +174,7 @@ def default_config() -> ConfigDict:
 
 
 def flatten(config) -> dict[str, Any]:
-    """{'ppo.kl_coef': 0.01, …}"""
+    """{'rl.kl_coef': 0.01, …}"""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict | FrozenConfigDict):
@@ -233,7 +231,7 @@ def check_config(config: ConfigDict) -> FrozenConfigDict:
     for whole, *parts in (
         ("sft.batch_size", "sft.micro_batch"),
         ("rerank.batch_size", "rerank.micro_batch"),
-        ("ppo.prompts", "ppo.minibatches", "ppo.micro_batch"),
+        ("rl.questions", "rl.minibatches", "rl.micro_batch"),
     ):
         if flat[whole] % math.prod(flat[part] for part in parts):
             product = " * ".join(f"{part}={flat[part]}" for part in parts)
@@ -244,8 +242,8 @@ def check_config(config: ConfigDict) -> FrozenConfigDict:
         raise InputError("config: sft.stop_epoch must not be later than sft.epochs, where the schedule ends")
     if flat["toy.hidden_size"] % (2 * flat["toy.heads"]):
         raise InputError("config: toy.hidden_size must be a multiple of 2 * toy.heads")
-    if flat["ppo.max_prompt"] >= flat["ppo.max_len"]:
-        raise InputError("config: ppo.max_prompt must be smaller than ppo.max_len")
+    if flat["rl.max_prompt"] >= flat["rl.max_len"]:
+        raise InputError("config: rl.max_prompt must be smaller than rl.max_len")
     return FrozenConfigDict(config)
 
 

@@ -17,13 +17,13 @@ import optax
 
 from reft_jax import executor
 from reft_jax.algo import advantages
+from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound, voted_correct
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.hf_folder import WRAPPER
 from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.safetensors import read_header
 from reft_jax.model_folder import read_json
-from reft_jax.task.answers import grade
-from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, voted_correct
+from reft_jax.tasks.answers import grade
 from reft_jax.train.batches import pad_tokens
 from reft_jax.train.packing import pack_rollout
 from reft_jax.train.scoring import make_scorer

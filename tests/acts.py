@@ -12,13 +12,15 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from reft_jax.commands import evaluate, sweep
 from reft_jax.config import default_config, flatten
-from reft_jax.runs import evaluate, rerank, sample, stages, sweep
-from reft_jax.runs.rollout import Graded
-from reft_jax.runs.setup import Data, Run, shorten
-from reft_jax.runs.workdir import create_workdir
-from reft_jax.task import answers
-from reft_jax.task.datasets import load_examples
+from reft_jax.run.open import Data, Run, shorten
+from reft_jax.run.workdir import create_workdir
+from reft_jax.stages import models as stages
+from reft_jax.stages import rerank, sample
+from reft_jax.stages.rollout import Graded
+from reft_jax.tasks import answers
+from reft_jax.tasks.datasets import load_examples
 from reft_jax.train.checksums import ARRAYS, write_manifest
 from reft_jax.types import Example, InputError, Prompt
 
@@ -44,7 +46,7 @@ def completion(weights: str, example: Example, sample_number: int, settings: tup
 
 def sampling_of(config) -> tuple:
     settings = config.sample
-    return settings.temperature, settings.top_k, settings.max_len, config.seed, config.data.engine
+    return settings.temperature, settings.top_k, settings.max_len, config.seed, config.data.format
 
 
 class FakeRun(Run):
@@ -81,7 +83,7 @@ class Fakes:
     def roll_out(self, run, lm, prompts, examples, purpose, clock=None, **sampling):
         greedy = not sampling["temperature"]
         settings = () if greedy else (sampling["temperature"], sampling["top_k"], sampling["max_len"])
-        settings += () if greedy else (run.config.seed, run.config.data.engine)
+        settings += () if greedy else (run.config.seed, run.config.data.format)
         answered = self.complete(lm, [(e, p.sample) for e, p in zip(examples, prompts, strict=True)], settings)
         order = list(range(len(prompts)))
         random.Random(len(prompts)).shuffle(order)  # rows end in any order
@@ -254,7 +256,7 @@ class World:
             "sample.temperature": (1.0, 0.5),
             "sample.top_k": (50, 0),
             "sample.max_len": (1024, 64),
-            "data.engine": ("python", "nl"),
+            "data.format": ("python", "nl"),
             "data.test_limit": (0, 2, 3),
             "seed": (42, 7),
         }

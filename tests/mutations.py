@@ -66,7 +66,8 @@ def forget() -> None:
     """The next import of the package or of a test reads it anew. The heavy libraries stay."""
     for name in list(sys.modules):
         path = getattr(sys.modules[name], "__file__", None) or ""
-        if name.partition(".")[0] == "reft_jax" or (TESTS in Path(path).parents and Path(path) != Path(__file__).resolve()):
+        of_tests = TESTS in Path(path).parents and Path(path) != Path(__file__).resolve()
+        if name.partition(".")[0] == "reft_jax" or of_tests:
             del sys.modules[name]
 
 

@@ -5,11 +5,11 @@ import ast
 import pytest
 
 from reft_jax import executor
-from reft_jax.task.answerable import can_begin_program, trainable, unanswerable, unteachable, wrong_anyway
-from reft_jax.task.answers import grade, stated
-from reft_jax.task.datasets import named
-from reft_jax.task.prompts import docstring, forced_prefix, sft_target
-from reft_jax.task.tokenizer import decode, encode_rollout, train_bpe
+from reft_jax.tasks.answerable import can_begin_program, trainable, unanswerable, unteachable, wrong_anyway
+from reft_jax.tasks.answers import grade, stated
+from reft_jax.tasks.datasets import named
+from reft_jax.tasks.prompts import docstring, forced_prefix, sft_target
+from reft_jax.tasks.tokenizer import decode, encode_rollout, train_bpe
 from reft_jax.types import Example, InputError
 
 ESCAPED = [  # each is a question after whose plain docstring no program can follow
@@ -91,7 +91,7 @@ def test_what_cannot_be_escaped_is_named(tokenizer):
 
 def test_a_tokenizer_that_changes_quotes_makes_a_question_unanswerable(tokenizer, monkeypatch):
     """What counts is the text that grading sees, decoded from ids."""
-    from reft_jax.task import answerable
+    from reft_jax.tasks import answerable
 
     monkeypatch.setattr(answerable, "decode", lambda tok, ids: decode(tok, ids).replace('\\"', '"'))
     assert list(unanswerable(tokenizer, examples(['says "3"', "3?"]), "python", 999)) == ["gsm8k_0"]

@@ -8,8 +8,8 @@ import operator
 import pytest
 
 from reft_jax.executor import ExecResult, run_programs, shutdown
-from reft_jax.task.answers import dataset_of, grade, is_correct, read_target
-from reft_jax.task.prompts import sft_target
+from reft_jax.tasks.answers import dataset_of, grade, is_correct, read_target
+from reft_jax.tasks.prompts import sft_target
 from reft_jax.types import Example, InputError, Verdict
 
 

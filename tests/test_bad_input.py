@@ -21,9 +21,9 @@ from tiny import tiny_model
 from reft_jax import __main__, executor
 from reft_jax.config import load_config, parse_config, to_json
 from reft_jax.model.hf_write import save_hf
-from reft_jax.runs.setup import start_executor
-from reft_jax.runs.workdir import check_workdir, create_workdir
-from reft_jax.task.tokenizer import train_bpe
+from reft_jax.run.open import start_executor
+from reft_jax.run.workdir import check_workdir, create_workdir
+from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.types import InputError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -91,11 +91,11 @@ MAIN = {
     "row without question": Case(
         SFT, ("/data.json: row 7, field 'question': is missing; add it",), rows(question=None)
     ),
-    "unknown key": Case(f"{SFT} --config.ppo.klcoef=1", ("--config.ppo.klcoef; did you mean --config.ppo.kl_coef?",)),
+    "unknown key": Case(f"{SFT} --config.rl.klcoef=1", ("--config.rl.klcoef; did you mean --config.rl.kl_coef?",)),
     "unknown key in the file": Case(
         SFT,
-        ("/config.py: unknown key 'ppo.klcoef'; did you mean 'ppo.kl_coef'?",),
-        config=CONFIG.replace("    return", "    config.ppo.klcoef = 1\n    return"),
+        ("/config.py: unknown key 'rl.klcoef'; did you mean 'rl.kl_coef'?",),
+        config=CONFIG.replace("    return", "    config.rl.klcoef = 1\n    return"),
     ),
     "wrong type": Case(f"{SFT} --config.sft.epochs=abc", ("--config.sft.epochs=abc", "int()", "reft_jax/config.py")),
     "negative batch": Case(f"{SFT} --config.sft.batch_size=-8", ("sft.batch_size=-8", "must be a number > 0")),
@@ -130,10 +130,8 @@ CASES = MAIN | {
     "batch no multiple": Case(
         f"{SFT} --config.sft.micro_batch=5", ("sft.batch_size=48 must be a multiple of sft.micro",)
     ),
-    "prompts no multiple": Case(f"{SFT} --config.ppo.prompts=40", ("ppo.prompts=40 must be a multiple of ppo.minib",)),
-    "prompts too long": Case(
-        f"{SFT} --config.ppo.max_prompt=9", ("ppo.max_prompt=9: 20 of 20 rows", "raise ppo.max_p")
-    ),
+    "prompts no multiple": Case(f"{SFT} --config.rl.questions=40", ("rl.questions=40 must be a multiple of rl.minib",)),
+    "prompts too long": Case(f"{SFT} --config.rl.max_prompt=9", ("rl.max_prompt=9: 20 of 20 rows", "raise rl.max_p")),
     "missing config file": Case("sft --config={tmp}/no.py --workdir={tmp}/run", ("there is no file", "/no.py")),
     "config file with a syntax error": Case(SFT, ("/config.py: SyntaxError: ", "line 1"), config="def get_config(:\n"),
     "config file without get_config": Case(SFT, ("/config.py: must define get_config()",), config="x = 1\n"),
@@ -306,31 +304,31 @@ def test_good_input_passes(write, run_main, tmp_path, args):
 
 
 def test_a_work_directory_of_other_settings(write, run_main, tmp_path):
-    argv = write(Case(f"{SFT} --config.seed=7 --config.ppo.kl_coef=0.05", ()))
+    argv = write(Case(f"{SFT} --config.seed=7 --config.rl.kl_coef=0.05", ()))
     use(tmp_path / "run", argv[:2])
     before = files(tmp_path)
     code, stderr = run_main(argv)
     assert code == 2
     check_line(
-        stderr, ("/run was made with other settings (", "seed: 42 -> 7", "ppo.kl_coef: 0.01 -> 0.05", "choose another")
+        stderr, ("/run was made with other settings (", "seed: 42 -> 7", "rl.kl_coef: 0.01 -> 0.05", "choose another")
     )
     assert stderr.count("->") == 2
     assert files(tmp_path) == before
 
 
 def test_named_settings_may_change_and_where_a_run_computes_always(write, run_main, tmp_path):
-    changes = "--config.seed=7 --config.ppo.kl_coef=0.05 --config.mesh.fsdp=2 --config.executor.workers=1"
+    changes = "--config.seed=7 --config.rl.kl_coef=0.05 --config.mesh.fsdp=2 --config.executor.workers=1"
     argv = write(Case(f"{SFT} {changes} --allow_config_change=seed", ()))
     use(tmp_path / "run", argv[:2])
     code, stderr = run_main(argv)
     assert code == 2
-    check_line(stderr, ("seed: 42 -> 7", "ppo.kl_coef: 0.01 -> 0.05", "--allow_config_change=ppo.kl_coef"))
+    check_line(stderr, ("seed: 42 -> 7", "rl.kl_coef: 0.01 -> 0.05", "--allow_config_change=rl.kl_coef"))
     assert "mesh" not in stderr and "workers" not in stderr
     with pytest.raises(AssertionError, match="nothing was found wrong"):
-        run_main([*argv[:-1], "--allow_config_change=seed,ppo.kl_coef"])
-    code, stderr = run_main([*argv[:-1], "--allow_config_change=ppo.kl_coeff"])
+        run_main([*argv[:-1], "--allow_config_change=seed,rl.kl_coef"])
+    code, stderr = run_main([*argv[:-1], "--allow_config_change=rl.kl_coeff"])
     assert code == 2
-    check_line(stderr, ("--allow_config_change: unknown key 'ppo.kl_coeff'", "did you mean 'ppo.kl_coef'"))
+    check_line(stderr, ("--allow_config_change: unknown key 'rl.kl_coeff'", "did you mean 'rl.kl_coef'"))
 
 
 def test_a_changed_config_takes_the_place_of_the_first(tmp_path):

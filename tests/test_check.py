@@ -15,12 +15,13 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax import executor, load_hf, save_hf
 from reft_jax.algo import advantages
+from reft_jax.commands import check
 from reft_jax.config import check_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
-from reft_jax.runs import check
-from reft_jax.runs.setup import Data, Run
-from reft_jax.task import prompts, synthetic
-from reft_jax.task.tokenizer import encode, load_tokenizer, train_bpe
+from reft_jax.run.open import Data, Run
+from reft_jax.tasks import prompts
+from reft_jax.tasks.tokenizer import encode, load_tokenizer, train_bpe
+from reft_jax.toy import problems as synthetic
 from reft_jax.train import scoring
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer

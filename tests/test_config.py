@@ -26,24 +26,24 @@ PAPER = {
     "sft.weight_decay": 0.0,
     "sft.clip_norm": 1.0,
     "sft.max_len": 1024,
-    "ppo.learning_rate": 3e-7,
-    "ppo.lr_warmup": 0,
-    "ppo.prompts": 32,
-    "ppo.epochs": 300,
-    "ppo.iterations": 0,
-    "ppo.ppo_epochs": 2,
-    "ppo.minibatches": 1,
-    "ppo.weight_decay": 0.0,
-    "ppo.clip_norm": 1.0,
-    "ppo.kl_coef": 0.01,
-    "ppo.gamma": 1.0,
-    "ppo.lam": 0.95,
-    "ppo.vf_coef": 5.0,
-    "ppo.clip": 0.2,
-    "ppo.value_clip": 0.2,
-    "ppo.temperature": 1.0,
-    "ppo.max_prompt": 300,
-    "ppo.max_len": 700,
+    "rl.learning_rate": 3e-7,
+    "rl.lr_warmup": 0,
+    "rl.questions": 32,
+    "rl.epochs": 300,
+    "rl.iterations": 0,
+    "rl.ppo_epochs": 2,
+    "rl.minibatches": 1,
+    "rl.weight_decay": 0.0,
+    "rl.clip_norm": 1.0,
+    "rl.kl_coef": 0.01,
+    "rl.gamma": 1.0,
+    "rl.lam": 0.95,
+    "rl.vf_coef": 5.0,
+    "rl.clip": 0.2,
+    "rl.value_clip": 0.2,
+    "rl.temperature": 1.0,
+    "rl.max_prompt": 300,
+    "rl.max_len": 700,
     "rerank.learning_rate": 1e-6,
     "rerank.batch_size": 24,
     "rerank.epochs": 3,
@@ -116,13 +116,13 @@ CELLS = {
 def test_a_cell_of_the_paper_differs_from_the_defaults_in_what_it_must(cell):
     dataset, engine = cell.split(",")
     config = flatten(parse_config(["reft", f"--config={REPO}/configs/paper.py:{cell}"], flags.FlagValues()))
-    assert (config["sft.warmup_epoch"], config["ppo.kl_coef"]) == CELLS[cell]
+    assert (config["sft.warmup_epoch"], config["rl.kl_coef"]) == CELLS[cell]
     kind = {"python": "python_sdp", "nl": "nl"}[engine]
     assert config["data.train"].endswith(f"{dataset}_{kind}.json")
     assert config["data.test"].endswith(f"{dataset}_test_set.json")
     changed = {key for key, value in config.items() if value != SETTINGS[key].default}
-    may = {"name", "model.path", "data.train", "data.test", "data.engine", "sft.warmup_epoch", "ppo.kl_coef"}
-    assert changed <= may and config["data.engine"] == engine
+    may = {"name", "model.path", "data.train", "data.test", "data.format", "sft.warmup_epoch", "rl.kl_coef"}
+    assert changed <= may and config["data.format"] == engine
 
 
 def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
@@ -133,8 +133,8 @@ def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
     assert {key for key in cell if main[key] != cell[key]} <= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
     assert cell == parsed("paper.py")
     small = parsed("paper.py:gsm8k,nl,small")
-    expected = {"sft.learning_rate": 2e-5, "sft.warmup_epoch": 10, "ppo.learning_rate": 3e-6, "ppo.prompts": 256}
-    assert {key: small[key] for key in expected} == expected and small["ppo.kl_coef"] == 0.05
+    expected = {"sft.learning_rate": 2e-5, "sft.warmup_epoch": 10, "rl.learning_rate": 3e-6, "rl.questions": 256}
+    assert {key: small[key] for key in expected} == expected and small["rl.kl_coef"] == 0.05
     for wrong in ("gsm8k", "aqua,nl", "gsm8k,c", "gsm8k,nl,13b"):
         with pytest.raises(InputError, match="is not DATASET,ENGINE"):
             parsed(f"paper.py:{wrong}")
@@ -143,10 +143,10 @@ def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
 def test_a_checked_config_is_frozen():
     config = check_config(small())
     with pytest.raises(AttributeError):
-        config.ppo.kl_coef = 0.5
+        config.rl.kl_coef = 0.5
     with pytest.raises(AttributeError):
-        config.ppo = ConfigDict()
-    assert config.ppo.kl_coef == 0.01
+        config.rl = ConfigDict()
+    assert config.rl.kl_coef == 0.01
 
 
 def test_the_recorded_text_has_every_value():
@@ -157,9 +157,9 @@ def test_the_recorded_text_has_every_value():
 @pytest.mark.parametrize(
     ("args", "key", "value"),
     [
-        (["--config=FILE", "--config.ppo.kl_coef=0.05"], "ppo.kl_coef", 0.05),
-        (["--config=FILE", "--config.ppo.kl_coef=1e-3", "--config.ppo.kl_coef=0"], "ppo.kl_coef", 0.0),
-        (["--config.ppo.kl_coef", "0.05", "--config", "FILE"], "ppo.kl_coef", 0.05),
+        (["--config=FILE", "--config.rl.kl_coef=0.05"], "rl.kl_coef", 0.05),
+        (["--config=FILE", "--config.rl.kl_coef=1e-3", "--config.rl.kl_coef=0"], "rl.kl_coef", 0.0),
+        (["--config.rl.kl_coef", "0.05", "--config", "FILE"], "rl.kl_coef", 0.05),
         (["-config=FILE", "-config.sft.epochs=7"], "sft.epochs", 7),
         (["--config=FILE", "--config.data.dev="], "data.dev", ""),
         (["--config=FILE", "--config.data.dev=a=b c"], "data.dev", "a=b c"),
@@ -180,24 +180,24 @@ def test_the_command_line_changes_one_value(parse, args, key, value):
 
 def test_values_of_a_file_and_of_the_command_line_are_of_one_kind(parse):
     """0.5 over a file's whole number for a float, and overrides of a file that returns a frozen config."""
-    source = GOOD.replace("return config", "config.ppo.kl_coef = 1\n    return config")
-    assert parse("--config=FILE", source=source).ppo.kl_coef == 1.0
-    assert parse("--config=FILE", "--config.ppo.kl_coef=0.5", source=source).ppo.kl_coef == 0.5
+    source = GOOD.replace("return config", "config.rl.kl_coef = 1\n    return config")
+    assert parse("--config=FILE", source=source).rl.kl_coef == 1.0
+    assert parse("--config=FILE", "--config.rl.kl_coef=0.5", source=source).rl.kl_coef == 0.5
     frozen = GOOD.replace("return config", "import ml_collections\n    return ml_collections.FrozenConfigDict(config)")
-    assert parse("--config=FILE", "--config.ppo.kl_coef=0.5", source=frozen).ppo.kl_coef == 0.5
+    assert parse("--config=FILE", "--config.rl.kl_coef=0.5", source=frozen).rl.kl_coef == 0.5
 
 
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("ppo.kl", "ppo.kl_coef"),  # what it begins with
-        ("ppo.epoch", "ppo.epochs"),
+        ("rl.kl", "rl.kl_coef"),  # what it begins with
+        ("rl.epoch", "rl.epochs"),
         ("sft.lr", "sft.learning_rate"),  # initials, before lr_warmup
         ("rerank.lr", "rerank.learning_rate"),  # of its own section
-        ("ppo.batch_size", "sft.batch_size"),  # right but for the section
-        ("kl_coef", "ppo.kl_coef"),
+        ("rl.batch_size", "sft.batch_size"),  # right but for the section
+        ("kl_coef", "rl.kl_coef"),
         ("engine.slot", "engine.slots"),
-        ("ppo.klcoef", "ppo.kl_coef"),  # spelled wrong
+        ("rl.klcoef", "rl.kl_coef"),  # spelled wrong
         ("mesh.fdsp", "mesh.fsdp"),
         ("seeds", "seed"),
     ],
@@ -210,27 +210,27 @@ def test_the_suggestion_is_what_was_probably_meant(written, meant):
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("--config.ppo.klcoef=1", r"unknown flag --config\.ppo\.klcoef; did you mean --config\.ppo\.kl_coef\?"),
-        ("--config.ppo=1", r"unknown flag --config\.ppo; did you mean --config\.ppo\."),
+        ("--config.rl.klcoef=1", r"unknown flag --config\.rl\.klcoef; did you mean --config\.rl\.kl_coef\?"),
+        ("--config.rl=1", r"unknown flag --config\.rl; did you mean --config\.rl\."),
         ("--confg.seed=1", r"unknown flag --confg\.seed; did you mean --config\.seed\?"),
         ("--config.sft.epochs=abc", r"--config\.sft\.epochs=abc: invalid literal for int.*see .*reft_jax/config\.py"),
         ("--config.sft.epochs=1.5", r"--config\.sft\.epochs=1\.5: invalid literal for int"),
-        ("--config.ppo.kl_coef=", r"--config\.ppo\.kl_coef=: could not convert"),
+        ("--config.rl.kl_coef=", r"--config\.rl\.kl_coef=: could not convert"),
         ("--config.toy.drop_skipped=maybe", r"--config\.toy\.drop_skipped=maybe: .*Non-boolean"),
         ("--config.seed", r"Missing value for flag --config\.seed"),
         ("sft.epochs=3", r"unexpected argument 'sft\.epochs=3'; flags are written --name=value"),
         ("--config.sft.batch_size=-8", r"sft\.batch_size=-8 is not allowed; it must be a number > 0"),
         ("--config.sft.batch_size=50", r"sft\.batch_size=50 must be a multiple of sft\.micro_batch=48"),
         ("--config.rerank.micro_batch=5", r"rerank\.batch_size=24 must be a multiple of rerank\.micro_batch=5"),
-        ("--config.ppo.minibatches=3", r"ppo\.prompts=32 must be a multiple of ppo\.minibatches=3 \* ppo\.micro_batch"),
-        ("--config.ppo.gamma=1.1", r"ppo\.gamma=1\.1 is not allowed; it must be a number from 0 to 1"),
-        ("--config.ppo.kl_coef=nan", r"ppo\.kl_coef=nan is not allowed; it must be a number >= 0"),
+        ("--config.rl.minibatches=3", r"rl\.questions=32 must be a multiple of rl\.minibatches=3 \* rl\.micro_batch"),
+        ("--config.rl.gamma=1.1", r"rl\.gamma=1\.1 is not allowed; it must be a number from 0 to 1"),
+        ("--config.rl.kl_coef=nan", r"rl\.kl_coef=nan is not allowed; it must be a number >= 0"),
         ("--config.sft.learning_rate=inf", r"sft\.learning_rate=inf is not allowed; it must be a number > 0"),
         ("--config.model.remat=some", r"model\.remat='some' is not allowed; it must be one of none, dots, full"),
         ("--config.model.path=", r"model\.path is empty; it must be folder with config\.json"),
         ("--config.model.path=toy", r'"toy" must stand in model\.path, data\.train and data\.test'),
         ("--config.sft.stop_epoch=1", r"sft\.warmup_epoch must not be later than the last epoch"),
-        ("--config.ppo.max_prompt=700", r"ppo\.max_prompt must be smaller than ppo\.max_len"),
+        ("--config.rl.max_prompt=700", r"rl\.max_prompt must be smaller than rl\.max_len"),
     ],
 )
 def test_a_wrong_command_line_is_refused(parse, arg, message):
@@ -241,11 +241,11 @@ def test_a_wrong_command_line_is_refused(parse, arg, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("config.ppo.klcoef = 1", r"settings\.py: unknown key 'ppo\.klcoef'; did you mean 'ppo\.kl_coef'\?"),
-        ("config.ppo.update(klcoef=1)", r"settings\.py: unknown key 'ppo\.klcoef'; did you mean 'ppo\.kl_coef'\?"),
+        ("config.rl.klcoef = 1", r"settings\.py: unknown key 'rl\.klcoef'; did you mean 'rl\.kl_coef'\?"),
+        ("config.rl.update(klcoef=1)", r"settings\.py: unknown key 'rl\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.ppoo.clip = 1", r"settings\.py, line 7: AttributeError: .*ppoo"),
-        ("config.ppo = 3", r"settings\.py: unknown key 'ppo'; did you mean 'ppo\."),
-        ("del config.ppo.clip", r"settings\.py: key 'ppo\.clip' is missing; start from .*default_config\(\)"),
+        ("config.rl = 3", r"settings\.py: unknown key 'rl'; did you mean 'rl\."),
+        ("del config.rl.clip", r"settings\.py: key 'rl\.clip' is missing; start from .*default_config\(\)"),
         ("config.sft.epochs = 'abc'", r"settings\.py: sft\.epochs='abc' must be of type int \(a number > 0\)"),
         ("config.sft.epochs = 1.5", r"settings\.py: sft\.epochs=1\.5 must be of type int"),
         ("config.sft.epochs = True", r"settings\.py: sft\.epochs=True must be of type int"),
@@ -278,10 +278,10 @@ def test_a_file_of_another_kind_is_refused(parse, tmp_path):
 
 
 def settings_read(source: str) -> set[str]:
-    """The keys that a module reads: `config.ppo.clip`, or `ppo.clip` after `ppo = run.config.ppo` (tuples too)."""
+    """The keys that a module reads: `config.rl.clip`, or `rl.clip` after `rl = run.config.rl` (tuples too)."""
     tree, sections = ast.parse(source), {"config": ""}
 
-    def section(node) -> str | None:  # "ppo" for `….config.ppo`, "" for `….config`
+    def section(node) -> str | None:  # "rl" for `….config.rl`, "" for `….config`
         if isinstance(node, ast.Name):
             return sections.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -311,7 +311,7 @@ def test_every_setting_is_read():
 def test_how_a_read_setting_is_found():
     source = """
 def run(run, config):
-    ppo, folder, settings = run.config.ppo, run.workdir, config.sft
-    return ppo.clip, settings.epochs, run.config.seed, self.run.config.toy.layers, folder.name, other.kl_coef
+    rl, folder, settings = run.config.rl, run.workdir, config.sft
+    return rl.clip, settings.epochs, run.config.seed, self.run.config.toy.layers, folder.name, other.kl_coef
 """
-    assert settings_read(source) - {"ppo", "sft", "toy"} == {"ppo.clip", "sft.epochs", "seed", "toy.layers"}
+    assert settings_read(source) - {"rl", "sft", "toy"} == {"rl.clip", "sft.epochs", "seed", "toy.layers"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from reft_jax import __main__, executor
-from reft_jax.task.answers import grade
-from reft_jax.task.datasets import load_examples
-from reft_jax.task.program_rules import broken_rules
+from reft_jax.gsm8k_programs.program_rules import broken_rules
+from reft_jax.tasks.answers import grade
+from reft_jax.tasks.datasets import load_examples
 
 ROWS = [
     {
@@ -117,10 +117,10 @@ def test_gsm8k(convert, train, tmp_path):
 
 
 def test_a_program_that_returns_another_answer_is_rejected(convert, train, tmp_path, monkeypatch):
-    from reft_jax.task import gsm8k
+    from reft_jax.gsm8k_programs import conversion
 
-    wrong = gsm8k.Conversion("def solution():\n    return 5", "")
-    monkeypatch.setattr(gsm8k, "convert_row", lambda row: wrong)
+    wrong = conversion.Conversion("def solution():\n    return 5", "")
+    monkeypatch.setattr(conversion, "convert_row", lambda row: wrong)
     convert("gsm8k", f"--in={train}", f"--out-dir={tmp_path}/out")
     assert json.loads((tmp_path / "out" / "gsm8k_python_sdp.json").read_text()) == []
     reasons = [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl") if row["engine"] == "python"]

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from reft_jax.task.datasets import fit, load_examples, shared_questions, split_off
+from reft_jax.tasks.datasets import fit, load_examples, shared_questions, split_off
 from reft_jax.types import Example, InputError
 
 ROW = {"item_id": "svamp_1", "question": "1 + 1?", "answer_value": "2.0", "answer_cot": "It is 2."}

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from reft_jax.runs.executions import LOG_NAME, ExecutionLog, execution, program_hash, read_executions, replay
+from reft_jax.run.executions import LOG_NAME, ExecutionLog, execution, program_hash, read_executions, replay
 from reft_jax.types import Example, InputError, Verdict
 
 EXAMPLE = Example("gsm8k_3", "How many?", "1,080")

@@ -5,11 +5,11 @@ import json
 import pytest
 from test_report import full_report
 
+from reft_jax.commands import export
+from reft_jax.commands.export import model_card
 from reft_jax.config import default_config
-from reft_jax.runs import export
-from reft_jax.runs.export import model_card
-from reft_jax.runs.report import markdown_table
-from reft_jax.runs.setup import Data, Run
+from reft_jax.evaluation.report import markdown_table
+from reft_jax.run.open import Data, Run
 from reft_jax.types import InputError
 
 
@@ -98,6 +98,6 @@ def test_how_the_others_came_about(run, name, words):
 
 
 def test_nl_says_where_the_answer_is(run):
-    run.config.data.engine = "nl"
+    run.config.data.format = "nl"
     card = model_card(run, "sft", [])
     assert "Answer reasoning:\n\n```" in card and "follows the last `Therefore, the answer is: `." in card

@@ -2,13 +2,14 @@
 
 import pytest
 
-from reft_jax.task.algebra import solved_unknowns
-from reft_jax.task.datasets import read_rows
-from reft_jax.task.equations import plain_text, read_steps, to_python
-from reft_jax.task.gsm8k import Official, convert_row, nl_example, nl_problem, read_official
-from reft_jax.task.numbers import read_numbers
-from reft_jax.task.program_rules import stated_numbers
-from reft_jax.task.words import PARTICIPLES, singular
+from reft_jax.gsm8k_programs.algebra import solved_unknowns
+from reft_jax.gsm8k_programs.conversion import Official, convert_row, nl_example, nl_problem
+from reft_jax.gsm8k_programs.equations import plain_text, read_steps, to_python
+from reft_jax.gsm8k_programs.numbers import read_numbers
+from reft_jax.gsm8k_programs.program_rules import stated_numbers
+from reft_jax.gsm8k_programs.words import PARTICIPLES, singular
+from reft_jax.tasks.datasets import read_rows
+from reft_jax.tasks.gsm8k import read_official
 from reft_jax.types import Example, InputError
 
 

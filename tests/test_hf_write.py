@@ -14,12 +14,12 @@ from test_tokenizer import TEXTS
 from tiny import tiny_model, tiny_policy
 
 from reft_jax import load_hf, load_value_head, save_hf
+from reft_jax.commands import export
 from reft_jax.model.hf import VALUE_HEAD_FILE
 from reft_jax.model.safetensors import map_tensor, read_header
 from reft_jax.model_folder import check_new_folder
-from reft_jax.runs import export
-from reft_jax.runs.setup import Data, Run
-from reft_jax.task.tokenizer import all_end_ids, encode, load_tokenizer, train_bpe
+from reft_jax.run.open import Data, Run
+from reft_jax.tasks.tokenizer import all_end_ids, encode, load_tokenizer, train_bpe
 from reft_jax.types import InputError
 
 TOKENIZER_FILES = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from reft_jax.model import cost
 from reft_jax.model.llama import Block, rms_norm, rope_tables
-from reft_jax.parallel.hlo import LoopError, count, run
+from reft_jax.plan import flops as cost
+from reft_jax.plan.hlo import LoopError, count, run
 
 X, W = jnp.ones((8, 16)), jnp.ones((3, 16, 16))
 

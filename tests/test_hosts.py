@@ -20,6 +20,9 @@ import pytest
 from flax.linen import unbox
 from test_pipeline import TINY, metrics
 
+from reft_jax.evaluation.intervals import wilson
+from reft_jax.evaluation.records import read_records
+from reft_jax.evaluation.results import COLUMNS
 from reft_jax.model.heads import ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.hf_write import save_hf
@@ -27,13 +30,10 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, make_mesh
-from reft_jax.runs.executions import LOG_NAME, read_executions
-from reft_jax.runs.results import COLUMNS
-from reft_jax.runs.rollout import shares
-from reft_jax.task import prompts
-from reft_jax.task.intervals import wilson
-from reft_jax.task.records import read_records
-from reft_jax.task.tokenizer import encode, encode_rollout, train_bpe
+from reft_jax.run.executions import LOG_NAME, read_executions
+from reft_jax.stages.rollout import shares
+from reft_jax.tasks import prompts
+from reft_jax.tasks.tokenizer import encode, encode_rollout, train_bpe
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.state import abstract_params
 from reft_jax.types import Prompt
@@ -41,7 +41,7 @@ from reft_jax.types import Prompt
 ROOT = Path(__file__).resolve().parents[1]
 MESH = ["mesh.fsdp=4", "mesh.tensor=2"]  # of eight devices: rows and weights are spread over both hosts
 SMALLER = """
-data.pad_multiple=96 sft.max_len=96 ppo.max_prompt=80 ppo.max_len=96 sample.max_len=96 rerank.max_len=192
+data.pad_multiple=96 sft.max_len=96 rl.max_prompt=80 rl.max_len=96 sample.max_len=96 rerank.max_len=192
 sft.learning_rate=1e-3
 """.split()
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling, for code that runs once
@@ -266,7 +266,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def test_sigterm_to_one_host_stops_both_with_the_same_step(cache, together, tmp_path):
     """And again after a restart. `together` is there to have filled the cache."""
-    workdir, settings = tmp_path / "run", ("ppo.iterations=200", "ppo.save_every=200", "ppo.eval_every=200")
+    workdir, settings = tmp_path / "run", ("rl.iterations=200", "rl.save_every=200", "rl.eval_every=200")
     both, begun, steps = command("pipeline", workdir, cache, settings, devices=4), workdir / "reft/metrics.jsonl", []
     for asked in (1, 0):
         pair, deadline, before = Pair(tmp_path, both), time.monotonic() + 300, steps[-1] if steps else 0

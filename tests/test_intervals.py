@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reft_jax.task.intervals import mcnemar, paired_bootstrap, slope_interval, wilson
+from reft_jax.evaluation.intervals import mcnemar, paired_bootstrap, slope_interval, wilson
 from reft_jax.types import InputError
 
 

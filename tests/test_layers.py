@@ -15,17 +15,23 @@ PACKAGE = Path(__file__).resolve().parent.parent / "reft_jax"
 # A part is a folder or a single module right under reft_jax/; the package itself is "__init__".
 LEVELS = {
     "__init__": 0,
-    **dict.fromkeys(["types", "config", "store", "executor", "model_folder"], 1),
-    **dict.fromkeys(["model", "parallel", "algo", "task", "terminal"], 2),
-    **dict.fromkeys(["train", "engine"], 3),
-    **dict.fromkeys(["runs", "conformance"], 4),
-    "__main__": 5,
+    **dict.fromkeys(["types", "config", "store", "terminal", "model_folder"], 1),
+    **dict.fromkeys(["algo", "executor", "gsm8k_programs"], 2),
+    **dict.fromkeys(["model", "parallel", "tasks"], 3),
+    **dict.fromkeys(["train", "engine", "evaluation", "toy"], 4),
+    **dict.fromkeys(["run", "conformance"], 5),
+    **dict.fromkeys(["stages", "plan"], 6),
+    "commands": 7,
+    "__main__": 8,
 }
 # The vocabulary of the package; they raise its errors.
-SIDEWAYS = {("config", "types"), ("store", "types"), ("model_folder", "types")}
+SIDEWAYS = {("config", "types"), ("store", "types"), ("model_folder", "types"), ("terminal", "store")}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-# What a part may not import from outside. The executor's workers start before JAX does, and task is text only.
-BANNED = {part: {"torch"} | (JAX if part in {"types", "executor", "task"} else set()) for part in LEVELS}
+# Rooms that may not import JAX. The executor's workers start before JAX does; the others are text and numbers only.
+WITHOUT_JAX = {"types", "executor", "tasks", "evaluation", "gsm8k_programs"}
+BANNED = {part: {"torch"} | (JAX if part in WITHOUT_JAX else set()) for part in LEVELS}
+# Rooms that could be packages of their own: all they may import of ours.
+STANDS_ALONE = {"executor": [], "gsm8k_programs": ["types"]}
 
 
 def imported_modules(tree: ast.Module, folder: list[str]) -> Iterator[tuple[int, str]]:
@@ -49,8 +55,8 @@ def import_problem(part: str, module: str, package: Path) -> str | None:
         target = "__init__"
     if target == part or (part, target) in SIDEWAYS:
         return None
-    if part == "executor":
-        return f"executor may not import anything of ours ({target})"
+    if part in STANDS_ALONE and target not in STANDS_ALONE[part]:
+        return f"{part} may not import {target} (of ours: {', '.join(STANDS_ALONE[part]) or 'nothing'})"
     if LEVELS[target] > LEVELS[part]:
         return f"{part} (level {LEVELS[part]}) imports up: {target} (level {LEVELS[target]})"
     if LEVELS[target] == LEVELS[part]:
@@ -88,32 +94,34 @@ def test_imports_go_down_only():
     [
         (
             "model/llama.py",
-            "from reft_jax.runs import sft",
-            "llama.py:2: model (level 2) imports up: runs (level 4)",
+            "from reft_jax.stages import sft",
+            "llama.py:2: model (level 3) imports up: stages (level 6)",
         ),
         (
             "model/llama.py",
             "def f():\n    import reft_jax.train.step",
-            "llama.py:3: model (level 2) imports up: train",
+            "llama.py:3: model (level 3) imports up: train",
         ),
-        ("model/llama.py", "from reft_jax import engine", "imports up: engine (level 3)"),
-        ("model/llama.py", "from ..engine.generate import x", "imports up: engine (level 3)"),
+        ("model/llama.py", "from reft_jax import engine", "imports up: engine (level 4)"),
+        ("model/llama.py", "from ..engine.generate import x", "imports up: engine (level 4)"),
         ("types.py", "from . import algo", "types (level 1) imports up: algo"),
         ("__init__.py", "from reft_jax import types", "__init__ (level 0) imports up: types"),
-        ("train/loop.py", "from reft_jax.engine.generate import x", "train imports sideways: engine (both level 3)"),
-        ("algo/losses.py", "from ..model import llama", "algo imports sideways: model"),
+        ("train/loop.py", "from reft_jax.engine.generate import x", "train imports sideways: engine (both level 4)"),
+        ("algo/losses.py", "from ..model import llama", "algo (level 2) imports up: model"),
+        ("stages/reft.py", "from ..plan import plan", "stages imports sideways: plan"),
         ("types.py", "from reft_jax import config", "types imports sideways: config"),
         (
             "executor/pool.py",
             "from reft_jax.types import InputError",
-            "may not import anything of ours (types)",
+            "executor may not import types (of ours: nothing)",
         ),
-        ("executor/pool.py", "import reft_jax", "may not import anything of ours (__init__)"),
-        ("task/answers.py", "import jax.numpy as jnp", "task may not import jax"),
+        ("executor/pool.py", "import reft_jax", "executor may not import __init__ (of ours: nothing)"),
+        ("gsm8k_programs/words.py", "from reft_jax.store import writing", "may not import store (of ours: types)"),
+        ("tasks/answers.py", "import jax.numpy as jnp", "tasks may not import jax"),
         (
-            "task/answers.py",
+            "evaluation/voting.py",
             "def f():\n    from orbax import checkpoint",
-            "answers.py:3: task may not import orbax",
+            "voting.py:3: evaluation may not import orbax",
         ),
         ("model/hf.py", "import torch", "model may not import torch"),
         ("model/utils.py", "", "model/utils.py: a module named utils"),
@@ -141,10 +149,10 @@ def test_what_is_allowed(tmp_path):
     package = tmp_path / "reft_jax"
     sources = {
         "config.py": "from reft_jax.types import InputError",
-        "task/answers.py": "import re\nfrom reft_jax.executor import run_programs\nfrom .prompts import prompt_text",
+        "tasks/answers.py": "import re\nfrom reft_jax.executor import run_programs\nfrom .prompts import prompt_text",
         "train/step.py": "import jax\nfrom reft_jax.algo import losses\nfrom ..model.llama import Llama",
-        "runs/sft.py": "import reft_jax\nfrom reft_jax import __version__\nfrom reft_jax.train import step",
-        "__main__.py": "from reft_jax.runs import sft",
+        "stages/sft.py": "import reft_jax\nfrom reft_jax import __version__\nfrom reft_jax.train import step",
+        "__main__.py": "from reft_jax.stages import sft",
     }
     for name, source in sources.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)

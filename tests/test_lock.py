@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from reft_jax import __main__
-from reft_jax.runs import lock
+from reft_jax.run import lock
 from reft_jax.types import InputError, SaveError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS = """
 import sys, time
 from pathlib import Path
-from reft_jax.runs import lock
+from reft_jax.run import lock
 
 lock.BEAT_S = 0.1
 with lock.held(Path(sys.argv[1])):
@@ -90,7 +90,7 @@ def test_a_command_refuses_before_it_looks_at_its_input(working, monkeypatch, co
     settings = ["model.path=/no", "data.train=/no", "data.test=/no"]
     config = ["--config=configs/quickstart.py", *(f"--config.{setting}" for setting in settings)]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("reft_jax.runs.sweep.find", lambda folder: folder)
+    monkeypatch.setattr("reft_jax.commands.sweep.find", lambda folder: folder)
     with pytest.raises(InputError, match=f"in use by process {working.pid} on host "):
         __main__.run_command([*command, *config, f"--workdir={working.at}"])
 

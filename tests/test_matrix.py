@@ -12,15 +12,15 @@ import jax
 import pytest
 from tiny import tiny_model
 
+from reft_jax.commands.pipeline import run_pipeline
 from reft_jax.config import check_config, default_config
+from reft_jax.evaluation.records import read_records
 from reft_jax.model.hf_write import save_hf
 from reft_jax.parallel import compilation
-from reft_jax.runs.pipeline import run_pipeline
-from reft_jax.runs.setup import open_run
-from reft_jax.task.answers import CHOICE_DATASET
-from reft_jax.task.prompts import PROGRAM_HEAD, prompt_text, sft_target
-from reft_jax.task.records import read_records
-from reft_jax.task.tokenizer import train_bpe
+from reft_jax.run.open import open_run
+from reft_jax.tasks.answers import CHOICE_DATASET
+from reft_jax.tasks.prompts import PROGRAM_HEAD, prompt_text, sft_target
+from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.types import Example
 
 DATASETS, ENGINES = ("gsm8k", "svamp", "mathqa", "mathqa-numeric"), ("python", "nl")
@@ -39,12 +39,12 @@ SETTINGS = {
     "sft.learning_rate": 1e-2,
     "sft.max_len": LENGTH,
     "self_train.epochs": 2,
-    "ppo.iterations": 2,
-    "ppo.prompts": 4,
-    "ppo.micro_batch": 4,
-    "ppo.ppo_epochs": 1,
-    "ppo.max_prompt": 64,
-    "ppo.max_len": LENGTH,
+    "rl.iterations": 2,
+    "rl.questions": 4,
+    "rl.micro_batch": 4,
+    "rl.ppo_epochs": 1,
+    "rl.max_prompt": 64,
+    "rl.max_len": LENGTH,
     "sample.n": 4,
     "sample.train_n": 2,
     "sample.max_len": LENGTH,
@@ -106,7 +106,7 @@ def test_every_stage(model, tmp_path, dataset, engine, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(fields))
     config = default_config()
     config.update_from_flattened_dict(SETTINGS)
-    config.model.path, config.data.engine = str(model), engine
+    config.model.path, config.data.format = str(model), engine
     config.data.train, config.data.test = str(tmp_path / "train.json"), str(tmp_path / "test.json")
     with open_run(check_config(config), tmp_path / "run", []) as run:
         report = run_pipeline(run, baselines=True)

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_policy
 
 from reft_jax.parallel.mesh import sizes_up_to
-from reft_jax.runs import reft, rerank, sft
+from reft_jax.stages import reft, rerank, sft
 from reft_jax.train.packing import LINE_LENGTHS, Lines, Packing, first_fit
 from reft_jax.train.scoring import make_scorer
 from reft_jax.types import Rollout
@@ -200,7 +200,7 @@ def test_room_is_for_a_row_a_line():
 RUN = SimpleNamespace(
     config=SimpleNamespace(
         data=SimpleNamespace(pad_multiple=8),
-        **{name: SimpleNamespace(max_len=16, micro_batch=2, batch_size=4) for name in ("sft", "rerank", "ppo")},
+        **{name: SimpleNamespace(max_len=16, micro_batch=2, batch_size=4) for name in ("sft", "rerank", "rl")},
     )
 )
 

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
 toy.train_rows=48 toy.dev_rows=6 toy.test_rows=7 toy.vocab_size=400 toy.layers=1 toy.hidden_size=16 toy.mlp_size=32
-toy.heads=2 sft.epochs=2 sft.warmup_epoch=1 sft.eval_every=1 ppo.iterations=3 ppo.prompts=16 ppo.micro_batch=8
-ppo.minibatches=1 ppo.value_init=1.0 ppo.save_every=1 ppo.eval_every=2 ppo.max_prompt=192 ppo.max_len=224
+toy.heads=2 sft.epochs=2 sft.warmup_epoch=1 sft.eval_every=1 rl.iterations=3 rl.questions=16 rl.micro_batch=8
+rl.minibatches=1 rl.value_init=1.0 rl.save_every=1 rl.eval_every=2 rl.max_prompt=192 rl.max_len=224
 sft.max_len=224 sample.max_len=224 sample.n=2 sample.train_n=2 sample.train_limit=8 engine.slots=16 rerank.epochs=1
 rerank.batch_size=16 rerank.micro_batch=8 rerank.max_len=448 data.pad_multiple=224
 """.split()

@@ -16,19 +16,19 @@ from tiny import HEADS, tiny_config, tiny_model
 
 from reft_jax.config import check_config, load_config
 from reft_jax.engine import slots as rollout
-from reft_jax.model import cost
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.parallel import chips
-from reft_jax.parallel.hlo import Cost
 from reft_jax.parallel.mesh import check_divides, make_mesh
-from reft_jax.runs import plan_table
-from reft_jax.runs.growth import grown, growth_row
-from reft_jax.runs.jitted import Jitted, RunFunctions, device_bytes
-from reft_jax.runs.plan import Measured, Plan, Planned, advice, estimated, planned
-from reft_jax.runs.plan_table import table, verdict, write_into
-from reft_jax.runs.search import candidates
-from reft_jax.runs.toy import toy_config
+from reft_jax.plan import chips
+from reft_jax.plan import flops as cost
+from reft_jax.plan import table as plan_table
+from reft_jax.plan.functions import Jitted, RunFunctions, device_bytes
+from reft_jax.plan.growth import grown, growth_row
+from reft_jax.plan.hlo import Cost
+from reft_jax.plan.plan import Measured, Plan, Planned, advice, estimated, planned
+from reft_jax.plan.search import candidates
+from reft_jax.plan.table import table, verdict, write_into
+from reft_jax.toy.model import toy_config
 from reft_jax.train.state import abstract_params
 from reft_jax.types import InputError
 
@@ -109,7 +109,7 @@ def test_the_planned_arrays_are_those_of_a_run():
     config = load_config(str(REPO / "configs" / "quickstart.py"))
     config.model.dtype = "float32"
     functions = RunFunctions(check_config(config), model, make_mesh(1, 1, 1))
-    longer = config.ppo.copy_and_resolve_references()
+    longer = config.rl.copy_and_resolve_references()
     longer.max_len = 160  # rows end within a block of keys
     slots = functions.slots(None, longer)
     assert slots.tokens.shape[1] == 160
@@ -121,7 +121,7 @@ def test_the_planned_arrays_are_those_of_a_run():
     weights = rollout.rollout_weights(functions.engine.model, lm)
     assert kinds(weights) == kinds(functions.weights)
     prefix = jax.eval_shape(
-        lambda *xs: rollout.prefill(functions.engine.model, *xs), weights, *functions.prompts(config.ppo)
+        lambda *xs: rollout.prefill(functions.engine.model, *xs), weights, *functions.prompts(config.rl)
     )
     assert kinds(prefix) == kinds(functions.prefix)
     assert functions.residents["reference"] == sum(x.nbytes for x in jax.tree.leaves(lm))
@@ -141,7 +141,7 @@ def test_a_search_ranks_what_divides():
     for one in found:
         assert 32016 % one.tensor == 0 and 32 % (32 // one.tensor) == 0
         changed = one.apply(CONFIG)
-        assert changed.mesh.fsdp == one.fsdp and changed.ppo.micro_batch % (32 // one.tensor) == 0
+        assert changed.mesh.fsdp == one.fsdp and changed.rl.micro_batch % (32 // one.tensor) == 0
     with pytest.raises(InputError, match="no mesh divides"):
         candidates(CONFIG, tiny_config(hidden_size=25, head_dim=8, vocab_size=61), ["v5e:4x8"])
     with pytest.raises(InputError, match="names no known chip"):
@@ -156,7 +156,7 @@ def test_a_search_compiles_three_and_chooses_the_cheapest_that_fits(tmp_path, mo
     compiled = []
 
     def make_plan(config, shapes, topology, cache, say):
-        compiled.append((config.mesh.fsdp, config.ppo.micro_batch, config.model.remat))
+        compiled.append((config.mesh.fsdp, config.rl.micro_batch, config.model.remat))
         return made[len(compiled) - 1]
 
     monkeypatch.setattr(plan_table, "make_plan", make_plan)
@@ -173,7 +173,7 @@ def test_a_search_compiles_three_and_chooses_the_cheapest_that_fits(tmp_path, mo
 
 def test_batches_grow_with_the_chips():
     double = grown(CONFIG, "v5e:8x8", 32)
-    assert (double.ppo.prompts, double.sft.micro_batch, double.engine.slots, double.mesh.fsdp) == (64, 96, 256, 8)
+    assert (double.rl.questions, double.sft.micro_batch, double.engine.slots, double.mesh.fsdp) == (64, 96, 256, 8)
     half = grown(CONFIG, "v5e:4x4", 32)
     assert (half.rerank.batch_size, half.mesh.fsdp, half.mesh.tensor) == (12, 2, 8)
     with pytest.raises(InputError, match="mesh.fsdp=4 on 32 chips makes no whole number on v5e:2x2"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reft_jax.task.program_rules import broken_rules
+from reft_jax.gsm8k_programs.program_rules import broken_rules
 
 QUESTION = "Ann had 12 apples, ate 25% of them and bought twice as many pears as she had left. How many pears?"
 ANSWER = (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reft_jax.task.prompts import completion_text, forced_prefix, prompt_text, rerank_text, rollout_prompt, sft_target
+from reft_jax.tasks.prompts import completion_text, forced_prefix, prompt_text, rerank_text, rollout_prompt, sft_target
 from reft_jax.types import Example, InputError
 
 QUESTION = "  How many are 2 and 3?\n"

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from acts import FakeRun, Fakes, World, printed, save_fake
 
+from reft_jax.commands import evaluate, sweep
 from reft_jax.config import default_config
-from reft_jax.runs import evaluate, sample, stages, sweep
-from reft_jax.runs.setup import Data
-from reft_jax.task.provenance import rewrite
-from reft_jax.task.records import read_file
+from reft_jax.evaluation.provenance import rewrite
+from reft_jax.evaluation.records import read_file
+from reft_jax.run.open import Data
+from reft_jax.stages import models as stages
+from reft_jax.stages import sample
 from reft_jax.train import checksums
 from reft_jax.train.checkpoints import save_params
 from reft_jax.train.checksums import model_checksum
@@ -97,7 +99,7 @@ def test_a_model_that_was_trained_again_is_asked_again(world, capsys):
         ("sample.top_k", 7),
         ("sample.max_len", 9),
         ("seed", 1),
-        ("data.engine", "nl"),
+        ("data.format", "nl"),
         ("model.dtype", "float32"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_model
 
 from reft_jax.model.hf_write import save_hf
-from reft_jax.task.tokenizer import train_bpe
+from reft_jax.tasks.tokenizer import train_bpe
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 

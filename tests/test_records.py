@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from reft_jax.commands.regrade import labels, run_regrade, sample_files
+from reft_jax.evaluation.provenance import appending
+from reft_jax.evaluation.records import answered, prediction, read_lines, read_records, regrade
+from reft_jax.evaluation.results import Answers, by_item, comparisons, read_answers, table
 from reft_jax.executor import ExecResult
-from reft_jax.runs.regrade import labels, run_regrade, sample_files
-from reft_jax.runs.results import Answers, by_item, comparisons, read_answers, table
-from reft_jax.task.provenance import appending
-from reft_jax.task.records import answered, prediction, read_lines, read_records, regrade
 from reft_jax.types import Example, InputError, Verdict
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from reft_jax import store
-from reft_jax.runs import curves
-from reft_jax.runs.curves import moving_average, plot_curves, series
-from reft_jax.runs.report import (
+from reft_jax.evaluation import curves
+from reft_jax.evaluation.curves import moving_average, plot_curves, series
+from reft_jax.evaluation.report import (
     markdown,
     markdown_comparisons,
     markdown_curves,
@@ -40,7 +40,7 @@ def full_report():
         ],
         "notes": ["12 of 2,000 training rows were over the length limit."],
         "comparisons": [gap, gap | {"column": "voting", "difference": 0.0, "low": -0.03, "high": 0.02, "p": 1.0}],
-        "settings": {"seed": 42, "ppo.kl_coef": 0.01},
+        "settings": {"seed": 42, "rl.kl_coef": 0.01},
         "seconds": {"sft": 75.4, "reft": 3723.0},
     }
 

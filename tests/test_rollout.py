@@ -7,9 +7,9 @@ import pytest
 
 from reft_jax import executor
 from reft_jax.config import default_config
-from reft_jax.runs.executions import ExecutionLog, read_executions
-from reft_jax.runs.rollout import Clock, roll_out, top1
-from reft_jax.runs.setup import Run
+from reft_jax.run.executions import ExecutionLog, read_executions
+from reft_jax.run.open import Run
+from reft_jax.stages.rollout import Clock, roll_out, top1
 from reft_jax.types import Completion, Example, Prompt
 
 PROGRAMS = [
@@ -37,7 +37,7 @@ class FakeEngine:
 
 def run_with(engine, tmp_path, monkeypatch, texts=PROGRAMS, kind="python") -> Run:
     config = default_config()
-    config.data.engine = kind
+    config.data.format = kind
     monkeypatch.setattr(Run, "text", lambda self, prompt, completion: texts[int(completion.tokens[0])])
     return Run(config, tmp_path, tmp_path, None, None, engine=engine, executions=ExecutionLog(tmp_path))
 

@@ -15,10 +15,10 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax.config import default_config
 from reft_jax.parallel.mesh import make_mesh
-from reft_jax.runs.rollout import Graded
-from reft_jax.runs.self_train import offline_rows, online_batch
-from reft_jax.runs.setup import Data, Run, supervised_row
-from reft_jax.task.tokenizer import decode, train_bpe
+from reft_jax.run.open import Data, Run, supervised_row
+from reft_jax.stages.rollout import Graded
+from reft_jax.stages.self_train import offline_rows, online_batch
+from reft_jax.tasks.tokenizer import decode, train_bpe
 from reft_jax.train.packing import pack_targets
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import SelfTrainBatch, make_self_train_step
@@ -68,7 +68,7 @@ def test_offline_rows_are_the_gold_solution_and_the_first_distinct_correct_sampl
 
 
 def test_offline_rows_of_nl_end_in_the_answer_phrase_once():
-    run = text_run(**{"data.engine": "nl"})
+    run = text_run(**{"data.format": "nl"})
     run.data.train = [EXAMPLES[0]._replace(answer_cot="1 + 2 = 3.")]
     said = "It is 3.\nTherefore, the answer is: 3"
     rows = offline_rows(run, [{"item_id": "svamp_0", "predictions": predictions(said)}])
@@ -90,7 +90,7 @@ def graded(correct: list[bool]) -> tuple[list[Prompt], list[Graded]]:
     return prompts, [Graded(Completion("", 0, tokens, np.zeros(4), True), "", verdict) for verdict in verdicts]
 
 
-ONLINE = {"ppo.prompts": 4, "ppo.micro_batch": 2, "ppo.max_len": 64}
+ONLINE = {"rl.questions": 4, "rl.micro_batch": 2, "rl.max_len": 64}
 
 
 def decided(packing, weights) -> dict[tuple, float]:

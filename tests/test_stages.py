@@ -10,10 +10,10 @@ from tiny import tiny_policy
 from reft_jax import save_hf
 from reft_jax.config import check_config, default_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
-from reft_jax.runs import training
-from reft_jax.runs.setup import Run
-from reft_jax.runs.stages import base_policy
-from reft_jax.runs.training import Training
+from reft_jax.run.open import Run
+from reft_jax.stages import loop as training
+from reft_jax.stages.loop import Training
+from reft_jax.stages.models import base_policy
 from reft_jax.train.metrics import MetricsWriter, read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
@@ -38,9 +38,9 @@ def test_a_run_goes_on_with_the_value_head_of_an_exported_folder(tmp_path, capsy
 class Begun(Training):
     """A stage of PPO whose state is its iteration, and whose dev accuracies are known."""
 
-    def __init__(self, tmp_path, monkeypatch, dev_top1: dict[int, float], **ppo):
+    def __init__(self, tmp_path, monkeypatch, dev_top1: dict[int, float], **rl):
         config = default_config()
-        config.ppo.update({"prompts": 64, "iterations": max(dev_top1), "eval_every": 1, "save_every": 1} | ppo)
+        config.rl.update({"questions": 64, "iterations": max(dev_top1), "eval_every": 1, "save_every": 1} | rl)
         self.run, self.folder = SimpleNamespace(config=config, data=SimpleNamespace(dev=[])), tmp_path / "reft"
         self.done, self.state, self.pending = 0, SimpleNamespace(params={"lm": 0}), {}
         self.info, self.metrics = {"best": 0, "best_dev_top1": -1.0}, MetricsWriter(self.folder)

@@ -5,9 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from reft_jax.task import subsets
-from reft_jax.task.subsets import rerank_at, sizes, upper_bound_at, voting_at
-from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, voted_correct
+from reft_jax.evaluation import subsets
+from reft_jax.evaluation.subsets import rerank_at, sizes, upper_bound_at, voting_at
+from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound, voted_correct
 
 N = 9
 

@@ -14,9 +14,9 @@ import pytest
 from tiny import tiny_config, tiny_policy
 
 from reft_jax import __main__, executor
+from reft_jax.commands.sweep import Source, check_stage, parse_checkpoints
 from reft_jax.model.hf_write import save_hf
-from reft_jax.runs.sweep import Source, check_stage, parse_checkpoints
-from reft_jax.task.tokenizer import train_bpe
+from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
 from reft_jax.types import InputError
 
@@ -27,7 +27,7 @@ SETTINGS = [
     f"--config.{setting}"
     for setting in (
         "model.dtype=float32 data.pad_multiple=96 engine.slots=8 sample.n=8 sample.max_len=96 rerank.batch_size=16 "
-        "rerank.micro_batch=8 rerank.max_len=192 data.engine=nl"
+        "rerank.micro_batch=8 rerank.max_len=192 data.format=nl"
     ).split()
 ]
 
@@ -172,7 +172,7 @@ def test_the_released_checkpoints_are_found_by_name(folder, tmp_path):
 
 
 def test_a_model_of_a_work_directory_is_a_checkpoint_too(folder, tmp_path):
-    from reft_jax.runs.sweep import find
+    from reft_jax.commands.sweep import find
 
     run = tmp_path / "run"
     (run / "models").mkdir(parents=True)

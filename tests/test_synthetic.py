@@ -11,9 +11,10 @@ from collections import Counter
 
 import pytest
 
-from reft_jax.task import prompts, synthetic
-from reft_jax.task.families import DISTRACTORS, FAMILIES
-from reft_jax.task.synthetic import DISTRACTED_SHARE, SKIPPED_STYLES, STYLES, make_problems, make_split
+from reft_jax.tasks import prompts
+from reft_jax.toy import problems as synthetic
+from reft_jax.toy.families import DISTRACTORS, FAMILIES
+from reft_jax.toy.problems import DISTRACTED_SHARE, SKIPPED_STYLES, STYLES, make_problems, make_split
 from reft_jax.types import InputError
 
 ROWS = 1000

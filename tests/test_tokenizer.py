@@ -10,8 +10,8 @@ from llama_tokenizers import llama_tokenizer
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from reft_jax.task.prompts import completion_text, prompt_text, rollout_prompt
-from reft_jax.task.tokenizer import check_vocabulary, decode, encode, load_tokenizer, train_bpe
+from reft_jax.tasks.prompts import completion_text, prompt_text, rollout_prompt
+from reft_jax.tasks.tokenizer import check_vocabulary, decode, encode, load_tokenizer, train_bpe
 from reft_jax.types import InputError
 
 QUESTION = "Ann has 12 apples and gets 30 more.\nHow many?"

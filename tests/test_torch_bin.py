@@ -9,10 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from reft_jax.commands.convert_weights import run_convert_weights
 from reft_jax.model.hf_folder import read_headers
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.model.torch_bin import BinFile
-from reft_jax.runs.convert_weights import run_convert_weights
 from reft_jax.types import InputError
 
 torch = pytest.importorskip("torch", reason="PyTorch writes the files of these tests")

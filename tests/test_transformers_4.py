@@ -18,7 +18,7 @@ from test_tokenizer import TEXTS
 from tiny import tiny_model, tiny_policy
 
 from reft_jax import load_hf, save_hf
-from reft_jax.task.tokenizer import encode, load_tokenizer, train_bpe
+from reft_jax.tasks.tokenizer import encode, load_tokenizer, train_bpe
 
 pytestmark = pytest.mark.long
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from reft_jax.task.voting import deduplicate, rerank_choice, upper_bound, vote, voted_correct
+from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound, vote, voted_correct
 from reft_jax.types import InputError
 
 

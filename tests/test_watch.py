@@ -2,7 +2,7 @@
 
 import pytest
 
-from reft_jax.runs.watch import Collapse, Silence, Tally
+from reft_jax.run.watch import Collapse, Silence, Tally
 from reft_jax.types import Completion, Verdict
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from reft_jax.commands import paths
 from reft_jax.config import check_config, load_config
-from reft_jax.runs import paths
-from reft_jax.runs.stages import read_result
-from reft_jax.runs.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.stages.models import read_result
 from reft_jax.types import InputError
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"

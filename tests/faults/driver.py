@@ -21,7 +21,7 @@ from reft_jax import executor
 from reft_jax.__main__ import main
 from reft_jax.engine import slots
 from reft_jax.parallel import compilation
-from reft_jax.runs import reft, rerank, sample, sft
+from reft_jax.stages import reft, rerank, sample, sft
 
 ENDLESS = "def solution():\n    while True:\n        pass"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import starts
 
-from reft_jax.runs.guards import Guards, check_finite
+from reft_jax.run.guards import Guards, check_finite
 from reft_jax.types import NotFiniteError, Stopped
 
 
@@ -38,7 +38,7 @@ def test_only_numbers_that_are_none_are_reported(tmp_path):
 
 HANGS = """
 import threading, time
-from reft_jax.runs.guards import Guards
+from reft_jax.run.guards import Guards
 
 def never_ends():
     threading.Event().wait()

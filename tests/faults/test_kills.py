@@ -54,7 +54,7 @@ def test_ppo_killed_ten_times_at_random_moments(reference, cache, tmp_path):
     """Half of the moments are times, wherever the process then is; half are places within an iteration."""
     rng, kills = random.Random(7), 0
     starts.before_ppo(reference, tmp_path)
-    arguments = ["--config.ppo.save_every=1", "--allow_config_change=ppo.save_every"]
+    arguments = ["--config.rl.save_every=1", "--allow_config_change=rl.save_every"]
     while kills < 10:
         places = [("chunk", rng.randint(1, 12)), ("update", rng.randint(1, 2)), ("saving", 1), ("manifest", 1)]
         at = rng.choice(places) if kills % 2 else ("time", rng.randint(0, 2000))

@@ -10,7 +10,7 @@ from pathlib import Path
 import starts
 from executor_tools import processes, wait_until
 
-from reft_jax.runs.executions import read_executions
+from reft_jax.run.executions import read_executions
 
 SOON_S = 3 * 20.0  # a test of "in about 20 s" allows three times that
 MEMORY_MB = 1013  # of the programs of this file's runs: tells their processes from others

@@ -1,30 +1,30 @@
 """Mistakes in data, answers, files, commands and reports, for mutations.py: (name, module, old, new, tests)."""
 
 PACKING = ("test_packing.py",)
-SELF = "reft_jax.runs.self_train"
+SELF = "reft_jax.stages.self_train"
 ONLINE = ("test_self_train.py::test_online_trains_responses_of_correct_rows_and_gold_targets_half_each",)
-PROVENANCE = "reft_jax.task.provenance"
-RECORDS = "reft_jax.task.records"
+PROVENANCE = "reft_jax.evaluation.provenance"
+RECORDS = "reft_jax.evaluation.records"
 TRUTH = ("test_truth.py",)
 WHOSE = "test_provenance.py"
-SUBSETS = "reft_jax.task.subsets"
+SUBSETS = "reft_jax.evaluation.subsets"
 OVER_ALL = ("test_subsets.py::test_closed_forms_are_the_mean_over_all_subsets",)
 TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
-LOCK = "reft_jax.runs.lock"
-PROMPTS = "reft_jax.task.prompts"
-WATCH = "reft_jax.runs.watch"
-TRAINING = "reft_jax.runs.training"
+LOCK = "reft_jax.run.lock"
+PROMPTS = "reft_jax.tasks.prompts"
+WATCH = "reft_jax.run.watch"
+TRAINING = "reft_jax.stages.loop"
 PLANTED = [
-    ("the reranker judges one token early", "reft_jax.runs.rerank", "        lengths - 1,\n",
+    ("the reranker judges one token early", "reft_jax.stages.rerank", "        lengths - 1,\n",
      "        lengths - 2,\n", PACKING),
-    ("end ids: the one that ended it is text", "reft_jax.runs.setup",
+    ("end ids: the one that ended it is text", "reft_jax.run.open",
      "completion.tokens[:-1] if completion.finished", "completion.tokens if completion.finished",
      (f"{TOKENIZERS}::test_the_id_that_ended_a_completion_is_not_its_text",)),
-    ("export: another model's figures in the card", "reft_jax.runs.export",
+    ("export: another model's figures in the card", "reft_jax.commands.export",
      "if checksum(run, name, Path(folder) / \"checksums.json\") != before[name]]", "if not before[name]]",
      ("test_export.py::test_the_figures_of_another_model_are_not_in_the_card",)),
-    ("export: float32 whatever the base has", "reft_jax.runs.export", "base if base.itemsize <= 4 else", "",
+    ("export: float32 whatever the base has", "reft_jax.commands.export", "base if base.itemsize <= 4 else", "",
      (f"{WRITTEN}::test_an_export_has_the_bases_files_byte_by_byte",)),
     ("self-training on wrong samples", SELF, "if one.verdict.correct", "if one.verdict.value", ONLINE),
     ("self-training: one mean over both halves", SELF, "max(1, half.sum())", "half.size", ONLINE),
@@ -35,9 +35,9 @@ PLANTED = [
      OVER_ALL),
     ("of k, the least probable is chosen", SUBSETS, "-by_text[", "by_text[", OVER_ALL),
     ("of k, invalid answers are reranked", SUBSETS, 'if is_valid(p["solving_res"])]', "]", OVER_ALL),
-    ("McNemar's test on one side", "reft_jax.task.intervals", "2 * tail", "tail",
+    ("McNemar's test on one side", "reft_jax.evaluation.intervals", "2 * tail", "tail",
      ("test_intervals.py::test_mcnemar_is_the_binomial_test_of_the_questions_on_which_two_systems_differ",)),
-    ("grading again keeps the flag", "reft_jax.task.records",
+    ("grading again keeps the flag", "reft_jax.evaluation.records",
      'old | {"solving_res": verdict.value, "correctness"', 'old | {"solving_res": verdict.value, "was"',
      ("test_records.py::test_stored_answers_are_read_by_the_rules_of_their_dataset",)),
     ("lock: a process id given again is alive", LOCK, "return now == started", "return True",
@@ -52,39 +52,39 @@ PLANTED = [
      ("test_lock.py::test_signs_of_life",)),
     ("lock: a copy is in use", LOCK, "and not os.path.samefile(holder.workdir, workdir)", "and False",
      ("test_lock.py::test_a_copy_of_a_work_directory_in_use_is_free_and_one_that_was_renamed_is_not",)),
-    ("lock: readers ask", "reft_jax.runs.setup", "    if not reads:\n        lock.look(workdir)",
+    ("lock: readers ask", "reft_jax.run.open", "    if not reads:\n        lock.look(workdir)",
      "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),
     ("streams: a closed pipe ends the run", "reft_jax.terminal", "os.dup2(null, self.fileno())", "raise error",
      ("test_terminal.py::test_a_stream_whose_reader_is_gone_takes_everything",)),
     ("disk: a full one names no file", "reft_jax.store", "{error.filename or path} could", "a file could",
      ("test_lock.py::test_a_lock_that_cannot_be_written_is_named",)),
-    ("log: nothing was replayed and all is well", "reft_jax.runs.executions", "if not (total := ",
+    ("log: nothing was replayed and all is well", "reft_jax.run.executions", "if not (total := ",
      "if () == (total := ",
      ("test_executions.py::test_no_log_and_a_broken_line_are_named",)),
-    ("log: damage is a torn end", "reft_jax.runs.executions", "except zlib.error as error:",
+    ("log: damage is a torn end", "reft_jax.run.executions", "except zlib.error as error:",
      "except zlib.error as error:\n                return whole",
      ("test_executions.py::test_what_no_crash_explains_is_an_error_and_nothing_is_cut_off",)),
-    ("an output that is a folder is found late", "reft_jax.runs.workdir", "        check_kinds(workdir)\n", "",
+    ("an output that is a folder is found late", "reft_jax.run.workdir", "        check_kinds(workdir)\n", "",
      ("test_workdir.py::test_what_cannot_be_written_at_the_end_is_found_at_the_start",)),
-    ("done.json: any object will do", "reft_jax.runs.stages", "problem = _problem(path.parent.name, dict(result))",
+    ("done.json: any object will do", "reft_jax.stages.models", "problem = _problem(path.parent.name, dict(result))",
      "problem = dict(result) and None", ("test_workdir.py::test_a_damaged_done_json_is_one_line",)),
-    ("best models are left over", "reft_jax.runs.workdir", '(stage / "checkpoints", *stage.glob("best_*"))',
+    ("best models are left over", "reft_jax.run.workdir", '(stage / "checkpoints", *stage.glob("best_*"))',
      '(stage / "checkpoints",)', ("test_workdir.py::test_what_a_finished_stage_no_longer_needs_goes",)),
-    ("paths recorded as written", "reft_jax.runs.workdir", "return os.path.abspath(path) if", "return path if",
+    ("paths recorded as written", "reft_jax.run.workdir", "return os.path.abspath(path) if", "return path if",
      ("test_workdir.py::test_paths_are_recorded_absolute_and_mean_the_same_from_elsewhere",)),
-    ("paths divided at the last =", "reft_jax.runs.paths", 'entry.partition("=")', 'entry.rpartition("=")',
+    ("paths divided at the last =", "reft_jax.commands.paths", 'entry.partition("=")', 'entry.rpartition("=")',
      ("test_workdir.py::test_letters_that_divide_may_stand_in_a_path",)),
     ("another model's answers are used", PROVENANCE, "before if before.get(key) != now.get(key)",
      "before if key != 'model' and before.get(key) != now.get(key)", TRUTH),
-    ("another reranker's scores are used", "reft_jax.runs.rerank", '{"reranker": weights.checksum} | settings',
+    ("another reranker's scores are used", "reft_jax.stages.rerank", '{"reranker": weights.checksum} | settings',
      "settings", (f"{WHOSE}::test_a_reranker_that_was_trained_again_scores_again",)),
     ("answers to another question are used", PROVENANCE,
      '(record.get("question"), record.get("answer_value")) == asked[item_id] and fits(record)', "fits(record)",
      TRUTH),
-    ("scores of other completions are used", "reft_jax.runs.rerank",
+    ("scores of other completions are used", "reft_jax.stages.rerank",
      'set(texts[score["item_id"]]) <= set(score.get("completions", ()))', "True",
      (f"{WHOSE}::test_scores_of_other_completions_are_given_again",)),
-    ("two names of a sweep share a file", "reft_jax.runs.sweep",
+    ("two names of a sweep share a file", "reft_jax.commands.sweep",
      'workdir / "samples" / data / f"{checkpoint.name}.jsonl"',
      'workdir / "samples" / f"{checkpoint.name}_{data}.jsonl"',
      (f"{WHOSE}::test_every_model_and_data_file_of_a_sweep_has_a_file_of_its_own",)),
@@ -95,17 +95,17 @@ PLANTED = [
      ("test_records.py::test_an_id_that_stands_twice_is_refused",)),
     ("more samples than were asked for are voted on", RECORDS, 'record["predictions"][:n]} |',
      'record["predictions"]} |', TRUTH),
-    ("samples are drawn again under the old numbers", "reft_jax.runs.sample",
+    ("samples are drawn again under the old numbers", "reft_jax.stages.sample",
      "run.prompts([example], n)[len(there) :]", "run.prompts([example], n - len(there))", TRUTH),
-    ("a finished stage takes any data", "reft_jax.runs.stages", "if before[split] != now[split]", "if False",
+    ("a finished stage takes any data", "reft_jax.stages.models", "if before[split] != now[split]", "if False",
      (f"{WHOSE}::test_a_finished_stage_knows_the_data_it_was_trained_on",)),
-    ("other questions under the same ids are compared", "reft_jax.runs.results",
+    ("other questions under the same ids are compared", "reft_jax.evaluation.results",
      'if record["question"] != before["question"] or targets[0] != targets[1]:', "if False:",
      ("test_records.py::test_files_with_other_questions_under_the_same_ids_are_refused",)),
-    ("a wrong answer earns nothing", "reft_jax.task.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
-    ("no answer earns a tenth", "reft_jax.task.answers", "0.0 if value is None else 0.1", "0.1",
+    ("a wrong answer earns nothing", "reft_jax.tasks.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
+    ("no answer earns a tenth", "reft_jax.tasks.answers", "0.0 if value is None else 0.1", "0.1",
      ("test_answers.py",)),
-    ("sweep: a stage's reranker as a policy", "reft_jax.runs.sweep",
+    ("sweep: a stage's reranker as a policy", "reft_jax.commands.sweep",
      'if path.name.startswith("rerank_") != reranker:', "if False:",
      ("test_sweep.py::test_a_stages_reranker_is_no_policy_and_a_policy_no_reranker",)),
     ("any comma in a target is dropped", PROMPTS, " and THOUSANDS.fullmatch(answer)", "",
@@ -118,10 +118,10 @@ PLANTED = [
      ("test_answerable.py::test_every_other_question_stands_as_in_the_papers_code",)),
     ("a broken docstring is taught", PROMPTS, "docstring(question), 1)", "f'{question}', 0)",
      ("test_answerable.py::test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_with",)),
-    ("hopeless questions are trained on", "reft_jax.task.answerable",
+    ("hopeless questions are trained on", "reft_jax.tasks.answerable",
      "reasons | unanswerable(tok, examples, engine, sys.maxsize)", "reasons",
      ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
-    ("a byte order mark is data", "reft_jax.task.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
+    ("a byte order mark is data", "reft_jax.tasks.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
      ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),
     ("iteration 0 never wins", TRAINING, 'training.info["start_dev_top1"] = evaluated(0)', "pass",
      ("test_stages.py::test_iteration_0_is_evaluated_and_wins_if_no_other_is_better",)),
@@ -132,7 +132,7 @@ PLANTED = [
      "if tally.reasons else 0", ("test_watch.py",)),
     ("compile time is in the rate", "reft_jax.train.metrics", " - (compile_seconds() - self._compiled)", "",
      ("test_metrics.py::test_compile_time_is_in_no_rate",)),
-    ("curves begin where the data do", "reft_jax.runs.curves", "1.12 * min(0.0, y.min())", "y.min()",
+    ("curves begin where the data do", "reft_jax.evaluation.curves", "1.12 * min(0.0, y.min())", "y.min()",
      ("test_report.py::test_axes_hide_no_scale",)),
     ("the suggestion is what is spelled alike", "reft_jax.config", "return meant, meant and its_section",
      "return spelled, its_section", ("test_config.py::test_the_suggestion_is_what_was_probably_meant",)),

@@ -1,0 +1,275 @@
+"""Is this checkpoint, on this machine, ready for a run? What a run relies on, each part with its figure.
+
+Nothing is needed beside the model: the questions are generated. Sizes are small and do not depend on the config's
+batches; types, mesh, PPO coefficients and the executor's limits are the config's.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from reft_jax import executor
+from reft_jax.run.open import Data, Run, checked_tokenizer, open_mesh, start_executor
+from reft_jax.tasks import answers, prompts
+from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
+from reft_jax.toy import problems as synthetic
+from reft_jax.types import Completion, Prompt
+
+QUESTIONS = 4  # rolled out, scored and trained on
+RESPONSE = 32  # tokens sampled for each
+PAD_MULTIPLE = 64
+# Differences that rounding alone makes between two compiled programs, in nats.
+MEAN_GAP = {"float32": 1e-4, "bfloat16": 0.05}
+MAX_GAP = {"float32": 2e-3, "bfloat16": 1.0}
+HARM = 0.15  # nats a token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
+PROGRAMS = {  # program: what must become of it
+    "def solution():\n    return 6 * 7": 42.0,
+    "def solution():\n    return '1e3'": 1000.0,
+    "def solution():\n    return math.sqrt(2)": 2**0.5,
+    "def solution():\n    x = sympy.symbols('x')\n    return sympy.solve(2 * x - 1, x)[0]": 0.5,
+    "def solution():\n    return 1 / 0": "exception",
+    "def solution():\n    return float('nan')": "not_finite",
+    "def solution():\n    return [1]": "wrong_type",
+    "def solution(:": "syntax_error",
+    "x = 1": "no_solution",
+    "def solution():\n    import os\n    os._exit(0)": "killed",
+    "def solution():\n    while True:\n        pass": "timeout",
+}
+
+
+class Finding(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    passed: bool
+    figure: str
+
+
+def run_check(folder: Path, config) -> bool:
+    """Prints what guards programs here, then the table as it grows; whether everything passed. InputError if the folder
+    cannot be loaded at all.
+    """
+    started = time.monotonic()
+    examples = synthetic.make_split(config.seed, "train", QUESTIONS, engine=config.data.format, skipped_share=0.0)
+    run = Run(config, folder, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
+    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
+    passed = True
+    try:
+        from reft_jax.parallel.mesh import on_mesh
+
+        run.mesh = open_mesh(config)
+        print(f"check {folder}: {config.model.dtype}, mesh {dict(run.mesh.shape)}\n")
+        for guard in executor.guarding():
+            print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
+        with on_mesh(run.mesh):
+            for finding in findings(run):
+                passed &= finding.passed
+                mark = "pass" if finding.passed else "FAIL"
+                print(f"{mark}  {finding.name:<32}  {finding.figure}", flush=True)
+    finally:
+        executor.shutdown()
+    verdict = "everything passed" if passed else "NOT READY: see the lines marked FAIL"
+    print(f"\n{verdict} ({time.monotonic() - started:.0f} s)")
+    return passed
+
+
+def findings(run: Run) -> Iterator[Finding]:
+    """From the cheapest to the dearest."""
+    yield check_tokenizer(run)
+    yield check_executor(run)
+    yield check_grading(run)
+
+    import jax.numpy as jnp
+
+    from reft_jax.model.hf import read_config
+    from reft_jax.model.llama import Llama
+    from reft_jax.stages.models import base_policy
+
+    dtype, remat = run.config.model.dtype, run.config.model.remat
+    run.model = Llama(read_config(run.base), dtype=jnp.dtype(dtype), remat=remat)
+    policy = base_policy(run)
+    yield from check_weights(run, policy["lm"])
+    yield from check_layers(run, policy["lm"])
+    yield from check_iteration(run, policy, *roll_out(run, policy["lm"]))
+
+
+def check_tokenizer(run: Run) -> Finding:
+    engine, examples = run.config.data.format, run.data.train
+    texts = [prompts.rollout_prompt(example.question, engine) for example in examples]
+    texts += [prompts.sft_target(example, engine) for example in examples]
+    changed = [text for text in texts if decode(run.tokenizer, encode(run.tokenizer, text)) != text]
+    figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"
+    return Finding("tokenizer round trip", not changed, figure + (f"; not {changed[0][:60]!r}" if changed else ""))
+
+
+def check_executor(run: Run) -> Finding:
+    limits, started = run.config.executor, time.monotonic()
+    results = executor.run_programs(list(PROGRAMS), timeout_s=2.0, workers=limits.workers, memory_mb=limits.memory_mb)
+    got = [result.value if result.status == "ok" else result.status for result in results]
+    checked = zip(PROGRAMS.items(), got, strict=True)
+    wrong = [f"{program!r} gave {value}, not {expected}" for (program, expected), value in checked if value != expected]
+    figure = f"{len(results) - len(wrong)} of {len(results)} programs in {time.monotonic() - started:.1f} s"
+    return Finding("executor", not wrong, "; ".join([figure, *wrong]))
+
+
+def check_grading(run: Run) -> Finding:
+    """A worked solution earns 1 where it is right, 0.1 where the answer is another number; no solution earns 0."""
+    engine, examples, limits = run.config.data.format, run.data.train, run.config.executor
+    run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
+    right = [prompts.sft_target(example, engine) for example in examples]
+    others = [example._replace(answer_value=str(float(example.answer_value) + 1)) for example in examples]
+    wrong, total = 0, 0
+    for texts, asked, reward in (
+        (right, examples, 1.0),
+        (right, others, 0.1),
+        (["I do not know."] * len(examples), examples, 0.0),
+    ):
+        verdicts = answers.grade(texts, asked, engine, run_programs=run_programs)
+        wrong += sum(verdict.reward != reward for verdict in verdicts)
+        total += len(verdicts)
+    return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded rightly")
+
+
+def check_weights(run: Run, lm) -> Iterator[Finding]:
+    """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
+    from reft_jax.model.hf import checked
+    from reft_jax.model.hf_write import hf_tensors
+    from reft_jax.model.safetensors import map_tensor
+
+    _, stored, _ = checked(run.base)
+    changed, broken, count = [], [], 0
+    for name, ours in hf_tensors(run.model.config, lm):
+        if not np.array_equal(map_tensor(stored[name]).astype(np.float32), ours, equal_nan=True):
+            changed.append(name)
+        if bad := np.size(ours) - np.isfinite(ours).sum():
+            broken.append(f"{name} has {bad} numbers that are NaN or infinite")
+        elif np.ptp(ours) == 0 and "norm" not in name:
+            broken.append(f"{name} is {ours.flat[0]} everywhere")
+        count += 1
+    figure = f"{count - len(changed)} of {count} tensors are the file's, bit for bit"
+    yield Finding("weights round trip", not changed, "; ".join([figure, *changed[:3]]))
+    figure = f"{count - len(broken)} of {count} tensors are finite and not constant"
+    yield Finding("weights are numbers", not broken, "; ".join([figure, *broken[:3]]))
+
+
+def check_layers(run: Run, lm) -> Iterator[Finding]:
+    """The loss on worked solutions, with every layer and with each one taken out: a damaged one is better away."""
+    import jax
+    import jax.numpy as jnp
+
+    from reft_jax.algo.losses import token_loss
+    from reft_jax.parallel.mesh import put_rows, row_shards
+    from reft_jax.train.packing import Packing
+    from reft_jax.train.scoring import score_lines
+
+    mesh, model = run.mesh, run.model
+    texts = [prompts.prompt_text(e.question) + prompts.sft_target(e, run.config.data.format) for e in run.data.train]
+    ids = [encode(run.tokenizer, text) for text in texts]
+    ids = sorted(ids, key=len)[:2]
+    decisions, size = [len(row) - 1 for row in ids], {"micro_batch": row_shards(mesh), "micro_batches": 2}
+    packing = Packing(ids, [0] * len(ids), decisions, max_len=len(ids[-1]), multiple=PAD_MULTIPLE, **size)
+    lines, weight = put_rows(mesh, (packing.lines, packing.spread(1 / sum(decisions))), axis=1)
+
+    @jax.jit
+    def loss(lm, lines, weight, without):
+        """Mean cross-entropy with layer `without` adding nothing to the residual stream; -1: all layers."""
+        kept = jnp.arange(model.config.num_layers) != without
+        layers = lm["layers"]
+        layers = layers | {
+            name: jnp.where(kept.reshape(-1, *[1] * (layers[name].ndim - 1)), layers[name], 0.0)
+            for name in ("o", "down")
+        }
+        lm = lm | {"layers": layers}
+        logprob, _ = jax.lax.map(lambda lines: score_lines(model, {"lm": lm}, lines), lines)
+        return token_loss(logprob, weight)
+
+    whole, uniform = float(loss(lm, lines, weight, -1)), np.log(model.config.vocab_size)
+    figure = f"{whole:.2f} nats a token on worked solutions; guessing costs {uniform:.2f}"
+    yield Finding("the model knows language", whole < uniform, figure)
+    if not np.isfinite(whole):
+        yield Finding("every layer does no harm", False, "not tried: the loss is not a number")
+        return
+    losses = np.array([float(loss(lm, lines, weight, i)) for i in range(model.config.num_layers)])
+    gains = np.nan_to_num(whole - losses, nan=np.inf)
+    worst = int(gains.argmax())
+    helped = int((gains <= HARM).sum())
+    figure = f"{helped} of {len(gains)}"
+    if helped < len(gains):
+        figure += f"; without layer {worst} the loss is {losses[worst]:.2f}: that layer is damaged"
+    yield Finding("every layer does no harm", helped == len(gains), figure)
+
+
+def roll_out(run: Run, lm) -> tuple[list[Prompt], list[Completion]]:
+    """One short sampled response a question; more samples of them where the mesh wants more rows."""
+    from reft_jax.engine.generate import Engine
+    from reft_jax.parallel.mesh import round_up, row_shards
+
+    count = round_up(QUESTIONS, row_shards(run.mesh))
+    asked = run.prompts(run.data.train, -(-count // QUESTIONS))[:count]
+    ends, seed = all_end_ids(run.tokenizer, run.base), run.config.seed
+    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
+    max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
+    found = dict(engine.generate(lm, asked, max_len=max_len, temperature=run.config.rl.temperature))
+    return asked, [found[i] for i in range(count)]
+
+
+def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Completion]) -> Iterator[Finding]:
+    """Scores the rollout as a run does, then takes one PPO update, which uses `policy` up."""
+    import optax
+
+    from reft_jax.algo.advantages import action_mask, token_rewards
+    from reft_jax.model.heads import ValueHead
+    from reft_jax.parallel.mesh import put_rows
+    from reft_jax.train.batches import rollout_rows
+    from reft_jax.train.packing import pack_rollout
+    from reft_jax.train.scoring import make_scorer
+    from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
+    from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
+
+    rl, model, mesh, rows, dtype = run.config.rl, run.model, run.mesh, len(asked), run.config.model.dtype
+    scores = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
+    rollout = rollout_rows(asked, completions, scores, PAD_MULTIPLE)
+    mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
+    size = {"max_len": int(rollout.total_len.max()), "micro_batch": rows, "micro_batches": 1}
+    packing = pack_rollout(rollout, multiple=PAD_MULTIPLE, **size)
+    score, lines = make_scorer(model, rl.temperature), put_rows(mesh, packing.lines, axis=1)
+    scored = *score(policy, lines, packing.count), score({"lm": policy["lm"]}, lines, packing.count)[0]
+    logprob, value, reference = (packing.collect(x, rollout.tokens.shape[1]) for x in scored)
+
+    sampled = np.concatenate([completion.logprobs for completion in completions])
+    yield gap("sampler and trainer agree", sampled - logprob[mask], dtype)
+    yield gap("KL to the reference is 0", logprob[mask] - reference[mask], dtype)
+
+    other = reference + np.random.default_rng(0).normal(size=reference.shape).astype(np.float32)
+    paid, _, _ = token_rewards(scores, logprob, other, mask, kl_coef=rl.kl_coef)
+    kl = np.where(mask, logprob - other, 0.0).sum(1)
+    error = np.abs(np.asarray(paid).sum(1) - (scores - rl.kl_coef * kl)).max()
+    figure = f"token rewards sum to score − β·KL within {error:.1e} (KL up to {np.abs(kl).max():.1f} nats)"
+    yield Finding("rewards are conserved", bool(error < 1e-5), figure)
+
+    coefficients = {"kl_coef": rl.kl_coef, "gamma": rl.gamma, "lam": rl.lam}
+    batch, _ = make_ppo_batch(rollout, logprob, value, reference, **coefficients)
+    schedule = optax.constant_schedule(rl.learning_rate)
+    optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
+    abstract = abstract_params(model, ValueHead(), "value_head")
+    clip = ClipSettings(rl.clip, rl.value_clip, rl.vf_coef, rl.temperature)
+    step = make_ppo_step(model, optimizer, clip, state_shardings(mesh, optimizer, abstract))
+    state = new_state(mesh, optimizer, abstract, policy)
+    old = put_rows(mesh, packing.spread_all(batch), axis=1)
+    _, metrics = step(state, (lines, old), packing.count)
+    error, norm = float(metrics["ratio_max_error"]), float(metrics["grad_norm"])
+    figure = f"|ρ − 1| at most {error:.1e}"
+    yield Finding("ratio 1 on the first pass", error <= np.expm1(MAX_GAP[dtype]), figure)
+    figure = f"loss {float(metrics['loss']):.3f}, gradient norm {norm:.3f}"
+    yield Finding("an update is finite", bool(np.isfinite(norm) and norm > 0), figure)
+
+
+def gap(name: str, difference: np.ndarray, dtype: str) -> Finding:
+    """Log-probabilities of the same tokens, computed twice."""
+    mean, largest = np.abs(difference).mean(), np.abs(difference).max()
+    passed = bool(mean <= MEAN_GAP[dtype] and largest <= MAX_GAP[dtype])
+    return Finding(name, passed, f"mean {mean:.1e}, largest {largest:.1e} nats over {difference.size} tokens")

@@ -1,0 +1,184 @@
+"""Training files from data as it is published: official GSM8K becomes programs and text, other files are checked.
+
+Nothing is guessed: a program is kept if it keeps the rules of gsm8k_programs/program_rules.py and returns the right
+answer when the executor runs it; every other row is in rejected.jsonl, with its reason.
+"""
+
+import json
+import os
+import random
+import re
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from reft_jax import executor
+from reft_jax.gsm8k_programs import conversion
+from reft_jax.run.open import start_executor
+from reft_jax.run.workdir import check_writable
+from reft_jax.store import writing
+from reft_jax.tasks import answers
+from reft_jax.tasks.datasets import load_examples, read_rows
+from reft_jax.tasks.gsm8k import read_official
+from reft_jax.tasks.prompts import PROGRAM_HEAD, plain_answer, sft_target
+from reft_jax.types import Example, InputError
+
+HUB_GSM8K = "openai/gsm8k"
+FILES = {"python": "python_sdp", "nl": "nl"}  # the authors' names: gsm8k_python_sdp.json
+MEMORY_MB = 1024
+PROGRESS = 2000  # rows between two lines
+CLOSING = re.compile(r"Therefore, the answer is:? <?(-?[\d.,]+|[a-e])>?\.?\s*$")
+Rejected = tuple[str, str, str]  # item id, engine, reason
+
+
+def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: int, allow_unsandboxed: bool) -> None:
+    """Reads `source`, verifies what it makes of it, writes the files and prints a summary.
+
+    source: a file, `hub:owner/name:split`, or openai/gsm8k for its training split. show: so many programs, drawn with
+    `seed`, are printed. Raises InputError before anything is written.
+    """
+    began = time.monotonic()
+    check_writable("--out-dir", out_dir)
+    may_write = [f"{dataset}_{name}.json" for name in (*FILES.values(), "questions")] + ["rejected.jsonl"]
+    if Path(source).parent.resolve() == out_dir.resolve() and Path(source).name in may_write:
+        raise InputError(f"--out-dir: {out_dir} holds {source}, which would be overwritten; choose another")
+    source = f"hub:{HUB_GSM8K}/main:train" if source == HUB_GSM8K else source
+    published = read_rows(source)
+    official = dataset == "gsm8k" and not _is_ours(published)
+    rows = read_official(source, published) if official else _examples(dataset, source)
+    workers = max(2, os.cpu_count() or 1)
+    start_executor(workers, MEMORY_MB, allow_unsandboxed)
+    try:
+        made, rejected = _convert(rows, workers) if official else _check(rows, workers)
+    finally:
+        executor.shutdown()
+    files = {f"{dataset}_{FILES[engine]}.json": kept for engine, kept in made.items() if kept or official}
+    files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
+    _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
+    print(_summary(source, len(rows), made, rejected, time.monotonic() - began))
+    print(f"{out_dir}: " + ", ".join(f"{name} ({len(kept)})" for name, kept in files.items()) + ", rejected.jsonl")
+    programs = made.get("python", [])
+    for example in random.Random(seed).sample(programs, min(show, len(programs))):
+        print(f"\n\n# {example.item_id}: {example.answer_value}\n{example.answer_cot}")
+
+
+def _is_ours(rows: list) -> bool:
+    return any(isinstance(row, dict) and {"item_id", "answer_value"} & row.keys() for row in rows)
+
+
+def _examples(dataset: str, source: str) -> list[Example]:
+    """The rows of a file in our format, stripped, numbers without commas, letters in lower case. InputError."""
+    examples = []
+    for index, example in enumerate(load_examples(source, need_cot=False)):
+        if answers.dataset_of(example.item_id) != dataset:
+            raise InputError(
+                f"{source}: row {index}, field 'item_id': {example.item_id!r} is no row of {dataset}; convert the file "
+                "as the dataset that its ids begin with"
+            )
+        value = example.answer_value.strip()
+        value = value.lower() if dataset == answers.CHOICE_DATASET else plain_answer(value)
+        cot = example.answer_cot and example.answer_cot.strip()
+        examples.append(Example(example.item_id, example.question.strip(), value, cot))
+    return examples
+
+
+def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, list[Example]], list[Rejected]]:
+    """Official rows: programs, run while the next ones are made, and the solutions as text."""
+    made, rejected, running = {"python": [], "nl": []}, [], []
+    with executor.stream(workers=workers, memory_mb=MEMORY_MB) as programs:
+        for number, row in enumerate(rows, 1):
+            converted = conversion.convert_row(row)
+            running.append((row, converted, converted.program and programs.submit(converted.program)))
+            if number % PROGRESS == 0:
+                print(f"{number} of {len(rows)} rows", flush=True)
+    for row, converted, future in running:
+        reason = converted.reason
+        if future:
+            outcome = future.result()
+            value = answers.read_answer("gsm8k", outcome.value)
+            if not answers.is_correct("gsm8k", value, row.answer_value):
+                reason = f"the program returns another answer ({outcome.status})"
+        if reason:
+            rejected.append((row.item_id, "python", reason))
+        else:
+            made["python"].append(Example(row.item_id, row.question, row.answer_value, converted.program))
+        text = conversion.nl_example(row)
+        problem = conversion.nl_problem(text) or _text_problem(text)
+        if problem:
+            rejected.append((row.item_id, "nl", problem))
+        else:
+            made["nl"].append(text)
+    return made, rejected
+
+
+def _check(rows: list[Example], workers: int) -> tuple[dict[str, list[Example]], list[Rejected]]:
+    """Rows that have a worked solution: programs are executed, text must end in the answer."""
+    made, rejected = {"python": [], "nl": []}, []
+    programs = [row for row in rows if row.answer_cot and PROGRAM_HEAD.strip() in row.answer_cot]
+    run = partial(executor.run_programs, workers=workers, memory_mb=MEMORY_MB)
+    verdicts = answers.grade([row.answer_cot for row in programs], programs, "python", run_programs=run)
+    for row, verdict in zip(programs, verdicts, strict=True):
+        if verdict.correct:
+            made["python"].append(row)
+        else:
+            nothing = f"the program returns nothing ({verdict.status})"
+            other = f"the program returns {verdict.value}, not {row.answer_value}"
+            rejected.append((row.item_id, "python", nothing if verdict.value is None else other))
+    for row in rows:
+        if row.answer_cot and PROGRAM_HEAD.strip() not in row.answer_cot:
+            if problem := _text_problem(row):
+                rejected.append((row.item_id, "nl", problem))
+            else:
+                made["nl"].append(row)
+    return made, rejected
+
+
+def _text_problem(row: Example) -> str:
+    """Why a solution in words does not lead to the row's answer; "" if nothing speaks against it."""
+    [verdict] = answers.grade([sft_target(row, "nl")], [row], "nl", run_programs=executor.run_programs)
+    if not verdict.correct:
+        return "the answer phrase does not give the answer"
+    closing = CLOSING.search(row.answer_cot)
+    dataset = answers.dataset_of(row.item_id)
+    if closing and not answers.is_correct(dataset, answers.read_target(dataset, closing[1]), row.answer_value):
+        return f"the text ends in {closing[1]}, the answer is {row.answer_value}"
+    return ""
+
+
+def _as_json(examples: list[Example]) -> str:
+    rows = [{key: value for key, value in example._asdict().items() if value is not None} for example in examples]
+    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+
+
+def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: list) -> None:
+    """All files or none: each is written beside its place and moved there when the last one is complete. SaveError."""
+    questions = {row.item_id: row.question for row in rows}
+    lines = [
+        {"item_id": item_id, "engine": engine, "reason": reason, "question": questions[item_id]}
+        for item_id, engine, reason in rejected
+    ]
+    files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    parts = {name: folder / f".{name}.part" for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            with writing(folder / name):
+                part.write_text(files[name], encoding="utf-8")
+        for name, part in parts.items():
+            part.replace(folder / name)
+    except BaseException:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        raise
+
+
+def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Rejected], seconds: float) -> str:
+    text = [f"{source}: {rows} rows"]
+    text += [f"{len(kept)} verified {engine} ({len(kept) / rows:.2%})" for engine, kept in made.items() if kept]
+    lines = [", ".join([*text, f"{seconds:.0f} s"])]
+    # rules and answers name single values: counted without them
+    reasons = Counter((engine, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, engine, reason in rejected)
+    return "\n".join(
+        lines + [f"{count:6d} {engine} rejected: {reason}" for (engine, reason), count in reasons.most_common()]
+    )

@@ -1,0 +1,166 @@
+"""The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
+
+from itertools import chain
+
+import numpy as np
+
+from reft_jax.config import flatten
+from reft_jax.evaluation.curves import plot_curves
+from reft_jax.evaluation.intervals import slope_interval
+from reft_jax.evaluation.provenance import stored
+from reft_jax.evaluation.records import first_samples
+from reft_jax.evaluation.report import print_report, write_report
+from reft_jax.evaluation.results import Answers, by_item, table
+from reft_jax.parallel import hosts
+from reft_jax.run.about import made
+from reft_jax.run.open import Run
+from reft_jax.run.watch import Collapse
+from reft_jax.stages.models import (
+    POLICIES,
+    STAGES,
+    TITLES,
+    changed_data,
+    checksum,
+    done,
+    model_folder,
+    other_sources,
+    policy,
+    reranker,
+)
+from reft_jax.stages.rerank import rerank_scores
+from reft_jax.stages.sample import greedy_answers, made_by, samples_path
+from reft_jax.tasks.answerable import wrong_anyway
+from reft_jax.train.metrics import read_metrics
+
+
+def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
+    """What one model answered to the test questions, and what a reader must know about it; greedy answers and
+    reranker's scores are made if they are missing.
+
+    Samples are used as far as `sample` has made them, with this model, these settings and these questions: the first n
+    of each question that all of them have. They are left out where a question has none.
+    """
+    path, title, test, wanted = samples_path(run, name, "test"), TITLES[name], run.data.test, run.config.sample.n
+    weights = policy(run, name)
+    greedy = by_item(greedy_answers(run, path, test, weights, f"{name} top-1 on test"))
+    found = stored(path, made_by(run, weights, test, wanted), test)
+    records, again = found.records, f"`sample --model={name}` makes the rest"
+    if len(records) < len(test):
+        why = found.refused or (f"{len(found.changed)} have another question or answer" if found.changed else "")
+        why = f" ({path.name}: {why})" if why else ""
+        note = f"{title}: {len(records)} of {len(test)} test questions are sampled{why}; {again}."
+        return Answers(title, greedy, {}, {}), [note] if path.exists() or expected(run, name) else []
+    n = min(wanted, *(len(record["predictions"]) for record in records.values()))
+    notes = [f"{title}: {n} of {wanted} samples are drawn of every question; {again}."] if n < wanted else []
+    samples = [first_samples(records[example.item_id], n) for example in test]
+    scores, judge = {}, f"rerank_{name}"
+    if model_folder(run, judge).exists():
+        scores = rerank_scores(run, path, samples, reranker(run, judge), f"{judge} on test")
+    return Answers(title, greedy, by_item(samples), scores), notes
+
+
+def expected(run: Run, name: str) -> bool:
+    """Whether the samples of a model are missing beside those of others; the warm-up model's are optional."""
+    return name != "warmup" and any(samples_path(run, other, "test").exists() for other in POLICIES)
+
+
+def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
+    """The lines of a stage, with one for iteration 0, the model that it began with, if its `result` has that."""
+    start = result.get("start_dev_top1")
+    first = [] if start is None else [{"step": 0, "dev_top1": start}]
+    return first + read_metrics(run.workdir / stage)
+
+
+def run_evaluate(run: Run) -> dict:
+    """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
+    stages = {
+        stage: result for stage in STAGES if (result := done(run, stage))
+    }  # damage ends it before the first answer
+    lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
+    names = [name for name in POLICIES if model_folder(run, name).exists()]
+    models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
+    found = table(models, run.config.seed)
+    report = {
+        "title": run.config.name,
+        "about": about(run),
+        "chosen_on": run.data.chosen_on,
+        "notes": [*chain(*remarks), *others(run, stages), *notes(run, stages, found["rows"])],
+        "settings": flatten(run.config),
+        "checksums": {name: made for one in names for name in (one, f"rerank_{one}") if (made := checksum(run, name))},
+        "seconds": {stage: result["seconds"] for stage, result in stages.items()},
+        "stages": stages,
+    } | found
+    if hosts.is_first():
+        write_report(run.workdir, report)
+        if any(lines):
+            plot_curves(run.workdir, *lines, run.workdir / "curves.png")
+        print_report(report)
+    return report
+
+
+def about(run: Run) -> dict[str, str]:
+    """The report's first lines."""
+    config, data = run.config, run.data
+    model = f"toy, made from seed {config.seed}" if config.model.path == "toy" else config.model.path
+    dev = config.data.dev or data.chosen_on
+    files = (("train", config.data.train, data.train), ("dev", dev, data.dev), ("test", config.data.test, data.test))
+    told = ", ".join(f"{split} {source} ({len(examples)} rows)" for split, source, examples in files)
+    return made() | {"model": model, "data": told, "curves": "curves.png"}
+
+
+def others(run: Run, stages: dict) -> list[str]:
+    """Stages that were trained on other data or from other models than there are now."""
+    lines = []
+    for stage, result in stages.items():
+        if changed := changed_data(run, result):
+            lines.append(f"{stage}: was trained with other {' and '.join(changed)} questions than there are now.")
+        if told := other_sources(run, result):
+            lines.append(f"{stage}: was trained from another model than there is now ({told}).")
+    return lines
+
+
+def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
+    """What a reader of the table must know."""
+    lines = []
+    data, max_len = run.config.data, run.config.sample.max_len
+    if wrong := wrong_anyway(run.tokenizer, run.data.test, data.format, max_len, "test"):
+        lines.append(f"{wrong}.")
+    if run.config.model.path == "toy":
+        lines.append(
+            "A toy: generated word problems and a tiny Llama trained from scratch, to show that the machinery works. "
+            f"{run.config.toy.skipped_share:.0%} of the annotations skip steps and write a value down"
+            f"{', and are left out' if run.config.toy.drop_skipped else ''}."
+        )
+    if sft := stages.get("sft"):
+        lines.append(f"SFT: best epoch {sft['best']} of {sft['epochs']}, warm-up epoch {run.config.sft.warmup_epoch}.")
+    if offline := stages.get("self_train_offline"):
+        best = f"best epoch {offline['best']} of {offline['epochs']}"
+        lines.append(f"{TITLES['self_train_offline']}: {best}, {offline['rows']} rows.")
+    for stage in ("self_train_online", "reft"):
+        if result := stages.get(stage):
+            trained, collapse = metrics_lines(run, stage, result), Collapse(run.config.rl.questions)
+            line = f"{TITLES[stage]}: best iteration {result['best']} of {result['iterations']}"
+            if not result["best"]:
+                line += ", the warm-up model itself: no iteration was better on dev"
+            rewards = [line["reward"] for line in trained if "reward" in line]
+            if len(rewards) >= 3:
+                slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
+                line += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
+            lines.append(line + ".")
+            ruins = [
+                f"from iteration {line['step']:.0f} on it is ruined: {told}"
+                for line in trained
+                if (told := collapse.add(line))
+            ]
+            lines += [f"{TITLES[stage]}: {told}." for told in ruins]
+    for name in POLICIES:
+        row = next((row for row in rows if row["model"] == TITLES[name]), {})
+        judged, result = row.get("classification_accuracy"), stages.get(f"rerank_{name}")
+        if judged and result:
+            lines.append(
+                f"{TITLES[name]} reranker: trained on {result['rows']} distinct samples of the warm-up model, "
+                f"{result['positive']:.0%} correct; judges {judged['correct'] / judged['total']:.1%} of the "
+                f"{judged['total']} distinct test samples correctly (always saying the more frequent of right and "
+                f"wrong: {judged['base_rate']:.1%})."
+            )
+    return lines

@@ -1,0 +1,140 @@
+"""A stage's model as a Hugging Face folder that transformers loads, with a card that says what it is."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from reft_jax import __version__
+from reft_jax.evaluation.report import markdown_table
+from reft_jax.model.hf import stored_in
+from reft_jax.model.hf_write import save_hf
+from reft_jax.model.safetensors import DTYPES
+from reft_jax.parallel import hosts
+from reft_jax.run.open import Run
+from reft_jax.stages.models import TITLES, abstract_reranker, checksum, done, load_model
+from reft_jax.store import writing
+from reft_jax.tasks.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
+from reft_jax.types import InputError
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
+
+
+def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
+    """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
+
+    `dtype`: of the weights, if not the base's. Raises SaveError.
+    """
+    licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
+    card = model_card(run, name, [path.name for path in licences])
+    params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
+    head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
+    base = DTYPES[stored_in(run.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
+    with writing(out):
+        save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
+        try:
+            if hosts.is_first():
+                for path in licences:
+                    shutil.copy(path, out / path.name)
+                (out / "README.md").write_text(card, encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(out)  # so that the same command may be given again
+            raise
+    print(f"{name} -> {out}")
+
+
+def model_card(run: Run, name: str, licences: list[str]) -> str:
+    """Base, licence notice, prompt format, stages and, if `evaluate` has seen these models, its table, as Markdown."""
+    base, policy = run.base.name, name.removeprefix("rerank_")
+    title = f"{TITLES[policy]} reranker" if name != policy else TITLES[policy]
+    notice = (
+        f"Copied from there: {', '.join(licences)}." if licences else "Its folder held no licence file; look it up."
+    )
+    report = run.workdir / "report.json"
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"pipeline_tag: {'text-classification' if name != policy else 'text-generation'}",
+            "---",
+            "",
+            f"# {run.config.name}: {title}",
+            "",
+            f"Made from {base} by reft_jax {__version__}, an implementation of ReFT (arXiv 2401.08967).",
+            "",
+            "## Licence",
+            "",
+            f"This model is derived from {base}: the licence and the use policy of {base} apply to it. {notice}",
+            "",
+            "## Prompt",
+            "",
+            *prompt_format(run.config.data.format, is_reranker=name != policy),
+            "",
+            "## Stages",
+            "",
+            *(f"{i}. {line}" for i, line in enumerate(stages(run, name, base), 1)),
+            "",
+            "## Measured",
+            "",
+            *(measured(run, report) if report.exists() else ["Not evaluated yet."]),
+            "",
+        ]
+    )
+
+
+def prompt_format(engine: str, *, is_reranker: bool) -> list[str]:
+    """What the model reads, and what becomes of its answer."""
+    if is_reranker:
+        text, then = (
+            rerank_text("{question}", "{completion}"),
+            "Class 1 is the probability that the completion is right.",
+        )
+    else:
+        text = rollout_prompt("{question}", engine)
+        program = "The program, from `def solution():` on, is executed; the answer is what `solution()` returns."
+        then = program if engine == "python" else f"The answer follows the last `{ANSWER_PHRASE}`."
+    return ["```", *text.split("\n"), "```", "", f"Tokenized as one string, without special tokens. {then}"]
+
+
+def stages(run: Run, name: str, base: str) -> list[str]:
+    """How the model came about, one line a stage."""
+    config, policy = run.config, name.removeprefix("rerank_")
+    sft = done(run, "sft") or {}
+    first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.format})"
+    lines = [f"{first}, epoch {config.sft.warmup_epoch} of a schedule of {config.sft.epochs}."]
+    if policy == "sft":
+        lines = [f"{first}, best epoch ({sft.get('best', '?')} of {sft.get('epochs', '?')})."]
+    elif policy == "self_train_offline":
+        result = done(run, policy) or {}
+        lines.append(f"Its correct samples and the worked solutions: {result.get('rows', '?')} rows.")
+        lines.append(f"SFT of {base} on these, best epoch ({result.get('best', '?')} of {result.get('epochs', '?')}).")
+    elif policy != "warmup":
+        result = done(run, policy) or {}
+        best = f"best iteration ({result.get('best', '?')} of {result.get('iterations', '?')})"
+        how = "PPO on executed answers" if policy == "reft" else "online self-training"
+        lines.append(f"{TITLES[policy]}: {how}, {result.get('questions', '?')} questions, {best}.")
+    if name != policy:
+        rows = (done(run, name) or {}).get("rows", "?")
+        lines.append(f"A classifier on {rows} distinct samples of the warm-up model, from that model.")
+    return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
+
+
+def measured(run: Run, path: Path) -> list[str]:
+    """The table of a report.json, if its models are those that are there now. InputError if it cannot be read."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(report.get("checksums", {}))
+        table = markdown_table(report).rstrip()
+        subject = f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets."
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a report ({error!r}); run evaluate again, or remove it") from error
+    with tempfile.TemporaryDirectory() as folder:  # a reader leaves nothing in the work directory
+        changed = [name for name in before if checksum(run, name, Path(folder) / "checksums.json") != before[name]]
+    if changed or not before:
+        why = f"of another {' and '.join(changed)} than there is now" if changed else "of an older version"
+        print(f"{path}: is {why}, so its table is not in the card; run evaluate first", flush=True)
+        return ["Not evaluated yet."]
+    return [subject, "", table]

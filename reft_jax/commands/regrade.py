@@ -1,0 +1,84 @@
+"""Tables from sample files alone: every stored answer is graded again, without a model and without an accelerator."""
+
+import os
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from reft_jax import executor
+from reft_jax.evaluation.provenance import ASIDE
+from reft_jax.evaluation.records import GREEDY, RERANK, regrade
+from reft_jax.evaluation.report import print_report, write_sweep
+from reft_jax.evaluation.results import Answers, by_item, read_answers, table
+from reft_jax.run.open import start_executor
+from reft_jax.run.workdir import check_writable
+from reft_jax.store import writing
+from reft_jax.types import InputError
+
+MEMORY_MB, TIMEOUT_S = 1024, 10.0  # a program, as in the method
+
+
+def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed: int, allow_unsandboxed: bool) -> None:
+    """Reads sample files, or folders of them, grades them again and prints a table for those on the same questions.
+
+    execute: run every program again instead of trusting its stored value. out_dir: also writes sweep.md and sweep.json
+    there. Raises InputError before anything is executed.
+    """
+    began = time.monotonic()
+    if out_dir:
+        check_writable("--out-dir", out_dir)
+    files = {path: read_answers(label, path) for path, label in labels(sample_files(sources)).items()}
+    if execute:
+        start_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed)
+    try:
+        found = [_graded(path, answers, execute) for path, answers in files.items()]
+    finally:
+        executor.shutdown()
+    by_questions: dict[tuple[str, ...], list[Answers]] = {}
+    for answers in found:
+        by_questions.setdefault(tuple(sorted(answers.samples)), []).append(answers)
+    reports = []
+    for models in by_questions.values():
+        title = ", ".join(answers.model for answers in models)
+        report = {"title": title, "chosen_on": "", "notes": [], "settings": {}, "seconds": {}}
+        reports.append(report | table(models, seed))
+        print_report(reports[-1])
+    if out_dir:
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+        write_sweep(out_dir, reports)
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+def sample_files(sources: list[str]) -> list[Path]:
+    """The files named, and in a folder all sample files, those of a sweep's data folders too, in order.
+
+    Raises InputError where there is none.
+    """
+    files = []
+    for source in sources:
+        path = Path(source)
+        inside = sorted([*path.glob("*.jsonl"), *path.glob("*/*.jsonl")]) if path.is_dir() else [path]
+        files += [file for file in inside if not file.name.endswith((GREEDY, RERANK)) and file.parent.name != ASIDE]
+    if not files:
+        raise InputError(f"--samples: no sample files (*.jsonl) in {', '.join(sources)}; sample first")
+    return list(dict.fromkeys(files))
+
+
+def labels(files: list[Path]) -> dict[Path, str]:
+    """What each file's row is called: its name, with its folder's where two files share one."""
+    names = Counter(path.stem for path in files)
+    return {path: path.stem if names[path.stem] == 1 else str(path.with_suffix("")) for path in files}
+
+
+def _graded(path: Path, answers: Answers, execute: bool) -> Answers:
+    run_programs = partial(executor.run_programs, timeout_s=TIMEOUT_S, workers=os.cpu_count() or 1, memory_mb=MEMORY_MB)
+    (samples, changed), (first, more) = (
+        regrade(list(one.values()), run_programs if execute else None) if one else ([], 0)
+        for one in (answers.samples, answers.greedy)
+    )
+    total = sum(len(record["predictions"]) for record in [*samples, *first])
+    how = "executed" if execute else "graded from its stored value"
+    print(f"{path}: each of {total} answers {how}; {changed + more} differ from what the file says")
+    return answers._replace(samples=by_item(samples), greedy=by_item(first))

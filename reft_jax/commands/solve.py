@@ -1,0 +1,72 @@
+"""One question to one model: the program it writes and the answer that running it gives."""
+
+import json
+import sys
+from pathlib import Path
+
+from reft_jax import executor
+from reft_jax.commands.sweep import Source, find
+from reft_jax.run.open import checked_tokenizer, completed_text, start_executor
+from reft_jax.tasks import answers
+from reft_jax.tasks.tokenizer import all_end_ids, encode_rollout
+from reft_jax.types import Example, InputError, Prompt
+
+
+def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, allow_unsandboxed: bool) -> None:
+    """Decodes greedily in float32, prints the completion and its executed answer.
+
+    `folder` is in Hugging Face format or RUN/models/NAME of a work directory, whose engine is then the default.
+    """
+    if folder.parent.name == "models" and folder.name.startswith("rerank_"):
+        raise InputError(f"{folder}: is a reranker and answers nothing; give the model that it ranks for")
+    source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
+    engine = engine or trained_engine(source)
+    tokenizer = checked_tokenizer(source.base)
+    prompt = encode_rollout(tokenizer, question, engine)
+    if len(prompt) >= max_len:
+        raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
+    start_executor(1, 1024, allow_unsandboxed)
+    print(f"{folder}: reading, then compiling", file=sys.stderr, flush=True)
+    try:
+        import numpy as np
+
+        from reft_jax.engine.generate import Engine
+        from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
+
+        mesh = make_mesh(-1, 1, 1)
+        with on_mesh(mesh):
+            model, lm = load_policy(source, mesh)
+            ends = all_end_ids(tokenizer, source.base)
+            rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
+            asked = [Prompt("question", 0, np.array(prompt, np.int32))]
+            [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
+        text = completed_text(tokenizer, prompt, completion)
+        # The right answer is not known here; 0 only stands where grading wants one.
+        [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
+        print(text)
+        print(f"\nanswer: {verdict.value if verdict.value is not None else f'none ({verdict.status})'}")
+    finally:
+        executor.shutdown()
+
+
+def trained_engine(source: Source) -> str:
+    """The engine that a work directory trains for; a folder from elsewhere does not say."""
+    if not source.is_stage:
+        return "python"
+    return json.loads((source.folder.parent.parent / "config.json").read_text())["data.format"]
+
+
+def load_policy(source: Source, mesh):
+    """(model, parameters of the language model), float32."""
+    from reft_jax.model.heads import ValueHead
+    from reft_jax.model.hf import load_hf, read_config
+    from reft_jax.model.llama import Llama
+    from reft_jax.parallel.mesh import abstract_arrays
+    from reft_jax.train.checkpoints import load_params
+    from reft_jax.train.state import abstract_params
+
+    if not source.is_stage:
+        return load_hf(source.folder)
+    model = Llama(read_config(source.base))
+    abstract = abstract_params(model, ValueHead(), "value_head")
+    return model, load_params(source.folder, abstract_arrays(mesh, abstract))["lm"]

@@ -1,0 +1,311 @@
+"""Sample files: one question record a line (see evaluation/voting.py), read strictly and graded again.
+
+Beside `NAME.jsonl` with n samples a question may lie `NAME.greedy.jsonl`, the same with one greedy answer, and
+`NAME.rerank.jsonl`, the reranker's probabilities of the distinct completions in order. docs/sample_files.md is the
+schema; evaluation/provenance.py says what made a file and what of it may be used again.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reft_jax.evaluation.voting import deduplicate, vote, voted_correct
+from reft_jax.tasks import answers
+from reft_jax.tasks.prompts import PROGRAM_HEAD
+from reft_jax.types import Example, InputError, Verdict
+
+SCHEMA = 1
+GREEDY, RERANK = ".greedy.jsonl", ".rerank.jsonl"
+SAMPLES_KIND, GREEDY_KIND, RERANK_KIND = "samples", "greedy", "rerank"
+LARGEST = int(sys.float_info.max)
+AGAIN = "correct the file or sample again"
+
+
+class SampleFile(NamedTuple):
+    """`headers` say what made the file (none in older files and in the authors'); `records` are in their order.
+
+    torn: whether the last line is not whole, as after a crash or while it is written. repeats: whether a question came
+    twice, the second time with more samples.
+    """
+
+    headers: list[dict]
+    records: list[dict]
+    torn: bool
+    repeats: bool
+
+
+def prediction(text: str, verdict: Verdict) -> dict:
+    """What became of one completion."""
+    return {"completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
+
+
+def answered(example: Example, predictions: list[dict]) -> dict:
+    """The record of a question with these predictions."""
+    return {
+        "item_id": example.item_id,
+        "question": example.question,
+        "answer_value": example.answer_value,
+        "predictions": predictions,
+    } | votes(predictions)
+
+
+def votes(predictions: list[dict]) -> dict:
+    return {
+        "most_voted_answer": vote([prediction["solving_res"] for prediction in predictions]),
+        "is_correct": voted_correct(predictions),
+    }
+
+
+def first_samples(record: dict, n: int) -> dict:
+    """The record as if n samples had been drawn: a sample depends on its number, not on how many there are."""
+    if len(record["predictions"]) == n:
+        return record
+    return record | {"predictions": record["predictions"][:n]} | votes(record["predictions"][:n])
+
+
+def text_hash(text: str) -> str:
+    """The first 16 hex digits of a completion's sha256."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+
+
+def scored(record: dict, probabilities: Sequence[float]) -> dict:
+    """A reranker's record: its probabilities of the distinct completions of a question record, in order."""
+    completions = [text_hash(one["completion"]) for one in deduplicate(record["predictions"])]
+    about = {key: record[key] for key in ("item_id", "question", "answer_value")}
+    return about | {"completions": completions, "probabilities": list(probabilities)}
+
+
+# --- reading
+
+
+def read_lines(path: Path) -> list:
+    """The JSON values of a file that grows by the line; none if there is no file. A last line counts if it is whole.
+
+    Raises InputError if any other line is not JSON.
+    """
+    return _lines(path, path.read_bytes())[0] if path.exists() else []
+
+
+def read_file(path: Path, kind: str) -> SampleFile:
+    """A sample file of this kind (SAMPLES_KIND, …), ours or the authors' JSON list, every field checked.
+
+    Raises InputError, naming file, record (from 0) and field, for anything that the schema does not allow.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    if text.lstrip().startswith("["):
+        values, torn = _parsed(text, f"{path}: is not JSON", "restore it from a copy"), False
+    else:
+        values, torn = _lines(path, data)
+    headers = [value for value in values if _is_header(value)]
+    for header in headers:
+        _check_header(header, path)
+    records: dict[str, dict] = {}
+    rows = [value for value in values if not _is_header(value)]
+    for index, record in enumerate(rows):
+        where = f"{path}: record {index}"
+        _check_record(record, where, kind)
+        before = records.get(record["item_id"])
+        if before and not (headers and _extends(record, before)):
+            first = next(i for i, one in enumerate(rows) if one["item_id"] == record["item_id"])
+            raise InputError(
+                f"{where}, field 'item_id': {record['item_id']!r} already stands in record {first}; remove one of them"
+            )
+        records[record["item_id"]] = record
+    return SampleFile(headers, list(records.values()), torn, len(rows) > len(records))
+
+
+def read_records(path: Path, kind: str = SAMPLES_KIND) -> list[dict]:
+    """The records of a finished file from anywhere; votes are counted when they are graded.
+
+    Raises InputError as `read_file` does, and if there are none, a line is cut off, or questions have different numbers
+    of predictions.
+    """
+    file = read_file(path, kind)
+    if file.torn:
+        raise InputError(f"{path}: the last line is cut off; finish sampling, or remove that line")
+    if not file.records:
+        raise InputError(f"{path}: holds no records; sample first")
+    if kind != RERANK_KIND:
+        n = 1 if kind == GREEDY_KIND else len(file.records[0]["predictions"])
+        for index, record in enumerate(file.records):
+            if (found := len(record["predictions"])) != n:
+                expected = "one greedy answer is expected" if kind == GREEDY_KIND else f"record 0 has {n}"
+                raise InputError(
+                    f"{path}: the questions have different numbers of predictions (record {index}, "
+                    f"{record['item_id']!r}, has {found}; {expected}); finish sampling first"
+                )
+    return file.records
+
+
+def _lines(path: Path, data: bytes) -> tuple[list, bool]:
+    """(values of the lines that are not blank, whether the last one was torn and left out)."""
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    last, values = len(lines), []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values.append(_parsed(line, f"{path}: line {number} is not JSON", "remove it, and it is made again"))
+        except InputError:
+            if number < last:
+                raise
+            return values, True
+    return values, False
+
+
+def _parsed(text: str | bytes, problem: str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise InputError(f"{problem} (brackets are nested too deep); {remedy}") from None
+    except ValueError as error:
+        raise InputError(f"{problem} ({error}); {remedy}") from error
+
+
+def _is_header(value: Any) -> bool:
+    return isinstance(value, dict) and "schema" in value and "item_id" not in value
+
+
+def _check_header(header: dict, path: Path) -> None:
+    if header["schema"] != SCHEMA:
+        raise InputError(
+            f"{path}: schema {header['schema']!r}, but this version reads {SCHEMA}; use the version it is of"
+        )
+    for field, kind in (("kind", str), ("made_by", dict), ("recorded", dict)):
+        if not isinstance(header.get(field), kind):
+            raise InputError(f"{path}: the header's field {field!r} is {_kind(header.get(field))}; {AGAIN}")
+
+
+def _extends(record: dict, before: dict) -> bool:
+    """Whether a later line is the same question with more samples, as a start with a larger n leaves it."""
+    same = all(record[key] == before[key] for key in ("question", "answer_value"))
+    there = before.get("predictions", ())
+    return (
+        bool(there)
+        and same
+        and len(record["predictions"])
+        > len(there)
+        == sum(new == old for new, old in zip(record["predictions"], there, strict=False))
+    )
+
+
+def _check_record(record: Any, where: str, kind: str) -> None:
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is {_kind(record)}, not an object; this is not a file of samples")
+    scores = kind == RERANK_KIND
+    needed = ("item_id",) if scores else ("item_id", "question", "answer_value")
+    for field in needed:
+        if type(record.get(field)) is not str:
+            raise InputError(f"{where}, field {field!r}: is {_kind(record.get(field))}, not a string; {AGAIN}")
+    field = "probabilities" if scores else "predictions"
+    if not isinstance(record.get(field), list) or not record[field]:
+        problem = "is empty" if record.get(field) == [] else f"is {_kind(record.get(field))}, not a list"
+        raise InputError(f"{where}, field {field!r}: {problem}; {'score again' if scores else AGAIN}")
+    if scores:
+        _check_scores(record, where)
+        return
+    try:
+        dataset = answers.dataset_of(record["item_id"])
+    except InputError as error:
+        raise InputError(f"{where}, field 'item_id': {error}") from error
+    if answers.read_target(dataset, record["answer_value"]) is None:
+        raise InputError(
+            f"{where}, field 'answer_value': {record['answer_value']!r} is no answer of {dataset}; correct the file"
+        )
+    for number, one in enumerate(record["predictions"]):
+        if problem := _problem(one):
+            raise InputError(f"{where}, field 'predictions': number {number} {problem}; {AGAIN}")
+
+
+def _problem(one: Any) -> str:
+    """What is wrong with a prediction; '' if nothing is."""
+    if type(one) is not dict:
+        return f"is {_kind(one)}, not an object: each needs completion and solving_res"
+    if type(one.get("completion")) is not str or "solving_res" not in one:
+        absent = "completion" if type(one.get("completion")) is not str else "solving_res"
+        return f"has no {absent} of the right kind: each needs completion and solving_res"
+    value = one["solving_res"]
+    if not (value is None or type(value) in (float, str)):
+        if type(value) is not int:
+            return f"has a solving_res that is {_kind(value)}, not a number, a string or null"
+        if not -LARGEST <= value <= LARGEST:
+            return "has an integer as solving_res that is too large for an answer"
+    if type(one.get("correctness", False)) is not bool:
+        return f"has a correctness that is {_kind(one['correctness'])}, not true or false"
+    return ""
+
+
+def _check_scores(record: dict, where: str) -> None:
+    for number, probability in enumerate(record["probabilities"]):
+        if type(probability) not in (int, float) or not 0 <= probability <= 1:  # NaN is not
+            said = probability if type(probability) in (int, float) else _kind(probability)
+            raise InputError(
+                f"{where}, field 'probabilities': number {number} is {said}, not a number from 0 to 1; score again"
+            )
+    hashes = record.get("completions")
+    if hashes is not None and (
+        type(hashes) is not list
+        or len(hashes) != len(record["probabilities"])
+        or any(type(one) is not str for one in hashes)
+    ):
+        raise InputError(f"{where}, field 'completions': is not one string for each probability; score again")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "missing or null"}
+    return names.get(type(value), "a number")
+
+
+# --- grading again
+
+
+def regrade(records: list[dict], run_programs: answers.RunPrograms | None = None) -> tuple[list[dict], int]:
+    """The records graded again, and how many predictions got another value or another verdict than they had.
+
+    Without `run_programs` the stored values are read again as answers, and nothing is executed; with it every program
+    runs again and every text is read again (a completion with `def solution():` in it is a program).
+    """
+    again, changed = [], 0
+    verdicts = _executed(records, run_programs) if run_programs else map(_stored, _flat(records))
+    for record in records:
+        predictions = []
+        for old in record["predictions"]:
+            verdict = next(verdicts)
+            new = old | {"solving_res": verdict.value, "correctness": verdict.correct}
+            changed += any(new[key] != old.get(key) for key in ("solving_res", "correctness"))
+            predictions.append(new)
+        again.append(record | {"predictions": predictions} | votes(predictions))
+    return again, changed
+
+
+def _flat(records: list[dict]) -> Iterator[tuple[Example, dict]]:
+    for record in records:
+        example = Example(record["item_id"], "", record["answer_value"])
+        yield from ((example, prediction) for prediction in record["predictions"])
+
+
+def _stored(pair: tuple[Example, dict]) -> Verdict:
+    example, prediction = pair
+    value = answers.read_answer(answers.dataset_of(example.item_id), prediction["solving_res"])
+    return answers.judge(value, "stored", example)
+
+
+def _executed(records: list[dict], run_programs: answers.RunPrograms) -> Iterator[Verdict]:
+    """All programs in one call: equal ones run once."""
+    flat = [(example, prediction["completion"]) for example, prediction in _flat(records)]
+    is_program = [PROGRAM_HEAD.strip() in text for _, text in flat]
+    graded = {}
+    for engine in ("python", "nl"):
+        chosen = [i for i, program in enumerate(is_program) if program == (engine == "python")]
+        examples, texts = [flat[i][0] for i in chosen], [flat[i][1] for i in chosen]
+        graded |= zip(chosen, answers.grade(texts, examples, engine, run_programs=run_programs), strict=True)
+    return (graded[i] for i in range(len(flat)))

@@ -1,0 +1,217 @@
+"""The results of a run or a sweep as tables: in the terminal, in Markdown and, for programs, in JSON.
+
+A report is about one data file: a dict of plain JSON values. Counts are counts, shares and differences are fractions;
+percentages exist only in print. A run has one report, a sweep one for each data file.
+
+    title            str
+    about            {name: what made the report: "made" (date), "with" (versions), "model", "data", "curves" (file)}
+    n                samples per question, for the voting and rerank columns: the most that a model has; a row may have
+                      an "n" of its own, 0 without samples
+    test_questions   int
+    chosen_on        which data chose the checkpoints: "third split", "test file, as the paper did"; "" if not known
+    rows             [{"model": "ReFT", "top1": {"correct": 309, "total": 500}, "voting": the same or None, "rerank",
+                     "upper_bound", "curve": [{"k": 1, "voting": 0.31, "rerank": 0.33, "upper_bound": 0.31}, …],
+                     "no_answer": {"greedy": {"none": 8, "total": 500}, "samples": the same},
+                     "rerank_minus_voting": {"difference", "low", "high", "p"}}]
+    comparisons      [{"a": "ReFT", "b": "SFT", "column": "top1", "difference", "low", "high", "p"}]
+    notes            [str]
+    settings         {name: value}
+    checksums        {name under models/: checksum of the model that it was then}; not of a sweep
+    seconds          {stage: seconds}
+"""
+
+import json
+import textwrap
+from datetime import timedelta
+from pathlib import Path
+
+from reft_jax.evaluation.intervals import wilson
+from reft_jax.store import write_whole
+
+NOTHING = "–"
+HOW_COMPARED = "Intervals: paired bootstrap over questions. p: McNemar's exact test. Each is of that pair alone."
+SAMPLED = {"voting": "voting@{}", "rerank": "rerank@{}", "upper_bound": "upper bound"}
+
+
+def markdown_table(report: dict) -> str:
+    """The rows as a Markdown table, cells like `61.8 % (309/500) [57.5, 66.0]`; columns without any entry left out."""
+    columns = _columns(report)
+    lines = [
+        [_name(row, report), *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]
+    ]
+    return _markdown(["Model", *columns.values()], lines)
+
+
+def markdown_curves(report: dict) -> str:
+    """A table for voting, rerank and upper bound each: models by number of samples; nothing without samples."""
+    parts = []
+    for key, heading in SAMPLED.items():
+        curves = {row["model"]: [p for p in row.get("curve", []) if key in p] for row in report["rows"]}
+        ks = sorted({p["k"] for curve in curves.values() for p in curve})
+        lines = []
+        for model, curve in curves.items():
+            shares = {p["k"]: _share(p[key], report["test_questions"]) for p in curve}
+            if shares:
+                lines.append([model, *(shares.get(k, NOTHING) for k in ks)])
+        if lines:
+            parts.append(_markdown([heading.format("k") + ", by samples a question", *map(str, ks)], lines))
+    return "\n".join(parts)
+
+
+def markdown_comparisons(report: dict) -> str:
+    """A row a pair of models, cells like `+11.6 [+9.1, +14.1], p 0.0002`."""
+    columns = _columns(report)
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for found in report["comparisons"]:
+        cells = pairs.setdefault((found["a"], found["b"]), {})
+        cells[found["column"]] = f"{_difference(found)}, p {found['p']:.2g}"
+    used = [key for key in columns if any(key in cells for cells in pairs.values())]
+    lines = [[f"{a} − {b}", *(cells.get(key, NOTHING) for key in used)] for (a, b), cells in pairs.items()]
+    return _markdown(["points", *(columns[key] for key in used)], lines) if lines else ""
+
+
+def write_report(folder: Path, report: dict) -> None:
+    """Writes report.md and report.json into `folder`, each replaced in one go: a reader never sees half a file."""
+    _write(folder / "report", markdown(report), report)
+
+
+def write_sweep(folder: Path, reports: list[dict]) -> None:
+    """Writes sweep.md and sweep.json, the reports one after another, in the same way."""
+    _write(folder / "sweep", "\n".join(map(markdown, reports)), reports)
+
+
+def print_report(report: dict) -> None:
+    """Prints the report without curves, settings and times, each interval under its share.
+
+    At most 110 characters wide while totals have up to 4 digits and models' names up to 21 characters.
+    """
+    columns = _columns(report)
+    lines = [["model", *columns.values()]]
+    for row in report["rows"]:
+        cells = [_cell(row.get(key)) for key in columns]
+        lines.append([_name(row, report), *(share for share, _ in cells)])
+        lines.append(["", *(interval for _, interval in cells)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    remarks = [_subject(report), *_compared(report), *_remarks(report), *report["notes"]]
+    print(f"\n{report['title']}\n")
+    print("\n".join([table[0], "─" * max(map(len, table)), *table[1:]]) + "\n")
+    print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in remarks))
+
+
+def markdown(report: dict) -> str:
+    """The whole report; a part that there is nothing to say about is left out."""
+    notes = _bullets([*_remarks(report), *report["notes"]])
+    parts = [f"# {report['title']}", _about(report), _subject(report), markdown_table(report), notes]
+    if report["comparisons"]:
+        parts += ["## Differences", markdown_comparisons(report), _bullets([*_compared(report), HOW_COMPARED])]
+    if curves := markdown_curves(report):
+        parts += ["## By number of samples", curves]
+    times = {stage: _clock(seconds) for stage, seconds in report["seconds"].items()}
+    for heading, name, entries in (("Time", "stage", times), ("Settings", "setting", report["settings"])):
+        if entries:
+            rows = "".join(f"\n| {key} | {value} |" for key, value in entries.items())
+            parts.append(f"## {heading}\n\n| {name} | |\n| --- | --- |{rows}")
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _write(path: Path, text: str, data) -> None:
+    for suffix, content in ((".md", text), (".json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")):
+        write_whole(path.with_suffix(suffix), content)
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
+
+
+def _columns(report: dict) -> dict[str, str]:
+    """{key in a row: heading} of the columns that have an entry, in the paper's order."""
+    n = report["n"] if len(_sizes(report)) < 2 else "n"
+    headings = {"top1": "top-1"} | {key: heading.format(n) for key, heading in SAMPLED.items()}
+    return {key: heading for key, heading in headings.items() if any(row.get(key) for row in report["rows"])}
+
+
+def _sizes(report: dict) -> set[int]:
+    """The numbers of samples per question that its rows have."""
+    return {row["n"] for row in report["rows"] if row.get("n")}
+
+
+def _name(row: dict, report: dict) -> str:
+    """The model, with its number of samples where not all rows have the same."""
+    return f"{row['model']} (n={row['n']})" if row.get("n") and len(_sizes(report)) > 1 else row["model"]
+
+
+def _cell(count: dict | None) -> tuple[str, str]:
+    """`61.8 % (309/500)` and `[57.5, 66.0]`."""
+    if count is None:
+        return NOTHING, ""
+    correct, total = count["correct"], count["total"]
+    return f"{100 * correct / total:.1f} % ({correct}/{total})", _interval(correct, total)
+
+
+def _share(share: float, questions: int) -> str:
+    """`61.8 [57.5, 66.0]`."""
+    return f"{100 * share:.1f} {_interval(share * questions, questions)}"
+
+
+def _interval(correct: float, total: int) -> str:
+    low, high = wilson(correct, total)
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _difference(found: dict) -> str:
+    difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _subject(report: dict) -> str:
+    each = " or ".join(map(str, sorted(_sizes(report)))) or report["n"]
+    samples = f", {each} samples each" if len(_columns(report)) > 1 else ""
+    chosen = f"; checkpoints chosen on: {report['chosen_on']}" if report["chosen_on"] else ""
+    return f"{report['test_questions']} test questions{samples}{chosen}. Brackets: 95 % intervals."
+
+
+def _about(report: dict) -> str:
+    """A line each: date, versions, model, data, and a link to the curves."""
+    about = report.get("about", {})
+    links = {"curves": "[{0}]({0})"}
+    return _bullets([f"{name}: {links.get(name, '{0}').format(text)}" for name, text in about.items()])
+
+
+def _remarks(report: dict) -> list[str]:
+    """What the rows say beside their shares."""
+    without = []
+    for row in report["rows"]:
+        kinds = {"greedy": "greedy answers", "samples": "samples"}
+        shares = [
+            f"{100 * found['none'] / found['total']:.1f} % of {kinds[kind]}"
+            for kind, found in row.get("no_answer", {}).items()
+        ]
+        without += [f"{row['model']} {' and '.join(shares)}"] if shares else []
+    remarks = [f"Without an answer: {'; '.join(without)}."] if without else []
+    for row in report["rows"]:
+        gap = row.get("rerank_minus_voting")
+        if gap and gap["difference"] < 0:
+            told = f"{_difference(gap)} points, p {gap['p']:.2g}"
+            remarks.append(f"{row['model']}: the reranker chooses worse than voting does: {told}.")
+    return remarks
+
+
+def _compared(report: dict) -> list[str]:
+    """The last model's top-1 against each of the others, in words."""
+    lines = []
+    for found in report["comparisons"]:
+        if found["column"] == "top1" and found["a"] == report["rows"][-1]["model"]:
+            none = found["low"] <= 0 <= found["high"]
+            verdict = "the interval contains 0: no difference is shown" if none else "the interval excludes 0"
+            what = f"{found['a']} minus {found['b']}, top-1"
+            lines.append(f"{what}: {_difference(found)} points, p {found['p']:.2g}; {verdict}.")
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

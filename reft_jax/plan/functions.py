@@ -1,0 +1,256 @@
+"""Every jitted function of a run with the arguments it is compiled for, as abstract arrays; made by the functions that
+the run itself calls.
+
+Of the few sizes that one comes in, the largest that the config allows: all lines full, all slots taken, the cache
+at its limit. Nothing here touches a device, so the mesh may be of devices that are not there.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from reft_jax.engine import slots as rollout
+from reft_jax.engine.generate import Engine
+from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.llama import Llama
+from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
+from reft_jax.parallel.mesh import ROLLOUT_RULES, abstract_arrays, by_row, on_mesh, round_up, row_shards, with_axes
+from reft_jax.plan import flops as cost
+from reft_jax.train.packing import Lines
+from reft_jax.train.scoring import decisions_at_once, make_scorer
+from reft_jax.train.state import abstract_params, abstract_state, constant_schedule, make_optimizer, state_shardings
+from reft_jax.train.steps import ClipSettings, RerankBatch, make_ppo_step, make_rerank_step, make_sft_step
+from reft_jax.types import PPOBatch
+
+EOS = 2  # any: the id that ends a row is part of the compiled program, but changes nothing about it
+
+
+class Jitted(NamedTuple):
+    """name; shape: in words; lower: makes the jax.stages.Lowered, under `on_mesh`.
+
+    trips: how often its loops of a named scope run (plan/hlo.py). once: what one call does so many times over
+    (decode steps). calls: times an iteration of PPO does it. flops: of the mathematics, of all devices, and least:
+    bytes that a device cannot but move, both for doing it once. beside: what else a device holds meanwhile
+    (`residents`).
+    """
+
+    name: str
+    shape: str
+    lower: Callable[[], Any]
+    trips: dict[str, int]
+    once: int
+    calls: float
+    flops: int
+    least: int
+    beside: tuple[str, ...]
+
+
+class RunFunctions:
+    """`all`: those of a run with `config`; `residents`: bytes a device of what lies in memory between them."""
+
+    def __init__(self, config, model: Llama, mesh):
+        self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
+        self.policy = abstract_params(model, ValueHead(), "value_head")
+        self.reranker = abstract_params(model, RerankHead(), "rerank_head")
+        self.optimizer = make_optimizer(constant_schedule(1e-6, 0), weight_decay=0.0, clip_norm=1.0)
+        self.state = abstract_arrays(mesh, abstract_state(self.optimizer, self.policy))
+        self.engine = Engine(
+            model, mesh, slots=config.engine.slots, pad_multiple=config.data.pad_multiple, eos_id=EOS, seed=config.seed
+        )
+        lm = self.state.params["lm"]
+        self.layer = self.abstract(rollout_layer, lm["layers"], 0)
+        self.weights = self.abstract(rollout_rest, lm) | {
+            f"layers_{i}": self.layer for i in range(model.config.num_layers)
+        }
+        self.ppo_slots, self.sample_slots = self.slots(config.rl.questions, config.rl), self.slots(None, config.sample)
+        self.prefix = self.prefill_of(config.rl)
+        state, policy = device_bytes(self.state), device_bytes(lm)
+        self.residents = {
+            "policy and moments": state,
+            "moments": state - policy,
+            "reference": policy,
+            "rollout weights": device_bytes(self.weights),
+            "slots": device_bytes(self.ppo_slots),
+            "prefix": device_bytes(self.prefix),
+        }
+        with on_mesh(mesh):
+            self.all = [
+                self.sft(),
+                self.reshard(),
+                self.prefill(),
+                self.seat(),
+                self.decode("decode, PPO", self.ppo_slots, config.rl, top_k=0),
+                self.decode("decode, sampling", self.sample_slots, config.sample, top_k=config.sample.top_k),
+                self.score("score, policy", self.state.params, ("moments", "reference")),
+                self.score("score, reference", {"lm": lm}, ("policy and moments",)),
+                self.ppo(),
+                self.rerank(),
+            ]
+
+    # Training
+
+    def lines(self, settings, rows: int) -> tuple[Lines, tuple[int, int, int], str]:
+        """Lines for so many rows, their shape [M,b,T], and that in words."""
+        length = round_up(settings.max_len, self.config.data.pad_multiple)
+        shape = (rows // settings.micro_batch, settings.micro_batch, length)
+        return Lines(*[self.rows(shape)] * 4), shape, f"{shape[0]} × {shape[1]} lines of {length}"
+
+    def rows(self, shape: tuple[int, ...], dtype=jnp.int32, axis: int = 1):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(self.mesh, axis))
+
+    def training(self, name: str, step, state, settings, rows: int, old, **fields) -> Jitted:
+        """An update of full lines: three forward passes' FLOPs; `old`: what it reads beside the lines, from [M,b,T]."""
+        lines, shape, words = self.lines(settings, rows)
+        batch = (lines, old(shape))
+        forward = cost.forward_flops if "value_head" in state.params else cost.trunk_flops
+        flops = 3 * forward(self.model.config, rows, shape[2])
+        least = 2 * device_bytes(state) + device_bytes(batch)
+        trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
+        fields = {"calls": 0, "beside": ()} | fields
+        return Jitted(
+            name, words, lambda: step.lower(state, batch, shape[0]), trips, 1, flops=flops, least=least, **fields
+        )
+
+    def sft(self) -> Jitted:
+        where, settings = state_shardings(self.mesh, self.optimizer, self.policy), self.config.sft
+        step = make_sft_step(self.model, self.optimizer, where)
+        return self.training(
+            "SFT update", step, self.state, settings, settings.batch_size, lambda shape: self.rows(shape, jnp.float32)
+        )
+
+    def ppo(self) -> Jitted:
+        where, rl = state_shardings(self.mesh, self.optimizer, self.policy), self.config.rl
+        clip = ClipSettings(rl.clip, rl.value_clip, rl.vf_coef, rl.temperature)
+        step = make_ppo_step(self.model, self.optimizer, clip, where)
+
+        def old(shape):
+            return PPOBatch(*[self.rows(shape, jnp.float32)] * len(PPOBatch._fields))
+
+        calls = {"calls": rl.ppo_epochs * rl.minibatches, "beside": ("reference",)}
+        return self.training("PPO update", step, self.state, rl, rl.questions // rl.minibatches, old, **calls)
+
+    def rerank(self) -> Jitted:
+        settings = self.config.rerank
+        state = abstract_arrays(self.mesh, abstract_state(self.optimizer, self.reranker))
+        step = make_rerank_step(self.model, self.optimizer, state_shardings(self.mesh, self.optimizer, self.reranker))
+
+        def judged(shape):
+            return RerankBatch(self.rows(shape), self.rows(shape, jnp.float32))
+
+        return self.training("reranker update", step, state, settings, settings.batch_size, judged)
+
+    def score(self, name: str, params, beside: tuple[str, ...]) -> Jitted:
+        rl, scorer = self.config.rl, make_scorer(self.model, self.config.rl.temperature)
+        lines, shape, words = self.lines(rl, rl.questions)
+        return Jitted(
+            name,
+            words,
+            lambda: scorer.lower(params, lines, shape[0]),
+            {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))},
+            once=1,
+            calls=1,
+            flops=cost.forward_flops(self.model.config, rl.questions, shape[2]),
+            least=device_bytes((params, lines)),
+            beside=beside,
+        )
+
+    # Rollouts
+
+    def abstract(self, made, *args):
+        """What a function of the model makes of arrays, boxed, on the mesh."""
+        shapes = jax.eval_shape(lambda *xs: made(self.engine.model, *xs), *args)
+        return abstract_arrays(self.mesh, shapes, ROLLOUT_RULES)
+
+    def slots(self, requests: int | None, settings) -> rollout.Slots:
+        """Full-length slots for so many requests, or as many as there are."""
+        shapes = self.engine.shapes(requests or self.config.engine.slots, settings.max_len)
+        rows = shapes.slots * row_shards(self.mesh)
+        slots = jax.eval_shape(lambda: rollout.empty_slots(self.engine.model, rows, shapes.width, shapes.lengths[-1]))
+        return with_axes(self.mesh, slots, rollout.axes(slots), ROLLOUT_RULES)
+
+    def prompts(self, settings):
+        rows = self.engine.shapes(settings.questions, settings.max_len).prefill_rows * row_shards(self.mesh)
+        length = round_up(settings.max_prompt, self.config.data.pad_multiple)
+        return self.rows((rows, length), axis=0), self.rows((rows,), axis=0)
+
+    def prefill_of(self, settings) -> rollout.Prefix:
+        made = jax.eval_shape(
+            lambda *xs: rollout.prefill(self.engine.model, *xs), self.weights, *self.prompts(settings)
+        )
+        return with_axes(self.mesh, made, rollout.axes(made), ROLLOUT_RULES)
+
+    def reshard(self) -> Jitted:
+        layers, count = self.state.params["lm"]["layers"], self.model.config.num_layers
+        return Jitted(
+            "rollout weights",
+            f"1 of {count} layers",
+            lambda: rollout.layer_weights.lower(self.engine.model, layers, 0),
+            {},
+            once=1,
+            calls=count,
+            flops=0,
+            least=device_bytes(layers) // count + device_bytes(self.layer),
+            beside=("moments", "reference", "rollout weights"),
+        )
+
+    def prefill(self) -> Jitted:
+        prompts = self.prompts(self.config.rl)
+        rows, length = prompts[0].shape
+        return Jitted(
+            "prefill",
+            f"{rows} prompts of {length}",
+            lambda: rollout.prefill.lower(self.engine.model, self.weights, *prompts),
+            {},
+            once=1,
+            calls=math.ceil(self.config.rl.questions / rows),
+            flops=cost.trunk_flops(self.model.config, rows, length),
+            least=device_bytes((self.weights, self.prefix)),
+            beside=("policy and moments", "reference", "slots"),
+        )
+
+    def seat(self) -> Jitted:
+        shapes = self.engine.shapes(self.config.rl.questions, self.config.rl.max_len)
+        seats = rollout.Seats(*[self.rows((row_shards(self.mesh), shapes.seats), axis=0)] * len(rollout.Seats._fields))
+        return Jitted(
+            "seat",
+            f"{shapes.seats} of {shapes.slots} slots a shard",
+            lambda: rollout.seat.lower(self.ppo_slots, self.prefix, seats),
+            {},
+            once=1,
+            calls=math.ceil(shapes.slots / shapes.seats),
+            flops=0,
+            least=2 * device_bytes(self.prefix) * shapes.seats // shapes.prefill_rows,
+            beside=("policy and moments", "reference", "rollout weights"),
+        )
+
+    def decode(self, name: str, slots: rollout.Slots, settings, top_k: int) -> Jitted:
+        """Counted by the step; a call does CHUNK of them."""
+        rows, length = slots.tokens.shape
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        options = {"eos_ids": (EOS,), "temperature": settings.temperature, "top_k": top_k}
+        looked_up = 0 if self.model.config.tie_embeddings else device_bytes(self.weights["embed"])
+        steps = settings.max_len - settings.max_prompt if "max_prompt" in settings else 0
+        return Jitted(
+            name,
+            f"{rows} slots of {length}",
+            lambda: rollout.decode.lower(
+                self.engine.model, self.weights, slots, key, 0, rollout.CHUNK, rows, **options
+            ),
+            {"decode_steps": rollout.CHUNK},
+            once=rollout.CHUNK,
+            calls=steps,
+            flops=cost.decode_flops(self.model.config, rows, length),
+            least=device_bytes((self.weights, slots.cache)) - looked_up,
+            beside=("policy and moments", "reference", "prefix"),
+        )
+
+
+def device_bytes(tree) -> int:
+    """Of a tree of abstract arrays, without the padding of tiles."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize if x.sharding else x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,133 @@
+"""Which mesh, micro-batch and remat policy suit a run: all that divide are ranked by arithmetic, the best are compiled.
+
+The arithmetic knows sizes and the roofline, nothing of the compiler: it orders candidates, `plan` judges them.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from reft_jax.config import check_config
+from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.parallel.mesh import round_up
+from reft_jax.plan import chips
+from reft_jax.plan import flops as cost
+from reft_jax.plan.hlo import Cost
+from reft_jax.plan.plan import SPARE
+from reft_jax.types import InputError
+
+COMPILED = 3
+# Of a layer's activations, numbers of the model's width that are kept a token, and FLOPs against the mathematics.
+REMAT = {"full": (1, 8 / 6), "dots": (None, 1.05)}  # dots: every product's result
+
+
+class Candidate(NamedTuple):
+    """`memory`: bytes a chip of an update or a rollout, whichever is more; `seconds` of an iteration of PPO."""
+
+    topology: str
+    chips: int
+    fsdp: int
+    tensor: int
+    micro_batches: int
+    remat: str
+    memory: float
+    seconds: float
+
+    def apply(self, config):
+        """The config with these settings."""
+        config = ConfigDict(config.to_dict() if hasattr(config, "to_dict") else config, type_safe=False)
+        config.mesh.update(data=-1, fsdp=self.fsdp, tensor=self.tensor)
+        config.model.remat = self.remat
+        config.rl.micro_batch = config.rl.questions // config.rl.minibatches // self.micro_batches
+        shards = self.chips // self.tensor
+        for section in (config.sft, config.rerank):
+            most = max(section.batch_size // self.micro_batches, shards)
+            section.micro_batch = max(d for d in _divisors(section.batch_size) if d % shards == 0 and d <= most)
+        return check_config(config)
+
+
+def candidates(config, shapes: LlamaConfig, topologies: list[str]) -> list[Candidate]:
+    """Those that divide the model and the batches, the fastest that fit first, then the smallest. InputError if none
+    divides."""
+    found = [one for topology in topologies for one in _of(config, shapes, topology)]
+    if not found:
+        raise InputError("--search: no mesh divides the model and the batches on these topologies; change batch sizes")
+
+    def rank(one: Candidate):
+        memory = chips.chip_of(one.topology).memory * (1 - SPARE)
+        # Of equals the dearer pod is no better: seconds of all chips together.
+        return (one.memory > memory, one.seconds * one.chips if one.memory <= memory else one.memory)
+
+    return sorted(found, key=rank)
+
+
+def _of(config, shapes: LlamaConfig, topology: str) -> Iterator[Candidate]:
+    chip, number = chips.chip_of(topology), chips.chips_in(topology)
+    for tensor in _divisors(number):
+        if any(n % tensor for n in (shapes.num_kv_heads, shapes.intermediate_size, shapes.vocab_size)):
+            continue
+        for fsdp in _divisors(number // tensor):
+            shards = number // tensor
+            rows = config.rl.questions // config.rl.minibatches
+            whole = (config.rl.questions, config.sft.batch_size, config.rerank.batch_size, config.engine.slots)
+            if shapes.hidden_size % fsdp or any(n % shards for n in whole):
+                continue
+            for micro_batches in _divisors(rows):
+                if rows // micro_batches % shards:
+                    continue
+                for remat in REMAT:
+                    memory, seconds = estimate(config, shapes, chip, number, fsdp, tensor, micro_batches, remat)
+                    yield Candidate(topology, number, fsdp, tensor, micro_batches, remat, memory, seconds)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_batches: int, remat: str):
+    """(bytes a chip, seconds of an iteration) on paper.
+
+    Weights are gathered over fsdp in two bytes for each pass over the layers, gradients scattered back; a layer's
+    activations are summed over tensor twice forwards, twice backwards and once for each forward pass done again;
+    gradients are summed over data once an update.
+    """
+    rl, n, wide = config.rl, cost.parameters(shapes), shapes.hidden_size
+    length, shards = round_up(rl.max_len, config.data.pad_multiple), number // tensor
+    tokens = rl.questions * length // shards  # a chip's, in an iteration
+    kept, work = REMAT[remat]
+    numbers = kept or 4 + (2 * shapes.intermediate_size / wide + 3) / tensor
+    a_time = tokens // micro_batches // rl.minibatches
+    activations = 2 * shapes.num_layers * numbers * a_time * wide + 8 * a_time * (
+        wide + shapes.intermediate_size / tensor
+    )
+    gradients = (2 if micro_batches > 1 else 1) * 4 * n / (fsdp * tensor)
+    update = 18 * n / (fsdp * tensor) + gradients + activations  # state 12, reference 4, compute copy 2
+    slots = config.engine.slots // shards
+    cache = cost.cache_bytes(shapes, slots, round_up(config.sample.max_len, config.data.pad_multiple), 2) / tensor
+    rollout = 16 * n / (fsdp * tensor) + 2 * n / tensor + cache
+
+    def collective(kind, group, size, times):
+        return {(kind, group): (times, size * times)} if group > 1 else {}
+
+    passes = rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 2  # over the layers, of updates and scoring
+    layer, steps = 2 * n / shapes.num_layers / tensor, rl.max_len - rl.max_prompt
+    weights = collective("all-gather", fsdp, layer, shapes.num_layers * passes * micro_batches)
+    sums = collective("all-reduce", tensor, 2 * tokens * wide, shapes.num_layers * (2 * passes - rl.ppo_epochs))
+    forward = cost.forward_flops(shapes, rl.questions, length)
+    flops = forward * (2 + 3 * work * rl.ppo_epochs) / number
+    copies = collective("all-reduce", number // fsdp // tensor, 4 * n / (fsdp * tensor), rl.ppo_epochs * rl.minibatches)
+    training = chips.seconds(chip, Cost(int(flops), 0, 0, weights)).estimate
+    training += chips.network_seconds(chip, sums) + chips.network_seconds(chip, copies)
+    rows = -(-rl.questions // shards)
+    read = 2 * n / tensor + cost.cache_bytes(shapes, rows, length, 2) / tensor
+    each = collective("all-reduce", tensor, 2 * rows * wide, 2 * shapes.num_layers)
+    decode = cost.decode_flops(shapes, rows, length) / tensor
+    rollouts = steps * chips.seconds(chip, Cost(int(decode), int(read), 0, each)).estimate
+    return max(update, rollout), training + rollouts
+
+
+def words(one: Candidate) -> list[str]:
+    """For a table: pod, data × fsdp × tensor, micro-batches of an update, remat, GiB a chip, seconds an iteration."""
+    mesh = f"{one.chips // one.fsdp // one.tensor} × {one.fsdp} × {one.tensor}"
+    return [one.topology, mesh, str(one.micro_batches), one.remat, f"{one.memory / 2**30:.1f}", f"{one.seconds:.2f}"]

@@ -1,0 +1,191 @@
+"""The models of a work directory by name: where they come from, where they are, and what a finished stage said."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.hf import load_hf, load_value_head
+from reft_jax.parallel import hosts
+from reft_jax.parallel.mesh import abstract_arrays, put, shardings
+from reft_jax.run.open import Run
+from reft_jax.train.checkpoints import load_params
+from reft_jax.train.checksums import MEMORY, model_checksum
+from reft_jax.train.state import abstract_params, init_head
+from reft_jax.types import InputError
+
+TITLES = {
+    "warmup": "SFT warm-up",
+    "sft": "SFT",
+    "self_train_offline": "offline self-training",
+    "self_train_online": "online self-training",
+    "reft": "ReFT",
+}
+POLICIES = tuple(TITLES)
+STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
+COUNTS = {  # what done.json of a stage must have, beside `seconds`; rerankers have RERANKED
+    "sft": ("best", "epochs"),
+    "self_train_offline": ("best", "epochs", "rows"),
+    "self_train_online": ("best", "iterations"),
+    "reft": ("best", "iterations"),
+}
+RERANKED = ("rows", "positive")
+
+
+class Weights(NamedTuple):
+    """A model that answers: the checksum that its answers are stored under, and what reads its parameters."""
+
+    checksum: str
+    load: Callable[[], Any]
+
+
+def abstract_policy(run: Run):
+    return abstract_params(run.model, ValueHead(), "value_head")
+
+
+def abstract_reranker(run: Run):
+    return abstract_params(run.model, RerankHead(), "rerank_head")
+
+
+def base_policy(run: Run):
+    """The base model's weights, float32, on the mesh, with the value head of its folder or a new one."""
+    where = shardings(run.mesh, abstract_policy(run))
+    _, lm = load_hf(run.base, shardings=where["lm"])
+    if head := load_value_head(run.base):
+        print(f"the value head is that of {run.base}", flush=True)
+        return {"lm": lm, "value_head": put(head, where["value_head"])}
+    head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
+    return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.rl.value_init * x, head)}
+
+
+def model_folder(run: Run, name: str) -> Path:
+    """Where a finished stage puts its model; the warm-up model is there as soon as its epoch is over."""
+    return run.workdir / "models" / name
+
+
+def load_model(run: Run, name: str, abstract=None):
+    """The parameters that a stage saved under `name`; InputError if it has not run in this work directory."""
+    folder = model_folder(run, name)
+    if not folder.exists():
+        raise InputError(f"{folder}: no such model; run the stage that makes it with this --workdir first")
+    return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
+
+
+def checksum(run: Run, name: str, memory: Path | None = None) -> str:
+    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged.
+
+    memory: of `model_checksum`; the work directory's if left out.
+    """
+    folder = model_folder(run, name)
+
+    def look() -> str:
+        return model_checksum(folder, run.base, memory or run.workdir / MEMORY) if folder.exists() else ""
+
+    return hosts.from_first(f"checksum of {name}", look)
+
+
+def policy(run: Run, name: str) -> Weights:
+    """The language model of a policy."""
+    return Weights(checksum(run, name), lambda: load_model(run, name)["lm"])
+
+
+def reranker(run: Run, name: str) -> Weights:
+    return Weights(checksum(run, name), partial(load_model, run, name, abstract_reranker(run)))
+
+
+# --- finished stages
+
+
+def done(run: Run, stage: str) -> dict | None:
+    """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
+    return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir / stage / "done.json"))
+
+
+def read_result(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        problem = _problem(path.parent.name, dict(result))
+    except (OSError, ValueError, TypeError) as error:
+        problem = error
+    if problem:
+        raise InputError(
+            f"{path}: not what a finished stage writes ({problem}); restore it from a copy, or remove "
+            f"{path.parent} and {path.parent.parent / 'models' / path.parent.name} to begin the stage again"
+        )
+    return result
+
+
+def _problem(stage: str, result: dict) -> str:
+    """What is wrong with a result; "" if nothing is. What older versions did not record may be absent."""
+    numbers = ("seconds", *COUNTS.get(stage, RERANKED))
+    if absent := [name for name in (*numbers, "checksum") if name not in result]:
+        return f"no {', '.join(absent)}"
+    if wrong := [name for name in numbers if type(result[name]) not in (int, float)]:
+        return f"{wrong[0]} is not a number"
+    data, made_from = result.get("data"), result.get("from", {})
+    if data is not None and not (isinstance(data, dict) and {"settings", "train", "dev"} <= data.keys()):
+        return "data is not settings, train and dev"
+    return "" if isinstance(made_from, dict) else "from is not an object"
+
+
+def finished(run: Run, stage: str) -> dict | None:
+    """As `done`, for a command that trains; a line says that it will not. InputError if a finished stage was trained on
+    other data than there is now, or this one from other models; a line if this one's checkpoint was chosen on other
+    questions."""
+    check_data(run)
+    check_sources(run, stage)
+    result = done(run, stage)
+    if result:
+        print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
+        if "best" in result and "dev" in changed_data(run, result):
+            print(f"{stage}: its checkpoint was chosen on other dev questions than there are now", flush=True)
+    return result
+
+
+def check_sources(run: Run, stage: str) -> None:
+    """InputError if the stage is done but was trained from other models than there are now."""
+    if (result := done(run, stage)) and (told := other_sources(run, result)):
+        raise InputError(
+            f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
+            f"or remove {stage}/ and models/{stage} to train again"
+        )
+
+
+def check_data(run: Run) -> None:
+    """InputError if a finished stage was trained on other data than there is now, under the same settings of data."""
+    for stage in STAGES:
+        if (result := done(run, stage)) and "train" in changed_data(run, result):
+            raise InputError(
+                f"{run.workdir / stage}: this stage was trained on other rows than the training data has now; bring "
+                f"them back, choose another --workdir, or remove {stage}/ and its models to train again"
+            )
+
+
+def changed_data(run: Run, result: dict) -> list[str]:
+    """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
+    that was allowed. An older version recorded nothing."""
+    before, now = result.get("data") or run.data_made, run.data_made
+    if before["settings"] != now["settings"]:
+        return []
+    return [split for split in ("train", "dev") if before[split] != now[split]]
+
+
+def other_sources(run: Run, result: dict) -> str:
+    """The models that a finished stage was trained from and that are others now, in words; "" if there are none."""
+    now = {name: checksum(run, name) for name in result.get("from", {})}
+    return ", ".join(
+        f"models/{name} was {before}, is {now[name] or 'not there'}"
+        for name, before in result.get("from", {}).items()
+        if now[name] != before
+    )
+
+
+def sources(run: Run, *names: str) -> dict[str, str]:
+    """Checksums of the models that a stage is trained from: what its `from` records."""
+    return {name: checksum(run, name) for name in names}

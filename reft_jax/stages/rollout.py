@@ -1,0 +1,205 @@
+"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for.
+
+Every host has all completions, runs the programs of its share, and learns the others' verdicts at the end.
+"""
+
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+
+from reft_jax import executor
+from reft_jax.parallel import hosts
+from reft_jax.run.executions import execution
+from reft_jax.run.open import Run
+from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
+from reft_jax.tasks import answers
+from reft_jax.train.metrics import Progress
+from reft_jax.types import Completion, Example, Prompt, Verdict
+
+LOGGED_AT_ONCE = 512  # lines of the audit log
+POLL_S = 0.2  # between two looks at whether to stop, while a program runs
+
+
+class Graded(NamedTuple):
+    """A completion, the text that was graded, and what grading made of it."""
+
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+class Clock:
+    """Where the time of a rollout goes, in seconds: decoding (with what hides behind it), then waiting for verdicts.
+
+    programs: the run time of each program, counted once if it came twice to the same host.
+    """
+
+    def __init__(self):
+        self.decoding, self.waiting = 0.0, 0.0
+        self.programs: list[float] = []
+
+
+class Grading:
+    """Takes completions as they come; a context that ends with their programs.
+
+    An executor that fails raises InfrastructureError here: it is never a reward of 0. seconds: how long each program
+    took. outcomes: what became of the programs.
+    """
+
+    def __init__(self, run: Run):
+        self.config, self.guards = run.config, run.guards
+        self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
+        self.seconds: dict[str, float] = {}
+        self.outcomes: Counter[str] = Counter()
+        self._streams: dict[str, executor.Stream] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Grading":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def submit(self, number: int, example: Example, text: str) -> None:
+        """`number` comes back with the verdict."""
+        future = None
+        if self.config.data.format == "python":
+            future = self._stream(answers.wanted(example)).submit(text)
+        self.under_way.append((number, example, text, future))
+
+    def collect(self, wait: bool = False) -> Iterator[tuple[int, Verdict]]:
+        """Verdicts by number, in the order in which they came, as far as they are known; with `wait`, all."""
+        while self.under_way and (wait or self.under_way[0][3] is None or self.under_way[0][3].done()):
+            number, example, text, future = self.under_way.popleft()
+            if future is None:
+                verdict = answers.judge(*answers.stated(text, example), example)
+            else:
+                result = self._result(future)
+                verdict = answers.judge(*answers.returned(result, example), example)
+                self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
+                self.seconds[text] = result.ms / 1000
+            self.guards.step(alone=True)
+            yield number, verdict
+
+    def _result(self, future: Future) -> executor.ExecResult:
+        """Waits for a program; raises Stopped if the run is asked to stop meanwhile: no program, no verdict."""
+        while True:
+            try:
+                return future.result(timeout=POLL_S)
+            except TimeoutError:
+                self.guards.check(alone=True)
+            except executor.InfrastructureError:
+                self.guards.check(alone=True)  # a machine that is shut down may have ended the executors first
+                raise
+
+    def _stream(self, want: str) -> executor.Stream:
+        if want not in self._streams:
+            limits = self.config.executor
+            self._streams[want] = self._stack.enter_context(
+                executor.stream(
+                    timeout_s=limits.timeout_s,
+                    workers=limits.workers,
+                    want=want,
+                    memory_mb=limits.memory_mb,
+                    program_kb=limits.program_kb,
+                )
+            )
+        return self._streams[want]
+
+
+def roll_out(
+    run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
+) -> Iterator[tuple[int, Graded]]:
+    """Yields (index of the prompt, what became of it) as verdicts come or, with several hosts, once all have come;
+    `examples[i]` is what prompts[i] asks.
+
+    `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
+    """
+    clock, owners, alone, tally = clock or Clock(), shares(prompts), hosts.count() == 1, Tally()
+    ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
+    mine: dict[int, Verdict] = {}
+    with Grading(run) as grading, contextlib.closing(Log(run)) as log:
+
+        def settled(verdicts, seconds) -> Iterator[tuple[int, Graded]]:
+            for i, verdict in verdicts:
+                completion, text = ended.pop(i)
+                log.add(execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0)))
+                tally.add(completion, text, verdict)
+                yield i, Graded(completion, text, verdict)
+
+        begun = time.monotonic()
+        for i, completion in run.engine.generate(lm, prompts, **sampling):
+            ended[i] = completion, run.text(prompts[i], completion)
+            if owners[i] == hosts.number():
+                grading.submit(i, examples[i], ended[i][1])
+            if alone:
+                yield from settled(grading.collect(), grading.seconds)
+            else:
+                mine |= grading.collect()
+        clock.decoding, begun = time.monotonic() - begun, time.monotonic()
+        if alone:
+            yield from settled(grading.collect(wait=True), grading.seconds)
+        else:
+            mine |= grading.collect(wait=True)
+        verdicts, seconds = {}, {}
+        for theirs in hosts.gather(f"verdicts of {purpose}", [mine, grading.seconds, grading.outcomes]):
+            verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}
+            seconds |= theirs[1]
+            clock.programs += theirs[1].values()
+            run.programs.update(theirs[2])
+        clock.waiting = time.monotonic() - begun
+        yield from settled([(i, verdicts[i]) for i in ended], seconds)
+    run.silence.ended(purpose, tally, SILENT_ROLLOUTS if "iteration" in sampling else 1)
+
+
+class Log:
+    """Lines on their way to the audit log, a batch at a time."""
+
+    def __init__(self, run: Run):
+        self.executions, self.lines = run.executions, []
+
+    def add(self, line: dict) -> None:
+        self.lines.append(line)
+        if len(self.lines) == LOGGED_AT_ONCE:
+            self.close()
+
+    def close(self) -> None:
+        self.executions.append(self.lines)
+        self.lines = []
+
+
+def shares(prompts: list[Prompt]) -> list[int]:
+    """The host that runs the program of each prompt: questions in turn, so that equal answers to one meet on a host."""
+    turn: dict[str, int] = {}
+    return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
+
+
+def one_each(run: Run, examples: list[Example]) -> list[Prompt]:
+    """A prompt of each example for one iteration; one that comes twice is sampled under another number, or both rows
+    would be the same."""
+    seen, prompts = Counter(), []
+    for prompt in run.prompts(examples):
+        prompts.append(prompt._replace(sample=seen[prompt.item_id]))
+        seen[prompt.item_id] += 1
+    return prompts
+
+
+def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
+    """The greedy completion of each example, continued from the forced prefix."""
+    sampling, found = {"max_len": run.config.sample.max_len, "temperature": 0.0}, {}
+    progress = Progress(purpose, len(examples), "completion")
+    progress.say("evaluating")
+    for i, graded in roll_out(run, lm, run.prompts(examples), examples, purpose, **sampling):
+        found[i] = graded
+        progress.update(len(found))
+    progress.close()
+    return [found[i] for i in range(len(examples))]
+
+
+def top1(graded: list[Graded]) -> float:
+    return float(np.mean([one.verdict.correct for one in graded]))

@@ -1,0 +1,144 @@
+"""n completions a question from one model, executed and graded, one question a line in samples/NAME_SPLIT.jsonl."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TextIO
+
+from reft_jax.evaluation.provenance import MadeBy, Stored, appending, examples_checksum, make_ready, rewrite, stored
+from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
+from reft_jax.parallel import hosts
+from reft_jax.run.about import commit, versions
+from reft_jax.run.open import Run, shorten
+from reft_jax.stages.models import Weights, check_data, policy
+from reft_jax.stages.rollout import Graded, roll_out
+from reft_jax.train.metrics import Progress
+from reft_jax.types import Example, Prompt
+
+
+def samples_path(run: Run, name: str, split: str) -> Path:
+    return run.workdir / "samples" / f"{name}_{split}.jsonl"
+
+
+def run_sample(run: Run, name: str, split: str) -> list[dict]:
+    """Question records (see task.voting) of model `name` on "test", or on "train" for the rerankers; resumes.
+
+    InputError if a finished stage was trained on other training questions than there are now.
+    """
+    settings = run.config.sample
+    if split == "test":
+        examples, n = run.data.test, settings.n
+    else:
+        check_data(run)
+        examples, n = shorten(run.data.train, settings.train_limit, run.config.seed), settings.train_n
+    return sampled(run, samples_path(run, name, split), examples, n, policy(run, name), f"{name} samples on {split}")
+
+
+def greedy_answers(run: Run, path: Path, examples: list[Example], weights: Weights, what: str) -> list[dict]:
+    """Question records of one greedy answer each, kept beside the samples at `path`; resumes."""
+    return sampled(run, path.with_suffix(GREEDY), examples, 1, weights, what, temperature=0.0, top_k=0)
+
+
+def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampling) -> MadeBy:
+    """The header of a file of answers; `sampling` replaces settings of config.sample."""
+    settings, limits = run.config.sample, run.config.executor
+    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "max_len": settings.max_len} | sampling
+    identity = {
+        "model": weights.checksum,
+        "format": run.config.data.format,
+        **sampling,
+        "seed": run.config.seed,
+        "dtype": run.config.model.dtype,
+    }
+    kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
+    about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}
+    return MadeBy(kind, identity, recorded(examples, **about))
+
+
+def recorded(examples: list[Example], **more) -> dict:
+    """What every header records beside what decides about the answers."""
+    data = {"rows": len(examples), "data": examples_checksum(examples)}
+    return data | more | {"versions": versions() | {"commit": commit()}}
+
+
+def reusable(
+    path: Path, made: MadeBy, examples: list[Example], fits: Callable[[dict], bool] = lambda record: True
+) -> Stored:
+    """What the file at `path` has of the examples; what may not be used is taken out of it, by the first host."""
+    found = make_ready(path, made, examples, fits) if hosts.is_first() else None
+    hosts.gather(f"{path} is ready", None)
+    return found or stored(path, made, examples, fits)
+
+
+def sampled(
+    run: Run, path: Path, examples: list[Example], n: int, weights: Weights, what: str, **sampling
+) -> list[dict]:
+    """The records of `examples` with n predictions, in their order; what the file at `path` lacks is made and appended.
+
+    What it holds of another model, other settings or another question or answer moves aside (evaluation/provenance.py).
+    A question is on the disk once its last completion is graded; with several hosts, once those of its group are.
+    `what` names the completions in the audit log; `sampling` replaces settings of config.sample.
+    """
+    made = made_by(run, weights, examples, n, **sampling)
+    found = reusable(path, made, examples)
+    records = found.records
+    hosts.agree(str(path), questions=len(records))
+    there = {example.item_id: records.get(example.item_id, {"predictions": []})["predictions"] for example in examples}
+    left = [example for example in examples if len(there[example.item_id]) < n]
+    if not left:
+        print(f"{what}: done already, {path}", flush=True)
+    else:
+        if more := sum(bool(there[example.item_id]) for example in left):
+            print(
+                f"{path}: {more} of {len(examples)} questions have fewer than {n} samples; more are drawn", flush=True
+            )
+        headers = found.headers if made.header() in found.headers[-1:] else [*found.headers, made.header()]
+        lm, whole = weights.load(), [one["is_correct"] for one in records.values() if len(one["predictions"]) >= n]
+        right, ended, done = sum(whole), len(whole), sum(min(n, len(one)) for one in there.values())
+        progress = Progress(what, len(examples) * n, "completion", done0=done)
+        progress.say("compiling")
+        with appended(path) as file:
+            for header in headers[len(found.headers) :]:
+                file.write(json.dumps(header) + "\n")
+            group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
+            sampling = {key: made.identity[key] for key in ("max_len", "temperature", "top_k")}
+            for start in range(0, len(left), group):
+                wanted = [(example, there[example.item_id]) for example in left[start : start + group]]
+                for record in sample_questions(run, lm, wanted, n, what, sampling):
+                    file.write(json.dumps(record) + "\n")
+                    item = record["item_id"]
+                    records[item], right, ended = record, right + record["is_correct"], ended + 1
+                    done += n - len(there[item])
+                    progress.update(done, correct=right / ended)
+        progress.close()
+        if more and hosts.is_first():
+            rewrite(path, headers, [*records.values(), *found.others])  # a line a question again
+        hosts.gather(f"{path} is written", None)
+    return [first_samples(records[example.item_id], n) for example in examples]
+
+
+def appended(path: Path) -> AbstractContextManager[TextIO]:
+    """The file, open for new lines, on the first host; those of the others go nowhere."""
+    return appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
+
+
+def sample_questions(
+    run: Run, lm, left: list[tuple[Example, list[dict]]], n: int, purpose: str, sampling: dict
+) -> Iterator[dict]:
+    """The record of each question, as its last completion is graded; `left` has the predictions that are there."""
+    prompts: list[Prompt] = []
+    owners: list[int] = []  # of each prompt, in `left`
+    for q, (example, there) in enumerate(left):
+        more = run.prompts([example], n)[len(there) :]
+        prompts += more
+        owners += [q] * len(more)
+    found: list[dict[int, Graded]] = [{} for _ in left]  # by sample
+    for i, graded in roll_out(run, lm, prompts, [left[q][0] for q in owners], purpose, **sampling):
+        q = owners[i]
+        example, there = left[q]
+        found[q][prompts[i].sample] = graded
+        if len(found[q]) == n - len(there):
+            new = [prediction(one.text, one.verdict) for _, one in sorted(found[q].items())]
+            yield answered(example, [*there, *new])

@@ -1,0 +1,236 @@
+"""Questions from files and from the Hugging Face hub.
+
+Our format is a JSON list of `{item_id, question, answer_value, answer_cot}`, the last absent in test files. Rows of
+official GSM8K (`{question, answer}`, the answer ending in "#### 18") are converted on the way in. Everything a run
+relies on is checked here, before a model is loaded.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from reft_jax.tasks.answers import CHOICE_DATASET, dataset_of, read_target
+from reft_jax.tasks.prompts import plain_answer
+from reft_jax.types import Example, InputError
+
+Row = TypeVar("Row")
+NAMED = 8  # items that a line names
+HUB_SOURCE = re.compile(r"hub:(?P<repo>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?:(?P<split>.+)")
+
+
+def load_examples(source: str | Path, *, need_cot: bool) -> list[Example]:
+    """Read and check the questions of `source`, in file order.
+
+    source: a JSON file, a JSON-lines file (`.jsonl`), or `hub:owner/name:split` (`hub:owner/name/config:split` for a
+        dataset with several configurations, `hub:openai/gsm8k/main:train`).
+    need_cot: whether every row must have a worked solution.
+
+    Raises InputError, naming file, row (from 0) and field, for anything that is not as above: no or no readable file,
+    fields missing, blank or of the wrong type, an unknown dataset, an `answer_value` that no answer of its dataset can
+    equal, an `item_id` that stands twice.
+    """
+    source = str(source)
+    rows = read_rows(source)
+    examples = [_example(row, index, source, need_cot) for index, row in enumerate(rows)]
+    first: dict[str, int] = {}
+    for index, example in enumerate(examples):
+        if first.setdefault(example.item_id, index) != index:
+            raise InputError(
+                f"{source}: row {index}, field 'item_id': {example.item_id!r} already stands in row "
+                f"{first[example.item_id]}; give every row an id of its own"
+            )
+    return examples
+
+
+def read_rows(source: str) -> list:
+    """The rows of a file or of the hub as they are, at least one; `source` as in load_examples. Raises InputError."""
+    rows = _hub_rows(source) if source.startswith("hub:") else _file_rows(source)
+    if not isinstance(rows, list):
+        raise InputError(f"{source}: holds {_json_name(rows)}, not a list; write the rows as a JSON list")
+    if not rows:
+        raise InputError(f"{source}: holds no rows; check how the file was made")
+    return rows
+
+
+def split_off(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Hold out at least `rows` examples: (rest, held), each in the order given.
+
+    Rows with the same question (case and whitespace aside) go to one side together, so `held` may be a few rows
+    larger. Which questions go is a function of their text and the seed, not of the order or of the other rows' number.
+    Raises InputError if nothing would be left.
+    """
+    by_question: dict[str, int] = {}
+    for example in examples:
+        key = _question_key(example)
+        by_question[key] = by_question.get(key, 0) + 1
+    chosen, count = set(), 0
+    for key in sorted(by_question, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
+        if count >= rows:
+            break
+        chosen.add(key)
+        count += by_question[key]
+    if count == len(examples):
+        raise InputError(f"holding out {rows} of {len(examples)} rows leaves none to train on; hold out fewer")
+    rest = [example for example in examples if _question_key(example) not in chosen]
+    held = [example for example in examples if _question_key(example) in chosen]
+    return rest, held
+
+
+def shared_questions(examples: Sequence[Example], others: Sequence[Example]) -> int:
+    """How many of `examples` ask a question that `others` ask too, case and whitespace aside."""
+    theirs = {_question_key(example) for example in others}
+    return sum(_question_key(example) in theirs for example in examples)
+
+
+def fit(rows: Sequence[Row], lengths: Sequence[int], limit: int, max_dropped: float, what: str) -> list[Row]:
+    """The rows whose length (tokens) is at most `limit`, with a line that counts the others; nothing is ever cut.
+
+    `what` is the setting that holds the limit and `max_dropped` the share of rows that may go. Raises InputError if
+    more would, or if none would stay.
+    """
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
+    dropped = len(rows) - len(kept)
+    if dropped > max_dropped * len(rows) or not kept:
+        raise InputError(
+            f"{what}={limit}: {dropped} of {len(rows)} rows are longer (the longest has {max(lengths, default=0)} "
+            f"tokens) and at most {max_dropped:.1%} may be dropped; raise {what} or shorten the data"
+        )
+    if dropped:
+        print(f"{what}={limit}: {dropped} of {len(rows)} rows are longer and left out", flush=True)
+    return kept
+
+
+def leave_out(examples: Sequence[Example], reasons: dict[str, str], max_dropped: float, source: str) -> list[Example]:
+    """The examples that have no reason (by item_id) to be left out of training; a line names the others.
+
+    Raises InputError if they are a larger share than `max_dropped`, or all.
+    """
+    kept = [example for example in examples if example.item_id not in reasons]
+    if not reasons:
+        return kept
+    told = f"{source}: {len(reasons)} of {len(examples)} rows cannot earn a reward or be taught: {named(reasons)}"
+    if len(reasons) > max_dropped * len(examples) or not kept:
+        raise InputError(f"{told}; at most {max_dropped:.1%} (data.max_dropped) may be left out: correct the file")
+    print(f"{told}; they are left out of training", flush=True)
+    return kept
+
+
+def named(reasons: dict[str, str]) -> str:
+    """The items, by their reason: "svamp_3, svamp_8 (no program compiles after the question)"."""
+    by_reason: dict[str, list[str]] = {}
+    for item_id, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(item_id)
+    told = [f"{', '.join(ids[:NAMED])}{', …' * (len(ids) > NAMED)} ({reason})" for reason, ids in by_reason.items()]
+    return "; ".join(told)
+
+
+def _question_key(example: Example) -> str:
+    return " ".join(example.question.lower().split())
+
+
+def _file_rows(source: str) -> object:
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    if not text.strip():
+        raise InputError(f"{source}: is empty; check how the file was made")
+    if source.endswith(".jsonl") and not text.lstrip().startswith("["):
+        # not splitlines(): a JSON string may hold U+2028 and the like as they are
+        return [_parse(line, source, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return _parse(text, source, 1)
+
+
+def _parse(text: str, source: str, first_line: int) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise InputError(
+            f"{source}: not JSON at line {line}, column {error.colno} ({error.msg}); correct it, or name a file of one "
+            "JSON object a line *.jsonl"
+        ) from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
+        reason = str(error).partition(";")[0]
+        raise InputError(
+            f"{source}: cannot be read as JSON from line {first_line} on ({reason}); correct it"
+        ) from error
+
+
+def _hub_rows(source: str) -> list[dict]:
+    match = HUB_SOURCE.fullmatch(source)
+    if not match:
+        raise InputError(f"{source}: not of the form hub:owner/name:split or hub:owner/name/config:split; correct it")
+    import datasets  # seconds of import that a local file does not need
+
+    try:
+        return datasets.load_dataset(match["repo"], match["config"], split=match["split"]).to_list()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{source}: cannot be loaded ({reason}); check the name and the network") from error
+
+
+def _example(row: object, index: int, source: str, need_cot: bool) -> Example:
+    if not isinstance(row, dict):
+        raise InputError(f"{source}: row {index} is {_json_name(row)}; make it an object with item_id, question, ...")
+    if "answer" in row and not {"item_id", "answer_value"} & row.keys():
+        row = _from_official(row, index, source)
+    value = row.get("answer_value")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        row = row | {"answer_value": str(value)}
+    for field in ("item_id", "question", "answer_value"):
+        check_text(row, field, index, source)
+    if need_cot or row.get("answer_cot"):
+        check_text(row, "answer_cot", index, source)
+    try:
+        dataset = dataset_of(row["item_id"])
+    except InputError as error:
+        raise InputError(f"{source}: row {index}, field 'item_id': {error}") from error
+    if read_target(dataset, row["answer_value"]) is None:
+        number = "a finite number" + ", commas only between groups of thousands" * ("," in row["answer_value"])
+        wanted = "one letter a-e" if dataset == CHOICE_DATASET else number
+        raise InputError(
+            f"{source}: row {index}, field 'answer_value': {row['answer_value']!r} is not {wanted}, as {dataset} "
+            "answers are; correct the value or the prefix of item_id"
+        )
+    return Example(row["item_id"], row["question"], row["answer_value"], row.get("answer_cot") or None)
+
+
+def _from_official(row: dict, index: int, source: str) -> dict:
+    """A row of official GSM8K in our format: the answer behind "####", the calculator marks <<48/2=24>> taken out."""
+    check_text(row, "answer", index, source)
+    cot, marker, value = row["answer"].rpartition("####")
+    if not marker:
+        raise InputError(
+            f"{source}: row {index}, field 'answer': has no '####' before the result, as GSM8K's rows have; add it, or "
+            "give item_id and answer_value"
+        )
+    return {
+        "item_id": f"gsm8k_{index}",
+        "question": row.get("question"),
+        "answer_value": plain_answer(value),
+        "answer_cot": re.sub(r"<<.*?>>", "", cot).strip(),
+    }
+
+
+def check_text(row: dict, field: str, index: int, source: str) -> None:
+    """Raises InputError, naming file, row and field, unless the field is text that is not blank."""
+    value, where = row.get(field), f"{source}: row {index}, field '{field}'"
+    if value is None:
+        raise InputError(f"{where}: is missing; add it")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: is {_json_name(value)}, not a string; put it in quotes")
+    if not value.strip():
+        raise InputError(f"{where}: is blank; fill it in or leave the row out")
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{where}: has half a surrogate pair, which is no text; correct the escape \\ud...")
+
+
+def _json_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

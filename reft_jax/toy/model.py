@@ -1,0 +1,85 @@
+"""The embedded default: generated word problems and an untrained tiny Llama, in the formats of real ones.
+
+A toy for the machinery, not a model: it lets the whole chain run with nothing from outside.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from reft_jax.model.hf_write import save_hf
+from reft_jax.model.llama import Llama
+from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.store import write_whole
+from reft_jax.tasks import prompts
+from reft_jax.tasks.tokenizer import train_bpe
+from reft_jax.toy import problems as synthetic
+from reft_jax.types import Example
+
+
+def write_data(config, folder: Path) -> dict[str, str]:
+    """Writes train.json, dev.json and test.json in the format of real data files and returns their paths by split.
+
+    `toy.drop_skipped` leaves only the good annotations in train.json. Files that are there are kept.
+    """
+    toy, paths = config.toy, {}
+    for split, rows in (("train", toy.train_rows), ("dev", toy.dev_rows), ("test", toy.test_rows)):
+        path = folder / f"{split}.json"
+        paths[split] = str(path)
+        if path.exists():
+            continue
+        problems = synthetic.make_problems(
+            config.seed, split, rows, engine=config.data.format, skipped_share=toy.skipped_share
+        )
+        kept = [p.example for p in problems if not (split == "train" and toy.drop_skipped and p.skipped)]
+        folder.mkdir(parents=True, exist_ok=True)
+        records = [{k: v for k, v in example._asdict().items() if v is not None} for example in kept]
+        write_whole(path, json.dumps(records, indent=1))
+    return paths
+
+
+def toy_config(config, vocab_size: int) -> LlamaConfig:
+    """The shapes of the tiny Llama."""
+    toy = config.toy
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=toy.hidden_size,
+        intermediate_size=toy.mlp_size,
+        num_layers=toy.layers,
+        num_heads=toy.heads,
+        num_kv_heads=toy.heads,
+        head_dim=toy.hidden_size // toy.heads,
+        max_position_embeddings=config.sample.max_len,
+    )
+
+
+def write_model(config, train: list[Example], folder: Path) -> None:
+    """Writes a tokenizer trained on the generated text and a randomly initialised Llama as a Hugging Face folder."""
+    if (folder / "config.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    toy, engine = config.toy, config.data.format
+    tokenizer = train_bpe(
+        [prompts.prompt_text(e.question) + prompts.sft_target(e, engine) for e in train], toy.vocab_size
+    )
+    model, rng = Llama(toy_config(config, len(tokenizer))), np.random.default_rng(config.seed)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    abstract = jax.eval_shape(lambda key: nn.unbox(model.init(key, tokens))["params"], jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(partial(initial, rng), abstract)
+    save_hf(folder, model, params, tokenizer=tokenizer)
+
+
+def initial(rng: np.random.Generator, path, leaf) -> np.ndarray:
+    """Weights that keep activations at unit variance: from Llama's 0.02 a model this small takes minutes to leave."""
+    name, shape = path[-1].key, leaf.shape
+    if name.endswith("norm"):
+        return np.ones(shape, np.float32)
+    # Layers are stacked: [L,D,…], and o is [L,N,H,D]; embed is [V,D] and sets the scale, kernel is [D,V].
+    fan_in = {"embed": 1, "kernel": shape[0], "o": shape[1] * shape[-2]}.get(name, shape[1])
+    return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What tells one reinforcement-learning algorithm from another: samples per question, a critic or not, advantages, loss.
+"""Reinforcement-learning algorithms: samples per question, a critic or not, the advantages, the loss.
 
 To add one, subclass `Algorithm` in a file of your own and name it in the settings: `rl.algorithm = "path.py:NAME"`.
 """
@@ -37,7 +37,7 @@ class Advantages(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The settings of section `rl` that algorithms read, and what each algorithm defines. All methods are traced by JAX.
+    """The settings of section `rl` that algorithms read, and what an algorithm defines. JAX traces all methods.
 
     samples: sampled solutions per question. critic: whether values are computed and trained.
     """
@@ -58,14 +58,13 @@ class Algorithm:
     def loss(self, logprob, old: PPOBatch) -> tuple[Any, dict[str, Any]]:
         """Loss and metrics of the policy at decisions float32[b,w], to be summed over all decisions.
 
-        A decision with `old.weight` 0 must add nothing. A metric whose name ends in "_max" is a maximum (at least 0)
-        instead of a sum. Here: PPO's clipped surrogate; metrics are the number of actions, the number whose ratio
-        left the clip range, and the largest |ρ − 1|.
+        A decision with `old.weight` 0 must add nothing. Endings of a metric's name: "_max" is a maximum (at least 0),
+        "_share" is divided by the number of decisions. Here: PPO's clipped surrogate, the share of actions whose ratio
+        left the clip range, and the largest |ρ − 1| (0 on the first pass, up to rounding).
         """
         loss = losses.policy_loss(logprob, old.old_logprob, old.advantage, old.weight, clip=self.clip)
         error = jnp.abs(jnp.exp(jnp.where(old.weight > 0, logprob - old.old_logprob, 0.0)) - 1)
-        counts = {"actions": (old.weight > 0).sum(), "clipped": (error > self.clip).sum()}
-        return loss, counts | {"ratio_error_max": error.max()}
+        return loss, {"clip_share": (error > self.clip).sum(), "ratio_error_max": error.max()}
 
     def value_loss(self, value, old: PPOBatch):
         """The critic's loss at decisions float32[b,W], summed; used only if `critic` is true."""

@@ -27,14 +27,14 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None
 
     `dtype`: of the weights, if not the base's. Raises SaveError.
     """
-    licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
+    licences = sorted({path for pattern in LICENCES for path in run.inputs.base.glob(pattern) if path.is_file()})
     card = model_card(run, name, [path.name for path in licences])
     params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
     head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
-    base = DTYPES[stored_in(run.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    base = DTYPES[stored_in(run.inputs.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
     dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
     with writing(out):
-        save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
+        save_hf(out, run.machine.model, params["lm"], tokenizer=run.inputs.tokenizer, dtype=dtype, **head)
         try:
             if hosts.is_first():
                 for path in licences:
@@ -48,12 +48,12 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None
 
 def model_card(run: Run, name: str, licences: list[str]) -> str:
     """Base, licence notice, prompt format, stages and, if `evaluate` has seen these models, its table, as Markdown."""
-    base, policy = run.base.name, name.removeprefix("rerank_")
+    base, policy = run.inputs.base.name, name.removeprefix("rerank_")
     title = f"{TITLES[policy]} reranker" if name != policy else TITLES[policy]
     notice = (
         f"Copied from there: {', '.join(licences)}." if licences else "Its folder held no licence file; look it up."
     )
-    report = run.workdir / "report.json"
+    report = run.workdir.path / "report.json"
     return "\n".join(
         [
             "---",
@@ -119,7 +119,7 @@ def stages(run: Run, name: str, base: str) -> list[str]:
     if name != policy:
         rows = (done(run, name) or {}).get("rows", "?")
         lines.append(f"A classifier on {rows} distinct samples of the warm-up model, from that model.")
-    return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
+    return [*lines, f"Checkpoints chosen on: {run.inputs.data.chosen_on}."]
 
 
 def measured(run: Run, path: Path) -> list[str]:

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from reft_jax.config import flatten
+from reft_jax.evaluation.provenance import examples_checksum
 from reft_jax.model.hf import check_folder
 from reft_jax.model_folder import check_ids
 from reft_jax.run.about import versions
 from reft_jax.run.workdir import MACHINE
 from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
-from reft_jax.evaluation.provenance import examples_checksum
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
@@ -161,9 +161,9 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
 
 
 def checked_tokenizer(folder: Path, *, reranker: bool = False):
-    """The tokenizer of a model folder, after checks of the tensors' headers, the vocabulary and the end ids. InputError.
+    """The tokenizer of a model folder, after checks of the tensors' headers, the vocabulary and the end ids.
 
-    `reranker`: the folder must hold a classifier with 2 classes, else a language model.
+    Raises InputError. `reranker`: the folder must hold a classifier with 2 classes, else a language model.
     """
     vocab_size = check_folder(folder, reranker=reranker).vocab_size
     check_ids(folder, vocab_size)

@@ -114,6 +114,7 @@ def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]
 
 def toy_inputs(config, workdir: Path, reads: bool) -> Inputs:
     """The embedded default: its data and its tiny model, made by the first host where they are missing."""
+
     def write() -> dict[str, str]:
         if not reads and not (workdir / "config.json").exists():  # left by a start with other settings
             shutil.rmtree(workdir / "toy", ignore_errors=True)

@@ -10,8 +10,10 @@ import jax
 
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
+from reft_jax.model.llama import Llama
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
+from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
@@ -44,35 +46,30 @@ class Weights(NamedTuple):
 
 
 def abstract_policy(run: Run):
-    return abstract_params(run.model, ValueHead(), "value_head")
+    return abstract_params(run.machine.model, ValueHead(), "value_head")
 
 
 def abstract_reranker(run: Run):
-    return abstract_params(run.model, RerankHead(), "rerank_head")
+    return abstract_params(run.machine.model, RerankHead(), "rerank_head")
 
 
-def base_policy(run: Run):
+def base_policy(inputs: Inputs, mesh, model: Llama):
     """The base model's weights, float32, on the mesh, with the value head of its folder or a new one."""
-    where = shardings(run.mesh, abstract_policy(run))
-    _, lm = load_hf(run.base, shardings=where["lm"])
-    if head := load_value_head(run.base):
-        print(f"the value head is that of {run.base}", flush=True)
+    where, config = shardings(mesh, abstract_params(model, ValueHead(), "value_head")), inputs.config
+    _, lm = load_hf(inputs.base, shardings=where["lm"])
+    if head := load_value_head(inputs.base):
+        print(f"the value head is that of {inputs.base}", flush=True)
         return {"lm": lm, "value_head": put(head, where["value_head"])}
-    head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
-    return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.rl.value_init * x, head)}
-
-
-def model_folder(run: Run, name: str) -> Path:
-    """Where a finished stage puts its model; the warm-up model is there as soon as its epoch is over."""
-    return run.workdir / "models" / name
+    head = init_head(mesh, ValueHead(), model.config.hidden_size, config.seed)
+    return {"lm": lm, "value_head": jax.tree.map(lambda x: config.rl.value_init * x, head)}
 
 
 def load_model(run: Run, name: str, abstract=None):
     """The parameters that a stage saved under `name`; InputError if it has not run in this work directory."""
-    folder = model_folder(run, name)
+    folder = run.workdir.model(name)
     if not folder.exists():
         raise InputError(f"{folder}: no such model; run the stage that makes it with this --workdir first")
-    return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
+    return load_params(folder, abstract_arrays(run.machine.mesh, abstract or abstract_policy(run)))
 
 
 def checksum(run: Run, name: str, memory: Path | None = None) -> str:
@@ -80,10 +77,10 @@ def checksum(run: Run, name: str, memory: Path | None = None) -> str:
 
     memory: of `model_checksum`; the work directory's if left out.
     """
-    folder = model_folder(run, name)
+    folder = run.workdir.model(name)
 
     def look() -> str:
-        return model_checksum(folder, run.base, memory or run.workdir / MEMORY) if folder.exists() else ""
+        return model_checksum(folder, run.inputs.base, memory or run.workdir.path / MEMORY) if folder.exists() else ""
 
     return hosts.from_first(f"checksum of {name}", look)
 
@@ -102,7 +99,7 @@ def reranker(run: Run, name: str) -> Weights:
 
 def done(run: Run, stage: str) -> dict | None:
     """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
-    return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir / stage / "done.json"))
+    return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir.path / stage / "done.json"))
 
 
 def read_result(path: Path) -> dict | None:
@@ -142,7 +139,7 @@ def finished(run: Run, stage: str) -> dict | None:
     check_sources(run, stage)
     result = done(run, stage)
     if result:
-        print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
+        print(f"{stage}: done already, {run.workdir.path / stage / 'done.json'}", flush=True)
         if "best" in result and "dev" in changed_data(run, result):
             print(f"{stage}: its checkpoint was chosen on other dev questions than there are now", flush=True)
     return result
@@ -152,8 +149,8 @@ def check_sources(run: Run, stage: str) -> None:
     """InputError if the stage is done but was trained from other models than there are now."""
     if (result := done(run, stage)) and (told := other_sources(run, result)):
         raise InputError(
-            f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
-            f"or remove {stage}/ and models/{stage} to train again"
+            f"{run.workdir.path / stage}: this stage is done, but was trained from another model ({told}); "
+            f"restore that, or remove {stage}/ and models/{stage} to train again"
         )
 
 
@@ -162,15 +159,15 @@ def check_data(run: Run) -> None:
     for stage in STAGES:
         if (result := done(run, stage)) and "train" in changed_data(run, result):
             raise InputError(
-                f"{run.workdir / stage}: this stage was trained on other rows than the training data has now; bring "
-                f"them back, choose another --workdir, or remove {stage}/ and its models to train again"
+                f"{run.workdir.path / stage}: this stage was trained on other rows than the training data has "
+                f"now; bring them back, choose another --workdir, or remove {stage}/ and its models to train again"
             )
 
 
 def changed_data(run: Run, result: dict) -> list[str]:
     """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
     that was allowed. An older version recorded nothing."""
-    before, now = result.get("data") or run.data_made, run.data_made
+    before, now = result.get("data") or run.inputs.data_made, run.inputs.data_made
     if before["settings"] != now["settings"]:
         return []
     return [split for split in ("train", "dev") if before[split] != now[split]]

@@ -133,8 +133,8 @@ def roll_out(
                 yield i, Graded(completion, text, verdict)
 
         begun = time.monotonic()
-        for i, completion in run.engine.generate(lm, prompts, **sampling):
-            ended[i] = completion, run.text(prompts[i], completion)
+        for i, completion in run.machine.engine.generate(lm, prompts, **sampling):
+            ended[i] = completion, run.inputs.text(prompts[i], completion)
             if owners[i] == hosts.number():
                 grading.submit(i, examples[i], ended[i][1])
             if alone:
@@ -161,7 +161,7 @@ class Log:
     """Lines on their way to the audit log, a batch at a time."""
 
     def __init__(self, run: Run):
-        self.executions, self.lines = run.executions, []
+        self.executions, self.lines = run.workdir.executions, []
 
     def add(self, line: dict) -> None:
         self.lines.append(line)
@@ -179,14 +179,46 @@ def shares(prompts: list[Prompt]) -> list[int]:
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
-def one_each(run: Run, examples: list[Example]) -> list[Prompt]:
-    """A prompt of each example for one iteration; one that comes twice is sampled under another number, or both rows
-    would be the same."""
+def one_prompt_each(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
+    """`samples` prompts per example for one iteration, those of an example together.
+
+    An example that comes twice is sampled under other sample numbers, or its rows would be equal.
+    """
     seen, prompts = Counter(), []
-    for prompt in run.prompts(examples):
+    for prompt in run.inputs.prompts(examples, samples):
         prompts.append(prompt._replace(sample=seen[prompt.item_id]))
         seen[prompt.item_id] += 1
     return prompts
+
+
+def roll_out_once(
+    run: Run, lm, examples: list[Example], purpose: str, iteration: int, samples: int = 1
+) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
+    """The rollout of one training iteration: prompts, the graded response to each, and metrics."""
+    rl, clock, before = run.config.rl, Clock(), Counter(run.machine.engine.counts)
+    prompts = one_prompt_each(run, examples, samples)
+    asked = [example for example in examples for _ in range(samples)]
+    sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
+    found = dict(roll_out(run, lm, prompts, asked, purpose, clock, **sampling))
+    graded = [found[i] for i in range(len(prompts))]
+    decoded = run.machine.engine.counts - before
+    return (
+        prompts,
+        graded,
+        {
+            "train_correct": top1(graded),
+            "no_answer": np.mean([one.verdict.value is None for one in graded]),
+            "finished": np.mean([one.completion.finished for one in graded]),
+            "seconds_program_p50": np.percentile(clock.programs or [0.0], 50),
+            "seconds_program_p99": np.percentile(clock.programs or [0.0], 99),
+            "seconds_programs": sum(clock.programs),
+            "executor_retries": executor.counts()["retries"],
+            "seconds_rollout": clock.decoding,
+            "seconds_reward": clock.waiting,
+            "prompt_tokens": decoded["prompt_tokens"],
+            "slots_busy": decoded["tokens"] / decoded["slot_steps"],
+        },
+    )
 
 
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
@@ -194,7 +226,7 @@ def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
     sampling, found = {"max_len": run.config.sample.max_len, "temperature": 0.0}, {}
     progress = Progress(purpose, len(examples), "completion")
     progress.say("evaluating")
-    for i, graded in roll_out(run, lm, run.prompts(examples), examples, purpose, **sampling):
+    for i, graded in roll_out(run, lm, run.inputs.prompts(examples), examples, purpose, **sampling):
         found[i] = graded
         progress.update(len(found))
     progress.close()

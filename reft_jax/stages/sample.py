@@ -11,15 +11,12 @@ from reft_jax.evaluation.provenance import MadeBy, Stored, appending, examples_c
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
 from reft_jax.parallel import hosts
 from reft_jax.run.about import commit, versions
-from reft_jax.run.open import Run, shorten
+from reft_jax.run.inputs import shorten
+from reft_jax.run.open import Run
 from reft_jax.stages.models import Weights, check_data, policy
 from reft_jax.stages.rollout import Graded, roll_out
 from reft_jax.train.metrics import Progress
 from reft_jax.types import Example, Prompt
-
-
-def samples_path(run: Run, name: str, split: str) -> Path:
-    return run.workdir / "samples" / f"{name}_{split}.jsonl"
 
 
 def run_sample(run: Run, name: str, split: str) -> list[dict]:
@@ -29,11 +26,11 @@ def run_sample(run: Run, name: str, split: str) -> list[dict]:
     """
     settings = run.config.sample
     if split == "test":
-        examples, n = run.data.test, settings.n
+        examples, n = run.inputs.data.test, settings.n
     else:
         check_data(run)
-        examples, n = shorten(run.data.train, settings.train_limit, run.config.seed), settings.train_n
-    return sampled(run, samples_path(run, name, split), examples, n, policy(run, name), f"{name} samples on {split}")
+        examples, n = shorten(run.inputs.data.train, settings.train_limit, run.config.seed), settings.train_n
+    return sampled(run, run.workdir.samples(name, split), examples, n, policy(run, name), f"{name} samples on {split}")
 
 
 def greedy_answers(run: Run, path: Path, examples: list[Example], weights: Weights, what: str) -> list[dict]:
@@ -131,7 +128,7 @@ def sample_questions(
     prompts: list[Prompt] = []
     owners: list[int] = []  # of each prompt, in `left`
     for q, (example, there) in enumerate(left):
-        more = run.prompts([example], n)[len(there) :]
+        more = run.inputs.prompts([example], n)[len(there) :]
         prompts += more
         owners += [q] * len(more)
     found: list[dict[int, Graded]] = [{} for _ in left]  # by sample

@@ -1,7 +1,8 @@
 """The updates: SFT, online self-training, reinforcement learning, reranker. One maker, and a loss for each.
 
 A loss is `loss(model, params, lines, batch) -> (loss, metrics)` of one micro-batch [b,…]. Losses and metrics are summed
-over micro-batches, gradients too; a metric whose name ends in "_max" is a maximum.
+over micro-batches, gradients too. Two endings of a metric's name mean something: "_max" is a maximum instead of a sum,
+"_share" is divided by the number of decisions at the end.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ def make_step(loss, model, optimizer, shardings):
             return loss(model, params, *rows)
 
         grads, total, metrics = over_micro_batches(of_rows, state.params, rows, count)
+        decisions = (rows[0].decisions >= 0).sum()
+        metrics = {name: x / decisions if name.endswith("_share") else x for name, x in metrics.items()}
         state, grad_norm = apply_gradients(state, optimizer, grads)
         return state, {"loss": total} | metrics | {"grad_norm": grad_norm}
 

@@ -1,9 +1,9 @@
-"""Replays of the authors' own numbers: one PPO iteration, one rerank evaluation. For tests, and for anyone who doubts.
+"""Replays the authors' own numbers: one PPO iteration, one rerank evaluation. For tests, and for readers in doubt.
 
 Everything is computed in float32 by the functions that a training run uses. The case of a PPO iteration is a folder:
 `config.json`, `policy_before` and `reference` (Hugging Face Llama weights, the policy's with `v_head`), `case.json`
 (settings, sampled programs, gold answers) and `step.npz`, of which only the token ids, their mask and the prompts'
-padded length are read: every other number in it is there to be compared with.
+padded length are read; every other number in it is only for comparison.
 """
 
 import tempfile
@@ -35,7 +35,7 @@ _NEEDED = (
     "programs gold kl_coef gamma lam vf_coef clip value_clip lr weight_decay max_grad_norm ppo_epochs minibatch".split()
 )
 _COEFFICIENTS = ("kl_coef", "gamma", "lam", "clip", "value_clip", "vf_coef")
-# What is built in here, so that a case may not set it otherwise.
+# Fixed here: a case may not have other values.
 _FIXED = {"adam_eps": 1e-8, "adam_b1": 0.9, "adam_b2": 0.999, "whitening": "global"}
 
 
@@ -45,10 +45,10 @@ def replay_ppo(case_dir: str | Path) -> dict:
     Returns numpy arrays. In our layout (types.py; T is the longest row), 0 off the actions, float32[B,T]: rewards,
     score_rewards, kl_rewards (as the authors keep them, before β multiplies them), values, old_logprobs, ref_logprobs,
     advantages, advantages_whitened, returns; action_mask bool[B,T]; prompt_len, total_len int32[B]; scores float32[B],
-    from executing the case's programs. One entry an update, float32[U]: losses, grad_norms (before clipping). Scalars
+    from executing the case's programs. One entry per update, float32[U]: losses, grad_norms (before clipping). Scalars
     of the last update: pg_loss, vf_loss, vf_expl_var (of the values right before it). params_after: a dict, float32,
     under the names that `policy_before` has.
-    InputError names the file or field that is missing or that PPO here cannot do.
+    InputError names a file or field that is missing, or a field whose value cannot be replayed.
     """
     folder = Path(case_dir)
     case = read_json(folder / "case.json")
@@ -133,7 +133,7 @@ def execute(programs: list[str], gold: list[str]) -> np.ndarray:
 def replay_rerank(case_dir: str | Path) -> dict[str, float]:
     """A rerank evaluation from samples and the reranker's logits: shares of all questions, 0 to 1.
 
-    Returns: cls_acc (distinct samples judged rightly), rerank_acc, upper_bound, voting_accuracy (a vote over all
+    Returns: cls_acc (distinct samples judged correctly), rerank_acc, upper_bound, voting_accuracy (a vote over all
     predictions, counted here) and vote_acc (the same, as the file's `is_correct` has it, of the questions that have a
     distinct sample with a valid answer). InputError if a distinct sample has no logits.
     """
@@ -169,7 +169,7 @@ def _load(folder: Path, name: str) -> tuple:
 
 
 def _under_names(names, config, params) -> dict[str, np.ndarray]:
-    """Our parameters under the names of a case, which are those of TRL's value-head wrapper."""
+    """Our parameters under the names of a case: those of TRL's value-head wrapper."""
     ours = dict(hf_tensors(config, params["lm"], value_head=params["value_head"]))
     ours.setdefault("lm_head.weight", ours["model.embed_tokens.weight"])  # tied: one matrix, sometimes stored twice
     plain = {name: name.removeprefix(WRAPPER).replace("v_head.summary.", "v_head.") for name in names}

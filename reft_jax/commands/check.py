@@ -1,7 +1,7 @@
 """Is this checkpoint, on this machine, ready for a run? What a run relies on, each part with its figure.
 
-Nothing is needed beside the model: the questions are generated. Sizes are small and do not depend on the config's
-batches; types, mesh, PPO coefficients and the executor's limits are the config's.
+Only the model is needed: the questions are generated. Sizes are small and do not depend on the config's batches.
+Types, mesh, PPO coefficients and the executor's limits come from the config.
 """
 
 import time
@@ -42,11 +42,11 @@ from reft_jax.types import Completion, Prompt
 QUESTIONS = 4  # rolled out, scored and trained on
 RESPONSE = 32  # tokens sampled for each
 PAD_MULTIPLE = 64
-# Differences that rounding alone makes between two compiled programs, in nats.
+# Differences that rounding alone makes between two compiled functions, in nats.
 MEAN_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 MAX_GAP = {"float32": 2e-3, "bfloat16": 1.0}
-HARM = 0.15  # nats a token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
-PROGRAMS = {  # program: what must become of it
+HARM = 0.15  # nats per token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
+PROGRAMS = {  # program: its expected value or outcome
     "def solution():\n    return 6 * 7": 42.0,
     "def solution():\n    return '1e3'": 1000.0,
     "def solution():\n    return math.sqrt(2)": 2**0.5,
@@ -129,7 +129,7 @@ def check_executor(inputs: Inputs) -> Finding:
 
 
 def check_grading(inputs: Inputs) -> Finding:
-    """A worked solution earns 1 where it is right, 0.1 where the answer is another number; no solution earns 0."""
+    """A worked solution earns 1; with another number as the right answer it earns 0.1; no solution earns 0."""
     engine, examples, limits = inputs.config.data.format, inputs.data.train, inputs.config.executor
     run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
     right = [prompts.sft_target(example, engine) for example in examples]
@@ -147,7 +147,7 @@ def check_grading(inputs: Inputs) -> Finding:
 
 
 def check_weights(inputs: Inputs, model: Llama, lm) -> Iterator[Finding]:
-    """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
+    """Per tensor: file -> our layout -> their layout gives the file's numbers; all are finite, and not all equal."""
     _, stored, _ = checked(inputs.base)
     changed, broken, count = [], [], 0
     for name, ours in hf_tensors(model.config, lm):
@@ -188,7 +188,7 @@ def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
         return token_loss(logprob, weight)
 
     whole, uniform = float(loss(lm, lines, weight, -1)), np.log(model.config.vocab_size)
-    figure = f"{whole:.2f} nats a token on worked solutions; guessing costs {uniform:.2f}"
+    figure = f"{whole:.2f} nats per token on worked solutions; guessing costs {uniform:.2f}"
     yield Finding("the model knows language", whole < uniform, figure)
     if not np.isfinite(whole):
         yield Finding("every layer does no harm", False, "not tried: the loss is not a number")
@@ -204,7 +204,7 @@ def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
 
 
 def roll_out(inputs: Inputs, mesh, model: Llama, lm) -> tuple[list[Prompt], list[Completion]]:
-    """One short sampled response a question; more samples of them where the mesh wants more rows."""
+    """One short sampled response per question, or more if the mesh needs more rows."""
     count = round_up(QUESTIONS, row_shards(mesh))
     asked = inputs.prompts(inputs.data.train, -(-count // QUESTIONS))[:count]
     ends, seed = all_end_ids(inputs.tokenizer, inputs.base), inputs.config.seed
@@ -253,7 +253,7 @@ def check_iteration(
 
 
 def gap(name: str, difference: np.ndarray, dtype: str) -> Finding:
-    """Log-probabilities of the same tokens, computed twice."""
+    """Compares log-probabilities of the same tokens that were computed twice."""
     mean, largest = np.abs(difference).mean(), np.abs(difference).max()
     passed = bool(mean <= MEAN_GAP[dtype] and largest <= MAX_GAP[dtype])
     return Finding(name, passed, f"mean {mean:.1e}, largest {largest:.1e} nats over {difference.size} tokens")

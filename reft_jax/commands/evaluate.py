@@ -33,11 +33,11 @@ from reft_jax.train.metrics import read_metrics
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
-    """What one model answered to the test questions, and what a reader must know about it; greedy answers and
-    reranker's scores are made if they are missing.
+    """The answers of one model to the test questions, and notes for the reader.
 
-    Samples are used as far as `sample` has made them, with this model, these settings and these questions: the first n
-    of each question that all of them have. They are left out where a question has none.
+    Makes greedy answers and reranker scores that are missing. Uses the samples that `sample` has made with this model,
+    these settings and these questions: the first n of each question, n being what all of them have. If a question has
+    none, all samples are left out.
     """
     path, title = run.workdir.samples(name, "test"), TITLES[name]
     test, wanted = run.inputs.data.test, run.config.sample.n
@@ -60,12 +60,12 @@ def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
 
 
 def expected(run: Run, name: str) -> bool:
-    """Whether the samples of a model are missing beside those of others; the warm-up model's are optional."""
+    """Whether samples of this model are expected: others have theirs. The warm-up model's are optional."""
     return name != "warmup" and any(run.workdir.samples(other, "test").exists() for other in POLICIES)
 
 
 def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
-    """The lines of a stage, with one for iteration 0, the model that it began with, if its `result` has that."""
+    """The metrics of a stage. Adds a line for iteration 0, the start model, if `result` has its accuracy."""
     start = result.get("start_dev_top1")
     first = [] if start is None else [{"step": 0, "dev_top1": start}]
     return first + read_metrics(run.workdir.path / stage)
@@ -109,7 +109,7 @@ def about(run: Run) -> dict[str, str]:
 
 
 def others(run: Run, stages: dict) -> list[str]:
-    """Stages that were trained on other data or from other models than there are now."""
+    """Lines about stages that were trained on data or from models that have changed since."""
     lines = []
     for stage, result in stages.items():
         if changed := changed_data(run, result):
@@ -120,7 +120,7 @@ def others(run: Run, stages: dict) -> list[str]:
 
 
 def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
-    """What a reader of the table must know."""
+    """Notes that a reader of the table needs."""
     lines = []
     data, max_len = run.config.data, run.config.sample.max_len
     if wrong := wrong_anyway(run.inputs.tokenizer, run.inputs.data.test, data.format, max_len, "test"):

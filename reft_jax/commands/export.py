@@ -23,9 +23,9 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of 
 
 
 def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
-    """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
+    """Writes the folder. name: a policy (its value head goes into a subfolder), or a reranker.
 
-    `dtype`: of the weights, if not the base's. Raises SaveError.
+    dtype: of the weights; None: the base's. Raises SaveError.
     """
     licences = sorted({path for pattern in LICENCES for path in run.inputs.base.glob(pattern) if path.is_file()})
     card = model_card(run, name, [path.name for path in licences])
@@ -41,7 +41,7 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None
                     shutil.copy(path, out / path.name)
                 (out / "README.md").write_text(card, encoding="utf-8")
         except BaseException:
-            shutil.rmtree(out)  # so that the same command may be given again
+            shutil.rmtree(out)  # so that the same command can run again
             raise
     print(f"{name} -> {out}")
 
@@ -86,7 +86,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
 
 
 def prompt_format(engine: str, *, is_reranker: bool) -> list[str]:
-    """What the model reads, and what becomes of its answer."""
+    """What the model reads, and how its answer is graded."""
     if is_reranker:
         text, then = (
             rerank_text("{question}", "{completion}"),
@@ -100,7 +100,7 @@ def prompt_format(engine: str, *, is_reranker: bool) -> list[str]:
 
 
 def stages(run: Run, name: str, base: str) -> list[str]:
-    """How the model came about, one line a stage."""
+    """How the model was made, one line per stage."""
     config, policy = run.config, name.removeprefix("rerank_")
     sft = done(run, "sft") or {}
     first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.format})"
@@ -123,7 +123,7 @@ def stages(run: Run, name: str, base: str) -> list[str]:
 
 
 def measured(run: Run, path: Path) -> list[str]:
-    """The table of a report.json, if its models are those that are there now. InputError if it cannot be read."""
+    """The table of report.json, if its models have not changed since. InputError if it cannot be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         before = dict(report.get("checksums", {}))
@@ -131,7 +131,7 @@ def measured(run: Run, path: Path) -> list[str]:
         subject = f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets."
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a report ({error!r}); run evaluate again, or remove it") from error
-    with tempfile.TemporaryDirectory() as folder:  # a reader leaves nothing in the work directory
+    with tempfile.TemporaryDirectory() as folder:  # this command writes nothing in the work directory
         changed = [name for name in before if checksum(run, name, Path(folder) / "checksums.json") != before[name]]
     if changed or not before:
         why = f"of another {' and '.join(changed)} than there is now" if changed else "of an older version"

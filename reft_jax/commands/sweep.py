@@ -1,9 +1,9 @@
-"""Many checkpoints on many data files in one command: answers into sample files, then a table a data file.
+"""Evaluates many checkpoints on many data files: writes their answers to sample files, then a table per data file.
 
     WORKDIR/samples/DATA/MODEL.jsonl      and beside it .greedy.jsonl, .rerank.jsonl (evaluation/records.py)
     WORKDIR/sweep.md, sweep.json, sources.json
 
-What the same model has answered is not asked again, so an interrupted sweep resumes where it was, to the question.
+Questions that the same model has answered are not asked again, so an interrupted sweep resumes at its next question.
 """
 
 import functools
@@ -51,8 +51,9 @@ LONGEST_NAME = 200
 
 
 class Source(NamedTuple):
-    """Weights: a Hugging Face folder, or the folder that a stage made (RUN/models/NAME); `base` has its config.json
-    and tokenizer."""
+    """The weights of a model: a Hugging Face folder, or the folder that a stage made (RUN/models/NAME).
+
+    base: the folder with its config.json and tokenizer."""
 
     folder: Path
     base: Path
@@ -85,7 +86,7 @@ class Sweep(NamedTuple):
 
 
 def parse_checkpoints(text: str) -> list[Checkpoint]:
-    """Of `[NAME=]FOLDER[+RERANKER],…`; without NAME it is that of the folder. Raises InputError."""
+    """Parses `[NAME=]FOLDER[+RERANKER],…`; NAME is the folder's name if left out. Raises InputError."""
     checkpoints = []
     for entry in paths.listed(text, paths.is_checkpoint):
         name, folders = paths.named(entry)
@@ -96,7 +97,7 @@ def parse_checkpoints(text: str) -> list[Checkpoint]:
 
 
 def parse_data(text: str) -> dict[str, str]:
-    """{name: file} of `[NAME=]FILE,…`; without NAME it is the file's, without its suffix."""
+    """Parses `[NAME=]FILE,…` to {name: file}; NAME is the file's name without suffix if left out."""
     pairs = [paths.named(entry) for entry in paths.listed(text, paths.is_data)]
     names = [name or Path(file).stem for name, file in pairs]
     check_names("--data", names)
@@ -104,7 +105,7 @@ def parse_data(text: str) -> dict[str, str]:
 
 
 def check_names(flag: str, names: list[str]) -> None:
-    """InputError unless every name can be that of a file or folder of its own."""
+    """InputError unless every name is a valid file name and no two are equal."""
     distinct = len({name.casefold() for name in names}) == len(names)  # some file systems ignore case
     if not distinct or not all(names) or any("/" in name or name.startswith(".") for name in names):
         raise InputError(
@@ -119,9 +120,9 @@ def check_names(flag: str, names: list[str]) -> None:
 
 
 def find(folder: str, *, reranker: bool = False) -> Source:
-    """Raises InputError unless there is a model in the folder, of either kind.
+    """The model in the folder. Raises InputError if there is none.
 
-    What a Hugging Face folder holds is looked at later; of a stage's model the name says whether it is a reranker.
+    The contents of a Hugging Face folder are checked later. The name of a stage's model says whether it is a reranker.
     """
     path = Path(folder).absolute()
     workdir = path.parent.parent
@@ -140,7 +141,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
 def run_sweep(
     config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str], allowed: Sequence[str] = ()
 ) -> list[dict]:
-    """Answers what is not answered yet, writes and prints the tables. Returns the reports, one a data file.
+    """Answers the questions that are left, writes and prints the tables. Returns the reports, one per data file.
 
     `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
     """
@@ -182,7 +183,7 @@ def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str,
 
 
 def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]) -> list[str]:
-    """A line a model: the questions that it cannot answer, whatever it writes. Models of one tokenizer say the same."""
+    """A line per tokenizer: the questions that its models cannot answer, whatever they write."""
     lines: dict[str, list[str]] = {}
     for one in checkpoints:
         tok, limits = load_tokenizer(one.model.base), (config.data.format, config.sample.max_len)
@@ -195,8 +196,9 @@ def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
 
 
 def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
-    """Records the checksum of every model and reranker by its name. InputError if a name stood for another one before:
-    it has answers already."""
+    """Records the checksum of every model and reranker by its name.
+
+    InputError if a name belonged to another model before: that one has answers already."""
     path = workdir / SOURCES
     try:
         before = json.loads(path.read_text()) if path.exists() else {}
@@ -238,14 +240,13 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Gua
 
 
 def check_stage(source: Source, *, reranker: bool) -> None:
-    """Reads no weights. InputError unless what a stage made is a policy, or a reranker, with its base's shapes."""
+    """InputError unless a stage's model is a policy (or a reranker) with the shapes of its base. Reads no weights."""
     head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
     check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
 
 
 def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
-    """Greedy answers, samples and the reranker's scores of one model to every data file, by the file's name; made as
-    far as they are missing."""
+    """The greedy answers, samples and reranker scores of one model, by data file; makes those that are missing."""
     workdir = sweep.workdir.path
     paths = {name: samples_file(workdir, checkpoint, name) for name in data}
     run, weights = with_model(sweep, checkpoint.model, reranker=False)

@@ -98,7 +98,7 @@ class Training:
         self.run.guards.step()
 
     def check_finite(self) -> None:
-        """NotFiniteError if a number of the last update is NaN or infinite; nothing that came of it is saved."""
+        """NotFiniteError if a number of the last update is NaN or infinite; nothing made from it is saved."""
         if self._unchecked:
             check_finite(self.folder, self.done, *self._unchecked)
             self._unchecked = None

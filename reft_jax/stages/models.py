@@ -1,4 +1,4 @@
-"""The models of a work directory by name: where they come from, where they are, and what a finished stage said."""
+"""The models of a work directory by name: their weights, their checksums, and what a finished stage recorded."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ TITLES = {
 }
 POLICIES = tuple(TITLES)
 STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
-COUNTS = {  # what done.json of a stage must have, beside `seconds`; rerankers have RERANKED
+COUNTS = {  # fields that a stage's done.json must have besides `seconds`; rerankers: RERANKED
     "sft": ("best", "epochs"),
     "self_train_offline": ("best", "epochs", "rows"),
     "self_train_online": ("best", "iterations"),
@@ -39,7 +39,7 @@ RERANKED = ("rows", "positive")
 
 
 class Weights(NamedTuple):
-    """A model that answers: the checksum that its answers are stored under, and what reads its parameters."""
+    """A model: the checksum that its answers are stored under, and the function that loads its parameters."""
 
     checksum: str
     load: Callable[[], Any]
@@ -73,9 +73,9 @@ def load_model(run: Run, name: str, abstract=None):
 
 
 def checksum(run: Run, name: str, memory: Path | None = None) -> str:
-    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged.
+    """The checksum of models/NAME with the base's config and tokenizer; "" if there is none. InputError if damaged.
 
-    memory: of `model_checksum`; the work directory's if left out.
+    memory: the file that remembers checksums (see `model_checksum`); default: the one in the work directory.
     """
     folder = run.workdir.model(name)
 
@@ -98,7 +98,7 @@ def reranker(run: Run, name: str) -> Weights:
 
 
 def done(run: Run, stage: str) -> dict | None:
-    """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
+    """What `Training.finish` wrote for this stage; None if the stage has not ended. InputError if damaged."""
     return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir.path / stage / "done.json"))
 
 
@@ -119,7 +119,7 @@ def read_result(path: Path) -> dict | None:
 
 
 def _problem(stage: str, result: dict) -> str:
-    """What is wrong with a result; "" if nothing is. What older versions did not record may be absent."""
+    """What is wrong with a result; "" if nothing. Fields that older versions did not record may be absent."""
     numbers = ("seconds", *COUNTS.get(stage, RERANKED))
     if absent := [name for name in (*numbers, "checksum") if name not in result]:
         return f"no {', '.join(absent)}"
@@ -132,9 +132,10 @@ def _problem(stage: str, result: dict) -> str:
 
 
 def finished(run: Run, stage: str) -> dict | None:
-    """As `done`, for a command that trains; a line says that it will not. InputError if a finished stage was trained on
-    other data than there is now, or this one from other models; a line if this one's checkpoint was chosen on other
-    questions."""
+    """The result of the stage if it is done, for a command that would train it; prints a line that says so.
+
+    InputError if a finished stage was trained on data that has changed since, or this one from models that have. Prints
+    a line if this one's checkpoint was chosen on other dev questions."""
     check_data(run)
     check_sources(run, stage)
     result = done(run, stage)
@@ -146,7 +147,7 @@ def finished(run: Run, stage: str) -> dict | None:
 
 
 def check_sources(run: Run, stage: str) -> None:
-    """InputError if the stage is done but was trained from other models than there are now."""
+    """InputError if the stage is done but was trained from models that have changed since."""
     if (result := done(run, stage)) and (told := other_sources(run, result)):
         raise InputError(
             f"{run.workdir.path / stage}: this stage is done, but was trained from another model ({told}); "
@@ -155,7 +156,7 @@ def check_sources(run: Run, stage: str) -> None:
 
 
 def check_data(run: Run) -> None:
-    """InputError if a finished stage was trained on other data than there is now, under the same settings of data."""
+    """InputError if a finished stage was trained on data that has changed since, under the same data settings."""
     for stage in STAGES:
         if (result := done(run, stage)) and "train" in changed_data(run, result):
             raise InputError(
@@ -165,8 +166,10 @@ def check_data(run: Run) -> None:
 
 
 def changed_data(run: Run, result: dict) -> list[str]:
-    """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
-    that was allowed. An older version recorded nothing."""
+    """Which of "train" and "dev" has other rows now than when the stage was trained.
+
+    Nothing if the data settings changed too, for the user allowed that, and nothing where an older version recorded no
+    data."""
     before, now = result.get("data") or run.inputs.data_made, run.inputs.data_made
     if before["settings"] != now["settings"]:
         return []
@@ -174,7 +177,7 @@ def changed_data(run: Run, result: dict) -> list[str]:
 
 
 def other_sources(run: Run, result: dict) -> str:
-    """The models that a finished stage was trained from and that are others now, in words; "" if there are none."""
+    """In words, the models that a finished stage was trained from and that have changed since; "" if none."""
     now = {name: checksum(run, name) for name in result.get("from", {})}
     return ", ".join(
         f"models/{name} was {before}, is {now[name] or 'not there'}"
@@ -184,5 +187,5 @@ def other_sources(run: Run, result: dict) -> str:
 
 
 def sources(run: Run, *names: str) -> dict[str, str]:
-    """Checksums of the models that a stage is trained from: what its `from` records."""
+    """Checksums of the models that a stage is trained from, as its `from` records them."""
     return {name: checksum(run, name) for name in names}

@@ -75,7 +75,7 @@ def run_rerank(run: Run, name: str) -> dict:
 
 
 def pack(run: Run, rows: list[list[int]]) -> Packing:
-    """At most a batch of rows in lines; the one decision of a row is its last token, where it is judged."""
+    """At most a batch of rows in lines. A row has one decision, its last token, where it is judged."""
     settings, lengths = run.config.rerank, np.array([len(row) for row in rows])
     return Packing(
         rows,
@@ -101,8 +101,8 @@ def asked_in(records: list[dict]) -> list[Example]:
 def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, what: str) -> dict[str, list[float]]:
     """Probabilities of "correct" of the distinct completions of `records`, by item_id, in the order of `deduplicate`.
 
-    They are kept beside the samples at `path`, each with the hash of its completion; what is missing, or was given by
-    another reranker or to other completions, is made now and appended.
+    They are stored next to the samples at `path`, each with the hash of its completion. Scores that are missing, or
+    that belong to another reranker or to other completions, are computed now and appended.
     """
     beside, made, examples = path.with_suffix(RERANK), scores_made_by(run, weights, records), asked_in(records)
     texts = {r["item_id"]: [text_hash(p["completion"]) for p in deduplicate(r["predictions"])] for r in records}

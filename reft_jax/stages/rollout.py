@@ -1,6 +1,6 @@
-"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for.
+"""Completions and their verdicts. Programs run while the engine decodes; only the last ones are waited for.
 
-Every host has all completions, runs the programs of its share, and learns the others' verdicts at the end.
+Every host has all completions. It runs its share of the programs and gets the other verdicts at the end.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from reft_jax.train.metrics import Progress
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
-POLL_S = 0.2  # between two looks at whether to stop, while a program runs
+POLL_S = 0.2  # how often to check whether to stop, while a program runs
 
 
 class Graded(NamedTuple):
@@ -34,9 +34,9 @@ class Graded(NamedTuple):
 
 
 class Clock:
-    """Where the time of a rollout goes, in seconds: decoding (with what hides behind it), then waiting for verdicts.
+    """Seconds of a rollout: decoding (with the programs that run meanwhile), then waiting for the last verdicts.
 
-    programs: the run time of each program, counted once if it came twice to the same host.
+    programs: the run time of each distinct program of a host.
     """
 
     def __init__(self):
@@ -87,7 +87,7 @@ class Grading:
             yield number, verdict
 
     def _result(self, future: Future) -> executor.ExecResult:
-        """Waits for a program; raises Stopped if the run is asked to stop meanwhile: no program, no verdict."""
+        """Waits for a program. Raises Stopped if the run is asked to stop meanwhile; then there is no verdict."""
         while True:
             try:
                 return future.result(timeout=POLL_S)
@@ -115,10 +115,10 @@ class Grading:
 def roll_out(
     run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
 ) -> Iterator[tuple[int, Graded]]:
-    """Yields (index of the prompt, what became of it) as verdicts come or, with several hosts, once all have come;
-    `examples[i]` is what prompts[i] asks.
+    """Yields (index of the prompt, graded completion) as verdicts come; with several hosts, after all have come.
 
-    `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
+    examples[i] is the question of prompts[i]. purpose: the name of the rollout in the audit log. sampling: arguments of
+    `Engine.generate` (max_len, temperature, top_k, iteration).
     """
     clock, owners, alone, tally = clock or Clock(), shares(prompts), hosts.count() == 1, Tally()
     ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
@@ -158,7 +158,7 @@ def roll_out(
 
 
 class Log:
-    """Lines on their way to the audit log, a batch at a time."""
+    """Lines on their way to the audit log, written in batches."""
 
     def __init__(self, run: Run):
         self.executions, self.lines = run.workdir.executions, []
@@ -174,7 +174,7 @@ class Log:
 
 
 def shares(prompts: list[Prompt]) -> list[int]:
-    """The host that runs the program of each prompt: questions in turn, so that equal answers to one meet on a host."""
+    """The host that runs the program of each prompt. Hosts take questions in turn, so equal programs share a host."""
     turn: dict[str, int] = {}
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 

@@ -1,4 +1,4 @@
-"""n completions a question from one model, executed and graded, one question a line in samples/NAME_SPLIT.jsonl."""
+"""Samples n completions per question from one model; one line per question in samples/NAME_SPLIT.jsonl."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from reft_jax.types import Example, Prompt
 
 
 def run_sample(run: Run, name: str, split: str) -> list[dict]:
-    """Question records (see task.voting) of model `name` on "test", or on "train" for the rerankers; resumes.
+    """Question records (evaluation/voting.py) of model `name` on "test", or on "train" for the rerankers; resumes.
 
-    InputError if a finished stage was trained on other training questions than there are now.
+    InputError if a finished stage was trained on questions that have changed since.
     """
     settings = run.config.sample
     if split == "test":
@@ -55,7 +55,7 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
 
 
 def recorded(examples: list[Example], **more) -> dict:
-    """What every header records beside what decides about the answers."""
+    """What every header records besides the settings that decide the answers."""
     data = {"rows": len(examples), "data": examples_checksum(examples)}
     return data | more | {"versions": versions() | {"commit": commit()}}
 
@@ -63,7 +63,7 @@ def recorded(examples: list[Example], **more) -> dict:
 def reusable(
     path: Path, made: MadeBy, examples: list[Example], fits: Callable[[dict], bool] = lambda record: True
 ) -> Stored:
-    """What the file at `path` has of the examples; what may not be used is taken out of it, by the first host."""
+    """What the file at `path` holds of the examples. The first host moves out of the file what may not be used."""
     found = make_ready(path, made, examples, fits) if hosts.is_first() else None
     hosts.gather(f"{path} is ready", None)
     return found or stored(path, made, examples, fits)
@@ -72,11 +72,11 @@ def reusable(
 def sampled(
     run: Run, path: Path, examples: list[Example], n: int, weights: Weights, what: str, **sampling
 ) -> list[dict]:
-    """The records of `examples` with n predictions, in their order; what the file at `path` lacks is made and appended.
+    """The records of `examples` with n predictions, in order. Samples what the file at `path` lacks and appends it.
 
-    What it holds of another model, other settings or another question or answer moves aside (evaluation/provenance.py).
-    A question is on the disk once its last completion is graded; with several hosts, once those of its group are.
-    `what` names the completions in the audit log; `sampling` replaces settings of config.sample.
+    Records of another model, other settings, or another question or answer move aside (evaluation/provenance.py). A
+    question is written when its last completion is graded; with several hosts, when its group is graded.
+    what: the name of the completions in the audit log. sampling: replaces settings of config.sample.
     """
     made = made_by(run, weights, examples, n, **sampling)
     found = reusable(path, made, examples)
@@ -99,7 +99,7 @@ def sampled(
         with appended(path) as file:
             for header in headers[len(found.headers) :]:
                 file.write(json.dumps(header) + "\n")
-            group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
+            group = max(1, 16 * run.config.engine.slots // n)  # questions; the last rows of a group leave slots empty
             sampling = {key: made.identity[key] for key in ("max_len", "temperature", "top_k")}
             for start in range(0, len(left), group):
                 wanted = [(example, there[example.item_id]) for example in left[start : start + group]]
@@ -111,20 +111,21 @@ def sampled(
                     progress.update(done, correct=right / ended)
         progress.close()
         if more and hosts.is_first():
-            rewrite(path, headers, [*records.values(), *found.others])  # a line a question again
+            rewrite(path, headers, [*records.values(), *found.others])  # one line per question again
         hosts.gather(f"{path} is written", None)
     return [first_samples(records[example.item_id], n) for example in examples]
 
 
 def appended(path: Path) -> AbstractContextManager[TextIO]:
-    """The file, open for new lines, on the first host; those of the others go nowhere."""
+    """The file, open for appending, on the first host; other hosts write nothing."""
     return appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
 
 
 def sample_questions(
     run: Run, lm, left: list[tuple[Example, list[dict]]], n: int, purpose: str, sampling: dict
 ) -> Iterator[dict]:
-    """The record of each question, as its last completion is graded; `left` has the predictions that are there."""
+    """Yields the record of each question when its last completion is graded. `left`: the questions and the predictions
+    that exist already."""
     prompts: list[Prompt] = []
     owners: list[int] = []  # of each prompt, in `left`
     for q, (example, there) in enumerate(left):

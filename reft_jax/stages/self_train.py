@@ -35,8 +35,8 @@ def run_offline(run: Run) -> dict:
 def offline_rows(run: Run, records: list[dict]) -> list[Row]:
     """Rows of each training question: its own solution and the first `self_train.samples` distinct correct samples.
 
-    records: what `run_sample` gives. Samples are told apart by their stripped text; one that is the worked solution
-    stands once. Rows over sft.max_len are left out.
+    records: what `run_sample` returns. Two samples are equal if their stripped texts are; a sample equal to the worked
+    solution is left out. Rows over sft.max_len are left out too.
     """
     config, sampled = run.config, {record["item_id"]: record["predictions"] for record in records}
     rows = []
@@ -89,10 +89,10 @@ def run_online(run: Run) -> dict:
 def online_batch(
     run: Run, prompts: list[Prompt], graded: list[Graded], gold: list[Row]
 ) -> tuple[Packing, SelfTrainBatch]:
-    """The rows of one batch in lines, and what their decisions weigh.
+    """The rows of one batch in lines, and the weights of their decisions.
 
-    A correct sample decides at its response (EOS included, the forced prefix not), a worked solution at its target.
-    Without a correct sample the gold half stands alone, still one half.
+    The decisions of a correct sample are its response (with EOS, without the forced prefix); those of a worked solution
+    are its target. Without a correct sample the gold half is alone and still weighs one half.
     """
     rl = run.config.rl
     sampled = [

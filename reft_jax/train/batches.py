@@ -9,12 +9,12 @@ from reft_jax.types import Completion, Prompt, Rollout
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """A permutation that is a pure function of (seed, epoch): nothing about position needs saving."""
+    """A permutation of the rows, a pure function of (seed, epoch), so that no position needs saving."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def rows_at(seed: int, start: int, count: int, rows: int) -> np.ndarray:
-    """Rows `start … start+count-1` of the endless sequence of epochs."""
+    """Rows `start … start+count-1` of the endless sequence of shuffled epochs."""
     epochs = range(start // rows, (start + count - 1) // rows + 1)
     order = np.concatenate([epoch_order(seed, epoch, rows) for epoch in epochs])
     return order[start - epochs[0] * rows :][:count]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import optax
 import pytest
+from faults.starts import VARYING
 from test_pipeline import ROOT, command, metrics, run
 from tiny import tiny_policy, tiny_state
 
@@ -208,7 +209,7 @@ def test_killed_self_training_goes_on_where_it_was(warmed_up, kind):
     ours, theirs = metrics(killed, stage), metrics(whole, stage)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        same = [key for key in other if not key.startswith("seconds")]
+        same = [key for key in other if not key.startswith(VARYING)]
         assert [mine[key] for key in same] == [other[key] for key in same]
     results = [json.loads((workdir / stage / "done.json").read_text()) for workdir in (killed, whole)]
     assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}

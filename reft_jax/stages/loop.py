@@ -13,6 +13,7 @@ import numpy as np
 
 from reft_jax.executor import InfrastructureError
 from reft_jax.parallel import hosts
+from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import abstract_arrays
 from reft_jax.run.guards import check_finite
 from reft_jax.run.open import Run
@@ -197,12 +198,13 @@ class Training:
             self.info["start_dev_top1"] = self.dev_top1(0)
         progress = Progress(stage, iterations, "iteration", done0=self.done)
         progress.say("compiling")
+        compiled = 0
         while True:
             done = self.done
             if line := self.pending:  # trained; a stop may have come before it was evaluated
                 if done % eval_every == 0 or done == iterations:
                     line = line | {"dev_top1": self.dev_top1(done)}
-                self.write(line)
+                self.write(line | {"compiles": compiled})
                 if ruin := collapse.add(line):
                     remark(f"warning: {stage}: iteration {done} looks ruined: {ruin}; the best model so far is kept")
                 if done % save_every == 0 or done == iterations:
@@ -210,7 +212,9 @@ class Training:
                 progress.update(done, **{name: line[name] for name in shown}, **best_so_far(self.info))
             if done == iterations:
                 break
+            before = compiles()
             yield Iteration(done + 1, rows_at(self.run.config.seed, done * rl.questions, rl.questions, questions))
+            compiled = compiles() - before
             self.check_finite()
         progress.close()
         if not self.info["best"]:

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from reft_jax.algo.algorithms import make_algorithm
-from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import round_up
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
@@ -40,7 +39,7 @@ def run_reft(run: Run) -> dict:
         one = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
         longest = round_up(rl.max_len, run.config.data.pad_multiple)  # always, so that rollouts have one shape
         for number, drawn in training.iterations(len(questions), shown=("reward", "kl")):
-            started, timeouts, compiled = time.monotonic(), run.programs["timeout"], compiles()
+            started, timeouts = time.monotonic(), run.programs["timeout"]
             state, examples = training.state, [questions[i] for i in drawn]
             item_ids = [example.item_id for example in examples]
 
@@ -67,7 +66,6 @@ def run_reft(run: Run) -> dict:
             line |= metrics | {"seconds_score": scored - rolled_out, "seconds_update": ended - scored}
             line |= {"seconds": ended - started, "timeouts": run.programs["timeout"] - timeouts}
             line["seconds_other"] = line["seconds"] - sum(line[f"seconds_{part}"] for part in PARTS)
-            line["compiles"] = compiles() - compiled
             training.updated(state, line, line, item_ids, rollout._asdict())
         result = {"iterations": training.done, "questions": len(questions), "from": sources(run, "warmup")}
         return training.finish(run.workdir.model("reft"), result)

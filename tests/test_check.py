@@ -22,7 +22,7 @@ from reft_jax.run.inputs import Data, Inputs
 from reft_jax.tasks import prompts
 from reft_jax.tasks.tokenizer import encode, load_tokenizer, train_bpe
 from reft_jax.toy import problems as synthetic
-from reft_jax.train import scoring
+from reft_jax.train import iteration
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
@@ -150,7 +150,7 @@ def truncated_scores(monkeypatch, completions):
 
 
 def another_reference(monkeypatch, completions):
-    sound = scoring.make_scorer
+    sound = iteration.make_scorer
 
     def make(model, temperature):
         score = sound(model, temperature)
@@ -161,7 +161,7 @@ def another_reference(monkeypatch, completions):
 
         return scaled
 
-    monkeypatch.setattr(scoring, "make_scorer", make)
+    monkeypatch.setattr(iteration, "make_scorer", make)
     return completions
 
 

@@ -293,7 +293,7 @@ def stage_run(tmp_path: Path, train: str = "1 and 2?", dev: str = "3 and 4?", **
 def finish(run: Run, stage: str, *sources: str) -> None:
     (run.workdir.path / stage).mkdir(exist_ok=True)
     result = OLDER | {"data": run.inputs.data_made, "from": stages.sources(run, *sources)}
-    (run.workdir / stage / "done.json").write_text(json.dumps(result))
+    (run.workdir.path / stage / "done.json").write_text(json.dumps(result))
 
 
 def test_a_finished_stage_knows_the_data_it_was_trained_on(tmp_path, capsys):

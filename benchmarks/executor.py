@@ -1,11 +1,11 @@
-"""The executor beside the authors' way of running programs, in one run, ours with every protection that it has.
+"""Compare the executor, with all its protections, with the authors' way of running programs.
 
     python benchmarks/executor.py [--full] [--workers=2]
 
-Theirs is what their code does: a pebble `ProcessPool(8)` made for each call, `exec` inside, a timeout of 10 s, no other
-protection. Calls take turns, so both sides see the same machine. The parent is this small process: one that has JAX
-loaded makes each fork of theirs dearer and leaves ours as it is. Prints every row and rewrites the table in
-benchmarks/README.md. Wants a quiet machine; pebble comes with `pip install -e .[test]`.
+"Theirs" does what their code does: a pebble `ProcessPool(8)` made for each call, `exec` inside, a timeout of 10 s, no
+other protection. Calls take turns, so both sides see the same machine. The parent is this small process: a parent with
+JAX loaded would make each fork of theirs more expensive and would not change ours. Prints every row and rewrites the
+table in benchmarks/README.md. Needs a quiet machine; pebble comes with `pip install -e .[test]`.
 """
 
 import os
@@ -23,7 +23,7 @@ from pebble import ProcessPool
 
 from reft_jax import executor
 
-SWEEP, DUPLICATES = 131_900, 0.3  # programs of one evaluation with 100 samples a question, the share that is equal
+SWEEP, DUPLICATES = 131_900, 0.3  # programs of an evaluation with 100 samples per question; share of repeated ones
 FORKS = """
 import os, sys
 for _ in range(int(sys.argv[1])):
@@ -34,11 +34,11 @@ for _ in range(int(sys.argv[1])):
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("full", False, f"a sweep of {SWEEP:,} programs instead of a tenth of it")
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
-flags.DEFINE_integer("workers", 2, "of ours", lower_bound=1)
+flags.DEFINE_integer("workers", 2, "workers of our executor", lower_bound=1)
 
 
 def plain_program(number: int) -> str:
-    """Such as a model writes for a word problem; no two numbers give the same program."""
+    """A program like those that a model writes for a word problem; each number gives another one."""
     rng = random.Random(number)
     price, share, people = rng.randint(2, 90), rng.randint(5, 95), rng.randint(2, 12)
     return f'''def solution():
@@ -70,7 +70,7 @@ def ours(programs: list[str]) -> list[float]:
 
 
 class Numbers:
-    """Programs that no call has had before."""
+    """Makes programs that no call has run before."""
 
     def __init__(self):
         self.next = 0
@@ -90,8 +90,8 @@ def seconds(run: Callable, programs: list[str]) -> float:
 
 
 def rates(fresh: Numbers, count: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Programs a second of theirs and of ours, one figure a call, with a second between calls as a trainer leaves."""
-    seconds(ours, fresh(count))  # a trainer's first call finds no spare children; it is one of hundreds
+    """Programs per second of theirs and of ours, one figure per call. Calls are a second apart, as in training."""
+    seconds(ours, fresh(count))  # not counted: only the first of a trainer's hundreds of calls finds no spare children
     figures: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for run, found in zip((theirs, ours), figures, strict=True):
@@ -101,7 +101,7 @@ def rates(fresh: Numbers, count: int, rounds: int) -> tuple[list[float], list[fl
 
 
 def latencies(fresh: Numbers, run: Callable, calls: int) -> list[float]:
-    """Milliseconds of calls with one program each, 50 ms apart."""
+    """Milliseconds per call, for calls of one program that are 50 ms apart."""
     found = []
     for _ in range(calls):
         time.sleep(0.05)
@@ -110,13 +110,13 @@ def latencies(fresh: Numbers, run: Callable, calls: int) -> list[float]:
 
 
 def resident() -> float:
-    """MiB of this process in memory."""
+    """MiB that this process has in memory."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def sweep(fresh: Numbers, count: int) -> tuple[float, list[float]]:
-    """Our seconds for one call, and MiB resident before, in the middle and after it."""
+    """Seconds of one call of ours, and MiB resident before it, during it and after it."""
     distinct = round(count * (1 - DUPLICATES))
     programs = fresh(distinct)
     programs += random.Random(0).choices(programs, k=count - distinct)
@@ -137,7 +137,7 @@ def sweep(fresh: Numbers, count: int) -> tuple[float, list[float]]:
 
 
 def bare_loop(count: int) -> float:
-    """Seconds for `count` forks that end at once, divided among as many small Python processes as we have workers."""
+    """Seconds for `count` forks that end at once, divided among one small Python process per worker of ours."""
     start = time.perf_counter()
     command = [sys.executable, "-S", "-c", FORKS, str(-(-count // FLAGS.workers))]
     loops = [subprocess.Popen(command) for _ in range(FLAGS.workers)]
@@ -151,7 +151,7 @@ def percentile(figures: list[float], share: float) -> float:
 
 def rate_row(fresh: Numbers, count: int, rounds: int) -> str:
     authors, own = (statistics.median(figures) for figures in rates(fresh, count, rounds))
-    name = f"programs a second, {count} a call, a second between calls (median of {rounds} calls)"
+    name = f"programs per second, {count} per call, a second between calls (median of {rounds} calls)"
     return f"| {name} | {authors:,.0f} | {own:,.0f} | {own / authors:.2f}× |"
 
 

@@ -1,11 +1,11 @@
-"""Does a rollout's cost grow as it should? A small Llama with random weights, completions of given lengths.
+"""Does the cost of a rollout grow as it should? Measured on a small Llama with random weights and given lengths.
 
     python benchmarks/growth.py
 
-The same 512 completions as 512, 128, 32 and 8 prompts of 1, 4, 16 and 64 samples: decode time a token must not
-depend on it, and each prompt must be prefilled once. Then four times the prompts: four times the time, and no more
-memory. The cases run in turns, and medians count; the peak is of the runs that compile, one case after another.
-Rewrites the table in benchmarks/README.md.
+The same 512 completions are drawn as 512, 128, 32 and 8 prompts with 1, 4, 16 and 64 samples: the decode time per
+token must not change, and each prompt must be prefilled once. Then four times as many prompts: four times the time,
+and no more memory. The cases run in turns, and the table has medians. Peak memory is that of the first runs, which
+compile, one case after another. Rewrites the table in benchmarks/README.md.
 """
 
 import resource
@@ -25,7 +25,7 @@ from reft_jax.parallel.mesh import make_mesh, unboxed
 from reft_jax.types import Prompt
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rounds", 7, "times each case runs after one that compiles", lower_bound=1)
+flags.DEFINE_integer("rounds", 7, "how often each case runs after the run that compiles", lower_bound=1)
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 COMPLETIONS, PROMPT, SLOTS = 512, 48, 32
 CONFIG = LlamaConfig(2048, 128, 344, 4, 4, 2, 32)
@@ -38,7 +38,7 @@ def random_weights(model: Llama):
 
 
 def requests(completions: int, n: int) -> tuple[list[Prompt], np.ndarray]:
-    """Prompts of like length and the tokens that each row may have in all; lengths are the same whatever n is."""
+    """Prompts of equal length, and the largest total length of each row; the lengths do not depend on n."""
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, CONFIG.vocab_size, PROMPT).astype(np.int32) for _ in range(completions // n)]
     lengths = np.minimum(192, np.random.default_rng(2).lognormal(4.2, 0.5, completions).astype(int) + 1)
@@ -46,7 +46,7 @@ def requests(completions: int, n: int) -> tuple[list[Prompt], np.ndarray]:
 
 
 class TimedDecode:
-    """The engine's decode program, waited for and timed."""
+    """The engine's compiled decode function, which waits for its result and measures the time."""
 
     def __init__(self):
         self.decode, self.seconds = programs.decode, 0.0
@@ -60,7 +60,7 @@ class TimedDecode:
 
 
 class Case:
-    """So many completions of so many samples a prompt, run again and again by one engine."""
+    """`completions` completions with `n` samples per prompt, drawn repeatedly by one engine."""
 
     def __init__(self, model: Llama, completions: int, n: int):
         self.completions, self.n = completions, n
@@ -69,7 +69,7 @@ class Case:
         self.taken: list[tuple[float, float]] = []
 
     def run(self, lm) -> None:
-        """Notes seconds, and those of them in decode steps."""
+        """Records the seconds of one run, and how many of them were decode steps."""
         self.engine.counts.clear()
         programs.decode.seconds, begun = 0.0, time.perf_counter()
         for _ in self.engine.generate(lm, self.prompts, max_len=self.limits, temperature=1.0):
@@ -92,7 +92,7 @@ def main(_: list[str]) -> None:
     model = Llama(CONFIG)
     lm, programs.decode = random_weights(model), TimedDecode()
     lines = [
-        "| completions | prompts × n | s | prompt tokens prefilled | tokens drawn | decode µs a token | peak MiB |",
+        "| completions | prompts × n | s | prompt tokens prefilled | tokens drawn | decode µs per token | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     cases, peaks = [Case(model, COMPLETIONS, n) for n in (1, 4, 16, 64)] + [Case(model, 4 * COMPLETIONS, 4)], []

@@ -2,10 +2,10 @@
 
     python benchmarks/load.py --scratch=/tmp
 
-Writes the folder below --scratch (16 GB free), bfloat16 with some float32 and float16 tensors in the last file, loads
-it onto 8 virtual CPU devices, sharded over all of them and kept in bfloat16, compares tensors with the files, and
-removes it. Anonymous memory is RssAnon of this process, looked at every 10 ms; mapped pages of the files do not count,
-for the kernel takes them back when it wants. Needs 16 GiB of free memory. Rewrites the table in benchmarks/README.md.
+Writes a model folder below --scratch (16 GB free): bfloat16, with some float32 and float16 tensors in the last file.
+Loads it onto 8 virtual CPU devices, sharded over all of them and kept in bfloat16, compares tensors with the files, and
+removes the folder. Anonymous memory is RssAnon of this process, read every 10 ms; mapped pages of the files do not
+count, because the kernel can take them back. Needs 16 GiB of free memory. Rewrites the table in benchmarks/README.md.
 """
 
 import tempfile
@@ -29,14 +29,14 @@ from reft_jax.model.safetensors import DTYPES, map_tensor, read_header, write_te
 from reft_jax.parallel.mesh import make_mesh, shardings, unboxed
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("scratch", tempfile.gettempdir(), "where the folder is made and removed")
+flags.DEFINE_string("scratch", tempfile.gettempdir(), "where the model folder is made and removed")
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 CODELLAMA_7B = LlamaConfig(32016, 4096, 11008, 32, 32, 32, 128)
 GIB = 2**30
 
 
 class RandomStack:
-    """A parameter whose layers are drawn when they are asked for."""
+    """A stacked parameter that draws each layer when it is indexed."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.shape, self.dtype = shape, np.dtype(jnp.bfloat16)
@@ -46,13 +46,13 @@ class RandomStack:
 
 
 def random_weights(shape: tuple[int, ...]) -> np.ndarray:
-    """bfloat16 of both signs between 0.008 and 0.03, which float16 has exactly."""
+    """Random bfloat16 of both signs between 0.008 and 0.03, which float16 represents exactly."""
     bits = np.frombuffer(np.random.default_rng(0).bytes(2 * int(np.prod(shape))), np.uint16)
     return ((bits & 0x80FF) | 0x3C00).view(jnp.bfloat16).reshape(shape)
 
 
 def write_folder(folder: Path, model: Llama, abstract) -> None:
-    """Three files; every eighth tensor of the last is float32, and every eighth float16."""
+    """Writes three files; in the last one, every eighth tensor is float32 and every eighth float16."""
     params = jax.tree.map(lambda x: RandomStack(x.shape) if x.shape[0] == 32 else random_weights(x.shape), abstract)
     save_hf(folder, model, params, max_shard_bytes=4.6e9)
     last = sorted(folder.glob("*.safetensors"))[-1]
@@ -69,7 +69,7 @@ def anonymous_bytes() -> int:
 
 @contextmanager
 def peak_anonymous() -> Iterator[list[int]]:
-    """A list that has the largest figure, once the context is left."""
+    """Yields a list whose one entry is the peak of anonymous bytes when the context ends."""
     seen, done = [anonymous_bytes()], threading.Event()
 
     def look():
@@ -86,7 +86,7 @@ def peak_anonymous() -> Iterator[list[int]]:
 
 
 def check(folder: Path, lm) -> None:
-    """Some tensors of every kind of turn and file are what the files say."""
+    """Asserts that some tensors of every orientation and every file equal those in the files."""
     stored, layers = stored_in(folder), lm["layers"]
     for layer in (0, 15, 31):
         named = {"mlp.down_proj": layers["down"], "self_attn.q_proj": layers["q"], "self_attn.o_proj": layers["o"]}

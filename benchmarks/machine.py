@@ -1,4 +1,4 @@
-"""What every benchmark says about the machine, the limits it is held against, and where tables are written."""
+"""Shared by the benchmarks: a line about the machine, the machine's limits, and where tables are written."""
 
 import os
 import platform
@@ -13,8 +13,8 @@ README = Path(__file__).with_name("README.md")
 
 
 def report(name: str, said: str, lines: list[str], write: bool) -> None:
-    """Prints command and machine, with what is `said` of it; with `write` puts them and the table's `lines` between the
-    marks of benchmark `name` in benchmarks/README.md."""
+    """Prints command and machine, followed by `said`. With `write`, also writes that line and the `lines` of the table
+    between the marks of benchmark `name` in benchmarks/README.md."""
     text = "\n".join([f"{head()}{said}.", "", *lines])
     print(text.split("\n")[0])
     if not write:
@@ -25,7 +25,7 @@ def report(name: str, said: str, lines: list[str], write: bool) -> None:
 
 
 def head() -> str:
-    """The command, without the folders of this machine; the machine; its load."""
+    """The command (without this machine's folders), the machine and its load, in one line."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release().split('-')[0]}"
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
     words = [re.sub(r"^(--\w+=)/.*/(?=.)", r"\1", word) for word in sys.argv]
@@ -34,7 +34,7 @@ def head() -> str:
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """Median of `times` runs after one that is not counted; `work` returns what is to be waited for."""
+    """Median seconds of `times` runs of `work`, after one that is not counted. `work` returns arrays to wait for."""
     import jax
 
     taken = []
@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 def limits(dtype: str) -> tuple[float, float]:
-    """(FLOP/s of a 2048³ matrix product in `dtype`, bytes/s read and written by a copy of 256 MiB)."""
+    """(FLOP/s of a 2048³ matrix product in `dtype`, bytes/s that a copy of 256 MiB reads and writes)."""
     import jax
     import jax.numpy as jnp
 

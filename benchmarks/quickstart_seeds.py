@@ -1,12 +1,14 @@
-"""The embedded default over several seeds, with its controls: does ReFT beat the best SFT checkpoint, and when?
+"""Does ReFT beat the best SFT checkpoint, and when? Runs the embedded default and its controls over several seeds.
 
     python benchmarks/quickstart_seeds.py --workdir=runs/seeds [--seeds=1,2,3] [--jobs=2]
 
-Three conditions a seed, the same questions in each: `mixed`, the default (30 % of the annotations skip steps), with the
-whole pipeline; `clean`, no annotation skips steps, SFT and ReFT; `good only`, SFT on what the default's 70 % good
-annotations leave. Checkpoints are chosen on the third split. Prints every run and writes the tables to
-WORKDIR/seeds.md. What is done already in WORKDIR is not done again. Each job has a core and a device of its own, which
-is faster in sum than two virtual devices a run.
+Each seed has three conditions with the same questions:
+    mixed       the default, 30 % of the annotations skip steps; the whole pipeline
+    clean       no annotation skips steps; SFT and ReFT
+    good only   only the default's 70 % good annotations; SFT
+Checkpoints are chosen on the third split. Prints every run and writes the tables to WORKDIR/seeds.md. What is finished
+in WORKDIR is not run again. Each job has one core and one device, which is faster in total than two virtual devices
+per run.
 """
 
 import json
@@ -33,7 +35,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/seeds", "folder for all runs")
 flags.DEFINE_list("seeds", ["1", "2", "3"], "seeds of data, weights, order and sampling")
 flags.DEFINE_integer("jobs", 2, "runs at once, one core each", lower_bound=1)
-flags.DEFINE_list("conditions", list(CONDITIONS), "which of them to run")
+flags.DEFINE_list("conditions", list(CONDITIONS), "which conditions to run")
 
 
 def folder(condition: str, seed: str) -> Path:
@@ -41,7 +43,7 @@ def folder(condition: str, seed: str) -> Path:
 
 
 def run(condition: str, seed: str, cores: Queue) -> dict | None:
-    """The report of one run, or None if a command of it failed; its output goes to WORKDIR/CONDITION_SEED.log."""
+    """The report of one run, or None if one of its commands failed. Output goes to WORKDIR/CONDITION_SEED.log."""
     commands, settings = CONDITIONS[condition]
     workdir = folder(condition, seed)
     arguments = ["--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.seed={seed}", *settings]
@@ -66,7 +68,7 @@ def answers(condition: str, seed: str, name: str) -> np.ndarray:
 
 
 def gap_of(report: dict) -> dict | None:
-    """ReFT against SFT in top-1."""
+    """The report's comparison of ReFT with SFT in top-1."""
     pairs = {(found["a"], found["b"], found["column"]): found for found in report["comparisons"]}
     return pairs.get(("ReFT", "SFT", "top1"))
 

@@ -1,10 +1,11 @@
-"""What does saving cost? PPO of the embedded default in blocks of ten iterations, every second one begins with a save.
+"""What does saving cost? Runs PPO of the embedded default in blocks of ten iterations; every second block has a save.
 
     python benchmarks/saving.py [--blocks=12]
 
-A block lasts from the last line of the metrics before it to its own last line, so it has all of a save: the copy, the
-checksums, and what is written in the background beside its iterations. Evaluations, which take time in any case, are
-left out, and so is the first block, which compiles. Rewrites the table in benchmarks/README.md.
+The save comes first in its block. A block lasts from the last line of metrics before it to its own last line, so it
+contains the whole save: the copy, the checksums, and the writing in the background during the iterations. There are no
+evaluations, because they would take time in every block, and the first block, which compiles, does not count. Rewrites
+the table in benchmarks/README.md.
 """
 
 import statistics
@@ -58,7 +59,7 @@ def main(_: list[str]) -> None:
         f"| with a save ({len(blocks[0::2])}) | {saved:.2f} | {min(blocks[0::2]):.2f} | {max(blocks[0::2]):.2f} |",
         f"| without ({len(blocks[1::2])}) | {unsaved:.2f} | {min(blocks[1::2]):.2f} | {max(blocks[1::2]):.2f} |",
         "",
-        f"Difference of the medians: {saved / unsaved - 1:+.1%}. `save` held the loop up for "
+        f"Difference of the medians: {saved / unsaved - 1:+.1%}. `save` delayed the loop by "
         f"{1000 * statistics.median(saves):.0f} ms (median of {len(saves)}), {statistics.median(saves) / unsaved:.2%}.",
     ]
     print("\n".join(lines))

@@ -1,13 +1,12 @@
-"""Rollouts, scoring and updates beside transformers on PyTorch, each pair in one run, and how far from the machine's
-limits ours are.
+"""Compare rollouts, scoring and updates with transformers on PyTorch, and with the machine's limits.
 
     python benchmarks/speed.py --model=DIR --workload=FILE --peer=FILE [--only=sample,decode,score,update,rows]
 
-The peer is a script that does the same work (`peer_torch.py sample|score|update …`, one JSON line with tok_s), the
-workload a JSON file of prompts (ids) and, for each completion, the tokens it must run to, so that both do the same
-work; "useful" tokens are those, without padding. Each pair runs --rounds times in turns; the median counts. Prints
-every row and rewrites the table in benchmarks/README.md. Wants a quiet machine. On a CPU set
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does.
+The peer is a script that does the same work (`peer_torch.py sample|score|update …`) and prints one JSON line with
+tok_s. The workload is a JSON file with `prompts` (ids) and `lengths`, the number of tokens of every completion, so that
+both sides do the same work. These tokens are the "useful" ones; padding does not count. Each pair runs --rounds times
+in turns, and the median counts. Prints every row and rewrites the table in benchmarks/README.md. Needs a quiet machine.
+On a CPU set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does.
 """
 
 import json
@@ -41,14 +40,14 @@ from reft_jax.types import PPOBatch, Prompt
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "folder in Hugging Face format", required=True)
-flags.DEFINE_string("workload", None, "prompts and lengths", required=True)
-flags.DEFINE_string("peer", None, "the other side's script; without it ours runs alone")
+flags.DEFINE_string("workload", None, "JSON file with prompts and lengths", required=True)
+flags.DEFINE_string("peer", None, "script of the other side; without it only ours runs")
 flags.DEFINE_list("only", ["sample", "decode", "score", "update", "rows"], "which rows of the table")
-flags.DEFINE_integer("slots", 64, "of our engine")
-flags.DEFINE_integer("rounds", 1, "times each pair runs", lower_bound=1)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of both sides")
-flags.DEFINE_string("remat", "none", "of our updates")
-flags.DEFINE_integer("micro_batch", 3, "lines of our packed update")
+flags.DEFINE_integer("slots", 64, "slots of our engine")
+flags.DEFINE_integer("rounds", 1, "how often each pair runs", lower_bound=1)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype of both sides")
+flags.DEFINE_string("remat", "none", "model.remat of our updates")
+flags.DEFINE_integer("micro_batch", 3, "lines per micro-batch of our packed update")
 flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 
 
@@ -74,7 +73,7 @@ def compared(name: str, ours, *theirs: str) -> str:
 
 
 class Ours:
-    """Our side: one model, one mesh."""
+    """Our side of the comparison: one model on one mesh."""
 
     def __init__(self):
         self.mesh = make_mesh(-1, 1, 1)
@@ -108,7 +107,7 @@ class Ours:
         return tokens / took
 
     def decode(self) -> str:
-        """One decode step with every slot full, against the machine's limits."""
+        """A row of the table: one decode step with all slots full, compared with the machine's limits."""
         slots, steps, begin, length = FLAGS.slots, 16, 208, 256
         model, zeros = for_rollouts(self.model, self.mesh), np.zeros(slots, np.int32)
         weights = programs.rollout_weights(model, self.lm)
@@ -116,7 +115,7 @@ class Ours:
         settings = {"eos_ids": (-1,), "temperature": 1.0, "top_k": 0}
         taken, rates = [], []
         for i in range(16):
-            if i % 3 == 1:  # in turns, so that whoever else uses the machine slows both
+            if i % 3 == 1:  # in turns, so that other work on the machine slows both
                 rates.append(limits(FLAGS.dtype))
             state = state._replace(total_len=jnp.asarray(zeros + begin), limit=jnp.asarray(zeros + length))
             begun = time.perf_counter()
@@ -136,7 +135,7 @@ class Ours:
             f"({copied / 1e9:.1f} GB/s)",
             flush=True,
         )
-        name = f"decode step, {slots} full slots, {begin} to {begin + steps} positions: ms, left the limit"
+        name = f"decode step, {slots} full slots, {begin} to {begin + steps} positions: ms (left: the limit)"
         return f"| {name} | {1e3 * limit:.0f} | {1e3 * step:.0f} | {limit / step:.0%} |"
 
     def pack(self, rows, prompt_lens, max_len: int, micro_batch: int) -> Packing:

@@ -44,13 +44,9 @@ PHRASES = {
     "come of": "result from",
     "came of": "resulted from",
     "at hand": "available",
-    "is told": "gets; is passed",
-    "are told": "get; are passed",
-    "was told": "got",
     "just so": "the same way",
     "broke down": "failed",
     "broken off": "cut short; stopped",
-    "of them there are": "how many there are",
     "what is beside": "what else is in memory",
     # *Program* is only what a model writes.
     "compiled program": "compiled function",

@@ -55,7 +55,7 @@ def test_a_planted_file_is_missing():
 
 
 def missing_files(text: str) -> list[str]:
-    """Files that a text names in backquotes with their folder, as `tests/test_hf.py`, or `plan/hlo.py` below reft_jax/."""
+    """Files that a text names in backquotes with a folder: `tests/test_hf.py`, or `plan/hlo.py` below reft_jax/."""
     named = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|yaml))[`: ]", text))
     return sorted(name for name in named if not any((root / name).exists() for root in (REPO, REPO / "reft_jax")))
 

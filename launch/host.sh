@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One host of a run: the command, and the command again if it fails. Whatever ends one host ends all of them with the same
-# exit code within a minute. So each host restarts by itself, and all meet again at the start.
+# exit code within a minute, so each may restart for itself, and they meet again at the start.
 #   launch/host.sh pipeline --config=… --workdir=…                       on every host of a TPU pod
 #   launch/host.sh pipeline … --coordinator=10.0.0.1:8476 --num_processes=4 --process_id=0     elsewhere; 0, 1, 2, 3
-#   RESTARTS=3 WAIT_S=60 launch/host.sh …                                 at most 3 restarts, each 60 s later
-# Ends with 0 when the command does, and with 2 (wrong input) at once. After SIGTERM or SIGINT it ends with the command.
+#   RESTARTS=3 WAIT_S=60 launch/host.sh …                                 at most so often, so many seconds later
+# Ends with 0 when the command does, with 2 (wrong input) at once, and after SIGTERM or SIGINT when the command has ended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 restarts="${RESTARTS:-20}"

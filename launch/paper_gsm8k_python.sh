@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's row of CodeLlama-7B on GSM8K programs, in order: training files from official GSM8K, SFT, the two
-# self-training baselines, ReFT, samples, rerankers, the table, model cards. Run again, it resumes.
+# self-training baselines, ReFT, samples, rerankers, the table, model cards. Run again, it goes on where it stopped.
 #   MODEL_DIR=DIR GSM8K=DIR ./launch/paper_gsm8k_python.sh --config.mesh.fsdp=8
 #   WORKDIR=DIR …        everything goes there (default runs/gsm8k_python)
 #   CONFIG=FILE:ARG …    another row (default configs/paper.py:gsm8k,python) of the same data

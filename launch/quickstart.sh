@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on a small synthetic task, on a CPU: SFT warm-up, ReFT, sampling, voting, reranking, report.
-#   ./launch/quickstart.sh                              into runs/quickstart; run again, it resumes
+#   ./launch/quickstart.sh                              into runs/quickstart; run again, it goes on where it stopped
 #   WORKDIR=/data/q ./launch/quickstart.sh --config.seed=7    elsewhere, with settings of configs/quickstart.py changed
 #   JAX_PLATFORMS=cuda ./launch/quickstart.sh           on a GPU, after `launch/venv.sh cuda`
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# GPUs under Slurm, one process per GPU. JAX learns from srun which other processes there are.
+# GPUs under Slurm, a process for each. JAX learns from srun who the others are.
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh pipeline --config=… --workdir=…
-# First, once, in the checkout: launch/venv.sh cuda. The checkout and --workdir are folders that all nodes see.
+# First, once, where the checkout lies: launch/venv.sh cuda. The checkout and --workdir are folders that all nodes see.
 #SBATCH --job-name=reft
 #SBATCH --exclusive
 #SBATCH --output=reft-%j.log

@@ -7,5 +7,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 launch/venv.sh test
-# Two processes; all tests of a file run in one of them. Tests that measure time allow three times what they state.
+# Two processes, a file of tests in one of them. Tests that measure time allow three times what they state.
 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=15 "$@"

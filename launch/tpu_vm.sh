@@ -2,8 +2,8 @@
 # A run on every host of a TPU VM or pod slice, from a machine with gcloud. Needs in the environment: TPU (its name), ZONE,
 # and for `setup` SHARE: an NFS export (Filestore: 10.0.0.2:/reft) that becomes /mnt/reft on every host.
 #   launch/tpu_vm.sh setup                                          this checkout, a Python, .venv and the share
-#   launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b …    starts, and continues without this machine
-#   launch/tpu_vm.sh follow                                         what host 0 prints; Ctrl-C ends only the output here
+#   launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b …    starts, and goes on without this machine
+#   launch/tpu_vm.sh follow                                         what host 0 says; Ctrl-C ends only the looking
 #   launch/tpu_vm.sh stop                                           asks every host to stop
 #   DRY_RUN=1 launch/tpu_vm.sh …                                    prints the gcloud commands
 set -euo pipefail

@@ -14,7 +14,7 @@ die() {
   exit 1
 }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
-# What the stamp must say. It has the path because the package is installed in place: a moved checkout is installed again.
+# What the stamp must say. The place is in it because the package is installed in place: a moved checkout is installed again.
 state() { printf '%s\n' "$PWD" && cat requirements.txt pyproject.toml; }
 
 make_venv() {
@@ -42,6 +42,6 @@ fi
 echo "Installing into .venv${extra:+, with the extra \"$extra\"} (minutes the first time)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".${extra:+[$extra]}" ||
   die "pip failed, see above. The first install needs a network or a local package index." \
-    "Run the same command again when it is there: it resumes where this one stopped."
+    "Run the same command again when it is there: it goes on where this one stopped."
 state >"$stamp"
 [[ -z "$extra" ]] || cp "$stamp" .venv/installed-run # an extra comes on top of what a run needs

@@ -1,4 +1,4 @@
-"""How files are written: whole or not at all, and what cannot be written is named."""
+"""Writes files whole or not at all, and names the file that could not be written."""
 
 import errno
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from reft_jax.types import SaveError
 
-# The disk's fault, not the program's: full, over a quota or a limit, read-only, broken, somebody else's.
+# Errors of the disk, not of the code: full, over a quota or a limit, read-only, broken, or without permission.
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM".split()}
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, what the disk refuses raises SaveError, which names `path`, or the file that the error itself names."""
+    """Turns errors of the disk inside the `with` into SaveError, which names the error's own file or else `path`."""
     try:
         yield
     except OSError as error:
@@ -24,18 +24,19 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def not_written(path: Path | str, error: OSError) -> SaveError:
+    """The SaveError for an error of the disk."""
     return SaveError(
         f"{error.filename or path} could not be written ({error.strerror}); what was saved before is whole: make room "
         "or repair the disk, then run the same command again"
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go: a reader never sees half of it. Raises SaveError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file in one go, so that a reader never sees half of it. Text becomes UTF-8. Raises SaveError."""
     part = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)

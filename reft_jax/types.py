@@ -1,12 +1,14 @@
-"""What flows between the parts. NamedTuples: JAX sees them as pytrees, and this file needs no JAX.
+"""The types that flow between the parts of the package, and its errors.
 
-Axis legend, used everywhere: `B` rows, `T` query positions, `S` cache positions, `N` heads, `K` kv heads,
+They are NamedTuples: JAX sees them as pytrees, and this file does not need JAX.
+
+Letters for axes, used everywhere: `B` rows, `T` query positions, `S` cache positions, `N` heads, `K` kv heads,
 `G` = N/K, `H` head dim, `D` model, `F` mlp, `V` vocab, `L` layers, `P` prompt.
 
-Alignment, the one rule for every row: prompt + response + padding on the right, no gap, position = index.
-Every reinforcement-learning array is [B,T], and its entry `t` is about the decision taken after reading
-`tokens[:t+1]`, that is, about token t+1. The actions of a row are `prompt_len-1 <= t <= total_len-2`.
-Masks come from lengths, never from comparing ids with a pad id (CodeLlama pads with BOS).
+One rule of alignment holds for every row: prompt + response + padding on the right, no gap, position = index. Every
+reinforcement-learning array is [B,T]. Its entry `t` is about the decision taken after reading `tokens[:t+1]`, that is,
+about token t+1. The actions of a row are `prompt_len-1 <= t <= total_len-2`. Masks come from lengths, never from
+comparing ids with a pad id (CodeLlama pads with BOS).
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ Array = Any  # numpy.ndarray or jax.Array
 
 
 class InputError(Exception):
-    """The user's input is wrong. The message is one line: file or key, what is wrong, what to do."""
+    """The user's input is wrong. The message is one line: the file or key, what is wrong, what to do."""
 
     exit_code = 2
 
@@ -27,13 +29,13 @@ class NotFiniteError(FloatingPointError):
 
 
 class SaveError(Exception):
-    """Something could not be written, as on a full disk. The message says what is still there and what to do."""
+    """A file could not be written, for example on a full disk. The message says what is still there and what to do."""
 
     exit_code = 4
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has reached a safe point, all of its hosts the same one."""
+    """The run was asked to stop and has reached a safe point; all hosts stop at the same one."""
 
     exit_code = 75  # EX_TEMPFAIL: run it again
 
@@ -48,7 +50,10 @@ class Example(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What the engine continues: `tokens` int32[p]; `sample` tells the n completions of one item apart."""
+    """The start of a row, which the engine continues.
+
+    tokens: int32[p]. sample: the number of this completion among the n completions of its item.
+    """
 
     item_id: str
     sample: int
@@ -56,10 +61,10 @@ class Prompt(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Sampled ids, trained on as they are, never tokenized again.
+    """A sampled response. Training uses its ids as they are; they are never tokenized again.
 
-    tokens int32[n] (EOS included when `finished`), logprobs float32[n] of them at the sampling temperature, over the
-    whole vocabulary.
+    tokens: int32[n], with EOS if `finished`. logprobs: float32[n], their log-probabilities at the sampling temperature,
+    over the whole vocabulary.
     """
 
     item_id: str
@@ -70,7 +75,7 @@ class Completion(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What grading made of one completion: reward 1 correct, 0.1 an answer but a wrong one, 0 no answer."""
+    """The grade of one completion: reward 1 if correct, 0.1 for a wrong answer, 0 for no answer."""
 
     value: float | str | None
     correct: bool
@@ -79,7 +84,7 @@ class Verdict(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Sampled rows with their scores: tokens int32[B,T], prompt_len int32[B], total_len int32[B], score float32[B]."""
+    """Sampled rows and their scores: tokens int32[B,T], prompt_len int32[B], total_len int32[B], score float32[B]."""
 
     tokens: Array
     prompt_len: Array
@@ -88,9 +93,10 @@ class Rollout(NamedTuple):
 
 
 class PPOBatch(NamedTuple):
-    """What an update reads about decisions, float32, [B,T] or packed; `advantage` is whitened, 0 off the actions.
+    """What an update reads about decisions: float32, [B,T] or packed.
 
-    weight: 1 / (actions of the row · rows of the minibatch) on actions, 0 elsewhere.
+    advantage: whitened on actions, 0 elsewhere. weight: 1 / (actions of the row · rows of the minibatch) on actions, 0
+    elsewhere.
     """
 
     weight: Array

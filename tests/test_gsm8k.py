@@ -211,7 +211,7 @@ def test_a_number_worked_out_in_the_head_is_derived():
         ("Kim has 3 cats. How many legs?", "They have 7 + 5 = <<7+5=12>>12 legs.\n#### 12", "a number from nowhere"),
         ("Kim has 3 cats. How many?", "She has 3 + 3 = <<3+3=6>>6.\n#### 7", "no equation gives the final answer"),
         ("Kim has 3 cats. How many?", "She has them all.\n#### 3", "no equation in the solution"),
-        ('Kim has 3 cats and 4 dogs "?"', "3 + 4 = <<3+4=7>>7\n#### 7", "the question cannot stand in a docstring"),
+        ('Kim has 3 cats and 4 dogs "?"', "3 + 4 = <<3+4=7>>7\n#### 7", "a docstring cannot hold the question"),
     ],
 )
 def test_nothing_is_guessed(question, answer, reason):

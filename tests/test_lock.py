@@ -144,12 +144,12 @@ def test_a_holder_elsewhere_counts_as_dead_after_its_silence(tmp_path, capsys):
         lock.look(tmp_path)
     said = str(refused.value)
     assert "process 7 on host other since 2024-01-02 03:04:05+00:00; choose" in said
-    assert "if nothing is heard of it until " in said and "the last sign of life was 80 s ago" in said
+    assert "if it gives no sign of life; " in said and "the last one was 80 s ago" in said
     write(tmp_path, silent=95, **ELSEWHERE)
     with lock.held(tmp_path):
         pass
     assert "takes over from process 7 on host other since" in (out := capsys.readouterr().out)
-    assert "of which nothing was heard for 95 s" in out
+    assert "which gave no sign of life for 95 s" in out
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"pid": 1}', "null", "\xff"])

@@ -176,7 +176,7 @@ def test_batches_grow_with_the_chips():
     assert (double.rl.questions, double.sft.micro_batch, double.engine.slots, double.mesh.fsdp) == (64, 96, 256, 8)
     half = grown(CONFIG, "v5e:4x4", 32)
     assert (half.rerank.batch_size, half.mesh.fsdp, half.mesh.tensor) == (12, 2, 8)
-    with pytest.raises(InputError, match="mesh.fsdp=4 on 32 chips makes no whole number on v5e:2x2"):
+    with pytest.raises(InputError, match="mesh.fsdp=4 on 32 chips does not give a whole number on v5e:2x2"):
         grown(CONFIG, "v5e:2x2", 32)
     line = made_up()
     cost = line.measured.cost._replace(collectives={("all-gather", 4): (1, 80), ("all-reduce", 2): (1, 8)})

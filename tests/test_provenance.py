@@ -122,7 +122,7 @@ def test_a_changed_answer_or_question_is_asked_again_alone(world):
     )
     world.fakes.drawn = 0
     said = look(world, "reft")
-    assert "reft_test.jsonl: 2 of 6 questions are not as they are stored (the first is 'toy_" in said
+    assert "reft_test.jsonl: 2 of 6 questions differ from the stored ones (the first is 'toy_" in said
     assert world.fakes.drawn == 2 * 3  # no greedy answer: evaluate has asked again already
     assert len(read_file(file(world, "reft_test.jsonl"), "samples").records) == 6
 
@@ -209,7 +209,7 @@ def test_scores_of_other_completions_are_given_again(world):
     rewrite(path, stored.headers, stored.records)
     evaluate.run_evaluate(world.run())
     said = world.capsys.readouterr().out
-    assert "reft_test.rerank.jsonl: 1 of 6 questions are not as they are stored" in said
+    assert "reft_test.rerank.jsonl: 1 of 6 questions differ from the stored ones" in said
 
 
 def test_a_reranker_that_was_trained_again_scores_again(world):

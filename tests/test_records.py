@@ -99,7 +99,7 @@ def test_files_of_both_kinds_are_read_and_what_is_none_is_named(tmp_path):
     whole.write_text(json.dumps(records))
     assert read_records(lines) == read_records(whole) == records
     for spoilt, words in (
-        ({"answer_value": "x"}, "record 1, field 'answer_value': 'x' is no answer of svamp"),
+        ({"answer_value": "x"}, "record 1, field 'answer_value': 'x' is not an answer of svamp"),
         ({"predictions": None}, "record 1, field 'predictions'"),
         ({"predictions": [{"completion": "a"}]}, "each needs completion and solving_res"),
         ({"predictions": records[0]["predictions"] * 2}, "different numbers of predictions"),
@@ -201,7 +201,7 @@ def test_an_id_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "m.jsonl"
     for second in (GOOD, record("svamp_0", "3", ("a", 3.0, True), ("b", 4.0, False), ("c", 5.0, False))):
         path.write_text("".join(json.dumps(one) + "\n" for one in (GOOD, second)))
-        with pytest.raises(InputError, match="record 1, field 'item_id': 'svamp_0' already stands in record 0"):
+        with pytest.raises(InputError, match="record 1, field 'item_id': 'svamp_0' is already in record 0"):
             read_records(path)
 
 

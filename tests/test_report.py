@@ -113,7 +113,7 @@ def test_every_pair_is_in_the_markdown():
 def test_curves_are_a_table_a_column():
     curves = markdown_curves(full_report())
     assert curves.startswith(
-        "| voting@k, by samples a question | 1 | 100 |\n"
+        "| voting@k, by samples per question | 1 | 100 |\n"
         "| --- | --- | --- |\n"
         "| SFT | 50.0 [45.6, 54.4] | 65.0 [60.7, 69.1] |\n"
     )
@@ -175,6 +175,19 @@ def test_shares_without_an_answer_and_rerankers_below_voting_are_remarked(capsys
         assert f"- {remark}\n" in markdown(report)
         assert remark in printed
     assert "ReFT: the reranker chooses worse" not in printed  # not where they are equal
+
+
+def test_the_settings_are_folded_away_in_markdown_only(tmp_path, capsys):
+    write_report(tmp_path, full_report())
+    print_report(full_report())
+    assert "<details>" not in capsys.readouterr().out + (tmp_path / "report.json").read_text()
+    text = (tmp_path / "report.md").read_text()
+    # Without the blank lines GitHub would show the table as text.
+    assert text.endswith(
+        "## Settings\n\n<details>\n<summary>2 settings</summary>\n\n| setting |  |\n| --- | --- |\n| seed | 42 |\n"
+        "| rl.kl_coef | 0.01 |\n\n</details>\n"
+    )
+    assert "details" not in markdown(top1_report())
 
 
 def test_files_leave_out_what_there_is_nothing_to_say_about(tmp_path):

@@ -273,7 +273,7 @@ def test_wording_is_clean_and_compact(programs):
     ("change", "message"),
     [
         ({"split": "valid"}, "no split 'valid'; use one of train, dev, test"),
-        ({"engine": "sql"}, "no engine 'sql'; use one of python, nl"),
+        ({"engine": "sql"}, "no answer format 'sql'; use one of python, nl"),
         ({"rows": -1}, "-1 rows; use 0 or more"),
         ({"skipped_share": 1.5}, "skipped_share is 1.5; use a number from 0 to 1"),
     ],

@@ -1,9 +1,10 @@
-"""The training curves of a run as one picture: small panels, one quantity each.
+"""Draws the training curves of a run as one picture of small panels, one quantity each.
 
-Every axis begins at 0, or below where a value is negative, and both panels of dev accuracy have one scale: a small
-change looks small.
+Every y axis starts at 0, or lower if a value is negative, and both panels of dev accuracy have the same scale, so that
+a small change looks small.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reft_jax.store import write_whole
 from reft_jax.types import InputError
 
 INK, GRID = "#3b3b3b", "#e4e4e4"
@@ -23,7 +25,10 @@ MANY = 40  # more points than this are drawn faint, under their moving average
 
 
 class Panel(NamedTuple):
-    """`scale` turns what is logged into what is shown (fractions into percent); `best` marks the highest point."""
+    """One panel. `scale` turns the logged number into the shown one (fractions into percent); `best` marks the maximum.
+
+    key: the name of the number in metrics.jsonl.
+    """
 
     key: str
     title: str
@@ -46,11 +51,12 @@ REFT_PANELS = (
 
 
 def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequence[dict], path: Path) -> None:
-    """Draws the lines of both metrics.jsonl into a PNG at `path`; the folder's name becomes the title.
+    """Draws the metrics of both stages into a PNG file at `path`; the name of `workdir` becomes the title.
 
-    SFT lines need `epoch` (may be fractional), ReFT lines `step`; a quantity that no line has gets no panel, and lines
-    that lack it, or hold null, no point. The best dev accuracy of SFT is a line in ReFT's panel. Raises InputError when
-    nothing is left to draw.
+    sft_metrics, reft_metrics: the lines of their metrics.jsonl. SFT lines need `epoch` (may be fractional), ReFT lines
+    `step`. A quantity that no line has gets no panel; a line without it, or with null, gets no point. ReFT's panel
+    shows the best dev accuracy of SFT as a line. Raises InputError if there is nothing to draw, SaveError if the file
+    cannot be written.
     """
     panels = [(panel, *series(sft_metrics, "epoch", panel), "epoch", SFT_COLOR) for panel in SFT_PANELS]
     panels += [(panel, *series(reft_metrics, "step", panel), "iteration", REFT_COLOR) for panel in REFT_PANELS]
@@ -74,11 +80,13 @@ def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequen
         if color == REFT_COLOR and panel.best and best_sft >= 0:
             axes.axhline(best_sft, color=SFT_COLOR, linewidth=1.2, linestyle="--", label=f"best SFT {best_sft:.1f} %")
             axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower right")
-    figure.savefig(path, format="png", facecolor="white")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", facecolor="white")
+    write_whole(path, picture.getvalue())
 
 
 def series(metrics: Sequence[dict], x_key: str, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """The points (x, y) of one panel, float64[n] each, x ascending; lines with the same x become their mean."""
+    """The points (x, y) of one panel, float64[n] each, with x ascending. Lines with the same x are averaged."""
     points = [
         (line[x_key], line[panel.key])
         for line in metrics
@@ -90,7 +98,7 @@ def series(metrics: Sequence[dict], x_key: str, panel: Panel) -> tuple[np.ndarra
 
 
 def moving_average(y: np.ndarray, window: int) -> np.ndarray:
-    """The mean over `window` (odd) points centred on each; near the ends over those that exist. float64[n]."""
+    """Averages over `window` (odd) points around each point; near the ends over those that exist. float64[n]."""
     ones = np.ones(window)
     half = window // 2
     total = np.convolve(y, ones)[half : half + y.size]

@@ -1,8 +1,8 @@
-"""What made a sample file, and what of it may be used again.
+"""Records what made a sample file, and decides which of its answers may be used again.
 
-The first line of a file is its header. Its `made_by` decides about the answers: they are used again only if it is
-equal, and each of them only for the same question and answer. What is not, is never mixed with what is new: it moves to
-`aside/` beside the file.
+The first line of a file is its header. The answers are used again only if the header's `made_by` is equal to that of
+the run, and each answer only for the same question and reference answer. Answers that may not be used are never mixed
+with new ones: the old file is kept in the folder `aside/` next to it.
 """
 
 import hashlib
@@ -23,8 +23,11 @@ ASIDE = "aside"
 
 
 class MadeBy(NamedTuple):
-    """What makes the answers of a file: its kind (evaluation/records.py), what must be equal for them to be used
-    again, and what is only recorded (versions, commit, n, rows, …). JSON."""
+    """What made the answers of a file, as JSON values.
+
+    kind: the file's kind (evaluation/records.py). identity: what must be equal for the answers to be used again.
+    recorded: what is only written down (versions, commit, n, rows, …).
+    """
 
     kind: str
     identity: dict
@@ -35,12 +38,12 @@ class MadeBy(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a file has of the examples asked for.
+    """What a file holds for the examples of a run.
 
-    records: by item_id, those that may be used. others: records that were not asked for and stay in the file.
-    refused: why the file cannot be used at all, "" if it can. changed: items that are stored with another question or
-    answer, or that do not fit. headers: the file's. recorded: what they recorded otherwise, in words.
-    repeats: whether a question stands there twice, the second time with more samples.
+    records: the usable ones, by item_id. others: records of other questions, which stay in the file.
+    refused: why the file cannot be used at all; "" if it can. changed: items that are stored with another question or
+    answer, or that do not fit. headers: those of the file. recorded: in words, how what they recorded differs.
+    repeats: whether the file has a question twice, the second time with more samples.
     """
 
     records: dict[str, dict]
@@ -53,16 +56,16 @@ class Stored(NamedTuple):
 
 
 def examples_checksum(examples: Sequence[Example]) -> str:
-    """16 hex digits of questions, answers and solutions, in their order."""
+    """A checksum (16 hex digits) of questions, answers and solutions, in their order."""
     return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
 
 
 def stored(
     path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Callable[[dict], bool] = lambda record: True
 ) -> Stored:
-    """What the file at `path` has of `examples`; nothing is written. InputError if it is not a sample file.
+    """Reads what the file at `path` holds for `examples`; writes nothing.
 
-    fits: whether a record, of the right question, is of use.
+    fits: whether a record of the right question can be used. Raises InputError if it is not a sample file.
     """
     if not path.exists():
         return Stored({}, [], "", [], [], "", False)
@@ -83,11 +86,12 @@ def stored(
 
 
 def _differs(headers: list[dict], made_by: MadeBy) -> str:
+    """Says why answers with these headers may not be used; "" if they may."""
     if not headers:
         return "it does not say what made it"
     for header in headers:
         if header["kind"] != made_by.kind:
-            return f"it is of the kind {header['kind']!r}"
+            return f"its kind is {header['kind']!r}, not {made_by.kind!r}"
         before, now = header["made_by"], made_by.identity
         changed = [key for key in now | before if before.get(key) != now.get(key)]
         if told := [f"{key} {before.get(key)} -> {now.get(key)}" for key in changed]:
@@ -96,7 +100,7 @@ def _differs(headers: list[dict], made_by: MadeBy) -> str:
 
 
 def _recorded(headers: list[dict], made_by: MadeBy) -> str:
-    """Versions and limits that differ from the newest header's."""
+    """Says which versions and limits differ from those of the newest header; "" if none."""
     if not headers:
         return ""
     both = headers[-1]["recorded"], made_by.recorded
@@ -107,9 +111,9 @@ def _recorded(headers: list[dict], made_by: MadeBy) -> str:
 def make_ready(
     path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Callable[[dict], bool] = lambda record: True
 ) -> Stored:
-    """Takes what may not be used out of the file at `path`, and says so in a line; the old file is kept in ASIDE.
+    """Removes from the file at `path` what may not be used, and prints one line about it; keeps the old file in ASIDE.
 
-    Returns what `stored` then gives.
+    Returns what `stored` then returns. Raises InputError and SaveError.
     """
     found, total = stored(path, made_by, examples, fits), f"{len(examples)} question{'s' * (len(examples) != 1)}"
     if found.refused:
@@ -117,8 +121,8 @@ def make_ready(
     elif found.changed:
         kept = _aside(path, copy=True)
         line = (
-            f"{path}: {len(found.changed)} of {total} are not as they are stored (the first is {found.changed[0]!r}); "
-            f"done again, the old file is {kept}"
+            f"{path}: {len(found.changed)} of {total} differ from the stored ones (the first is {found.changed[0]!r}); "
+            f"they are done again, the old file is {kept}"
         )
     else:
         line = ""
@@ -133,11 +137,12 @@ def make_ready(
 
 @cache
 def _tell_versions(folder: Path, recorded: str) -> None:
-    """Once, not once per file."""
+    """Prints the line about other versions once per folder, not once per file."""
     print(f"{folder}: has answers made with other versions ({recorded}); last bits may differ", flush=True)
 
 
 def _aside(path: Path, *, copy: bool = False) -> Path:
+    """Moves or copies a file to a new name in ASIDE; returns that path."""
     folder = path.parent / ASIDE
     name, _, suffixes = path.name.partition(".")
     number = 1
@@ -150,13 +155,16 @@ def _aside(path: Path, *, copy: bool = False) -> Path:
 
 
 def rewrite(path: Path, headers: Sequence[dict], records: Sequence[dict]) -> None:
-    """Replaces the file in one go. SaveError."""
+    """Replaces the file in one go. Raises SaveError."""
     write_whole(path, "".join(json.dumps(line) + "\n" for line in (*headers, *records)))
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[TextIO]:
-    """The file, open at the end of its last whole line. It is written by the line: a crash loses none. SaveError."""
+    """Opens the file at the end of its last whole line. Every line is written at once: a crash loses no finished line.
+
+    Raises SaveError.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -166,7 +174,7 @@ def appending(path: Path) -> Iterator[TextIO]:
 
 
 def _end_line(path: Path) -> None:
-    """Cuts off a torn last line; ends one that is whole but for its newline."""
+    """Cuts off a torn last line; adds the newline if only that is missing."""
     with path.open("rb+") as file:
         data = file.read()
         tail = data[data.rfind(b"\n") + 1 :]

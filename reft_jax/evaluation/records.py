@@ -1,8 +1,8 @@
-"""Sample files: one question record a line (see evaluation/voting.py), read strictly and graded again.
+"""Reads, checks and regrades sample files, which hold one question record per line (see evaluation/voting.py).
 
-Beside `NAME.jsonl` with n samples a question may lie `NAME.greedy.jsonl`, the same with one greedy answer, and
-`NAME.rerank.jsonl`, the reranker's probabilities of the distinct completions in order. docs/sample_files.md is the
-schema; evaluation/provenance.py says what made a file and what of it may be used again.
+`NAME.jsonl` holds n samples per question. Two more files may be next to it: `NAME.greedy.jsonl` with one greedy answer
+per question, and `NAME.rerank.jsonl` with the reranker's probabilities of the distinct completions, in order.
+docs/sample_files.md describes the schema. evaluation/provenance.py decides what of a file may be used again.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ AGAIN = "correct the file or sample again"
 
 
 class SampleFile(NamedTuple):
-    """`headers` say what made the file (none in older files and in the authors'); `records` are in their order.
+    """The content of a sample file.
 
-    torn: whether the last line is not whole, as after a crash or while it is written. repeats: whether a question came
-    twice, the second time with more samples.
+    headers: what made the file (none in older files and in the authors'). records: in the order of the file.
+    torn: whether the last line is incomplete, as after a crash or while it is written. repeats: whether a question
+    came twice, the second time with more samples.
     """
 
     headers: list[dict]
@@ -38,7 +39,7 @@ class SampleFile(NamedTuple):
 
 
 def prediction(text: str, verdict: Verdict) -> dict:
-    """What became of one completion."""
+    """The prediction (evaluation/voting.py) of one completion."""
     return {"completion": text, "solving_res": verdict.value, "correctness": verdict.correct}
 
 
@@ -53,6 +54,7 @@ def answered(example: Example, predictions: list[dict]) -> dict:
 
 
 def votes(predictions: list[dict]) -> dict:
+    """The voted answer of these predictions, and whether it is correct."""
     return {
         "most_voted_answer": vote([prediction["solving_res"] for prediction in predictions]),
         "is_correct": voted_correct(predictions),
@@ -60,7 +62,7 @@ def votes(predictions: list[dict]) -> dict:
 
 
 def first_samples(record: dict, n: int) -> dict:
-    """The record as if n samples had been drawn: a sample depends on its number, not on how many there are."""
+    """The record as if only n samples had been drawn: a sample depends on its number, not on the number of samples."""
     if len(record["predictions"]) == n:
         return record
     return record | {"predictions": record["predictions"][:n]} | votes(record["predictions"][:n])
@@ -72,7 +74,7 @@ def text_hash(text: str) -> str:
 
 
 def scored(record: dict, probabilities: Sequence[float]) -> dict:
-    """A reranker's record: its probabilities of the distinct completions of a question record, in order."""
+    """The reranker's record of a question: its probabilities of the distinct completions, in order."""
     completions = [text_hash(one["completion"]) for one in deduplicate(record["predictions"])]
     about = {key: record[key] for key in ("item_id", "question", "answer_value")}
     return about | {"completions": completions, "probabilities": list(probabilities)}
@@ -82,17 +84,17 @@ def scored(record: dict, probabilities: Sequence[float]) -> dict:
 
 
 def read_lines(path: Path) -> list:
-    """The JSON values of a file that grows by the line; none if there is no file. A last line counts if it is whole.
+    """Reads the JSON values of a file that grows line by line; an empty list if there is no file.
 
-    Raises InputError if any other line is not JSON.
+    An incomplete last line is left out. Raises InputError if any other line is not JSON.
     """
     return _lines(path, path.read_bytes())[0] if path.exists() else []
 
 
 def read_file(path: Path, kind: str) -> SampleFile:
-    """A sample file of this kind (SAMPLES_KIND, …), ours or the authors' JSON list, every field checked.
+    """Reads a sample file of this kind (SAMPLES_KIND, …), ours or the authors' JSON list, and checks every field.
 
-    Raises InputError, naming file, record (from 0) and field, for anything that the schema does not allow.
+    Raises InputError, with file, record (from 0) and field, for anything that the schema does not allow.
     """
     try:
         data = path.read_bytes()
@@ -117,23 +119,23 @@ def read_file(path: Path, kind: str) -> SampleFile:
         if before and not (headers and _extends(record, before)):
             first = next(i for i, one in enumerate(rows) if one["item_id"] == record["item_id"])
             raise InputError(
-                f"{where}, field 'item_id': {record['item_id']!r} already stands in record {first}; remove one of them"
+                f"{where}, field 'item_id': {record['item_id']!r} is already in record {first}; remove one of them"
             )
         records[record["item_id"]] = record
     return SampleFile(headers, list(records.values()), torn, len(rows) > len(records))
 
 
 def read_records(path: Path, kind: str = SAMPLES_KIND) -> list[dict]:
-    """The records of a finished file from anywhere; votes are counted when they are graded.
+    """Reads the records of a finished file, ours or the authors'. `regrade` counts their votes.
 
-    Raises InputError as `read_file` does, and if there are none, a line is cut off, or questions have different numbers
-    of predictions.
+    Raises InputError as `read_file` does, and also if the file has no records, a line is cut off, or questions have
+    different numbers of predictions.
     """
     file = read_file(path, kind)
     if file.torn:
         raise InputError(f"{path}: the last line is cut off; finish sampling, or remove that line")
     if not file.records:
-        raise InputError(f"{path}: holds no records; sample first")
+        raise InputError(f"{path}: it holds no records; sample first")
     if kind != RERANK_KIND:
         n = 1 if kind == GREEDY_KIND else len(file.records[0]["predictions"])
         for index, record in enumerate(file.records):
@@ -147,14 +149,14 @@ def read_records(path: Path, kind: str = SAMPLES_KIND) -> list[dict]:
 
 
 def _lines(path: Path, data: bytes) -> tuple[list, bool]:
-    """(values of the lines that are not blank, whether the last one was torn and left out)."""
+    """Returns the values of the lines that are not blank, and whether the last line was torn and left out."""
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     last, values = len(lines), []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            values.append(_parsed(line, f"{path}: line {number} is not JSON", "remove it, and it is made again"))
+            values.append(_parsed(line, f"{path}: line {number} is not JSON", "remove it; it will be made again"))
         except InputError:
             if number < last:
                 raise
@@ -178,7 +180,7 @@ def _is_header(value: Any) -> bool:
 def _check_header(header: dict, path: Path) -> None:
     if header["schema"] != SCHEMA:
         raise InputError(
-            f"{path}: schema {header['schema']!r}, but this version reads {SCHEMA}; use the version it is of"
+            f"{path}: schema {header['schema']!r}, but this version reads {SCHEMA}; use the version that wrote it"
         )
     for field, kind in (("kind", str), ("made_by", dict), ("recorded", dict)):
         if not isinstance(header.get(field), kind):
@@ -186,7 +188,7 @@ def _check_header(header: dict, path: Path) -> None:
 
 
 def _extends(record: dict, before: dict) -> bool:
-    """Whether a later line is the same question with more samples, as a start with a larger n leaves it."""
+    """Whether a later line is the same question with more samples, as a run with a larger n writes it."""
     same = all(record[key] == before[key] for key in ("question", "answer_value"))
     there = before.get("predictions", ())
     return (
@@ -219,7 +221,7 @@ def _check_record(record: Any, where: str, kind: str) -> None:
         raise InputError(f"{where}, field 'item_id': {error}") from error
     if answers.read_target(dataset, record["answer_value"]) is None:
         raise InputError(
-            f"{where}, field 'answer_value': {record['answer_value']!r} is no answer of {dataset}; correct the file"
+            f"{where}, field 'answer_value': {record['answer_value']!r} is not an answer of {dataset}; correct the file"
         )
     for number, one in enumerate(record["predictions"]):
         if problem := _problem(one):
@@ -269,10 +271,10 @@ def _kind(value: Any) -> str:
 
 
 def regrade(records: list[dict], run_programs: answers.RunPrograms | None = None) -> tuple[list[dict], int]:
-    """The records graded again, and how many predictions got another value or another verdict than they had.
+    """Grades the records again; returns them and the number of predictions whose value or verdict has changed.
 
-    Without `run_programs` the stored values are read again as answers, and nothing is executed; with it every program
-    runs again and every text is read again (a completion with `def solution():` in it is a program).
+    Without `run_programs` it reads the stored values as answers and executes nothing. With it, it runs every program
+    and reads every text again (a completion that contains `def solution():` is a program).
     """
     again, changed = [], 0
     verdicts = _executed(records, run_programs) if run_programs else map(_stored, _flat(records))
@@ -300,7 +302,7 @@ def _stored(pair: tuple[Example, dict]) -> Verdict:
 
 
 def _executed(records: list[dict], run_programs: answers.RunPrograms) -> Iterator[Verdict]:
-    """All programs in one call: equal ones run once."""
+    """Runs all programs in one call, so that equal ones run once."""
     flat = [(example, prediction["completion"]) for example, prediction in _flat(records)]
     is_program = [PROGRAM_HEAD.strip() in text for _, text in flat]
     graded = {}

@@ -1,12 +1,12 @@
-"""The results of a run or a sweep as tables: in the terminal, in Markdown and, for programs, in JSON.
+"""Writes the results of a run or a sweep as tables: in the terminal, in Markdown and in JSON.
 
-A report is about one data file: a dict of plain JSON values. Counts are counts, shares and differences are fractions;
-percentages exist only in print. A run has one report, a sweep one for each data file.
+A report is about one data file. It is a dict of plain JSON values: counts are integers, shares and differences are
+fractions; percentages are only printed. A run has one report, a sweep has one per data file.
 
     title            str
     about            {name: what made the report: "made" (date), "with" (versions), "model", "data", "curves" (file)}
-    n                samples per question, for the voting and rerank columns: the most that a model has; a row may have
-                      an "n" of its own, 0 without samples
+    n                samples per question, for the voting and rerank columns: the largest number that a model has; a
+                      row may have its own "n", 0 without samples
     test_questions   int
     chosen_on        which data chose the checkpoints: "third split", "test file, as the paper did"; "" if not known
     rows             [{"model": "ReFT", "top1": {"correct": 309, "total": 500}, "voting": the same or None, "rerank",
@@ -16,7 +16,7 @@ percentages exist only in print. A run has one report, a sweep one for each data
     comparisons      [{"a": "ReFT", "b": "SFT", "column": "top1", "difference", "low", "high", "p"}]
     notes            [str]
     settings         {name: value}
-    checksums        {name under models/: checksum of the model that it was then}; not of a sweep
+    checksums        {name under models/: checksum of that model at the time}; not in a sweep
     seconds          {stage: seconds}
 """
 
@@ -29,12 +29,14 @@ from reft_jax.evaluation.intervals import wilson
 from reft_jax.store import write_whole
 
 NOTHING = "–"
-HOW_COMPARED = "Intervals: paired bootstrap over questions. p: McNemar's exact test. Each is of that pair alone."
+HOW_COMPARED = (
+    "Intervals: paired bootstrap over questions. p: McNemar's exact test. Neither is corrected for the number of pairs."
+)
 SAMPLED = {"voting": "voting@{}", "rerank": "rerank@{}", "upper_bound": "upper bound"}
 
 
 def markdown_table(report: dict) -> str:
-    """The rows as a Markdown table, cells like `61.8 % (309/500) [57.5, 66.0]`; columns without any entry left out."""
+    """The rows as a Markdown table, with cells like `61.8 % (309/500) [57.5, 66.0]`. Empty columns are left out."""
     columns = _columns(report)
     lines = [
         [_name(row, report), *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]
@@ -43,7 +45,7 @@ def markdown_table(report: dict) -> str:
 
 
 def markdown_curves(report: dict) -> str:
-    """A table for voting, rerank and upper bound each: models by number of samples; nothing without samples."""
+    """One table each for voting, rerank and upper bound: models by number of samples. Empty without samples."""
     parts = []
     for key, heading in SAMPLED.items():
         curves = {row["model"]: [p for p in row.get("curve", []) if key in p] for row in report["rows"]}
@@ -54,12 +56,12 @@ def markdown_curves(report: dict) -> str:
             if shares:
                 lines.append([model, *(shares.get(k, NOTHING) for k in ks)])
         if lines:
-            parts.append(_markdown([heading.format("k") + ", by samples a question", *map(str, ks)], lines))
+            parts.append(_markdown([heading.format("k") + ", by samples per question", *map(str, ks)], lines))
     return "\n".join(parts)
 
 
 def markdown_comparisons(report: dict) -> str:
-    """A row a pair of models, cells like `+11.6 [+9.1, +14.1], p 0.0002`."""
+    """A table with one row per pair of models and cells like `+11.6 [+9.1, +14.1], p 0.0002`."""
     columns = _columns(report)
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for found in report["comparisons"]:
@@ -71,19 +73,19 @@ def markdown_comparisons(report: dict) -> str:
 
 
 def write_report(folder: Path, report: dict) -> None:
-    """Writes report.md and report.json into `folder`, each replaced in one go: a reader never sees half a file."""
+    """Writes report.md and report.json into `folder`, each in one go: a reader never sees half a file."""
     _write(folder / "report", markdown(report), report)
 
 
 def write_sweep(folder: Path, reports: list[dict]) -> None:
-    """Writes sweep.md and sweep.json, the reports one after another, in the same way."""
+    """Writes sweep.md and sweep.json, with the reports one after another, in the same way."""
     _write(folder / "sweep", "\n".join(map(markdown, reports)), reports)
 
 
 def print_report(report: dict) -> None:
-    """Prints the report without curves, settings and times, each interval under its share.
+    """Prints the report without curves, settings and times, with each interval under its share.
 
-    At most 110 characters wide while totals have up to 4 digits and models' names up to 21 characters.
+    It is at most 110 characters wide if totals have up to 4 digits and model names up to 21 characters.
     """
     columns = _columns(report)
     lines = [["model", *columns.values()]]
@@ -100,7 +102,7 @@ def print_report(report: dict) -> None:
 
 
 def markdown(report: dict) -> str:
-    """The whole report; a part that there is nothing to say about is left out."""
+    """The whole report in Markdown, without empty parts. The long list of settings is folded away."""
     notes = _bullets([*_remarks(report), *report["notes"]])
     parts = [f"# {report['title']}", _about(report), _subject(report), markdown_table(report), notes]
     if report["comparisons"]:
@@ -108,10 +110,11 @@ def markdown(report: dict) -> str:
     if curves := markdown_curves(report):
         parts += ["## By number of samples", curves]
     times = {stage: _clock(seconds) for stage, seconds in report["seconds"].items()}
-    for heading, name, entries in (("Time", "stage", times), ("Settings", "setting", report["settings"])):
-        if entries:
-            rows = "".join(f"\n| {key} | {value} |" for key, value in entries.items())
-            parts.append(f"## {heading}\n\n| {name} | |\n| --- | --- |{rows}")
+    if times:
+        parts += ["## Time", _pairs("stage", times)]
+    if settings := report["settings"]:
+        summary = f"<details>\n<summary>{len(settings)} settings</summary>"
+        parts += ["## Settings", summary, _pairs("setting", settings), "</details>"]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
@@ -128,8 +131,12 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *lines))
 
 
+def _pairs(name: str, entries: dict) -> str:
+    return _markdown([name, ""], [[key, str(value)] for key, value in entries.items()])
+
+
 def _columns(report: dict) -> dict[str, str]:
-    """{key in a row: heading} of the columns that have an entry, in the paper's order."""
+    """{key in a row: heading} of the columns that are not empty, in the paper's order."""
     n = report["n"] if len(_sizes(report)) < 2 else "n"
     headings = {"top1": "top-1"} | {key: heading.format(n) for key, heading in SAMPLED.items()}
     return {key: heading for key, heading in headings.items() if any(row.get(key) for row in report["rows"])}
@@ -141,7 +148,7 @@ def _sizes(report: dict) -> set[int]:
 
 
 def _name(row: dict, report: dict) -> str:
-    """The model, with its number of samples where not all rows have the same."""
+    """The model's name, with its number of samples if the rows differ in it."""
     return f"{row['model']} (n={row['n']})" if row.get("n") and len(_sizes(report)) > 1 else row["model"]
 
 
@@ -176,14 +183,14 @@ def _subject(report: dict) -> str:
 
 
 def _about(report: dict) -> str:
-    """A line each: date, versions, model, data, and a link to the curves."""
+    """Date, versions, model, data and a link to the curves, one line each."""
     about = report.get("about", {})
     links = {"curves": "[{0}]({0})"}
     return _bullets([f"{name}: {links.get(name, '{0}').format(text)}" for name, text in about.items()])
 
 
 def _remarks(report: dict) -> list[str]:
-    """What the rows say beside their shares."""
+    """Remarks on the rows: shares without an answer, and rerankers that are worse than voting."""
     without = []
     for row in report["rows"]:
         kinds = {"greedy": "greedy answers", "samples": "samples"}
@@ -202,7 +209,7 @@ def _remarks(report: dict) -> list[str]:
 
 
 def _compared(report: dict) -> list[str]:
-    """The last model's top-1 against each of the others, in words."""
+    """The last model's top-1 compared with that of every other model, in words."""
     lines = []
     for found in report["comparisons"]:
         if found["column"] == "top1" and found["a"] == report["rows"][-1]["model"]:

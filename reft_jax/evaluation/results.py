@@ -1,4 +1,4 @@
-"""The numbers of a table from graded answers alone: no model, no program, no accelerator."""
+"""Computes the numbers of the tables from graded answers alone: no model, no program runs, no accelerator."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -18,10 +18,10 @@ COLUMNS = ("top1", "voting", "rerank", "upper_bound")
 
 
 class Answers(NamedTuple):
-    """One model's graded answers by item_id; empty where there are none.
+    """The graded answers of one model, by item_id; a dict is empty if its file does not exist.
 
-    greedy, samples: question records with one and with n predictions. probabilities: of the distinct samples of a
-    question, by the model's reranker.
+    greedy: question records with one prediction. samples: question records with n predictions. probabilities: what the
+    model's reranker gives to the distinct samples of a question.
     """
 
     model: str
@@ -31,10 +31,10 @@ class Answers(NamedTuple):
 
 
 def read_answers(model: str, path: Path) -> Answers:
-    """What lies at `path` (NAME.jsonl) and beside it (see evaluation/records.py), as far as it is there.
+    """Reads the samples at `path` (NAME.jsonl) and, if they exist, the greedy and rerank files next to it.
 
-    Raises InputError, naming file and item, where something is malformed, or where what lies beside the samples is
-    about other questions or other completions.
+    See evaluation/records.py for the names. Raises InputError, with file and item, if a record is malformed, or if
+    those files are about other questions or completions than the samples.
     """
     samples, answers = by_item(read_records(path)), Answers(model, {}, {}, {})
     if (beside := path.with_suffix(GREEDY)).exists():
@@ -48,7 +48,7 @@ def read_answers(model: str, path: Path) -> Answers:
 
 
 def check_scores(path: Path, scores: dict[str, dict], samples: dict[str, dict]) -> None:
-    """InputError unless every question's distinct completions have a probability each."""
+    """Raises InputError unless each distinct completion of every question has a probability."""
     if scores.keys() != samples.keys():
         item = min(scores.keys() ^ samples.keys())
         problem = f"has no scores of {item}" if item in samples else f"has scores of {item}, which has no samples"
@@ -70,8 +70,11 @@ def by_item(records: Sequence[dict]) -> dict[str, dict]:
 
 
 def by_question(answers: Answers, column: str) -> np.ndarray | None:
-    """bool[Q], questions in the order of their ids: whether the model has each right by greedy decoding ("top1"), by
-    all its samples ("voting", "rerank"), or by any of them ("upper_bound"); None where there are no such answers."""
+    """Returns bool[Q]: whether the model answers each question correctly. Questions are in the order of their ids.
+
+    column: "top1" (greedy decoding), "voting" or "rerank" (over all samples), "upper_bound" (any of the samples).
+    Returns None if the model has no such answers.
+    """
     records = answers.greedy if column == "top1" else answers.samples
     if not records or (column == "rerank" and not answers.probabilities):
         return None
@@ -83,7 +86,7 @@ def by_question(answers: Answers, column: str) -> np.ndarray | None:
 
 
 def judged(answers: Answers) -> Iterator[tuple[list[dict], list[float]]]:
-    """(predictions, probabilities of the distinct ones) of each question, in the order of their ids."""
+    """Yields (predictions, probabilities of the distinct ones) of each question, in the order of their ids."""
     for item_id in sorted(answers.samples):
         yield answers.samples[item_id]["predictions"], answers.probabilities[item_id]
 
@@ -100,8 +103,11 @@ def count(flags) -> dict:
 
 
 def row(answers: Answers, seed: int) -> dict:
-    """A row of the table: n, counts {"correct", "total"} of COLUMNS and of the reranker's judgements, the curve, how
-    many completions have no answer, and reranking compared with voting."""
+    """Computes a row of the table.
+
+    It has n, the counts {"correct", "total"} of COLUMNS and of the reranker's judgements, the curve, the number of
+    completions without an answer, and reranking compared with voting. The schema is in evaluation/report.py.
+    """
     found = {"model": answers.model, "n": samples_each(answers)}
     flags = {column: by_question(answers, column) for column in COLUMNS}
     found |= {column: None if one is None else count(one) for column, one in flags.items()}
@@ -119,14 +125,16 @@ def row(answers: Answers, seed: int) -> dict:
 
 
 def without_answer(records: dict[str, dict]) -> dict:
-    """{"none", "total"}: completions of which no answer could be read, and all."""
+    """{"none", "total"}: the number of completions without a readable answer, and of all completions."""
     values = [prediction["solving_res"] for record in records.values() for prediction in record["predictions"]]
     return {"none": sum(value is None for value in values), "total": len(values)}
 
 
 def judgements(answers: Answers) -> dict:
-    """{"correct", "total", "base_rate"}: how often the reranker tells right from wrong among the distinct samples, and
-    the share of whichever is more frequent: what always saying the same would reach."""
+    """{"correct", "total", "base_rate"}: how often the reranker's judgement of a distinct sample is correct.
+
+    base_rate: the share of the more frequent class, which a constant judgement would reach.
+    """
     pairs = [
         (prediction["correctness"], probability > 0.5)
         for predictions, row in judged(answers)
@@ -137,8 +145,11 @@ def judgements(answers: Answers) -> dict:
 
 
 def compared(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
-    """{"difference", "low", "high", "p"} of bool[Q] a minus b: shares, their 95 % interval by a paired bootstrap over
-    questions, and McNemar's p-value."""
+    """{"difference", "low", "high", "p"} of a minus b, both bool[Q].
+
+    The difference is one of shares; its 95 % interval comes from a paired bootstrap over questions, and p from
+    McNemar's test.
+    """
     difference, low, high = paired_bootstrap(a, b, seed)
     return {"difference": difference, "low": low, "high": high, "p": mcnemar(a, b)}
 
@@ -160,10 +171,10 @@ def curve(answers: Answers, seed: int) -> list[dict]:
 
 
 def comparisons(models: list[Answers], seed: int) -> list[dict]:
-    """Every pair, the later one first, in top-1, voting and rerank where both have them, question by question.
+    """Compares every pair of models, the later minus the earlier, in top-1, voting and rerank where both have them.
 
-    {"a", "b", "column"} and what `compared` gives. The intervals and p-values are those of each pair alone. Models with
-    different numbers of samples are compared in top-1 only.
+    Each entry has "a", "b", "column" and what `compared` returns. Intervals and p-values are not corrected for the
+    number of pairs. Models with different numbers of samples are compared in top-1 only.
     """
     found = []
     for b, a in combinations(models, 2):
@@ -176,14 +187,14 @@ def comparisons(models: list[Answers], seed: int) -> list[dict]:
 
 
 def samples_each(answers: Answers) -> int:
-    """n; 0 without samples."""
+    """The number of samples per question; 0 without samples."""
     return next((len(record["predictions"]) for record in answers.samples.values()), 0)
 
 
 def table(models: list[Answers], seed: int) -> dict:
     """{"test_questions", "n", "rows", "comparisons"} of models that answered the same questions.
 
-    Raises InputError, naming a model and an item, where the answers of one are to other questions, or not to all.
+    Raises InputError, with a model and an item, if a model answered other questions, or not all of them.
     """
     asked = models[0].greedy or models[0].samples
     for one in models:
@@ -199,13 +210,13 @@ def table(models: list[Answers], seed: int) -> dict:
 
 
 def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict]) -> None:
-    """InputError, naming an item, unless both are answers to the same questions with the same targets."""
+    """Raises InputError, with an item, unless both answered the same questions with the same targets."""
     if different := answered.keys() ^ asked.keys():
         item = min(different)
         lacks, has = (name, other) if item in asked else (other, name)
         raise InputError(
             f"{name} answered other questions than {other} ({lacks} has no answer to {item}, {has} has one); compare "
-            "what is alike"
+            "answers to the same questions"
         )
     for item, record in answered.items():
         before = asked[item]
@@ -217,5 +228,5 @@ def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str
             field = "question" if record["question"] != before["question"] else "answer_value"
             raise InputError(
                 f"{name} answered other questions than {other} ({item}, field {field!r}: {record[field][:60]!r} and "
-                f"{before[field][:60]!r}); compare what is alike"
+                f"{before[field][:60]!r}); compare answers to the same questions"
             )

@@ -1,8 +1,8 @@
-"""What k samples a question are worth, estimated from the n there are: upper bound, rerank and voting.
+"""Estimates upper bound, rerank and voting for k samples per question from the n samples that were drawn.
 
-A number for k < n is the mean over subsets of k of the n samples, which are independent draws: an unbiased estimate of
-what k fresh samples would give. For upper bound and rerank that mean has a closed form; voting is averaged over subsets
-drawn with a seed. At k = n there is one subset, and each number is the plain one of evaluation/voting.py.
+The number for k < n is a mean over subsets of k samples. The n samples are independent draws, so this mean is an
+unbiased estimate of what k new samples would give. For upper bound and rerank it has a closed form; voting is averaged
+over random subsets. At k = n there is one subset, and each number is that of evaluation/voting.py.
 """
 
 import math
@@ -14,26 +14,29 @@ import numpy as np
 
 from reft_jax.evaluation.voting import deduplicate, is_valid
 
-SUBSETS = 200  # a question, for voting: their noise is less than a tenth of that of the questions
+SUBSETS = 200  # per question, for voting: their noise is less than a tenth of the noise of the questions
 
 
 def sizes(n: int) -> list[int]:
-    """1, 2, 4, … and n."""
+    """The numbers of samples in a curve: 1, 2, 4, … and n."""
     return [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
 
 
 def upper_bound_at(predictions: Sequence[dict], k: int) -> float:
-    """The chance that one of k is correct: 1 − C(n−c, k) / C(n, k) with c of n correct (arXiv 2107.03374, eq. 1)."""
+    """The probability that one of k samples is correct: 1 − C(n−c, k) / C(n, k) (arXiv 2107.03374, eq. 1).
+
+    c is the number of correct predictions among the n.
+    """
     n = len(predictions)
     correct = sum(prediction["correctness"] for prediction in predictions)
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def rerank_at(predictions: Sequence[dict], probabilities: Sequence[float], k: int) -> float:
-    """The chance that the reranker's choice among k is correct.
+    """The probability that the reranker's choice among k samples is correct.
 
-    probabilities: one for each prediction of `deduplicate`. In order of falling probability (of equals the first, and
-    only valid answers), sample r = 0, 1, … is chosen if it is among the k and none before it is:
+    probabilities: one per prediction of `deduplicate`. Sort the valid predictions by falling probability (equal ones in
+    their order). Then prediction r = 0, 1, … is chosen if it is among the k and no earlier one is:
 
         Σ_r correct_r · C(n−1−r, k−1) / C(n, k)
     """
@@ -45,9 +48,9 @@ def rerank_at(predictions: Sequence[dict], probabilities: Sequence[float], k: in
 
 
 def voting_at(predictions: Sequence[dict], ks: Sequence[int], seed: int) -> list[float]:
-    """For each k, the share of subsets of k whose vote is correct; within a subset the first seen wins a tie.
+    """For each k, the share of subsets of k predictions whose vote is correct; in a tie the first value wins.
 
-    Over all subsets where they are few, else over SUBSETS random ones: a function of (predictions, seed).
+    Uses all subsets if there are at most SUBSETS, else SUBSETS random ones. Depends on (predictions, ks, seed) only.
     """
     n = len(predictions)
     values = [p["solving_res"] if is_valid(p["solving_res"]) else None for p in predictions]
@@ -74,7 +77,7 @@ def voting_at(predictions: Sequence[dict], ks: Sequence[int], seed: int) -> list
 
 @cache
 def all_subsets(n: int, k: int) -> np.ndarray:
-    """bool[C(n,k),n], a row a subset."""
+    """All subsets of k out of n, one per row: bool[C(n,k),n]."""
     members = np.array(list(combinations(range(n), k)))
     chosen = np.zeros((len(members), n), bool)
     np.put_along_axis(chosen, members, True, axis=1)

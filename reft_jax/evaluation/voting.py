@@ -1,4 +1,4 @@
-"""What n sampled completions of one question are worth: voting, reranking, upper bound.
+"""Judges n sampled completions of one question: voting, reranking, upper bound.
 
 A *prediction* is a dict with keys `completion` (str), `solving_res` (float, str or None: the value the completion
 ends in) and `correctness` (bool). A *question record* is a dict with keys `item_id`, `question`, `answer_value`,
@@ -19,9 +19,9 @@ Value = float | str | None
 
 
 def is_valid(value: Value) -> bool:
-    """Whether a value can be voted for or reranked: a finite number, or one letter (MathQA).
+    """Whether a value can be voted for or chosen: a finite number, or one letter (MathQA).
 
-    Grading gives None for anything else; files made by the authors' code also hold NaN, infinity and other characters.
+    Our grading gives None for anything else. Files of the authors' code also hold NaN, infinity and other characters.
     """
     if isinstance(value, str):
         return len(value) == 1 and value.isalpha()
@@ -29,7 +29,7 @@ def is_valid(value: Value) -> bool:
 
 
 def deduplicate(predictions: Sequence[dict]) -> list[dict]:
-    """The predictions with distinct completion text, in order; of equal ones the first is kept."""
+    """Returns the predictions with distinct completion texts, in order. It keeps the first of equal ones."""
     first: dict[str, dict] = {}
     for prediction in predictions:
         first.setdefault(prediction["completion"], prediction)
@@ -37,15 +37,15 @@ def deduplicate(predictions: Sequence[dict]) -> list[dict]:
 
 
 def vote(values: Sequence[Value]) -> Value:
-    """The most frequent valid value, compared exactly; the first seen wins a tie. None when no value is valid."""
+    """The most frequent valid value, compared exactly. In a tie the first one wins. None if no value is valid."""
     counts = Counter(value for value in values if is_valid(value))
-    return max(counts, key=counts.__getitem__, default=None)  # keys are in order of first sight, max keeps the first
+    return max(counts, key=counts.__getitem__, default=None)  # keys are in order of appearance; max keeps the first
 
 
 def voted_correct(predictions: Sequence[dict]) -> bool:
-    """Whether the voted value is correct; False when no value is valid.
+    """Whether the voted value is correct; False if no value is valid.
 
-    Correctness is a function of the value, so any prediction with the voted value tells.
+    Correctness depends on the value only, so any prediction with the voted value decides.
     """
     voted = vote([prediction["solving_res"] for prediction in predictions])
     if voted is None:
@@ -54,11 +54,11 @@ def voted_correct(predictions: Sequence[dict]) -> bool:
 
 
 def rerank_choice(predictions: Sequence[dict], probabilities: Sequence[float]) -> int | None:
-    """Index of the prediction the reranker chooses, or None when none has a valid value (counted as wrong).
+    """Index of the prediction that the reranker chooses; None if none has a valid value (counted as wrong).
 
-    predictions: what `deduplicate` returned; probabilities: of class 1 (correct), one for each of them. The highest
-    probability among the valid ones is chosen, the first wins a tie. Raises ValueError when the lengths differ,
-    InputError when a probability is NaN (compared with anything it would choose silently).
+    predictions: the result of `deduplicate`. probabilities: of class 1 (correct), one per prediction. It chooses the
+    highest probability among the valid predictions; in a tie the first one wins. Raises ValueError if the lengths
+    differ, InputError if a probability is NaN (comparisons with NaN would choose silently).
     """
     if len(predictions) != len(probabilities):
         raise ValueError(f"{len(predictions)} predictions but {len(probabilities)} probabilities")
@@ -72,5 +72,5 @@ def rerank_choice(predictions: Sequence[dict], probabilities: Sequence[float]) -
 
 
 def upper_bound(predictions: Sequence[dict]) -> bool:
-    """Whether any prediction is correct: what a perfect reranker would reach."""
+    """Whether any prediction is correct, which a perfect reranker would choose."""
     return any(prediction["correctness"] for prediction in predictions)

@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, outside the training process. Imports nothing of this project."""
+"""Runs programs that a model wrote, outside the training process. Imports nothing else of this package."""
 
 from .calls import Stream, run_programs, stream
 from .guards import Guard

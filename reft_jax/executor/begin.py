@@ -1,4 +1,4 @@
-"""How a zygote comes to be: free of what its host does with signals, CPUs and modules, and in namespaces of its own."""
+"""How a zygote starts: its signals, CPU, modules and namespaces do not depend on those of its host."""
 
 import contextlib
 import math
@@ -11,21 +11,21 @@ import sys
 import child as inside
 import lockdown
 
-DESCRIPTORS = 1024  # `select` knows no more
-# Of what a machine sends to everything that runs on it (Slurm, a terminal, a shutdown), the pool alone takes notice.
+DESCRIPTORS = 1024  # `select` cannot wait for a higher one
+# Signals that Slurm, a terminal or a shutdown sends to every process. Only the pool reacts to them.
 IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-PYTHONS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # ignored by Python, or not ours to set
+PYTHONS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # ignored by Python, or cannot be set
 
 
 def allow_descriptors() -> None:
-    """As many as there may be, up to those that `select` knows."""
+    """Raises the limit on open descriptors as far as allowed, up to what `select` can handle."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS if hard < 0 else min(hard, DESCRIPTORS), hard))
 
 
 def own_signals() -> None:
-    """What the host ignores, handles or blocks is not for us: with SIGCHLD ignored there would be no exit codes."""
+    """Resets what the host ignores, handles or blocks. With SIGCHLD ignored there would be no exit codes."""
     for number in signal.valid_signals() - PYTHONS:
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_IGN if number in IGNORED else signal.SIG_DFL)
@@ -33,7 +33,9 @@ def own_signals() -> None:
 
 
 def launch() -> bool:
-    """Continues as process 1 of new namespaces, or else as the one who inherits orphans; whether it is the former."""
+    """Continues as process 1 of new namespaces and returns True. Where the kernel refuses them, returns False; this
+    process is then a subreaper (it inherits orphans).
+    """
     if not lockdown.isolate():
         if lockdown.LINUX:
             lockdown.prctl(lockdown.PR_SET_CHILD_SUBREAPER, 1)
@@ -48,7 +50,7 @@ def launch() -> bool:
 
 
 def settle_on_a_cpu(number: int) -> set[int]:
-    """Returns those that we may use; zygotes whose numbers follow each other settle on different ones."""
+    """Binds this process to one CPU; returns all CPUs that it may use. Consecutive numbers get different CPUs."""
     if not lockdown.LINUX:
         return set()
     try:
@@ -60,9 +62,9 @@ def settle_on_a_cpu(number: int) -> set[int]:
 
 
 def roam(process: int, cpus: set[int]) -> None:
-    """Lets a child, or with 0 this process, run on every CPU that we may use.
+    """Lets a child (or this process, with 0) run on every CPU that the zygote may use.
 
-    A zygote and its spare children have one for them: to wake the other there costs half of what it does elsewhere.
+    A zygote and its spare children share one CPU: waking each other there costs half of what it costs across CPUs.
     """
     if cpus:
         with contextlib.suppress(OSError):
@@ -70,7 +72,7 @@ def roam(process: int, cpus: set[int]) -> None:
 
 
 def load(folders: str, kind: str, library: list[str]) -> tuple[dict, list[str]]:
-    """What a program finds without importing it, and the folders of its packages. Raises ImportError."""
+    """Returns the names that a program finds without an import, and the folders of its packages. Raises ImportError."""
     namespace, packages = {"math": math}, []
     if kind == "sympy":
         sys.path[:] = [*library, *folders.split(os.pathsep)]
@@ -80,7 +82,7 @@ def load(folders: str, kind: str, library: list[str]) -> tuple[dict, list[str]]:
         namespace["sympy"] = sympy
         packages = [os.path.dirname(module.__file__) for module in (sympy, mpmath)]
     sys.path[:] = library
-    site.setquit()  # what Python does at its start, had it looked at site-packages
+    site.setquit()  # Python does these three at its start, unless -S was given
     site.setcopyright()
     site.sethelper()
     for module in ("begin", "child", "files", "lockdown", "sysv", "wire", "zygote"):
@@ -89,6 +91,7 @@ def load(folders: str, kind: str, library: list[str]) -> tuple[dict, list[str]]:
 
 
 def opened(path: str) -> int | None:
+    """Returns a descriptor of this file, or None if it cannot be opened."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""The programs of one call: handed to zygotes, waited for, cancelled; a bad program told from a broken machine."""
+"""The programs of one call: sent to zygotes, awaited, cancelled. Tells a bad program from a broken machine."""
 
 import contextlib
 import math
@@ -14,9 +14,9 @@ from . import pool
 from .pool import Kind
 from .process import GRACE_S, LONGEST_S, Disturbed, ExecResult, InfrastructureError, UnprotectedError
 
-WINDOW = 256  # programs that `run_programs` has under way: each costs the trainer about 2 kB
-LOST_IN_A_ROW = 3  # zygotes, each started because the one before it was lost
-PROGRAM_KB = 64  # a model's program has 1 KiB; what is much longer is noise, and costs all memory and time
+WINDOW = 256  # programs that `run_programs` has submitted at a time: each costs the trainer about 2 kB
+LOST_IN_A_ROW = 3  # lost zygotes, each started to replace the one before it, until a call fails
+PROGRAM_KB = 64  # a model's program has about 1 KiB; a much longer one is noise that costs memory and time
 
 
 class Item(NamedTuple):
@@ -38,14 +38,16 @@ def run_programs(
 ) -> list[ExecResult]:
     """Runs each program and returns what its `solution()` returned, in the order of `programs`.
 
-    A program sees `math`, and `sympy` if it mentions it, without importing them. Equal programs run once.
+    A program finds `math`, and `sympy` if it mentions it, without importing them. Equal programs run once. Several
+    threads may call this at once.
     want: "number" is `float(solution())`; "text" is `str(solution())`, at most 256 characters.
-    timeout_s: wall seconds for one program, compiling and converting included; what is above 1e6 counts as that.
-    memory_mb: MiB of address space for one program, above the interpreter's own. program_kb: KiB of UTF-8 that a
-    program may have; a longer one is not run. workers: programs at a time. May be called from several threads at once.
-    Raises InfrastructureError if a program could not be run on two zygotes, if three in a row were lost, or if this
-    machine ended a program's process twice, the second time with nothing beside it; UnprotectedError if the kernel
-    gives too little protection (see `start`); ValueError on a bad argument.
+    timeout_s: wall seconds per program, compiling and converting included; at most 1e6 are used.
+    memory_mb: MiB of address space per program, above the interpreter's own.
+    program_kb: KiB of UTF-8 that a program may have; a longer one is not run.
+    workers: programs that run at once.
+    Raises InfrastructureError if a program could not be run on two zygotes, if three zygotes in a row were lost, or if
+    this machine ended a program's process twice, the second time while no other program ran; UnprotectedError if the
+    kernel gives too little protection (see `start`); ValueError on a bad argument.
     """
     results: dict[str, ExecResult] = {}
     under_way: deque[tuple[str, Future]] = deque()
@@ -56,7 +58,7 @@ def run_programs(
                 first, future = under_way.popleft()
                 results[first] = future.result()
             under_way.append((program, batch._submit(program)))
-        # From the last one back: who waits for each in turn is woken for each.
+        # The last one first: waiting for them in order would wake this thread once per program.
         results |= {program: future.result() for program, future in reversed(under_way)}
     return [results[program] for program in programs]
 
@@ -72,8 +74,8 @@ def stream(
 ) -> Iterator["Stream"]:
     """Takes programs one by one and runs them meanwhile; the arguments are those of `run_programs`.
 
-    At its end it waits for all programs; if left by an exception, only for those that run (`timeout_s` at most), and
-    the others' futures are cancelled. Raises ValueError on a bad argument.
+    At its end it waits for all programs. After an exception it waits only for those that run (at most `timeout_s`) and
+    cancels the futures of the others. Raises ValueError on a bad argument.
     """
     if want not in ("number", "text"):
         raise ValueError(f"want is {want!r}; it must be 'number' or 'text'")
@@ -91,15 +93,15 @@ def stream(
 
 
 class Stream:
-    """Programs of one call; made by `stream`. A fork of this process cannot use it."""
+    """The programs of one call; made by `stream`. A fork of this process cannot use it."""
 
     def __init__(self, timeout_s: float, workers: int, want: str, memory_mb: int, program_kb: int = PROGRAM_KB):
         self.timeout_s, self.workers, self.want, self.memory_mb = timeout_s, workers, want, memory_mb
         self.program_kb, self._process = program_kb, os.getpid()
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the fields below
         self._futures: dict[str, Future] = {}
         self._waiting: deque[Item] = deque()
-        self._ahead: set[Item] = set()  # sent to a zygote that runs another; may come back
+        self._ahead: set[Item] = set()  # sent to a zygote that runs another program; may come back
         self._threads: list[threading.Thread] = []
         self._working = 0  # threads that have not left
         self._asked: Counter[Kind] = Counter()
@@ -107,11 +109,11 @@ class Stream:
         self._closed = False
 
     def submit(self, program: str) -> Future:
-        """A future of the program's ExecResult, the same one for equal programs; it may raise what `run_programs` does.
+        """Returns a future of the program's ExecResult, the same one for equal programs.
 
-        From any thread; a callback of a future runs in a thread of the executor's, and what it raises is printed.
-        Raises RuntimeError after the end of the stream and in a fork of its process; InfrastructureError if there is no
-        thread for it.
+        The future may raise what `run_programs` raises. Any thread may call this. A callback of a future runs in a
+        thread of the executor; an error in it is printed. Raises RuntimeError after the end of the stream and in a
+        fork of its process; InfrastructureError if no thread can be started.
         """
         if os.getpid() != self._process:
             raise RuntimeError("this stream of programs belongs to the process that this one was forked from")
@@ -123,7 +125,7 @@ class Stream:
             return self._futures[program]
 
     def _submit(self, program: str) -> Future:
-        """For programs that differ: nothing is kept of one that has ended."""
+        """`submit` for programs that all differ: a finished program is not remembered."""
         future: Future = Future()
         if (size := _size(program)) > self.program_kb << 10:
             pool.count("programs", "too_long")
@@ -139,7 +141,7 @@ class Stream:
         return future
 
     def _start_thread(self) -> None:
-        """One more worker if this machine has a thread for it; the first one must have."""
+        """Starts one more worker if a thread can be had. Raises InfrastructureError if not even the first can start."""
         for last in (False, True):
             thread = threading.Thread(target=self._work, name="reft-executor", daemon=True)
             try:
@@ -156,7 +158,7 @@ class Stream:
                 return
 
     def cancel(self) -> None:
-        """Forgets the programs that nothing runs yet."""
+        """Cancels the programs that have not started."""
         if os.getpid() != self._process:
             return
         with self._changed:
@@ -164,7 +166,7 @@ class Stream:
                 item.future.cancel()
 
     def close(self) -> None:
-        """Waits for the programs and has children forked for the next call."""
+        """Waits for the programs, then lets the zygotes fork spare children for the next call."""
         if os.getpid() != self._process:
             return
         with self._changed:
@@ -199,7 +201,7 @@ class Stream:
                     self._put_back(under_way.pop())
 
     def _run_alone(self, under_way: deque[Item]) -> None:
-        """Runs the first program again, with no other beside it and all spare memory and processes free."""
+        """Runs the first program again, with no other at the same time and all spare memory and processes free."""
         while len(under_way) > 1:
             self._put_back(under_way.pop())
         pool.count("retries")
@@ -210,27 +212,27 @@ class Stream:
             except Disturbed as error:
                 if error.verdict is None:
                     raise InfrastructureError(
-                        f"a program could not be run, nor again with nothing beside it (2 program executors in a row "
+                        f"a program could not be run, nor again while no other ran (2 program executors in a row "
                         f"failed): {error}; this machine may be short of memory, processes or descriptors"
                     ) from error
                 self._answer(under_way, error.verdict)
 
     def _leave(self) -> bool:
-        """Whether this worker ends, for this machine has no room for all; the last one stays."""
+        """Returns whether this worker ends because the machine has no room for all workers; the last one stays."""
         with self._changed:
             if leave := self._working > 1:
                 self._working -= 1
             return leave
 
     def _next(self) -> Item | None:
-        """The next program; waits for one. None when the stream has ended and none can come back."""
+        """Waits for the next program; None when the stream has ended and no program can come back."""
         with self._changed:
             while not self._waiting and not (self._closed and not self._ahead):
                 self._changed.wait()
             return self._waiting.popleft() if self._waiting else None
 
     def _next_ahead(self, kind: Kind) -> Item | None:
-        """One more for a zygote of this kind that is at work, if every worker could have one."""
+        """One more program for a busy zygote of this kind, if enough wait for every worker to get one; else None."""
         with self._changed:
             if len(self._waiting) < self._working or self._waiting[0].kind != kind or pool.turns().wanted:
                 return None
@@ -244,7 +246,7 @@ class Stream:
             self._changed.notify_all()
 
     def _begin(self, item: Item) -> None:
-        """The zygote that has it turns to it now."""
+        """Marks a program that was sent ahead as running."""
         with self._changed:
             self._ahead.discard(item)
             item.future.set_running_or_notify_cancel()
@@ -252,9 +254,11 @@ class Stream:
                 self._changed.notify_all()
 
     def _run(self, under_way: deque[Item], alone: bool = False) -> None:
-        """Runs the program, and others of its kind as long as some wait, on one zygote, where the next one is sent
-        before the former is answered; only this one if `alone`. If the zygote is lost all go to a new one; the first
-        may be lost once. Raises Disturbed if the machine was at fault, then the first is to run again.
+        """Runs the program on one zygote, and then others of its kind as long as some wait; only this one if `alone`.
+
+        The next program is sent before the answer to the one before it has come. If the zygote is lost, all go to a
+        new one; the first program may lose one zygote, not two. Raises Disturbed if the machine was at fault: the
+        first program must run again.
         """
         kind = under_way[0].kind
         zygote, sent, lost, again, ahead = None if alone else pool.take(kind), 0, 0, None, not alone
@@ -270,7 +274,7 @@ class Stream:
                     continue
                 result = zygote.receive(self.timeout_s, self.want)
             except (UnprotectedError, Disturbed):
-                if zygote:  # others may wait in it
+                if zygote:  # other programs may wait in it
                     pool.end(kind, zygote)
                 raise
             except InfrastructureError as error:
@@ -296,7 +300,7 @@ class Stream:
 
 
 def _settle(future: Future, setter, outcome: object) -> None:
-    """Sets the outcome. What a callback of the user's raises must not end the thread that runs programs."""
+    """Sets the outcome. An error in a user's callback must not end the thread that runs programs."""
     if future.cancelled():
         return
     try:
@@ -306,7 +310,7 @@ def _settle(future: Future, setter, outcome: object) -> None:
 
 
 def _size(program: str) -> int:
-    """Bytes in UTF-8."""
+    """Bytes of the program in UTF-8."""
     return len(program) if program.isascii() else len(program.encode(errors="surrogatepass"))
 
 

@@ -1,6 +1,6 @@
-"""What happens inside a child: one program compiled, run and its result converted, all under the zygote's timer.
+"""What a child does: compile one program, run it and convert its result, while the zygote keeps the time.
 
-A report is one line of JSON `[status, value, detail, cut]`; a number is a `float.hex` string.
+Its report is one line of JSON, `[status, value, detail, cut]`; a number is a `float.hex` string.
 """
 
 import errno
@@ -12,7 +12,7 @@ import types
 
 TEXT_CHARS, DETAIL_CHARS = 256, 80
 UNCOMPILABLE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
-# Run by a child that waits, before it has a program: the pages that compiling and running write to are its own then.
+# A waiting child runs this before it has a program. It then already owns the pages that compiling and running write to.
 WARM_UP = '''def solution():
     """How much?"""
     count = 3
@@ -27,7 +27,7 @@ below = 0  # frames on this child's stack below a program's first one
 
 
 def main_module(**names: object) -> types.ModuleType:
-    """A fresh `__main__` that holds these names: a program runs in it, imports it and pickles its classes."""
+    """Makes a fresh `__main__` with these names. A program runs in it, can import it and can pickle its classes."""
     module = types.ModuleType("__main__")
     module.__dict__.update(names)
     sys.modules["__main__"] = module
@@ -35,25 +35,29 @@ def main_module(**names: object) -> types.ModuleType:
 
 
 def shift_limits() -> None:
-    """Makes the recursion limit, as a program reads and sets it, count from its first frame: see `count_from`."""
+    """Makes the recursion limit that a program reads and sets count from its own first frame: see `count_from`."""
     set_limit, get_limit = sys.setrecursionlimit, sys.getrecursionlimit
     sys.getrecursionlimit = lambda: get_limit() - below
     sys.setrecursionlimit = lambda limit: set_limit(limit + below if 0 < limit < 1 << 30 else limit)
 
 
 def count_from(frames: int) -> None:
-    """So many frames are below the program's first."""
+    """Says how many frames are below the program's first one."""
     global below
     below = frames
     sys.setrecursionlimit(1000)
 
 
 def report(status: str, value: str | None = None, detail: str = "", cut: bool = False) -> bytes:
+    """The line that a child sends; `detail` is cut to DETAIL_CHARS characters."""
     return json.dumps([status, value, detail[:DETAIL_CHARS], cut]).encode() + b"\n"
 
 
 def solve(program: str, want: str, namespace: dict) -> bytes:
-    """Compiles and runs `program`, calls its `solution()` and converts the result; anything may be raised."""
+    """Compiles and runs `program`, calls its `solution()` and returns a report. Anything may be raised.
+
+    A program that does not compile is cut at its first blank line and tried again.
+    """
     cut = False
     try:
         code = compile(program, "<program>", "exec", dont_inherit=True)
@@ -64,7 +68,7 @@ def solve(program: str, want: str, namespace: dict) -> bytes:
         except UNCOMPILABLE:
             return report("syntax_error", detail=type(error).__name__)
         cut = True
-    out_of_memory = report("memory", detail="MemoryError", cut=cut)  # made while there is memory to make it
+    out_of_memory = report("memory", detail="MemoryError", cut=cut)  # made now, while there is memory for it
     try:
         exec(code, namespace)
         if "solution" not in namespace:
@@ -82,7 +86,7 @@ def convert(result: object, want: str) -> tuple[str, str | None, str]:
     """(status, value, detail) of what `solution()` returned."""
     kind = type(result).__name__
     if want == "text":
-        text = str(result).encode(errors="replace").decode()  # a lone surrogate would break who writes it to a file
+        text = str(result).encode(errors="replace").decode()  # a lone surrogate cannot be written to a file
         return ("ok", text, "") if len(text) <= TEXT_CHARS else ("wrong_type", None, f"long {kind}")
     try:
         number = float(result)

@@ -1,7 +1,7 @@
-"""Which files a program can read: the standard library, the packages it was given, and nothing else.
+"""Limits what a program can read to the standard library and the packages it was given.
 
-Landlock says so where the kernel has it (`restrict`). Elsewhere a mount namespace does: a root folder with these files
-and no others (`own_root`). Imported by the zygote only.
+Landlock does this where the kernel has it (`restrict`). Elsewhere a mount namespace does: its root folder holds these
+files and no others (`own_root`). Only the zygote imports this module.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ PR_SET_NO_NEW_PRIVS = 38
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every architecture
 WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
-FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # ABI: how many of the rights on files it knows; 16 from ABI 5 on
+FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # ABI: number of file rights that it knows; 16 from ABI 5 on
 TCP_RIGHTS = 0b11  # bind, connect; from ABI 4 on
 SCOPES = 0b11  # abstract unix sockets, signals; from ABI 6 on
 
@@ -27,23 +27,27 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 
 LOCKED_FLAGS, ST_RELATIME, MS_RELATIME = 2 | 4 | 8 | 1024 | 2048, 4096, 1 << 21  # what a remount must keep
 MNT_DETACH = 2
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-SPOTS = ("/proc", "/sys", "/mnt")  # where the new root is put together: none of the library is below
+SPOTS = ("/proc", "/sys", "/mnt")  # the new root is assembled in one of these: no library file is below them
 
 
 def check(result: int, what: str) -> int:
+    """Returns the result of a call into libc; raises OSError, which names `what`, if it is below 0."""
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
 def landlock_abi() -> int:
-    """0 where the kernel has no Landlock."""
+    """The version of Landlock's interface; 0 where the kernel has no Landlock."""
     return max(0, LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)) if LINUX else 0
 
 
 def restrict(packages: list[str]) -> int:
-    """From here on this process and its forks read the standard library and the folders `packages`, no other file,
-    use no TCP and signal only each other. Returns Landlock's ABI, or 0 where it does not work: nothing has changed.
+    """Restricts this process and its later forks with Landlock.
+
+    They can read the standard library and the folders `packages`, and no other file. Depending on the ABI they also
+    cannot use TCP and can signal only each other. Returns Landlock's ABI, or 0 where it does not work; then nothing
+    has changed.
     """
     abi = landlock_abi()
     if not abi:
@@ -60,7 +64,10 @@ def restrict(packages: list[str]) -> int:
 
 
 def landlock_ruleset(abi: int) -> int:
-    """The fd of a ruleset that forbids all this ABI can: files, TCP, signals and abstract sockets to the outside."""
+    """Makes a ruleset that forbids all that this ABI can: files, TCP, signals and abstract sockets to the outside.
+
+    Returns its descriptor.
+    """
     fields = [(1 << FILE_RIGHTS.get(abi, 16)) - 1]
     if abi >= 4:
         fields.append(TCP_RIGHTS)
@@ -71,7 +78,7 @@ def landlock_ruleset(abi: int) -> int:
 
 
 def allow(ruleset: int, rights: int, paths: Iterable[str]) -> None:
-    """Lets files and folders, with all below them, be used so; a file can not be listed."""
+    """Adds these rights to a ruleset, for files and for folders with everything below them. A file cannot be listed."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -81,7 +88,10 @@ def allow(ruleset: int, rights: int, paths: Iterable[str]) -> None:
 
 
 def library_files() -> tuple[list[str], str]:
-    """What a program may read, and the folder it may list, to import the standard library, not site-packages in it."""
+    """Returns what a program may read, and the folder it may list, to import the standard library.
+
+    Installed packages (site-packages) are not among them.
+    """
     stdlib = os.path.dirname(os.__file__)
     readable = [entry.path for entry in os.scandir(stdlib) if entry.name not in ("site-packages", "dist-packages")]
     extensions = [path for path in sys.path if path.endswith("lib-dynload")]
@@ -89,14 +99,14 @@ def library_files() -> tuple[list[str], str]:
 
 
 def shared_libraries(folders: list[str]) -> list[str]:
-    """The files that the extension modules in `folders` are linked to, found by loading them all in a fork."""
+    """Finds the files that the extension modules in `folders` are linked to, by loading them all in a fork."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             for folder in folders:
                 for name in os.listdir(folder):
-                    with contextlib.suppress(OSError):  # one that cannot be loaded now cannot be imported later either
+                    with contextlib.suppress(OSError):  # a module that cannot be loaded now cannot be imported later
                         ctypes.CDLL(os.path.join(folder, name))
             with open(writer, "wb") as answer:
                 answer.write(b"\n".join(loaded()))
@@ -110,7 +120,7 @@ def shared_libraries(folders: list[str]) -> list[str]:
 
 
 def loaded() -> list[bytes]:
-    """Paths of the shared libraries of this process. The loader knows them; /proc may be missing."""
+    """Paths of the shared libraries of this process, as the loader knows them: /proc may be missing."""
 
     class Info(ctypes.Structure):
         _fields_ = [("address", ctypes.c_void_p), ("name", ctypes.c_char_p)]
@@ -122,8 +132,10 @@ def loaded() -> list[bytes]:
 
 
 def own_root(packages: list[str]) -> bool:
-    """Gives this process, which is in namespaces of its own, a root folder with the files a program may read and no
-    others, all read-only. Returns whether the kernel lets us; if not, it may have a mount namespace of its own.
+    """Gives this process a read-only root folder with the files a program may read and no others.
+
+    The process must already be in its own namespaces. Returns whether the kernel allows it; after False the process may
+    still have its own mount namespace.
     """
     pivot_root = PIVOT_ROOT.get(platform.machine())
     if not (LINUX and pivot_root):
@@ -146,7 +158,7 @@ def own_root(packages: list[str]) -> bool:
         mount(None, spot, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
         os.chdir(spot)
         check(LIBC.syscall(pivot_root, b".", b"."), "pivot_root")
-        check(LIBC.umount2(b".", MNT_DETACH), "umount2")  # the old root, which lies on the new one
+        check(LIBC.umount2(b".", MNT_DETACH), "umount2")  # the old root, which is mounted over the new one
         os.chdir("/")
     except OSError:
         with contextlib.suppress(OSError):
@@ -156,7 +168,7 @@ def own_root(packages: list[str]) -> bool:
 
 
 def show(path: str, root: str, read_only: bool = True) -> None:
-    """Lets a file or folder be seen in `root`, at the same path."""
+    """Makes a file or folder visible in `root`, at the same path."""
     target = f"{root}{path}"
     folder = os.path.isdir(path)
     os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)

@@ -1,9 +1,9 @@
-"""What the kernel takes away from a process that runs a program nobody has read. Imported by the zygote only.
+"""Takes rights away from a process that runs a program nobody has read. Only the zygote imports this module.
 
-What a fork inherits at no cost a zygote does once to itself: namespaces (`isolate`), files (files.py; in a Landlock
-domain of its own every child would copy some 250 rules), no capabilities and no debuggers (`renounce`). The rest is
-each child's own (`enter`): limits, PDEATHSIG, the seccomp filter, prepared in the zygote. On macOS only the limits
-remain.
+The zygote restricts itself once, where its forks inherit the restriction at no cost: namespaces (`isolate`), files
+(files.py; with its own Landlock domain every child would copy some 250 rules), capabilities and debuggers
+(`renounce`). Each child does the rest itself (`enter`): limits, PDEATHSIG and the seccomp filter, which the zygote
+prepares. On macOS only the limits work.
 
 System calls are made with ctypes. docs/executor.md says why not with a library.
 """
@@ -25,8 +25,8 @@ CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 NAME = "reft-program"
 
-# System calls that a program which computes a number may make, by their numbers on (x86_64, aarch64). No process or
-# thread, no signal to anyone, no socket, nothing that changes the disk, no memory outside the limit on address space.
+# System calls that a program may make, with their numbers on (x86_64, aarch64): what it needs to compute a number. None
+# makes a process, a thread or a socket, sends a signal, changes the disk, or escapes the limit on address space.
 ALLOWED = {
     # files and folders that are open, or that Landlock lets it read
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62), "pread64": (17, 67), "readv": (19, 65),
@@ -51,14 +51,14 @@ ALLOWED = {
     "getgroups": (115, 158), "uname": (63, 160), "sysinfo": (99, 179), "getrusage": (98, 165), "getcpu": (309, 168),
     "sched_getaffinity": (204, 123), "getrlimit": (97, 163), "getrandom": (318, 278),
 }  # fmt: skip
-# Allowed if one argument, cut to these bits, is one of these values.
+# System calls that are allowed if one argument, masked with these bits, is one of these values.
 ALLOWED_IF = {
     # read-only: no O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, and the bit of O_TMPFILE that is not O_DIRECTORY
     "openat": ((257, 56), 2, 0x3 | 0o100 | 0o1000 | 0o20000000, (0,)),
     # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC; F_SETOWN and F_SETSIG send signals
     "fcntl": ((72, 25), 1, 0xFFFFFFFF, (0, 1, 2, 3, 4, 1030)),
     "ioctl": ((16, 29), 1, 0xFFFFFFFF, (0x5401, 0x5450, 0x5451)),  # isatty, (non-)inheritable
-    "prlimit64": ((302, 261), 0, 0xFFFFFFFF, (0,)),  # its own limits only, which it can but lower
+    "prlimit64": ((302, 261), 0, 0xFFFFFFFF, (0,)),  # its own limits only, which it can only lower
 }
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 SECCOMP_KILL, SECCOMP_EPERM, SECCOMP_ALLOW = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
@@ -70,15 +70,15 @@ def prctl(option: int, value: int, pointer: int = 0) -> None:
 
 
 def ready_prctl(option: int, value: int, pointer: int = 0) -> tuple:
-    """The arguments of a `prctl` to be made in a child: every object made there costs it pages."""
+    """Prepares the arguments of a `prctl` that a child will make: every object made in the child costs it pages."""
     return (option, *map(ctypes.c_ulong, (value, pointer, 0, 0)))
 
 
 def seccomp_filter(machine: str) -> bytes | None:
-    """The filter as BPF code, or None for an architecture whose numbers are not listed here.
+    """Builds the filter as BPF code; None for an architecture whose numbers are not listed here.
 
-    A call that is not allowed fails with EPERM, which Python raises as PermissionError; a call through another
-    architecture's numbers (32-bit on x86_64) kills.
+    A call that is not allowed fails with EPERM, which Python raises as PermissionError. A call with another
+    architecture's numbers (32-bit on x86_64) kills the process.
     """
     if machine not in AUDIT_ARCH:
         return None
@@ -90,8 +90,8 @@ def seccomp_filter(machine: str) -> bytes | None:
         answer[name] = [(BPF_LOAD, 0, 0, 16 + 8 * argument), (BPF_AND, 0, 0, bits)]  # the low half: little-endian
         answer[name] += [(BPF_IF_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
         answer[name] += [*answer["no"], *answer["yes"]]
-    # Runs of numbers with one answer. The kernel tries every number there is when a child takes the filter on, so a
-    # binary search saves it half of the 0.12 ms that a list of comparisons takes.
+    # Ranges of numbers with one answer. The kernel tries every number when a child installs the filter, so a binary
+    # search saves half of the 0.12 ms that a list of comparisons takes.
     runs = [(number, names.get(number, "no")) for number in range(max(filter(None, names)) + 2)]
     runs = [run for before, run in zip([(-1, ""), *runs], runs, strict=False) if run[1] != before[1]]
     code = [(BPF_LOAD, 0, 0, 4), (BPF_IF_EQUAL, 1, 0, AUDIT_ARCH[machine]), (BPF_RETURN, 0, 0, SECCOMP_KILL)]
@@ -100,7 +100,7 @@ def seccomp_filter(machine: str) -> bytes | None:
 
 
 def search(runs: list[tuple[int, list]]) -> list[tuple]:
-    """BPF code that goes to the code of the last run whose first number is not above the loaded one."""
+    """BPF code of a binary search: runs the code of the last range whose first number is at most the loaded one."""
     if len(runs) == 1:
         return runs[0][1]
     middle = len(runs) // 2
@@ -109,23 +109,23 @@ def search(runs: list[tuple[int, list]]) -> list[tuple]:
 
 
 def isolate() -> bool:
-    """Makes the next fork process 1 of new PID, network and IPC namespaces. Returns whether the kernel lets us."""
+    """Makes the next fork process 1 of new PID, network and IPC namespaces. Returns whether the kernel allows it."""
     flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC
     if not LINUX or LIBC.unshare(flags) == 0:
         return LINUX
-    # Who may not make them directly may do so inside a user namespace of their own, unless that is forbidden too.
+    # A user who may not make them directly may do so inside a new user namespace, unless that is forbidden too.
     user, group = os.geteuid(), os.getegid()
     if LIBC.unshare(flags | CLONE_NEWUSER) != 0:
         return False
     maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
-    for name, text in maps.items():  # what `own_root` makes must belong to somebody
+    for name, text in maps.items():  # the files that `own_root` makes need an owner
         with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     return True
 
 
 def nobody_reads(paths: list[str]) -> bool:
-    """Whether a user without any rights could read these files and folders: tried in a fork."""
+    """Whether a user without any rights could read these files and folders; tries it in a fork."""
     child = os.fork()
     if child == 0:
         try:
@@ -145,7 +145,7 @@ def become_nobody() -> None:
 
 
 def possible_limit(name: str, limit: int) -> tuple[int, tuple[int, int]]:
-    """What to give to `setrlimit`: a limit can be lowered only."""
+    """The arguments of `setrlimit` for this limit, or for the hard limit if that is lower: it cannot be raised."""
     which = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(which)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -153,7 +153,7 @@ def possible_limit(name: str, limit: int) -> tuple[int, tuple[int, int]]:
 
 
 def address_space() -> int:
-    """Bytes that this process has mapped; more than that where /proc does not say it."""
+    """Bytes that this process has mapped; without /proc, an estimate that is higher."""
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[0]) * resource.getpagesize()
@@ -162,9 +162,9 @@ def address_space() -> int:
 
 
 class Lockdown:
-    """What every child of this zygote does to itself, built once.
+    """The restrictions that every child of this zygote puts on itself, built once.
 
-    protections: what has been seen to work on a child here.
+    protections: those that were seen to work on a child here.
     """
 
     def __init__(self, memory_mb: int):
@@ -186,8 +186,9 @@ class Lockdown:
                 self.filter = None
 
     def filter_works(self) -> bool:
-        """Tries it on a child: a call that is not on the list must be refused. Raises OSError if the child was killed:
-        that says nothing about the filter.
+        """Tries the filter on a child: a call that is not on the list must be refused.
+
+        Raises OSError if the child was killed, which says nothing about the filter.
         """
         child = os.fork()
         if child == 0:
@@ -208,18 +209,19 @@ class Lockdown:
         return code == 0
 
     def renounce(self, files_closed: bool, needed: list[str]) -> None:
-        """Gives up this process's rights, which no fork has then, and closes its memory to processes of its user.
+        """Gives up the rights of this process and its later forks, and closes its memory to its user's processes.
 
-        needed: what it must still be able to read. Raises OSError.
+        files_closed: whether programs cannot read this machine's files. needed: what the process must still be able to
+        read. Raises OSError.
         """
         if not LINUX:
             return
         guarded = bool(self.filter and files_closed)
         if os.geteuid() == 0 and not guarded and nobody_reads(needed):
-            become_nobody()  # no file that is closed to others, and no signal to what is root's
+            become_nobody()  # cannot read private files, nor signal root's processes
             self.protections.insert(0, "another user")
         elif os.getuid() == 0:
-            # NPROC does not bind a real uid of 0. The effective one stays: the library's files may be root's alone.
+            # NPROC does not bind a real uid of 0. The effective uid stays: only root may be able to read the library.
             try:
                 os.setresuid(NOBODY, -1, -1)
             except PermissionError:
@@ -234,8 +236,8 @@ class Lockdown:
         hide_memory()
 
     def enter(self) -> None:
-        """For a child. Raises OSError or ValueError."""
-        with contextlib.suppress(PermissionError):  # some hosts refuse it; the zygote has no terminal either way
+        """Restricts this process, a child. Raises OSError or ValueError."""
+        with contextlib.suppress(PermissionError):  # some hosts refuse it; the zygote has no terminal in any case
             os.setsid()
         if LINUX:
             check(LIBC.prctl(*self.end_with_zygote), "PR_SET_PDEATHSIG")
@@ -249,10 +251,10 @@ class Lockdown:
 
 
 def hide_memory() -> None:
-    """Closes this process and its forks to others of the same user: memory, environment, descriptors (pidfd_getfd)."""
+    """Hides memory, environment and descriptors (pidfd_getfd) of this process and its forks from the same user."""
     prctl(PR_SET_DUMPABLE, 0)
 
 
 def name_process() -> None:
-    """What `ps` shows of this process and its forks, dead ones too: the pool finds its zombies by it."""
+    """Sets the name that `ps` shows for this process and its forks; the pool finds its zombies by this name."""
     LIBC.prctl(PR_SET_NAME, NAME.encode(), 0, 0, 0)

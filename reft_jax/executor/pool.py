@@ -1,4 +1,4 @@
-"""The zygotes of this process: started, lent to calls, given back, counted, ended."""
+"""The pool of zygotes of this process: starts them, lends them to calls, takes them back, counts and ends them."""
 
 import atexit
 import contextlib
@@ -14,30 +14,30 @@ from . import guards
 from .process import Disturbed, InfrastructureError, UnprotectedError, Zygote
 from .room import room
 
-SPARES = 512  # children that wait for the next call, at most, over all zygotes; each takes about 1 MiB
-MARGIN = 1.25  # spare children for each program of the last call: a zygote may get more than its share of the next
-LOOK_S = 5.0
-SETTLED = 1000  # programs after which a zygote's predecessors are forgotten
+SPARES = 512  # the most children that wait for the next call, over all zygotes; each takes about 1 MiB
+MARGIN = 1.25  # spare children per program of the last call: a zygote may get more than its share of the next call
+LOOK_S = 5.0  # seconds between two looks at how many children this machine has room for
+SETTLED = 1000  # programs after which the losses before a zygote no longer count
 
-Kind = tuple[bool, int]  # with sympy, memory_mb
+Kind = tuple[bool, int]  # (with sympy?, memory_mb)
 
 
 class _State:
-    """What all calls of this process share."""
+    """The state that all calls of this process share."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.idle: defaultdict[Kind, list[Zygote]] = defaultdict(list)  # the one given back last is last
-        self.zygotes: set[Zygote] = set()  # all that there are, at work or not
-        self.numbers: defaultdict[Kind, set[int]] = defaultdict(set)  # theirs
+        self.zygotes: set[Zygote] = set()  # all of them, busy or idle
+        self.numbers: defaultdict[Kind, set[int]] = defaultdict(set)  # the numbers of these zygotes
         self.counts: Counter[str] = Counter()
         self.allow_unsandboxed = False
         self.turns = Turns()
-        self.most, self.looked = 0, -math.inf  # children that there is room for, and when that was looked up
+        self.most, self.looked = 0, -math.inf  # children that this machine has room for, and when that was measured
 
 
 class Turns:
-    """Threads work together, or one of them alone."""
+    """Lets many threads work together, or one thread alone."""
 
     def __init__(self):
         self._changed = threading.Condition()
@@ -63,7 +63,10 @@ class Turns:
 
     @contextlib.contextmanager
     def alone(self, patience_s: float) -> Iterator[None]:
-        """Waits so long at most: a callback of another thread may be waiting for what begins only after us."""
+        """Waits until nobody else works, but at most `patience_s` for those that work together.
+
+        A callback of another thread may be waiting for a program that starts only after ours.
+        """
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: not (self._together or self._alone), patience_s)
@@ -82,7 +85,10 @@ _state = _State()
 
 
 def _forget() -> None:
-    """In a fork of this process: two must not talk to one zygote, which lives as long as a copy of its socket."""
+    """Drops the zygotes in a fork of this process.
+
+    Two processes must not talk to one zygote, and it lives as long as a copy of its socket is open.
+    """
     global _state
     for zygote in list(_state.zygotes):
         zygote.socket.close()
@@ -93,11 +99,12 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def turns() -> Turns:
+    """The turns of this process: together, or alone after the machine disturbed a program."""
     return _state.turns
 
 
 def new(kind: Kind, lost: int = 0) -> Zygote:
-    """Starts one. Raises Disturbed if it does not start, UnprotectedError where too little protects from programs."""
+    """Starts a zygote. Raises Disturbed if it does not start, UnprotectedError if the protection is too weak."""
     state = _state
     with state.lock:
         number = next(number for number in itertools.count() if number not in state.numbers[kind])
@@ -117,13 +124,13 @@ def new(kind: Kind, lost: int = 0) -> Zygote:
 
 
 def take(kind: Kind) -> Zygote | None:
-    """One that waits, if there is one; to be returned by `give`, `bury` or `end`."""
+    """Takes an idle zygote; None if there is none. The caller returns it with `give`, `bury` or `end`."""
     with _state.lock:
         return _state.idle[kind].pop() if _state.idle[kind] else None
 
 
 def give(kind: Kind, zygote: Zygote) -> None:
-    """Takes back one that has answered all it was asked. After a `shutdown` meanwhile it ends."""
+    """Takes back a zygote that has answered everything. Ends it if `shutdown` was called meanwhile."""
     with _state.lock:
         ours = zygote in _state.zygotes
         if ours:
@@ -133,7 +140,7 @@ def give(kind: Kind, zygote: Zygote) -> None:
 
 
 def end(kind: Kind, zygote: Zygote) -> None:
-    """Ends one that was taken."""
+    """Ends a zygote that was taken."""
     _strike(kind, zygote)
     zygote.end()
 
@@ -146,7 +153,7 @@ def _strike(kind: Kind, zygote: Zygote) -> None:
 
 
 def bury(kind: Kind, zygote: Zygote, lost: int) -> int:
-    """Kills a zygote that failed; returns how many in a row have failed now."""
+    """Kills a zygote that failed; returns how many in a row have now failed."""
     _strike(kind, zygote)
     zygote.kill()
     count("retries")
@@ -154,7 +161,7 @@ def bury(kind: Kind, zygote: Zygote, lost: int) -> int:
 
 
 def make_room() -> None:
-    """Ends the zygotes that wait, with their spare children: this machine is short of something."""
+    """Ends the idle zygotes and their spare children because this machine is short of something."""
     with _state.lock:
         idle = [(kind, zygote) for kind, waiting in _state.idle.items() for zygote in waiting]
         _state.idle.clear()
@@ -163,10 +170,10 @@ def make_room() -> None:
 
 
 def keep_spares(kind: Kind, workers: int, programs: int) -> None:
-    """Has the zygotes that a call with `workers` used fork spare children for another of as many programs.
+    """After a call with this many workers and programs, lets its zygotes fork spare children for a similar call.
 
-    All zygotes together have SPARES at most, and no more than there is room for: others lose theirs first, from the one
-    that has waited longest.
+    All zygotes together keep at most SPARES, and no more than this machine has room for. Other zygotes give up their
+    spares first, beginning with the one that has been idle longest.
     """
     with _state.lock:
         held = sum(zygote.spares for zygote in _state.zygotes)
@@ -186,7 +193,7 @@ def keep_spares(kind: Kind, workers: int, programs: int) -> None:
         each = max(0, each - math.ceil(max(0, excess) / len(chosen)))
         told = [*((other, zygote, 0) for other, zygote in others), *((kind, zygote, each) for zygote in chosen)]
         for _, zygote, number in told:
-            zygote.spares = number  # now, for other threads to count
+            zygote.spares = number  # set under the lock: other threads count it
     for other, zygote, number in told:
         try:
             zygote.keep_spares(number)
@@ -197,30 +204,34 @@ def keep_spares(kind: Kind, workers: int, programs: int) -> None:
 
 
 def _most(held: int) -> int:
-    """How many children this machine has room for; looked up every few seconds, for that takes a millisecond."""
+    """How many children this machine has room for. Measured only every few seconds, because it takes a millisecond."""
     if time.monotonic() > _state.looked + LOOK_S:
         _state.most, _state.looked = room().children(held), time.monotonic()
     return _state.most
 
 
 def count(*what: str) -> None:
+    """Adds one to each of these counters."""
     with _state.lock:
         _state.counts.update(what)
 
 
 def counts() -> dict[str, int]:
-    """Since this process began: "programs" run, how many ended with each status, and "retries": zygotes lost at work
-    and programs that this machine disturbed, which ran again."""
+    """Counts since this process began.
+
+    "programs" were run; each status has its own count; "retries" are zygotes lost while they worked, and programs that
+    ran again because this machine disturbed them.
+    """
     with _state.lock:
         return {"programs": 0, "retries": 0} | _state.counts
 
 
 def start(workers: int, memory_mb: int, allow_unsandboxed: bool = False) -> str:
-    """Starts `workers` zygotes (without sympy) ahead of the first program; says in one line what guards a program, and
-    what this machine is too small for.
+    """Starts `workers` zygotes (without sympy) before the first program.
 
-    allow_unsandboxed: from here on run programs even where they can read this machine's files.
-    Raises InfrastructureError if not one starts; UnprotectedError where programs could read files and that is not
+    Returns one line that says what protects this machine from a program, and what the machine is too small for.
+    allow_unsandboxed: from now on, run programs even where they can read this machine's files.
+    Raises InfrastructureError if no zygote starts; UnprotectedError where programs could read files and that is not
     allowed; ValueError on a bad argument.
     """
     check_numbers(workers=workers, memory_mb=memory_mb)
@@ -232,21 +243,21 @@ def start(workers: int, memory_mb: int, allow_unsandboxed: bool = False) -> str:
             give(kind, new(kind))
         except Disturbed as error:
             failed = str(error)
-            if not _state.idle[kind]:  # once more, for what else waits is ended then
+            if not _state.idle[kind]:  # try once more, after all other idle zygotes have ended
                 make_room()
                 give(kind, new(kind))
     return guards.start_line(_state.idle[kind][-1], workers, len(_state.idle[kind]), memory_mb, room())
 
 
 def check_numbers(**numbers: float) -> None:
-    """Raises ValueError unless they are whole and above 0."""
+    """Raises ValueError unless all of these are whole numbers above 0."""
     for name, number in numbers.items():
         if isinstance(number, bool) or number != number or number <= 0 or number != int(min(number, 1 << 62)):
             raise ValueError(f"{name} is {number}; it must be a whole number above 0")
 
 
 def guarding() -> list[guards.Guard]:
-    """What guards the programs of this process, or does not, in words; empty before `start`."""
+    """Lists the protections from this process's programs, working or not; empty before `start`."""
     with _state.lock:
         some = next(iter(_state.zygotes), None)
     return guards.guards(some) if some else []
@@ -254,7 +265,7 @@ def guarding() -> list[guards.Guard]:
 
 @atexit.register
 def shutdown() -> None:
-    """Ends the zygotes that wait, and those at work when their call gives them back. A later call starts new ones."""
+    """Ends the idle zygotes now, and the busy ones when their call gives them back. A later call starts new ones."""
     with _state.lock:
         zygotes = [zygote for waiting in _state.idle.values() for zygote in waiting]
         _state.idle.clear()

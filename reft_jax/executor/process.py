@@ -1,4 +1,4 @@
-"""A running zygote as the trainer sees it: started, asked, ended."""
+"""A running zygote as the trainer sees it: start it, send it programs, receive results, end it."""
 
 import contextlib
 import ctypes
@@ -17,33 +17,33 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# -S: nothing of site-packages runs or is found in a zygote. A number, FOLDERS, kind and memory follow.
+# -S keeps site-packages out of a zygote. NUMBER, FOLDERS, kind and memory follow: see zygote.py.
 COMMAND = [sys.executable, "-S", str(Path(__file__).with_name("zygote.py"))]
-# All that a zygote sees of an environment, beside what this Python may need to find its own library. With one hash seed
-# the order of a set is the same on every zygote. What is bound at the start need not be bound in every child.
+# The whole environment of a zygote, except for what Python may need to find its own library (KEPT). With a fixed hash
+# seed a set has the same order on every zygote. Symbols that are bound at the start need no binding in every child.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"}
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
-START_S = 60.0  # to import sympy from a cold disk
+START_S = 60.0  # for a zygote to start: it may import sympy from a cold disk
 GRACE_S = 10.0  # beyond the program's own timeout, before a zygote counts as hung
-END_S = 5.0  # to end by itself
-LONGEST_S = 1e6  # 11 days, near what the system calls that wait can take
+END_S = 5.0  # for a zygote to end by itself
+LONGEST_S = 1e6  # 11 days: close to the longest wait that the system calls accept
 HEADER, LENGTH, SPARES = struct.Struct("<dii"), struct.Struct("<q"), -1  # as in wire.py
 NAME = b"reft-program"  # as in lockdown.py
 _RUNNING: set[int] = set()  # process ids of zygotes that have not been waited for
 
 
 class InfrastructureError(RuntimeError):
-    """Programs could not be run. It says nothing about the programs and must never become a score."""
+    """Programs could not be run. This says nothing about the programs and must never become a score."""
 
 
 class UnprotectedError(InfrastructureError):
-    """The kernel gives too little protection from what a program may do, and nobody allowed to go without."""
+    """The kernel gives too little protection from what a program may do, and the user has not accepted that."""
 
 
 class Disturbed(InfrastructureError):
-    """What a program got into was, as far as can be told, this machine's doing: it is to be run again, alone.
+    """This machine seems to have disturbed a program: it must run again, alone.
 
-    verdict: what became of it if that happens again, where a program can do the same to itself; else None.
+    verdict: the result to give if it happens again, where a program can also do the same to itself; else None.
     """
 
     def __init__(self, reason: str, verdict: "ExecResult | None" = None):
@@ -52,14 +52,14 @@ class Disturbed(InfrastructureError):
 
 
 class ExecResult(NamedTuple):
-    """What became of one program.
+    """The result of one program.
 
     value: the number (finite float) or text that `solution()` returned if status is "ok", else None.
     status: ok | wrong_type | not_finite | no_solution | syntax_error | exception | timeout | memory | killed | refused
     | too_long.
-    detail: the class of the exception or of the unfit result, the exit code (-n for signal n), or the size.
+    detail: the class of the exception or of a result of the wrong type, the exit code (-n for signal n), or the size.
     ms: wall time in milliseconds from when a zygote has the program to its report, the wait for a child included.
-    cut: the program compiled only after it was cut at its first blank line.
+    cut: whether the program compiled only after it was cut at its first blank line.
     """
 
     value: float | str | None
@@ -71,7 +71,7 @@ class ExecResult(NamedTuple):
 
 @functools.cache
 def package_folders() -> str:
-    """Where sympy and mpmath lie; empty for one that is not installed."""
+    """The folders that hold sympy and mpmath, joined with `os.pathsep`; one that is not installed is left out."""
     specs = [importlib.util.find_spec(name) for name in ("sympy", "mpmath")]
     return os.pathsep.join(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
 
@@ -79,9 +79,10 @@ def package_folders() -> str:
 class Zygote:
     """A running `zygote.py` and the socket to it.
 
-    number: of those there are of its kind; each settles on another CPU. protections: what guards a child of it, in
-    words. files_closed: whether that includes this machine's files. lost: how many zygotes in a row were lost before
-    it. spares: how many spare children it was let have.
+    number: its index among the zygotes of its kind; each index uses another CPU. protections: the names of what
+    restricts its children. files_closed: whether its children cannot read this machine's files. lost: how many zygotes
+    in a row were lost before it. spares: how many spare children it was told to keep.
+    Raises InfrastructureError if it does not start.
     """
 
     def __init__(self, sympy: bool, memory_mb: int, number: int, lost: int = 0):
@@ -94,7 +95,7 @@ class Zygote:
             raise InfrastructureError(f"the program executor cannot start: {error}") from error
         try:
             with theirs:
-                place = os.getpid() + number  # another trainer on this machine begins elsewhere
+                place = os.getpid() + number  # another trainer on this machine starts at another CPU
                 self.process = subprocess.Popen(
                     [*COMMAND, str(place), package_folders(), "sympy" if sympy else "plain", str(memory_mb)],
                     stdin=theirs,
@@ -122,9 +123,9 @@ class Zygote:
         self.files_closed: bool = greeting["files_closed"]
 
     def send(self, program: str, timeout_s: float, want: str, more: int) -> None:
-        """Gives it a program, to run after those it has; `more` others wait, so it may fork children meanwhile.
+        """Sends a program, to run after those sent before. `more`: how many others wait; it forks children for them.
 
-        Raises InfrastructureError if it hangs. If it has died `receive` says so, after the answers it gave.
+        Raises InfrastructureError if the zygote hangs. If it has died, `receive` says so, after the answers it gave.
         """
         message = marshal.dumps((program, timeout_s, want))
         head = HEADER.pack(timeout_s, more, want == "text") + LENGTH.pack(len(message))
@@ -132,9 +133,10 @@ class Zygote:
             self._send(head + message, timeout_s + GRACE_S)
 
     def receive(self, timeout_s: float, want: str) -> ExecResult | None:
-        """The result of the first program it has; or None: it hands the last one back, for the first takes its time.
+        """Waits for the result of the first program that was sent.
 
-        Raises Disturbed and InfrastructureError.
+        Returns None if the zygote hands the last program back, because the first one takes long. Raises Disturbed if
+        the machine disturbed the program, InfrastructureError if the zygote does not answer.
         """
         answer = self._receive(timeout_s + GRACE_S)
         if answer is None:
@@ -147,7 +149,7 @@ class Zygote:
         return ExecResult(**answer)
 
     def keep_spares(self, number: int) -> None:
-        """Lets it fork and lock down so many children for the next programs; returns at once."""
+        """Tells it to keep this many locked-down children for the next programs; returns at once."""
         try:
             self._send(HEADER.pack(0.0, number, False) + LENGTH.pack(SPARES), GRACE_S)
         except ConnectionError as error:
@@ -174,18 +176,18 @@ class Zygote:
         return json.loads(line)
 
     def kill(self) -> None:
-        """For one that is lost."""
+        """Kills a zygote that hangs or has failed, and waits for it."""
         self.socket.close()
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # it has not made its group, or could not
+        except (ProcessLookupError, PermissionError):  # it has not made its process group yet, or could not
             self.process.kill()
         self.process.wait()
         _RUNNING.discard(self.process.pid)
         collect_orphans()
 
     def end(self) -> None:
-        """For one that waits: it kills and reaps its spares first, so no orphan of theirs falls to anyone."""
+        """Ends an idle zygote. It kills and reaps its spare children first, so that none becomes an orphan."""
         self.socket.close()
         try:
             self.process.wait(END_S)
@@ -195,12 +197,13 @@ class Zygote:
 
 
 def hide_memory() -> None:
-    """Closes this process to others of its user: memory, environment, sockets. Programs run as that user."""
+    """Hides memory, environment and sockets of this process from its user's other processes, as programs may be."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 def is_open(fd: int) -> bool:
+    """Whether this descriptor is open."""
     try:
         os.fstat(fd)
     except OSError:
@@ -209,7 +212,7 @@ def is_open(fd: int) -> bool:
 
 
 def high_sockets() -> tuple[socket.socket, socket.socket]:
-    """A pair above 0, 1 and 2, which others write to without a look, were they closed before. Raises OSError."""
+    """Makes a socket pair with descriptors above 2: libraries write to 0, 1 and 2 unchecked. Raises OSError."""
     with contextlib.ExitStack() as stack:
         pair = [stack.enter_context(end) for end in socket.socketpair()]
         ours = socket.socket(fileno=fcntl.fcntl(pair[0], fcntl.F_DUPFD_CLOEXEC, 3))
@@ -219,7 +222,10 @@ def high_sockets() -> tuple[socket.socket, socket.socket]:
 
 
 def collect_orphans() -> None:
-    """Reaps what a killed zygote left to us, which happens to process 1 and to subreapers; others' children stay."""
+    """Reaps the children of a killed zygote that this process inherited, as process 1 or as a subreaper.
+
+    Other children of this process are left alone.
+    """
     end = time.monotonic() + 1.0
     while (orphans := _orphans()) and time.monotonic() < end:
         for pid in orphans:
@@ -229,7 +235,7 @@ def collect_orphans() -> None:
 
 
 def _orphans() -> list[int]:
-    """Our children that a zygote forked: they have its name, and are no zygotes of ours."""
+    """Process ids of our children that a zygote forked: they have its name but are not zygotes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""How many children this machine has room for: what cgroups and limits leave, without what the trainer may need."""
+"""How many children this machine has room for: what cgroups and limits leave, less a share for the trainer."""
 
 import contextlib
 import math
@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-CHILD_BYTES = 2 << 20  # of one that waits: about 1 MiB that no other process shares, and its page tables
-COUNTED = 8192  # a limit on processes above this is not looked at: to count a user's takes a look at all
+CHILD_BYTES = 2 << 20  # memory of a waiting child: about 1 MiB that it shares with no process, and its page tables
+COUNTED = 8192  # a higher limit on processes is ignored: counting a user's processes means reading all of them
 
 
 class Room(NamedTuple):
-    """memory: bytes that we may have in all, and that are free. processes: how many more this user or cgroup may have.
-    Infinite where nothing limits it.
+    """The room on this machine; infinite where nothing limits it.
+
+    memory: bytes that this process may have in all. free: bytes that are free now. processes: how many more this user
+    or cgroup may have.
     """
 
     memory: float
@@ -25,13 +27,16 @@ class Room(NamedTuple):
     processes: float
 
     def children(self, held: int) -> int:
-        """How many may wait, `held` of which there are: half of the free memory and processes is the trainer's."""
+        """How many children may wait, the `held` existing ones included.
+
+        Half of the free memory and processes is left to the trainer.
+        """
         memory = self.free / CHILD_BYTES
         return max(0, int(min((memory + held) / 2, (self.processes + held) / 2, 1 << 20)))
 
 
 def room() -> Room:
-    """What there is now. What cannot be read does not limit."""
+    """Measures the room now. A limit that cannot be read counts as none."""
     memory, free = _machine_memory()
     processes = min(_processes("pids"), _user_processes())
     for folder in _folders("memory"):
@@ -58,14 +63,14 @@ def _processes(controller: str) -> float:
 
 
 def _user_processes() -> float:
-    """How many threads more RLIMIT_NPROC lets this user have; it does not bind root."""
+    """How many more threads RLIMIT_NPROC lets this user have; it does not bind root."""
     limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if limit in (-1, resource.RLIM_INFINITY) or limit > COUNTED or os.getuid() == 0:
         return math.inf
     count = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if folder.stat().st_uid in (os.getuid(), 0):  # hidden memory makes the folder root's
+            if folder.stat().st_uid in (os.getuid(), 0):  # root owns the folder of a process that hides its memory
                 status = (folder / "status").read_text()
                 if int(status.partition("\nUid:")[2].split()[0]) == os.getuid():
                     count += int(status.partition("\nThreads:")[2].split()[0])
@@ -73,7 +78,7 @@ def _user_processes() -> float:
 
 
 def _folders(controller: str) -> Iterator[Path]:
-    """This process's cgroup and those around it, as far as they can be seen; of version 1 and 2."""
+    """This process's cgroup and the visible cgroups around it, of version 1 and 2."""
     try:
         lines = OWN.read_text().splitlines() if sys.platform == "linux" else []
     except OSError:
@@ -92,7 +97,7 @@ def _folders(controller: str) -> Iterator[Path]:
 
 
 def _number(file: Path, missing: float = math.inf) -> float:
-    """Its content; infinity for "max" and for the largest number of version 1."""
+    """The number in this file; infinity for "max" and for the largest number of cgroup version 1."""
     try:
         number = float(file.read_text())
     except (OSError, ValueError):
@@ -101,6 +106,7 @@ def _number(file: Path, missing: float = math.inf) -> float:
 
 
 def _field(file: Path, name: str) -> int:
+    """The first number after `name` in a file of named lines; 0 if it cannot be read."""
     with contextlib.suppress(OSError):
         for line in file.read_text().splitlines():
             if line.startswith(name + (" " if not name.endswith(":") else "")):

@@ -1,4 +1,4 @@
-"""What a zygote says to the pool and to its children, and what it hears and believes of either."""
+"""The messages between a zygote and the pool, and between a zygote and its children, and how it checks them."""
 
 import collections
 import contextlib
@@ -14,26 +14,31 @@ import child as inside
 
 CONTROL = 0  # the fd of the pool's socket
 STATUSES = {"ok", "wrong_type", "not_finite", "no_solution", "syntax_error", "exception", "memory", "refused"}
-HEADER = struct.Struct("<dii")  # of a request: timeout, how many programs wait behind it, whether text is wanted
-LENGTH = struct.Struct("<q")  # then the length of a message for the child, and the message; SPARES: there is none
-SPARES = -1  # in place of a length: no program; fork as many spares as "wait behind it"
+HEADER = struct.Struct("<dii")  # of a request: timeout, number of programs that wait behind it, whether text is wanted
+LENGTH = struct.Struct("<q")  # then the length of the message for the child, and the message; SPARES: no message
+SPARES = -1  # in place of a length: there is no program; keep as many spares as "wait behind it" says
 MADV_WIPEONFORK = 18
 
 
 class Request(collections.namedtuple("Request", "timeout_s more want message")):  # `typing` would be in every child
-    """A program, or with no `message` the wish for spare children. The message is gone with the next request."""
+    """A program, or without a `message` the order to keep spare children.
+
+    The message is valid until the next request is read.
+    """
 
 
 class Requests:
-    """What the pool has sent. It is kept in memory that is empty in every fork, and no other object is made of it: no
-    program finds another's source.
+    """The requests that the pool has sent.
+
+    They are kept in memory that is empty in every fork, and never copied into another object: no program can find the
+    source of another.
     """
 
     def __init__(self):
         self.memory, self.first, self.end = _hidden_memory(1 << 18), 0, 0  # bytes of the current request, and of all
 
     def _size(self, at: int) -> int:
-        """Bytes of the complete request that begins there, or 0."""
+        """Bytes of the request that begins at `at`, or 0 if it is not complete."""
         head = HEADER.size + LENGTH.size
         if self.end - at < head:
             return 0
@@ -46,11 +51,11 @@ class Requests:
         self.end -= end - begin
 
     def waiting(self, timeout_s: float = 0.0) -> bool:
-        """Whether something has come after the current request."""
+        """Whether more has come after the current request, or comes within `timeout_s`."""
         return self.end > self.first or bool(select.select([CONTROL], [], [], timeout_s)[0])
 
     def next(self) -> Request:
-        """The next one; waits for it. Raises EOFError when the pool closes its socket."""
+        """Waits for the next request. Raises EOFError when the pool closes its socket."""
         self._drop(0, self.first)
         self.first = 0
         while not self._size(0):
@@ -62,13 +67,13 @@ class Requests:
         return Request(timeout_s, more, "text" if text else "number", memoryview(self.memory)[HEADER.size : self.first])
 
     def give_back(self) -> bool:
-        """Forgets the request after the current one, if it has come."""
+        """Drops the request after the current one; returns False if none has come."""
         if size := self._size(self.first):
             self._drop(self.first, self.first + size)
         return size > 0
 
     def read(self) -> None:
-        """What has come, a part of a request perhaps; waits for something. Raises EOFError."""
+        """Reads what has come, possibly a part of a request; waits for at least one byte. Raises EOFError."""
         if self.end == len(self.memory):
             larger = _hidden_memory(2 * len(self.memory))
             larger[: self.end] = memoryview(self.memory)[: self.end]
@@ -87,12 +92,12 @@ def _hidden_memory(size: int) -> mmap.mmap:
 
 
 def wait_for(fds: list[int], deadline: float) -> list[int]:
-    """Those where there is something to read, or the end, before the deadline."""
+    """Waits until one of these has something to read or has ended; returns those, or none at the deadline."""
     return select.select(fds, [], [], max(0.0, deadline - time.monotonic()))[0]
 
 
 def checked(line: bytes, want: str) -> dict | None:
-    """The child's report as an answer, or None: the program can write to the socket whatever it likes."""
+    """Turns a child's report into an answer; None if it is not valid. A program can write anything to the socket."""
     try:
         status, value, detail, cut = json.loads(line)
         if status != "ok":
@@ -108,17 +113,21 @@ def checked(line: bytes, want: str) -> dict | None:
 
 
 def writable(text: str, characters: int) -> bool:
-    """Whether it is no longer than that and has no lone surrogate, which UTF-8 lacks; an error if it is not text."""
+    """Whether the text has at most so many characters.
+
+    Raises ValueError if it has a lone surrogate, which UTF-8 cannot express; TypeError or AttributeError if not text.
+    """
     return len(text) <= characters and len(text.encode()) >= 0
 
 
 def write(fd: int, data: bytes | memoryview) -> None:
+    """Writes all of the data."""
     while data:
         data = data[os.write(fd, data) :]
 
 
 def send(message: dict | None) -> None:
-    """Raises EOFError when the pool has closed its socket."""
+    """Sends the pool one line of JSON. Raises EOFError when the pool has closed its socket."""
     try:
         write(CONTROL, json.dumps(message).encode() + b"\n")
     except ConnectionError:

@@ -1,19 +1,18 @@
-"""A small program of its own that runs untrusted programs: one fork each, from a process that is already warm.
+"""Runs untrusted programs, each in a fork of this small process, which has already loaded what they need.
 
-`python -S zygote.py NUMBER FOLDERS {plain|sympy} MEMORY_MB` speaks over the socket on its fd 0: it says a greeting,
-then an answer for each program (JSON lines), which run one at a time in the order they come (wire.py), until the socket
-closes. It is exec'd, never forked from the trainer: a fork of a process with JAX's threads deadlocks, and this way no
-program can find the trainer's memory in its own. FOLDERS hold sympy and mpmath; no program finds anything else that is
-installed. NUMBER says which CPU is its own.
+`python -S zygote.py NUMBER FOLDERS {plain|sympy} MEMORY_MB` sends a greeting over the socket on fd 0, then one answer
+per program (JSON lines; see wire.py). Programs run one at a time, in order, until the socket closes. The trainer
+executes this file and never forks: a fork of a process with JAX's threads deadlocks, and a program could find the
+trainer's memory in its own. FOLDERS hold sympy and mpmath; programs find no other package. NUMBER selects the CPU.
 
 Three processes take part. The *launcher* holds a namespace open and waits. The *zygote* is process 1 of that namespace:
 it forks, keeps the time and kills. A *child* runs one program and ends. Children are forked and locked down ahead of
-time (`spares`), when the pool says so; with its seccomp filter on, a child can make no process, so to kill it is
-enough. Where the kernel has no seccomp there are no spares, and after each program everything that could stem from it
-is killed (`sweep`). Where it refuses namespaces the launcher is the zygote.
+time (`spares`) when the pool says so. A child with the seccomp filter can make no process, so killing it is enough.
+Without seccomp there are no spares, and after each program the zygote kills everything the program could have started
+(`sweep`). Where the kernel refuses namespaces, the launcher itself is the zygote.
 
-A child sends one byte when it is locked down and, after its program, one line (see child.py). The zygote believes
-nothing in it before `checked` (see wire.py). What the machine did to a child is no answer: the zygote says "lost".
+A child sends one byte when it is locked down and, after its program, one line (see child.py). The zygote trusts it only
+after `checked` (see wire.py). What the machine did to a child is not an answer: the zygote says "lost".
 """
 
 import contextlib
@@ -37,20 +36,20 @@ from wire import CONTROL, Request, Requests, checked, send, wait_for, write
 LINK = 3  # the child's end of its socket
 REPORT_BYTES = 4096
 PATIENCE_S = 0.02  # a program that takes longer is slow: the one sent after it goes to another zygote
-IDLE_S = 0.002  # without a request: the time to end children
-SURPLUS_S = 0.5  # the same, to end spares that nobody has asked for
-STOPPED = 32  # children that may wait for it or, where more spares are wanted, as many with the spares
-SMALL_KB = 4096  # what such a child may have taken beyond what it was forked with
-LITTER = 8  # children forked at once, at most
+IDLE_S = 0.002  # after so long without a request, stopped children are ended
+SURPLUS_S = 0.5  # after so long without a request, spares that nobody asked for are ended
+STOPPED = 32  # the most children, stopped and spare, that are kept; more if the pool wants more spares
+SMALL_KB = 4096  # memory that a stopped child may have taken beyond what it was forked with
+LITTER = 8  # the most children that are forked at once
 # Frames below a program's first, <module> to `solve`: by `serve` and `spare` if warm, else by `take` or `litter`.
 BELOW = {True: 7, False: 9}
 LOCK_S = 10.0  # for a child to lock itself down; it takes about a millisecond
-DYING_S = 0.5  # between the end of a child's socket and its own
-LATE_S = 5.0  # by which the zygote can miss a deadline only if the machine, or it, stood still
+DYING_S = 0.5  # between the end of a child's socket and the end of the child
+LATE_S = 5.0  # a deadline is missed by this much only if the machine or the zygote stood still
 
 
 class NoRoom(Exception):
-    """This machine gives no further child."""
+    """This machine cannot make another child."""
 
 
 class Zygote:
@@ -59,8 +58,8 @@ class Zygote:
         self.alone = os.getpid() == 1  # in a PID namespace
         self.wanted = 0
         self.spares: list[tuple[int, int]] = []  # as many as wanted: (process id, our end of its socket)
-        self.stopped: list[tuple[int, int]] = []  # have reported; their end takes longer than most programs
-        self.stopping: list[tuple[int, int]] = []  # of these, those whose memory has not been looked at
+        self.stopped: list[tuple[int, int]] = []  # have reported; ending one takes longer than most programs
+        self.stopping: list[tuple[int, int]] = []  # stopped children whose memory has not been checked yet
         self.children_file = self.events_file = self.segments_file = None
         if not self.alone:
             self.children_file = begin.opened("/proc/thread-self/children")
@@ -71,7 +70,7 @@ class Zygote:
                 raise OSError("without seccomp, namespaces and /proc nothing finds the processes that a program starts")
 
     def check(self) -> None:
-        """Locks a child down and ends it. Raises OSError if this machine does not let us."""
+        """Locks a child down and ends it, to see that this works. Raises OSError if it does not."""
         try:
             self.bury(*self.take())
         except NoRoom as error:
@@ -82,14 +81,14 @@ class Zygote:
         self.large = os.wait4(probe, 0)[2].ru_maxrss + SMALL_KB
 
     def serve(self) -> None:
-        """Answers until the pool is gone."""
-        settle = False  # whether to see to it that there are as many spares as wanted
+        """Answers requests until the pool closes its socket."""
+        settle = False  # whether to bring the number of spares to the wanted one
         while True:
             if self.stopped and not self.requests.waiting(IDLE_S):
                 while self.stopped and not self.requests.waiting():
                     self.bury(*self.stopped.pop())
                 self.stopping.clear()
-            if not settle and len(self.spares) > self.wanted:  # the litter of a call whose end says nothing to us
+            if not settle and len(self.spares) > self.wanted:  # left over from a call whose end nobody tells us
                 settle = not self.requests.waiting(SURPLUS_S)
             while settle and len(self.spares) != self.wanted and not self.requests.waiting():
                 if len(self.spares) > self.wanted:
@@ -103,7 +102,7 @@ class Zygote:
                 self.run(request)
 
     def spare(self, warm: bool) -> bool:
-        """Forks a child for later; returns whether this machine could."""
+        """Forks a child for later; returns False if this machine cannot."""
         try:
             self.spares.append(self.fork(warm))
         except OSError:  # no more processes, memory or descriptors
@@ -111,13 +110,13 @@ class Zygote:
         return True
 
     def litter(self, number: int) -> None:
-        """Children for the next programs, several: after each fork the zygote copies all pages it then writes to."""
+        """Forks several children at once: after every fork the zygote must copy each page that it writes to."""
         for _ in range(number):
             if not self.spare(warm=False):
                 break
 
     def fork(self, warm: bool) -> tuple[int, int]:
-        """A child that locks itself down, then waits for a program; if `warm`, after a rehearsal."""
+        """Forks a child that locks down, runs WARM_UP if `warm` and waits; returns its id and our end of its socket."""
         ours, theirs = socket.socketpair()
         zygote = os.getpid()
         child = os.fork()
@@ -130,13 +129,13 @@ class Zygote:
         return child, ours.detach()
 
     def live(self, zygote: int, link: int, warm: bool) -> None:
-        """A child's life. What fails before the first byte is written is our failure.
+        """Everything that a child does. A failure before it writes its first byte is ours, not the program's.
 
-        On the stack below is what the zygote was at, but nothing of other programs: see `Requests`.
+        The frames below are the zygote's; they hold nothing of other programs: see `Requests`.
         """
         try:
             os.dup2(link, LINK, inheritable=False)
-            null = os.open(os.devnull, os.O_RDWR)  # its own: flags of an open file are shared by all who inherited it
+            null = os.open(os.devnull, os.O_RDWR)  # not inherited: all who inherit an open file share its flags
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
             os.closerange(LINK + 1, begin.DESCRIPTORS)
@@ -145,7 +144,7 @@ class Zygote:
             inside.count_from(BELOW[warm])
             self.rules.enter()
             if os.getppid() != zygote:
-                return  # it died before `enter` asked to be told
+                return  # the zygote died before `enter` asked for a signal at its death
             if warm:
                 inside.solve(inside.WARM_UP, "number", dict(self.namespace))
             os.write(LINK, b"+")
@@ -165,7 +164,7 @@ class Zygote:
         write(LINK, inside.solve(program, want, self.namespace))
 
     def take(self) -> tuple[int, int]:
-        """A child that is locked down, warm if one is there. Raises NoRoom if a new one cannot be had."""
+        """Returns a locked-down child, a warm one if there is any. Raises NoRoom if none can be made."""
         while True:
             waited = bool(self.spares)
             child, link = self.spares.pop() if waited else self.fresh()
@@ -178,6 +177,7 @@ class Zygote:
                 raise NoRoom(f"a child could not be locked down: {reason}")
 
     def fresh(self) -> tuple[int, int]:
+        """Forks a child, if need be after ending the stopped ones. Raises NoRoom."""
         try:
             return self.fork(warm=False)
         except OSError:
@@ -190,7 +190,7 @@ class Zygote:
             raise NoRoom(f"no further process can be made: {error.strerror}") from error
 
     def run(self, request: Request) -> None:
-        """One program, from the request to our answer."""
+        """Runs one program and sends the answer."""
         start, killed = time.monotonic(), self.machine_kills()
         self.end_large()
         shared = sysv.segments(self.segments_file)
@@ -206,11 +206,11 @@ class Zygote:
                     self.litter(min(request.more, LITTER))
                 raw, late = self.read_report(child, link, deadline)
                 break
-            except ConnectionError:  # it ended before it had read the program, which therefore never ran
+            except ConnectionError:  # the child ended before it read the program, so the program never ran
                 self.bury(child, link)
         took = {"ms": 1000 * (time.monotonic() - start)}
         answer = checked(raw, request.want) if raw.endswith(b"\n") else None
-        if answer and self.rules.filter and took["ms"] < 1000 * PATIENCE_S:  # else it may hold much memory
+        if answer and self.rules.filter and took["ms"] < 1000 * PATIENCE_S:  # a slow one may hold much memory
             os.kill(child, signal.SIGSTOP)
             self.stopped.append((child, link))
             self.stopping.append((child, link))
@@ -234,8 +234,9 @@ class Zygote:
         send(answer | took)
 
     def disturbance(self, child: int, deadline: float | None, patience_s: float) -> tuple[str, bool] | None:
-        """What the machine may have done to a child that has not reported, before we end it; and whether, here, the
-        program could as well have done it itself. deadline: the one that has passed, if one has.
+        """What the machine may have done to a child that has not reported and is not yet ended; None if nothing.
+
+        Returns the reason, and whether the program could have done it itself. deadline: the one that passed, if any.
         """
         if deadline is not None and time.monotonic() > deadline + LATE_S:
             return "the machine stood still", False
@@ -253,18 +254,16 @@ class Zygote:
         return (by, True) if exposed else None
 
     def machine_kills(self) -> int | None:
-        """Processes that this machine has ended because memory was short; None if that is unknown or does not matter:
-        with its filter on no program can send a signal.
-        """
+        """Number of processes that this machine ended for lack of memory; None if unknown or if the filter works."""
         if self.events_file is None:
             return None
         _, found, rest = os.pread(self.events_file, 1 << 16, 0).partition(b"\noom_kill ")
         return int(rest.split(b"\n")[0]) if found else None
 
     def read_report(self, child: int, link: int, deadline: float) -> tuple[bytes, bool]:
-        """What the child sent up to a line's end, its death or the deadline, and whether it was the deadline.
+        """Reads until the end of a line, the child's death or the deadline; returns the bytes and whether it is late.
 
-        Raises ConnectionError if it died before it had read its program; EOFError when the pool is gone.
+        Raises ConnectionError if the child died before it read its program; EOFError when the pool is gone.
         """
         raw, patience = b"", min(deadline, time.monotonic() + PATIENCE_S)
         while not raw.endswith(b"\n") and len(raw) <= REPORT_BYTES:
@@ -277,9 +276,9 @@ class Zygote:
         return raw, False
 
     def wait_long(self, child: int, link: int, deadline: float) -> bool:
-        """`wait_for` when a program takes its time: what comes for after it goes back to the pool, for another zygote.
+        """`wait_for` while a slow program runs: hands the programs after it back to the pool, for another zygote.
 
-        Raises EOFError when the pool closes its socket.
+        Returns whether the child reported in time. Raises EOFError when the pool closes its socket.
         """
         begin.roam(child, self.cpus)
         while True:
@@ -291,7 +290,7 @@ class Zygote:
             self.requests.read()
 
     def end_large(self) -> None:
-        """Ends those stopped children that have taken memory; the kernel says how much once they have stopped."""
+        """Ends the stopped children that have taken much memory. The kernel knows how much once they have stopped."""
         waiting = []
         for entry in self.stopping:
             child, status, usage = os.wait4(entry[0], os.WUNTRACED | os.WNOHANG)
@@ -313,7 +312,7 @@ class Zygote:
         self.bury(*entry)
 
     def bury(self, child: int, link: int) -> int:
-        """Kills and reaps the child, and what it may have started; returns its exit code (-n for signal n)."""
+        """Kills and reaps a child and what it may have started; returns its exit code (-n for signal n)."""
         os.close(link)
         if not self.rules.filter:
             return self.sweep(child)
@@ -321,17 +320,17 @@ class Zygote:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def sweep(self, child: int) -> int:
-        """`bury` where a child could start others: nothing else that this zygote started may be alive."""
+        """`bury` where a child can start others. Kills everything that this zygote started, so no spares may exist."""
         code = None
         while True:
-            if self.alone:  # -1 means everything in our namespace but us
+            if self.alone:  # -1 means every process in our namespace except this one
                 targets = [-1]
             else:
-                targets = [-child, child] if code is None else []  # a reaped id may soon be another's
+                targets = [-child, child] if code is None else []  # a reaped id may soon belong to another process
                 if self.children_file is not None:
                     targets += map(int, os.pread(self.children_file, 1 << 16, 0).split())
             for target in targets:
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids to kill a zombie's group
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: no kill of a zombie's group
                     os.kill(target, signal.SIGKILL)
             try:
                 pid, status = os.waitpid(-1, 0)
@@ -342,7 +341,7 @@ class Zygote:
 
 
 def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygote, dict]:
-    """A zygote that is ready, and its greeting. Raises OSError and ImportError."""
+    """Sets this process up as a zygote; returns it with its greeting. Raises OSError and ImportError."""
     with contextlib.suppress(OSError):
         os.setsid()
     cpus = begin.settle_on_a_cpu(int(number))
@@ -355,7 +354,7 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
     if lockdown.LINUX:
         lockdown.name_process()
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write("1000")  # when the host runs out of memory, not the trainer
+            score.write("1000")  # if memory runs out, the host kills this process before the trainer
     if isolated := begin.launch():
         protections.append("pid+net+ipc namespaces")
     rules = lockdown.Lockdown(int(memory_mb))
@@ -367,7 +366,7 @@ def prepare(number: str, folders: str, kind: str, memory_mb: str) -> tuple[Zygot
     elif isolated and files.own_root(packages):
         protections.append("mount namespace")
         closed = True
-    if seen := begin.opened(__file__):  # a file of ours that is not a program's
+    if seen := begin.opened(__file__):  # a program must not be able to read this file
         os.close(seen)
         closed = False
     stdlib = os.path.dirname(os.__file__)
@@ -382,10 +381,10 @@ def main(*words: str) -> None:
     try:
         zygote, greeting = prepare(*words)
         zygote.check()
-        for _ in range(20):  # what Python makes at a first use, or at a tenth, is made once and not in every child
+        for _ in range(20):  # Python makes some objects at the first or tenth use: make them here, not in every child
             inside.solve(inside.WARM_UP, "number", dict(zygote.namespace))
         gc.collect()
-        gc.freeze()  # the children's collections leave these pages shared
+        gc.freeze()  # garbage collection in a child then leaves these pages shared
     except (OSError, ImportError) as error:
         return send({"error": str(error)})
     with contextlib.suppress(EOFError):

@@ -1,4 +1,4 @@
-"""Linear equations in one unknown, as worked solutions write them: "x + (x + 55) = 215" becomes (215 - 55) / 2."""
+"""Solves linear equations in one unknown, as worked solutions write them: "x + (x + 55) = 215" is (215 - 55) / 2."""
 
 import ast
 import re
@@ -9,19 +9,19 @@ from reft_jax.gsm8k_programs.numbers import read_numbers
 
 LETTER = re.compile(r"(?<![A-Za-z'’])([A-Za-z])(?![A-Za-z'’])")
 DEFINED = r"[^.\n]*?\b{letter}\b[\"']?\s+(?:be|is|represents?|equals?|stands? for|denotes?|=)\s+(?:equal to )?"
-ONES = "ones"  # kind of the coefficient of x, and of x + x: those are added, where x + 2 x keeps its 1 + 2
+ONES = "ones"  # kind of the coefficients of x and of x + x, which are added up; x + 2 x keeps its 1 + 2
 Side = tuple[ast.expr | None, ast.expr | None]  # coefficient of the unknown, constant; None is zero
 
 
 def solved_unknowns(answer: str) -> list[Step]:
-    """One step for every unknown that an equation of the answer determines and whose value its text then states."""
+    """One step per unknown that an equation of the answer determines and whose value the text states."""
     text = MARK.sub("", answer.rpartition("####")[0])
     stated = [number.value for number in read_numbers(answer)]
     steps, known = [], set()
     for line, content in enumerate(text.split("\n")):
         for letter in sorted(set(LETTER.findall(content)) - known):
             if not (_meaning(text, letter) or re.search(rf"(?<![\w)] ){letter}\s*=|=\s*{letter}(?![A-Za-z])", text)):
-                continue  # an article, or the sign of a multiplication
+                continue  # an article ("a"), or the sign of a multiplication ("x")
             for source, value, start, end in _solutions(content, letter):
                 if any(close(value, number) for number in stated):
                     steps.append(Step((source,), value, line, start, end, subject=_meaning(text, letter)))
@@ -31,7 +31,7 @@ def solved_unknowns(answer: str) -> list[Step]:
 
 
 def _meaning(text: str, letter: str) -> str:
-    """What "Let x be the number of hens" says about x; "" if nothing does."""
+    """The meaning of the unknown, from a text such as "Let x be the number of hens"; "" if none is given."""
     after = re.search(rf"\b(?:[Ll]et|[Ii]f|[Ss]ay|[Aa]ssume)\b{DEFINED.format(letter=letter)}([^.\n;=+*]+)", text)
     if after:
         return after[1]
@@ -40,7 +40,7 @@ def _meaning(text: str, letter: str) -> str:
 
 
 def _solutions(line: str, letter: str) -> Iterator[tuple[str, float, int, int]]:
-    """(Python source of the unknown's value, the value, start, end) for each equation of a line that has one."""
+    """Yields (Python source of the unknown's value, value, start, end) for each equation of the line that gives one."""
     times = r"(?!\s*[\d$(])" if letter in "xX" else ""
     either = letter if letter in "aAiI" else f"[{letter.lower()}{letter.upper()}]"  # "Let J be ..., 3(j - 11)"
     text = re.sub(rf"(?<![A-Za-z'’]){either}(?![A-Za-z'’]){times}", UNKNOWN, line)

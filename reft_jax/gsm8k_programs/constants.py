@@ -1,7 +1,7 @@
-"""Numbers that a program may contain although the question does not state them: what people know.
+"""Numbers from common knowledge, which a program may contain although the question does not state them.
 
-60 minutes are an hour, a dozen is 12, a spider has 8 legs. Each constant goes with words; without one of them in the
-question or the solution it is not known, it is a number from nowhere.
+For example: an hour has 60 minutes, a dozen is 12, a spider has 8 legs. Each constant has a list of words. If neither
+the question nor the solution contains one of them, the number does not count as known: it is a number from nowhere.
 """
 
 import re
@@ -57,14 +57,14 @@ CONSTANTS = {
     0.05: "nickel",
     0.01: "penny cent",
 }
-COUNTS = range(0, 5)  # people and things that are listed, not counted: "Ann and her mother", "each side"
+COUNTS = range(0, 5)  # numbers of people and things that a text lists but does not count: "Ann and her mother"
 
 
 def stems(text: str) -> set[str]:
-    """The words of a text, in the singular, and %."""
+    """The set of words of a text, in the singular, with "%" as a word."""
     return {singular(word) for word in re.findall(r"[a-z]+|%", text.lower())}
 
 
 def is_known(number: float, words: set[str]) -> bool:
-    """Whether `number` is a constant that goes with one of `words` (stems)."""
+    """Whether `number` is a constant for which one of `words` (stems) is listed."""
     return number in CONSTANTS and not words.isdisjoint(CONSTANTS[number].split())

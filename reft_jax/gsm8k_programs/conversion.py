@@ -1,4 +1,4 @@
-"""One official GSM8K row as a training row: a program derived from its solution, or the solution in words."""
+"""Converts one official GSM8K row into a training row: a program derived from its solution, or the solution as text."""
 
 import re
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from reft_jax.gsm8k_programs.program_rules import broken_rules
 from reft_jax.gsm8k_programs.programs import write_program
 from reft_jax.types import Example
 
-TRIES = 4  # derivations of one row, the likeliest first
+TRIES = 4  # the most derivations that are tried per row, the likeliest first
 
 
 class Official(NamedTuple):
-    """One row as published; `answer_value` is what stands behind "####", commas removed."""
+    """One row as published; `answer_value` is the text after "####", without commas."""
 
     item_id: str
     question: str
@@ -23,19 +23,19 @@ class Official(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """The program of a row, or None and the reason why there is none."""
+    """The program of a row; or None, and the reason."""
 
     program: str | None
     reason: str
 
 
 def nl_example(row: Official) -> Example:
-    """The row for the engine `nl`: the solution without its marks."""
+    """The row in the answer format `nl`: the solution without its calculator marks."""
     return Example(row.item_id, row.question, row.answer_value, plain_text(row.answer))
 
 
 def nl_problem(example: Example) -> str:
-    """Why a solution in words cannot be used; "" if it can."""
+    """Says why a solution in words cannot be used; "" if it can."""
     if not example.answer_cot:
         return "no solution before '####'"
     if re.search(r"<<|>>|####", example.answer_cot):
@@ -44,9 +44,9 @@ def nl_problem(example: Example) -> str:
 
 
 def convert_row(row: Official) -> Conversion:
-    """A program that keeps the rules of program_rules.py. It still has to be executed: nothing here runs it."""
+    """Derives a program that keeps the rules of program_rules.py. It does not run it: the caller must do that."""
     if row.question.endswith('"') or '"""' in row.question or "\\" in row.question:
-        return Conversion(None, "the question cannot stand in a docstring")
+        return Conversion(None, "a docstring cannot hold the question")
     reason = "no derivation"
     try:
         for plan, _ in zip(derive(row.question, row.answer, float(row.answer_value)), range(TRIES), strict=False):
@@ -58,5 +58,5 @@ def convert_row(row: Official) -> Conversion:
     except Underivable as error:
         reason = str(error)
     except Unnameable as error:
-        reason = f"no name of its own for another {error}"
+        reason = f"no different name is left for another {error}"
     return Conversion(None, reason)

@@ -1,7 +1,7 @@
-"""From the equations of a worked solution to a plan: one expression a step, of what the question states.
+"""Makes a plan from the equations of a worked solution: one expression per step, built from what the question states.
 
-Every number of an equation is replaced by where it comes from (origins.py). A step with a number from nowhere is no
-step; the plan of a row holds the steps that its final answer needs, and no other.
+Every number of an equation is replaced by its origin (origins.py). A step with a number from nowhere is dropped. The
+plan of a row holds the steps that its final answer needs, and no others.
 """
 
 import ast
@@ -15,7 +15,7 @@ from reft_jax.gsm8k_programs.equations import Step, close, evaluate, plain_text,
 from reft_jax.gsm8k_programs.numbers import Mention, same
 from reft_jax.gsm8k_programs.origins import Origins
 
-OPERATION = re.compile(r"[-+*/(]")  # without one, a step only gives another name to what has one
+OPERATION = re.compile(r"[-+*/(]")  # without an operation a step would only rename a quantity
 NAME = re.compile(r"\b([sq])(\d+)\b")
 ROUNDED = re.compile(r"\bround|\bwhole\b|\bnearest\b|\bcan(?:'|’)?(?:no)?t\b|\bneeds? to buy\b|\bat least\b|\bonly\b")
 ROUNDINGS = (("round", round), ("math.ceil", math.ceil), ("math.floor", math.floor))
@@ -23,14 +23,14 @@ COMPARED = re.compile(r"\b(?:more|less|fewer|faster|slower|longer|older|total|al
 
 
 class Given(NamedTuple):
-    """A number of the question that gets a name: the mention's index among the question's numbers."""
+    """A number of the question that gets a name. `index` is its place among the question's numbers."""
 
     index: int
     mention: Mention
 
 
 class Planned(NamedTuple):
-    """One assignment. `source` is Python in which `s3` is the step of index 3 and `q5` the question's number 5."""
+    """One assignment. In its Python `source`, `s3` is the step of index 3 and `q5` the question's number of index 5."""
 
     index: int
     step: Step
@@ -38,16 +38,18 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """The numbers of the question that get a name, and the assignments in order; the last one is the answer."""
+
     givens: list[Given]
     steps: list[Planned]
 
 
 class Underivable(Exception):
-    """Why there is no program, in a few words."""
+    """There is no program; the message says why, in a few words."""
 
 
 def derive(question: str, answer: str, target: float) -> Iterator[Plan]:
-    """Plans that should end in `target`, likely ones first. Raises Underivable if there is none at all."""
+    """Yields plans that should end in `target`, the likely ones first. Raises Underivable if there is none."""
     steps = sorted(read_steps(answer) + solved_unknowns(answer), key=lambda step: (step.line, step.end))
     if not steps:
         raise Underivable("no equation in the solution")
@@ -61,7 +63,7 @@ def derive(question: str, answer: str, target: float) -> Iterator[Plan]:
 
 
 class Derivation:
-    """The steps of one solution, in order, each with its expression in `sources` if it has one."""
+    """The steps of one solution, in order; `sources` holds the expression of each step that has one, by index."""
 
     def __init__(self, question: str, answer: str, steps: list[Step]):
         self.steps = steps
@@ -79,7 +81,10 @@ class Derivation:
                 self.origins.used |= set(keys)
 
     def plan(self, last: list[int], ending: str = "", target: float = 0.0) -> Plan:
-        """The steps that `last` need, in order, and the numbers of the question that those need; then the ending."""
+        """A plan of the steps that `last` need, in order, and of the question's numbers that these need.
+
+        ending: source of a further assignment, whose value is `target`.
+        """
         needed, waiting = set(), list(last)
         while waiting:
             index = waiting.pop()
@@ -95,7 +100,7 @@ class Derivation:
         return Plan([Given(index, self.origins.mentions[index]) for index in names], steps)
 
     def endings(self, target: float) -> Iterator[Plan]:
-        """Plans for an answer that no equation gives: a share as a percentage, a rounded number, a last comparison."""
+        """Yields plans for an answer that no equation gives: a percentage, a rounded number, a last comparison."""
         for index in reversed(self.sources):
             if close(self.steps[index].value * 100, target):
                 yield self.plan([index], f"s{index} * 100", target)
@@ -121,7 +126,7 @@ class Derivation:
         return any(index in _indices("s", source) for source in self.sources.values())
 
     def _exact(self, index: int) -> float | None:
-        """The value of a step's expression, nothing rounded on the way."""
+        """The value of a step's expression, computed without rounding in between."""
 
         def value(match: re.Match) -> str:
             number = int(match[2])
@@ -131,9 +136,10 @@ class Derivation:
         return evaluate(NAME.sub(value, self.sources[index]))
 
     def _expression(self, source: str, step: Step) -> tuple[str, float, list[str]]:
-        """An expression with every number replaced, how sure its least sure origin is, and the keys of its origins.
+        """Replaces every number of an expression by its origin.
 
-        The expression is "" if a number comes from nowhere.
+        Returns the new expression ("" if a number comes from nowhere), the score of its least certain origin, and the
+        keys of its origins.
         """
         percent = self.origins.percent and not any(mention.states(0.01) for mention in self.origins.mentions)
         tree = ast.parse(source.replace("*0.01", "/100") if percent else source, mode="eval")
@@ -153,9 +159,10 @@ class Derivation:
         return ast.unparse(_Replace(replaced).visit(tree)), surety, keys
 
     def _ratios(self, tree: ast.Expression, step: Step) -> dict[int, ast.expr]:
-        """What replaces the divisions of two numbers that are one number, by the identity of their nodes.
+        """Finds divisions of two numbers that stand for one number; returns their replacements by id of the node.
 
-        1/4 and 20/100 stay if the question states the fraction, or 20%; a 2/3 that an earlier step computed is that.
+        1/4 and 20/100 stay as they are if the question states the fraction, or 20%. A 2/3 that an earlier step computed
+        becomes that step.
         """
         replaced: dict[int, ast.expr] = {}
         for node in ast.walk(tree):
@@ -193,7 +200,7 @@ class _Replace(ast.NodeTransformer):
 
 
 def _states_ratio(mention: Mention, top: float, bottom: float) -> bool:
-    """Whether a number of the question is the fraction top/bottom, or `top` percent of 100."""
+    """Whether this number of the question is the fraction top/bottom, or `top` percent if bottom is 100."""
     if mention.kind == "percent":
         return bottom == 100 and same(top, mention.value)
     stated = any(same(bottom, other) for other in mention.others)

@@ -1,8 +1,8 @@
-"""The equations of a worked solution: those in calculator marks and those written in its text.
+"""Reads the equations of a worked solution: those in calculator marks and those written in its text.
 
-`48/2 = <<48/2=24>>24 clips` holds the same equation twice, once for the calculator and once, with its units, for the
-reader. Both are read; they are one `Step`, and the mark goes first. "Half is 48/2 = 24", without a mark, is read too,
-units between numbers and operators included ("3 boxes * $5 per box = $15").
+`48/2 = <<48/2=24>>24 clips` holds the same equation twice: once for the calculator, and once with its units for the
+reader. Both are read and become one `Step`, in which the mark's expression comes first. "Half is 48/2 = 24", without a
+mark, is also read, with units between numbers and operators ("3 boxes * $5 per box = $15").
 """
 
 import ast
@@ -41,10 +41,11 @@ class Token(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`expressions` all give `value` (the mark's first); text[start:end] of its line is the written equation.
+    """One equation of the solution.
 
-    An expression is Python source with plain numbers. `units` are the words behind each number in the written one, by
-    the number's value. `subject` says in words what the value is, where the text defines an unknown.
+    expressions: Python sources with plain numbers, which all give `value`; that of the mark comes first. line, start,
+    end: the written equation is text[start:end] of this line. units: pairs of a number's value and the words after it
+    in the written equation. subject: what the value is, in words, if the text defines an unknown.
     """
 
     expressions: tuple[str, ...]
@@ -57,12 +58,12 @@ class Step(NamedTuple):
 
 
 def plain_text(answer: str) -> str:
-    """The solution as people read it: no calculator marks, no "#### 18"."""
+    """The solution without calculator marks and without its last line "#### 18"."""
     return MARK.sub("", answer.rpartition("####")[0]).strip()
 
 
 def evaluate(expression: str) -> float | None:
-    """The value of plain arithmetic; None if it is none, or divides by zero."""
+    """The value of an arithmetic expression; None if it is not plain arithmetic, or divides by zero."""
     try:
         return _value(ast.parse(expression, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError):
@@ -88,12 +89,12 @@ def _value(node: ast.expr) -> float:
 
 
 def close(a: float, b: float) -> bool:
-    """Equal up to what a person rounds away when writing a number down."""
+    """Whether two numbers are equal up to the rounding of a person who writes a number down."""
     return abs(a - b) <= max(1e-2, 1e-6 * abs(b)) and (abs(b) >= 0.05 or abs(a - b) <= 0.05 * abs(b) + 1e-9)
 
 
 def read_steps(answer: str) -> list[Step]:
-    """All steps of an official answer, in the order of the text. Equations that are not true are left out."""
+    """Reads all steps of an official answer, in the order of the text. Equations that do not hold are left out."""
     steps = []
     for number, line in enumerate(answer.rpartition("####")[0].split("\n")):
         marks, text, at = [], "", 0
@@ -131,12 +132,13 @@ def _line_steps(text: str, marks: list[tuple[int, str]], line: int) -> list[Step
 
 
 def to_python(text: str) -> str | None:
-    """`text`, all of it, as Python arithmetic; None if it is not an expression."""
+    """The whole of `text` as Python arithmetic; None if it is not an expression."""
     tokens = tokenize(text)
     return _join(tokens) if tokens and all(t.kind not in ("stop", "equals") for t in tokens) else None
 
 
 def tokenize(text: str) -> list[Token]:
+    """Splits text into numbers, operators, words and other signs."""
     tokens = []
     for match in TOKEN.finditer(text):
         kind = match.lastgroup
@@ -149,7 +151,7 @@ def tokenize(text: str) -> list[Token]:
 
 
 def written_equations(text: str, line: int) -> list[Step]:
-    """The equations written in a line of text: chains `a * b = c = d` of expressions that have one value."""
+    """Reads the equations written in a line of text. In a chain `a * b = c = d` all expressions have one value."""
     tokens = tokenize(text)
     steps = []
     for left, right, start, end in equation_sides(tokens):
@@ -164,7 +166,7 @@ def written_equations(text: str, line: int) -> list[Step]:
 
 
 def _without_equals(tokens: list[Token], line: int) -> list[Step]:
-    """Expressions with no "=" beside them whose value the same line states ("21 because 3 x 7")."""
+    """Reads expressions without "=" whose value the same line states ("21 because 3 x 7")."""
     stated = {evaluate(_number(token.text)) for token in tokens if token.kind == "number"}
     steps, at = [], 0
     while at < len(tokens):
@@ -186,7 +188,7 @@ def _without_equals(tokens: list[Token], line: int) -> list[Step]:
 
 
 def equation_sides(tokens: list[Token]) -> Iterator[tuple[str, str, int, int]]:
-    """(left, right, start, end) of every equation between two expressions, which may hold UNKNOWN."""
+    """Yields (left, right, start, end) of every equation between two expressions, which may hold UNKNOWN."""
     places = [index for index, token in enumerate(tokens) if token.kind == "equals"]
     for number, place in enumerate(places):
         before = places[number - 1] if number else -1
@@ -198,7 +200,7 @@ def equation_sides(tokens: list[Token]) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _chained(steps: list[Step]) -> list[Step]:
-    """Of a chain a = b = c only the first equation, ending where the chain ends."""
+    """Keeps only the first equation of a chain a = b = c, extended to the end of the chain."""
     chains: list[Step] = []
     for step in steps:
         last = chains[-1] if chains else None
@@ -210,7 +212,7 @@ def _chained(steps: list[Step]) -> list[Step]:
 
 
 def _suffix(tokens: list[Token]) -> list[Token]:
-    """The longest end of `tokens` that is an expression, and holds an operator if any such end does."""
+    """The longest end of `tokens` that is an expression; empty if no end is one."""
     best: list[Token] = []
     for start in range(len(tokens) - 1, -1, -1):
         if tokens[start].kind == "stop":
@@ -247,9 +249,9 @@ def _units(tokens: list[Token]) -> tuple[tuple[float, str], ...]:
 
 
 def _join(tokens: list[Token]) -> str | None:
-    """Python source of an expression in tokens, or None. Words are units: they may stand between number and operator.
+    """Python source of the expression that the tokens make, or None. Words are units between number and operator.
 
-    "20% of 50" and "2(3)" multiply; two numbers with nothing but words between them are no expression.
+    "20% of 50" and "2(3)" are products. Two numbers with only words between them are not an expression.
     """
     parts: list[str] = []
     previous, words, depth = "", [], 0

@@ -1,7 +1,7 @@
-"""Names for quantities, taken from the sentence each of them stands in: `clips_sold_in_may`, `price_per_box`.
+"""Names quantities after the sentence in which they occur: `clips_sold_in_may`, `price_per_box`.
 
-`given_names` proposes names for a number of the question, `step_names` for what a step of the solution computes, the
-best first; `choose` gives every quantity of a program a name of its own.
+`given_names` proposes names for a number of the question and `step_names` for the result of a step, the best name
+first. `choose` gives every quantity of a program a different name.
 """
 
 import re
@@ -70,7 +70,7 @@ COMPUTED_SUBJECT = re.compile(  # "so the total cost is 5*2 = 10", "Total hours 
     r"|has|have|had)\b|[=:])\s*(?:a total of |then |only |equal to |about |also |now |therefore |thus )*[\s$€£(]*$",
     re.IGNORECASE,
 )
-OPENING = re.compile(  # words that a part of a sentence begins with, up to its comma
+OPENING = re.compile(  # first words of an introductory part of a sentence, which ends at a comma
     r"\s*(?:in|on|for|after|with|if|since|when|because|as|thus|so|then|at|during|by|therefore|finally|hence|now|to|this"
     r"|that|once|while|however)\b",
     re.IGNORECASE,
@@ -83,7 +83,7 @@ COSTLY = re.compile(r"\b(?:cost|costs|costing|price|priced|worth|is|are|was|were
 OF_MONEY = re.compile(r"\s*(?:of|in|as|for)\s+(?:the |his |her |their |a )?([a-z]+)")
 
 
-ASKED = (  # what "how much (money)" goes on with, and the name of such an answer
+ASKED = (  # the words that follow "how much (money)", and the name of such an answer
     ("left|remain|remaining|have now", "money_left"),
     ("change", "change"),
     ("need|needs|needed", "money_needed"),
@@ -100,7 +100,7 @@ class Unnameable(Exception):
 
 
 def given_names(question: str, mention: Mention) -> list[str]:
-    """Names for a number of the question; none if the sentence offers none."""
+    """Proposes names for a number of the question; an empty list if its sentence suggests none."""
     begin, end = sentence_of(question, mention.start)
     before, after = question[begin : mention.start], question[mention.end : end]
     if mention.kind == "money" or COINS.match(after):
@@ -133,7 +133,7 @@ def given_names(question: str, mention: Mention) -> list[str]:
 
 
 def _compound(before: str, after: str) -> list[str]:
-    """Names for the number of a "16-mile road" or a "12-pack of soda"."""
+    """Proposes names for the number of a "16-mile road" or a "12-pack of soda"."""
     unit, head = noun_phrase(after[1:], 1), noun_phrase(re.sub(r"^-[a-z]+(?: of)?", "", after), 2)
     if unit in ("pack", "packs", "piece"):
         return [f"{head}_per_{unit}", f"{unit}_size"]
@@ -142,7 +142,7 @@ def _compound(before: str, after: str) -> list[str]:
 
 
 def _rates(noun: str, before: str, rest: str) -> list[str]:
-    """`pages_per_day`, `average_weight`: a number that says how much there is of something else."""
+    """Proposes names for a rate or a measure: `pages_per_day`, `average_weight`."""
     unit, each = noun.split("_")[-1], per(rest)
     stated = STATED_SUBJECT.match(BEFORE_STATED.split(before)[-1])
     if stated and unit in UNITS_OF_MEASURE and not is_person(stated[1]) and (subject := slug(stated[1], 3)):
@@ -155,7 +155,7 @@ def _rates(noun: str, before: str, rest: str) -> list[str]:
 
 
 def step_names(line: str, start: int, end: int, value: float, money: bool) -> list[str]:
-    """Names for what line[start:end], an equation, computes. `money`: a sign of currency stands in it."""
+    """Proposes names for the result `value` of the equation line[start:end]. money: whether it has a currency sign."""
     begin, stop = sentence_of(line, start, end)
     before, after = line[begin:start], line[end:stop]
     because = line.find(" because ", 0, start)
@@ -183,11 +183,11 @@ def step_names(line: str, start: int, end: int, value: float, money: bool) -> li
 
 
 def _computed_subject(before: str) -> list[str]:
-    """What the sentence says is equal to the equation behind `before`: "the total cost is"."""
+    """Names from the subject that `before`, the text before an equation, equates with it: "the total cost is"."""
     clause = BEFORE_COMPUTED.split(before)[-1]
     match = COMPUTED_SUBJECT.match(clause)
     if not match or (before.removesuffix(clause).endswith(",") and not OPENING.match(before)):
-        return []  # behind the last comma of a list
+        return []  # after the last comma of a list
     subject, verb = slug(match[1]), (match[2] or "").lower()
     if not subject or subject == owner(match[1]):
         return []
@@ -197,13 +197,13 @@ def _computed_subject(before: str) -> list[str]:
 
 
 def subject_names(text: str) -> list[str]:
-    """Names for an unknown, from the words that define it ("the number of hens", "Ann's age")."""
+    """Proposes names for an unknown, from the words that define it ("the number of hens", "Ann's age")."""
     words = re.sub(r"\b(?:number|amount|quantity) of\b", "", text)
     return unique([slug(words, 3), slug(words, 4), slug(text, 4)])
 
 
 def question_names(question: str) -> list[str]:
-    """Names for the answer, from what the question asks."""
+    """Proposes names for the answer, from what the question asks."""
     match = re.search(r"\b[Hh]ow (?:many|much)\b([^?]*)", question)
     if not match:
         return []
@@ -215,10 +215,10 @@ def question_names(question: str) -> list[str]:
 
 
 def choose(wanted: Sequence[Sequence[str]], fallbacks: Sequence[str], stated: int) -> list[str]:
-    """One name for each list of proposals, all different: where two want the same, both take their next one.
+    """Chooses one name from each list of proposals, all different. If two lists want one name, both take their next.
 
-    fallbacks: for each list the name for when it is empty or all its names are taken by others. The first `stated` are
-    numbers of the question. Raises Unnameable.
+    fallbacks: one per list, used if the list is empty or others have taken all its names. stated: how many of the
+    lists, the first ones, are for numbers of the question. Raises Unnameable.
     """
     lists = [list(proposals) or [fallback] for proposals, fallback in zip(wanted, fallbacks, strict=True)]
     names = [proposals[0] for proposals in lists]
@@ -246,7 +246,7 @@ def choose(wanted: Sequence[Sequence[str]], fallbacks: Sequence[str], stated: in
 
 
 def _qualified(noun: str, before: str, rest: str) -> list[str]:
-    """A noun alone, then with what it has, its verb, its circumstance, its owner."""
+    """Proposes the noun alone, then combined with what it has, its verb, its circumstance and its owner."""
     if not noun:
         return []
     verb = passive_of(rest) or verb_of(before, 4)
@@ -264,7 +264,7 @@ def _qualified(noun: str, before: str, rest: str) -> list[str]:
 
 
 def _results(noun: str, before: str, rest: str) -> list[str]:
-    """Names for a number of things that a step computes."""
+    """Proposes names for a number of things that a step computes."""
     if re.fullmatch(r"years?", noun) and re.match(r"\s*old", rest):
         prefix = f"{owner(before)}_" if owner(before) else ""
         return [f"{prefix}age", f"{prefix}later_age"]
@@ -280,7 +280,7 @@ def _results(noun: str, before: str, rest: str) -> list[str]:
 
 
 def _prices(before: str, after: str, question: str) -> list[str]:
-    """Names for an amount of money that the question states."""
+    """Proposes names for an amount of money that the question states."""
     verb, who, where = verb_of(before, 4), owner(before), circumstances(before, after)
     subject, goods, each = subject_of(before), _goods(before), per(after)
     names = []
@@ -317,7 +317,7 @@ def _price_of(thing: str) -> str:
 
 
 def _goods(before: str) -> str:
-    """What an amount of money is the price of, from the words before it: "a burger for"."""
+    """The thing that an amount of money is the price of, from the words before it: "a burger for"."""
     match = GOODS.search(before)
     if not match:
         return ""
@@ -327,7 +327,7 @@ def _goods(before: str) -> str:
 
 
 def _amounts(before: str, rest: str) -> list[str]:
-    """Names for an amount of money that a step computes."""
+    """Proposes names for an amount of money that a step computes."""
     verb, who, where = verb_of(before), owner(before), circumstances(before, rest)
     noun, each, of = noun_phrase(rest, 2), per(rest).replace("each", ""), OF_MONEY.match(rest)
     total = "total_" if TOTAL.search(f"{before} {rest}") else ""
@@ -355,7 +355,7 @@ def _amounts(before: str, rest: str) -> list[str]:
 
 
 def unique(names: list[str]) -> list[str]:
-    """The proposals that can be names, units written out, each once."""
+    """Keeps the proposals that can be names, with units written out, each once."""
     good = []
     for name in names:
         words = [word for word in name.replace("é", "e").lower().split("_") if word]

@@ -1,7 +1,7 @@
-"""The numbers that an English word problem states, each with the place where it stands.
+"""Finds the numbers that an English word problem states, each with its place in the text.
 
-Digits (1,000; $2.50; .5; 2 1/2), percentages, fractions, number words ("thirty-five"), factors ("twice", "half"),
-"dozen" and "million". One mention may state more than one value: 25% is 25 and 0.25, "half" is 0.5 and (divided by) 2.
+It reads digits (1,000; $2.50; .5; 2 1/2), percentages, fractions, number words ("thirty-five"), factors ("twice",
+"half"), "dozen" and "million". One mention may state several values: 25% is 25 and 0.25; "half" is 0.5 and 2.
 """
 
 import re
@@ -17,7 +17,7 @@ UNITS = dict(
     )
 )
 TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
-TENS["fourty"] = 40  # official rows write it so
+TENS["fourty"] = 40  # a spelling in official rows
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12, "dozens": 12, "k": 1000}
 PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
 PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "twentieth": 20}
@@ -47,10 +47,10 @@ WORD = re.compile(r"[A-Za-z]+|[¼½¾]")
 
 
 class Mention(NamedTuple):
-    """One number in a text: text[start:end] states `value`, and `others` too.
+    """One number in a text: text[start:end] states `value` and also `others`.
 
     kind: "number", "money", "percent", "fraction", "factor" ("twice") or "ordinal" ("the third", "12th"). The first two
-    are worth a name of their own, the others are written where they are used.
+    kinds get a name; numbers of the other kinds are written where they are used.
     """
 
     value: float
@@ -60,16 +60,18 @@ class Mention(NamedTuple):
     kind: str
 
     def states(self, value: float) -> bool:
+        """Whether this mention states `value`."""
         return any(same(value, stated) for stated in (self.value, *self.others))
 
 
 def same(a: float, b: float) -> bool:
+    """Whether two numbers are equal up to float rounding."""
     return abs(a - b) <= 1e-9 * max(1.0, abs(a), abs(b))
 
 
 @lru_cache(maxsize=1024)
 def read_numbers(text: str) -> tuple[Mention, ...]:
-    """All mentions in `text`, in order."""
+    """Reads all numbers in `text`, in order."""
     found = [_from_digits(match) for match in NUMBER.finditer(text)]
     ends = {mention.start: mention.end for mention in found}
     words, taken = [], 0
@@ -88,7 +90,7 @@ def read_numbers(text: str) -> tuple[Mention, ...]:
 
 
 def _with_part(text: str, mention: Mention) -> Mention:
-    """The number with the "and a half" that follows it."""
+    """The number together with an "and a half" that follows it."""
     part = AND_A_PART.match(text, mention.end) if mention.kind == "number" else None
     if not part:
         return mention
@@ -126,7 +128,7 @@ def _from_digits(match: re.Match) -> Mention:
 
 
 def _from_words(text: str, words: list[re.Match]) -> tuple[int, Mention | None]:
-    """(how many words were read, what they state) at the beginning of `words`."""
+    """Reads a number from the first of `words`; returns how many words were read, and what they state."""
     total, current, used, parts = 0.0, None, 0, []
     for index, match in enumerate(words):
         word = match[0].lower()
@@ -167,7 +169,7 @@ def _from_words(text: str, words: list[re.Match]) -> tuple[int, Mention | None]:
         value = total + current
         return used + 1, Mention(value, (value / 100,), first.start(), after.end(), "number")
     if used:
-        kind = "factor" if used == 1 and first[0].lower() in SCALES else "number"  # "a dozen" is no name's number
+        kind = "factor" if used == 1 and first[0].lower() in SCALES else "number"  # "a dozen" gets no name
         return used, Mention(total + (current or 0.0), tuple(parts), first.start(), end, kind)
     word = first[0].lower()
     if word in PARTS:
@@ -183,7 +185,7 @@ def _from_words(text: str, words: list[re.Match]) -> tuple[int, Mention | None]:
 
 
 def _is_ordinal(text: str, word: re.Match, following: list[re.Match]) -> bool:
-    """Whether "third" counts ("the third day") and is no part ("a third", "third of")."""
+    """Whether a word such as "third" is an ordinal ("the third day"), not a fraction ("a third", "third of")."""
     if word[0].lower() in ("half", "halves", "quarter", "quarters") or word[0].endswith("s"):
         return False
     of = following and following[0][0].lower() == "of"

@@ -1,7 +1,8 @@
-"""Where a number of a worked solution comes from: an earlier step, the question, what people know, or a short sum.
+"""Finds where a number of a worked solution comes from: an earlier step, the question, common knowledge or a short sum.
 
-An origin is Python source in which `s3` is the step of index 3 and `q5` the question's number 5. Several may give the
-same number; each has a score, and the words around both decide: what was not used yet, what the sentence is about.
+An origin is Python source in which `s3` is the step of index 3 and `q5` the question's number of index 5. Several
+origins may give the same number. Each has a score, which depends on the words around both numbers and on whether the
+origin was used before.
 """
 
 import re
@@ -12,7 +13,7 @@ from reft_jax.gsm8k_programs.constants import CONSTANTS, COUNTS, is_known, stems
 from reft_jax.gsm8k_programs.equations import Step, close
 from reft_jax.gsm8k_programs.numbers import Mention, read_numbers, same
 
-FACTOR_WORDS = re.compile(  # "3 times as many" is written where it is used, "3 times." has a name
+FACTOR_WORDS = re.compile(  # the 3 of "3 times as many" is written where it is used; the 3 of "3 times." gets a name
     r"\s*(?:-\s*)?(?:times?\b(?!\s*(?:[.,?!]|$|(?:a|an|each|every|per|in|on|and|this|for|before|at|during)\b))"
     r"|folds?\b|x\b)",
     re.IGNORECASE,
@@ -21,12 +22,12 @@ MEASURES = [
     number for number in CONSTANTS if (number >= 7 or number == 3) and number not in (9, 14, 15, 18, 20, 25, 26, 50)
 ]
 AND_SELF = re.compile(r"\b(?:(?:and|with|for) (?:his|her|their|my)|invites?|invited) (?:other )?$")
-CERTAIN = 5  # a direct origin of this score is not compared with longer expressions
-LIKELY = 4
+CERTAIN = 5  # a direct origin with this score is not compared with longer expressions
+LIKELY = 4  # an origin with this score is not compared with sums that are worked out
 
 
 class Origin(NamedTuple):
-    """`key` is what `used` remembers: a name, or a literal with the mention that states it."""
+    """One possible origin. `key` is what `used` remembers: a name, or a literal with the mention that states it."""
 
     score: float
     source: str
@@ -34,7 +35,7 @@ class Origin(NamedTuple):
 
 
 class Atom(NamedTuple):
-    """A known quantity that a short expression may be made of."""
+    """A known quantity that a short expression may use."""
 
     value: float
     score: float
@@ -42,7 +43,7 @@ class Atom(NamedTuple):
 
 
 class Origins:
-    """The question, the solution's text (without marks) and the steps that are known so far."""
+    """Finds origins from the question, the solution's text (without marks) and the steps known so far."""
 
     def __init__(self, question: str, text: str, steps: list[Step]):
         self.question, self.steps = question, steps
@@ -62,7 +63,7 @@ class Origins:
     def find(self, value: float, step: Step, unit: str, beside: list[str]) -> Origin | None:
         """The likeliest origin of a number of `step`, or None.
 
-        unit: the words behind the number where it is written; beside: keys of the numbers before it in the equation.
+        unit: the words after the number in the equation. beside: keys of the numbers before it in the equation.
         """
         found = [o._replace(score=o.score - 2.5 * (o.key in beside)) for o in self._direct(value, step, unit)]
         if not found or max(found).score < CERTAIN:
@@ -72,18 +73,18 @@ class Origins:
         return max(found, default=None)
 
     def share(self, value: float, step: Step) -> str | None:
-        """The earlier step that computed a number which is no whole one, such as 2/3."""
+        """The earlier step that computed this number, if it is not whole, such as 2/3; else None."""
         if value.is_integer():
             return None
         return next((f"s{index}" for index, earlier in self._earlier(step) if same(earlier.value, value)), None)
 
     def is_plain(self, value: float, step: Step) -> bool:
-        """Whether an earlier step or a named number of the question is `value`."""
+        """Whether `value` is the result of an earlier step or a named number of the question."""
         stated = any(self.named(mention) and same(mention.value, value) for mention in self.mentions)
         return stated or any(same(earlier.value, value) for _, earlier in self._earlier(step))
 
     def named(self, mention: Mention) -> bool:
-        """Whether a number is worth a name: not a percentage, a fraction, "twice", "3 times as many" or "one"."""
+        """Whether a number gets a name: not a percentage, a fraction, "twice", "3 times as many" or "one"."""
         if mention.kind not in ("number", "money") or FACTOR_WORDS.match(self.question, mention.end):
             return False
         return self.question[mention.start : mention.end].lower() != "one"
@@ -92,7 +93,7 @@ class Origins:
         return ((index, self.steps[index]) for index in sorted(self.known) if self.steps[index] is not step)
 
     def _direct(self, value: float, step: Step, unit: str) -> Iterator[Origin]:
-        """The number itself: a step's result, a number of the question, a constant."""
+        """Yields origins that are the number itself: a step's result, a number of the question, a constant."""
         counted = _stems(unit)
         for index, earlier in self._earlier(step):
             name = f"s{index}"
@@ -125,7 +126,7 @@ class Origins:
             yield Origin(4, literal_of(value), "")
 
     def _aptness(self, mention: Mention, value: float, unit: str) -> float:
-        """How well a literal goes with a mention: "half" is a bare 2 or 0.5, and 20 of 20% stands over 100 alone."""
+        """Scores how well a literal matches a mention: "half" is a bare 2 or 0.5; 20% gives 20 only in 20/100."""
         if mention.kind == "percent" and same(mention.value, value):
             return -1.0
         bare = (not unit and value.is_integer()) * {"factor": 1.6, "fraction": 1.6, "number": 0.9}.get(
@@ -134,7 +135,7 @@ class Origins:
         return 1.0 + bare - 3.0 * (mention.kind == "ordinal")
 
     def _fit(self, index: int, step: Step, unit: str) -> float:
-        """How well a number of the question goes with the line of a step, and with the words behind the number."""
+        """Scores how well a number of the question matches the line of a step and the words after the number."""
         mention = self.mentions[index]
         about = len(self.contexts[index] & self.lines[step.line])
         score = 0.4 * min(3, about) + bool(_stems(unit) & self.nouns[index])
@@ -156,7 +157,7 @@ class Origins:
         return atoms
 
     def _complements(self, value: float, step: Step) -> Iterator[Origin]:
-        """80 % and 0.8 of "20 % off", 1.2 of "20 % more", 2/3 of "a third was sold"."""
+        """Yields complements: 80 % and 0.8 for "20 % off", 1.2 for "20 % more", 2/3 for "a third was sold"."""
         for atom, score, source in self._atoms(step):
             if 0 < atom < 1:
                 for found, text in ((1 - atom, f"1 - {source}"), (1 + atom, f"1 + {source}")):
@@ -170,7 +171,7 @@ class Origins:
                         yield Origin(4.5 + score, f"({text}) / 100", source)
 
     def _worked_out(self, value: float, step: Step, unit: str) -> Iterator[tuple[float, str]]:
-        """Short expressions for a number that the solution worked out in the head."""
+        """Yields short expressions for a number that the solution uses without showing how it was computed."""
         stated = [line for line, numbers in enumerate(self.numbers) if any(same(n, value) for n in numbers)]
         at = stated[0] if stated else step.line
         here, before = self.numbers[at], self.numbers[max(0, at - 1)]
@@ -195,7 +196,7 @@ class Origins:
                 yield 2.0, f"q{index} + 1"  # "Ann and her 14 friends"
 
     def _alike(self, value: float, units: set[str]) -> Iterator[tuple[float, str]]:
-        """Sums and differences of what the question states of the same things: 20 games, 15 of them played."""
+        """Yields sums and differences of the question's numbers of like things: 20 games, 15 of them played."""
         alike = [(i, m.value) for i, m in enumerate(self.mentions) if self.named(m) and units & self.nouns[i]]
         for first, a in alike:
             for second, b in alike:
@@ -205,7 +206,7 @@ class Origins:
                     yield 1.3, f"q{first} + q{second}"
 
     def _unit_of(self, value: float) -> set[str]:
-        """The word behind a number where the solution first states it."""
+        """The word after a number where the solution first states it."""
         match = re.search(rf"(?<![\d.,]){re.escape(literal_of(value))}(?![\d.,])\s+(\w+)", self.text)
         return _stems(match[1]) if match else set()
 
@@ -215,9 +216,9 @@ def _among(atoms: list[Atom], numbers: list[float]) -> list[Atom]:
 
 
 def _pairs(value: float, numbers: list[float], near: list[Atom], constants: list[Atom]) -> Iterator[tuple[float, str]]:
-    """Two numbers that stand beside the one in question, or one of them and a unit of measure.
+    """Yields expressions of two numbers near the one in question, or of one such number and a unit of measure.
 
-    Sums and differences need a step's result: of what the question states, only numbers of like things are added.
+    Sums and differences need a step's result; two numbers of the question are added only if they count like things.
     """
     for a in near:
         for b in constants:
@@ -241,7 +242,7 @@ def _pairs(value: float, numbers: list[float], near: list[Atom], constants: list
 
 
 def _of_steps(value: float, before: list[Atom]) -> Iterator[tuple[float, str]]:
-    """A step's result and another number of the line before, added or subtracted."""
+    """Yields sums and differences of a step's result and another number of the line before."""
     for a in before:
         for b in before:
             if a.source[0] == "s" and b.source[0] in "sq" and a.source != b.source:
@@ -257,12 +258,12 @@ def _stems(text: str) -> set[str]:
 
 
 def literal_of(value: float) -> str:
-    """A number as a program writes it."""
+    """The number as it is written in a program."""
     return str(int(value)) if float(value).is_integer() else repr(round(value, 12))
 
 
 def stated_literal(mention: Mention) -> str:
-    """How a program writes a number of the question: two dozen are 2 * 12."""
+    """The question's number as it is written in a program: two dozen is 2 * 12."""
     if mention.others[-1:] == (12.0,) and mention.value == mention.others[0] * 12 and mention.value != 12:
         return f"{literal_of(mention.others[0])} * 12"
     return literal_of(mention.value)

@@ -1,7 +1,7 @@
-"""Phrases of English sentences in the form in which a variable's name holds them: `boxes_of_apples`, `on_monday`.
+"""Turns phrases of English sentences into parts of variable names: `boxes_of_apples`, `on_monday`.
 
-No grammar is parsed. Word lists (words.py) and the place of a word decide, which is right often enough for names, and
-a name cannot make a program wrong.
+It does not parse grammar. Word lists (words.py) and the position of a word decide. That is correct often enough for
+names, and a bad name cannot make a program wrong.
 """
 
 import re
@@ -48,19 +48,19 @@ AUXILIARIES = set("to will can could must should would may he she it they who we
 
 
 def sentence_of(text: str, start: int, end: int | None = None) -> tuple[int, int]:
-    """Where the sentence around text[start:end] begins and ends."""
+    """Returns the start and end of the sentence around text[start:end]."""
     begin = max((match.end() for match in SENTENCE_END.finditer(text[:start])), default=0)
     match = SENTENCE_END.search(text, start if end is None else end)
     return begin, match.start() if match else len(text)
 
 
 def noun_phrase(text: str, longest: int = 3) -> str:
-    """The noun that `text` begins with, adjectives and "of ..." included: `boxes_of_apples`; "" if there is none."""
+    """The noun at the start of `text`, with adjectives and "of ...": `boxes_of_apples`; "" if there is none."""
     return noun_span(text, longest)[0]
 
 
 def noun_span(text: str, longest: int = 3) -> tuple[str, int]:
-    """A noun phrase (see noun_phrase) and where it ends."""
+    """Returns a noun phrase (see noun_phrase) and where it ends."""
     words: list[str] = []
     position = 0
     while len(words) < longest:
@@ -90,7 +90,7 @@ def noun_span(text: str, longest: int = 3) -> tuple[str, int]:
 
 
 def _ends_phrase(written: str, words: list[str]) -> bool:
-    """Whether a word cannot belong to the noun phrase that `words` begin."""
+    """Whether a word cannot belong to the noun phrase that begins with `words`."""
     word = written.lower()
     if word in NO_NOUN or (word in FUNCTION_WORDS and word not in ("second", "seconds")):
         return True
@@ -104,9 +104,9 @@ def _ends_phrase(written: str, words: list[str]) -> bool:
 
 
 def slug(text: str, longest: int = 4) -> str:
-    """The words of a phrase that carry meaning: "the total area of the walls" is `total_area_of_walls`.
+    """Joins the words of a phrase that carry meaning: "the total area of the walls" is `total_area_of_walls`.
 
-    "" if none does, or more than `longest` do.
+    Returns "" if there are none, or more than `longest`.
     """
     words, capital = [], ""
     for match in WORD.finditer(text):
@@ -126,7 +126,7 @@ def slug(text: str, longest: int = 4) -> str:
     while words and words[-1] == "of":
         words.pop()
     if len(words) > 1 and words[-1] == capital and words[-2] != "of":
-        words = [words.pop(), *words]  # "the problems Ann solved" are ann_problems
+        words = [words.pop(), *words]  # "the problems Ann solved" becomes ann_problems
     meaning = [word for word in words if word != "of"]
     return (
         "_".join(words) if len(meaning) <= longest and meaning not in ([word] for word in ("total", *ORDINALS)) else ""
@@ -134,12 +134,12 @@ def slug(text: str, longest: int = 4) -> str:
 
 
 def bare(word: str) -> str:
-    """Lower case, without a possessive 's."""
+    """The word in lower case, without a possessive 's."""
     return re.sub(r"['’]s$", "", word.lower())
 
 
 def owner(before: str) -> str:
-    """The person or thing with a capital letter that was named last, or ""."""
+    """The last word with a capital letter that names a person or thing, or ""."""
     for match in reversed(list(WORD.finditer(before))):
         word, first = bare(match[0]), not before[: match.start()].strip()
         if match[0][0].isupper() and len(word) > 1 and word not in FUNCTION_WORDS and word not in MONTHS:
@@ -149,13 +149,13 @@ def owner(before: str) -> str:
 
 
 def is_person(subject: str) -> bool:
-    """Whether a subject ends in a name: "Ann", "Mr. Stone"."""
+    """Whether the subject ends in a person's name: "Ann", "Mr. Stone"."""
     words = subject.split()
     return bool(words) and words[-1][0].isupper() and not words[-1].isupper()
 
 
 def subject_of(before: str) -> str:
-    """What a sentence is about, from its words before the number: at most two words before the first verb."""
+    """The subject of a sentence, from its words before the number: at most two words before the first verb."""
     if re.match(r"\s*(?:how|what)\b", before, re.IGNORECASE) and "," not in before:
         return ""
     words = []
@@ -189,7 +189,7 @@ def last_noun(text: str) -> str:
 
 
 def verb_of(text: str, within: int = 99) -> str:
-    """The participle of the last verb in `text`, at most `within` words from its end, that says something; or ""."""
+    """The participle of the last meaningful verb in `text`, at most `within` words from its end; or ""."""
     words = [match[0] for match in WORD.finditer(re.split(r"[,;:]", text)[-1])]
     for index in range(len(words) - 1, max(-1, len(words) - 1 - within), -1):
         word = words[index].lower()
@@ -204,21 +204,21 @@ def verb_of(text: str, within: int = 99) -> str:
 
 
 def passive_of(rest: str) -> str:
-    """The participle right behind a noun ("books are brought back", "apples left"), or ""."""
+    """The participle directly after a noun ("books are brought back", "apples left"), or ""."""
     match = PASSIVE.match(rest)
     found = match and PARTICIPLES.get(match[1]) == match[1] and match[1] not in WEAK | {"left"}
     return match[1] if found else ""
 
 
 def having(rest: str) -> str:
-    """`brown_eyes` of "(people) in the theater have brown eyes", or ""."""
+    """What the noun before `rest` has: `brown_eyes` for "(people) in the theater have brown eyes"; or ""."""
     match = HAVING.match(rest)
     what = noun_phrase(rest[match.end() :], 2) if match else ""
     return "" if what.split("_")[0] in PARTICIPLES else what
 
 
 def circumstances(before: str, rest: str) -> list[str]:
-    """`in_may`, `for_dress`: what follows the number; if nothing does, what its sentence begins with."""
+    """Circumstances such as `in_may` or `for_dress`: from the text after the number, else from the sentence's start."""
     found = [_circumstance(match) for match in AT_ONCE.finditer(re.split(r"[,;]| and ", rest)[0])]
     if not any(found):
         found = [_circumstance(match) for match in LEADING.finditer(before)]
@@ -242,7 +242,10 @@ def _circumstance(match: re.Match) -> str:
 
 
 def per(text: str) -> str:
-    """X of "per X", "each X", "an hour" at the beginning of `text`; "each" if there is no X, "" if nothing is there."""
+    """The X of "per X", "each X" or "an X" (for a time) at the start of `text`.
+
+    Returns "each" if "each" comes without an X, and "" if there is no such phrase.
+    """
     match = PER.match(text)
     if not match or (match[3] and match[3] not in TIME):
         return ""

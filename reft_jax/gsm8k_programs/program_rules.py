@@ -1,8 +1,7 @@
-"""The rules that a converted program keeps, checked on its finished text.
+"""Checks the rules that a converted program must keep, on its finished text.
 
-Nothing here comes from the code that writes programs: the program is parsed again, and numbers are read by a reader of
-this module's own, so that a mistake there is found here. What the program returns is not looked at; it is executed
-elsewhere.
+This module shares no code with the modules that write programs: it parses the program again and reads numbers with its
+own reader, so that it finds mistakes of the others. It does not check the result: programs are executed elsewhere.
 """
 
 import ast
@@ -35,7 +34,7 @@ TOKEN = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+|[a-z]+|[%/¢¼½¾]")
 MARKED = re.compile(r"=\s*(-?[\d,]*\.?\d+)(?=>>)")
 WRITTEN = re.compile(r"=\s*[$€£]?\s*(-?\d[\d,]*\d(?:\.\d+)?|-?\d(?:\.\d+)?|\.\d+)(?!\s*[-+*/x×\d]\s*[\d(])")
 FRACTION_SIGNS = {"¼": 0.25, "½": 0.5, "¾": 0.75}
-# Words that a name may hold although neither question nor solution has them: they say what a quantity is.
+# Words that a name may contain although neither question nor solution has them: they say what kind a quantity is.
 JOINING = set(
     """total left per extra fewer more initial other new updated final next last further each of in on at from for to
     with during by after before price cost pay money dollars cents amount share result size age height length
@@ -46,9 +45,9 @@ MEANINGLESS = set("step steps value values var variable temp tmp num number res 
 
 
 def broken_rules(program: str, question: str, answer: str) -> list[str]:
-    """What is wrong with a program that was made from an official row; empty if it keeps all rules.
+    """Lists the rules that a program made from an official row breaks; empty if it keeps all.
 
-    question, answer: the row's fields, the answer with its calculator marks and its last line "#### 18".
+    question, answer: the fields of the row; the answer with its calculator marks and its last line "#### 18".
     """
     try:
         tree = ast.parse(program)
@@ -66,7 +65,7 @@ def broken_rules(program: str, question: str, answer: str) -> list[str]:
         isinstance(a, ast.Assign) and len(a.targets) == 1 and isinstance(a.targets[0], ast.Name) for a in assignments
     )
     if not simple or not assignments or assignments[-1].targets[0].id != "result":
-        return ["not one assignment a step, `result` the last"]
+        return ["not one assignment per step with `result` as the last"]
     names = [assignment.targets[0].id for assignment in assignments]
     problems = _name_problems(names, f"{question} {answer}") + _use_problems(assignments, names)
     return problems + _literal_problems(assignments, question, answer)
@@ -81,7 +80,7 @@ def _name_problems(names: list[str], text: str) -> list[str]:
     for name in names[:-1]:
         parts = name.split("_")
         if not re.fullmatch(r"[a-z]+(_[a-z]+)*", name) or hasattr(builtins, name) or keyword.iskeyword(name):
-            problems.append(f"`{name}` is no name for a quantity")
+            problems.append(f"`{name}` is not a valid name for a quantity")
         elif MEANINGLESS & set(parts) and MEANINGLESS & set(parts) - said or len(max(parts, key=len)) < 3:
             problems.append(f"`{name}` means nothing")
         elif not set(parts) <= said | JOINING:
@@ -121,7 +120,7 @@ def _literal_problems(assignments: list[ast.Assign], question: str, answer: str)
             elif _among(number, results):
                 problems.append(f"{number} is a result, and the question does not state it")
             elif number not in COUNTS or not _among(number, introduced):
-                problems.append(f"{number} stands neither in the question nor is it a constant that people know")
+                problems.append(f"{number} is neither in the question nor a well-known constant")
     return problems
 
 
@@ -130,16 +129,16 @@ def _among(number: float, numbers: set[float]) -> bool:
 
 
 def _results(answer: str) -> set[float]:
-    """What the solution computes: right sides of its equations, marks included, and the final answer."""
+    """The results of the solution: right sides of its equations, those in marks included, and the final answer."""
     text, _, final = answer.rpartition("####")
     found = MARKED.findall(text) + WRITTEN.findall(re.sub(r"<<.*?>>", "", text)) + [final.strip()]
     return {float(number.replace(",", "")) for number in found if re.fullmatch(r"-?[\d,]*\.?\d+", number)}
 
 
 def stated_numbers(text: str) -> set[float]:
-    """Every number that `text` states, in digits or words.
+    """Finds every number that `text` states, in digits or words.
 
-    25% is 25 and 0.25, "half" 0.5 and 2, two dozen are 2, 12 and 24, "four and a half" is 4.5.
+    25% states 25 and 0.25; "half" states 0.5 and 2; "two dozen" states 2, 12 and 24; "four and a half" states 4.5.
     """
     numbers: set[float] = set()
     tokens = TOKEN.findall(text.lower().replace("-", " "))
@@ -179,7 +178,7 @@ def stated_numbers(text: str) -> set[float]:
 
 
 def _fractions(before: list[str], bottom: float) -> set[float]:
-    """1/2, 2 1/2 and 2 and 1/2, for the number `bottom` behind the tokens before it."""
+    """Values of fractions such as 1/2, 2 1/2, "2 and 1/2": `before` are the tokens before the denominator `bottom`."""
     if before[-1:] != ["/"] or len(before) < 2 or not before[-2][-1].isdigit() or not bottom:
         return set()
     part = float(before[-2].replace(",", "")) / bottom

@@ -1,4 +1,4 @@
-"""Programs from plans: `def solution()`, the question as docstring, one named quantity or step a line, `result`."""
+"""Writes programs from plans: `def solution()`, the question as docstring, one quantity or step per line, `result`."""
 
 import re
 
@@ -24,7 +24,7 @@ WEAK = set("money cost total_amount total_money dollars price minutes hours days
 
 
 def write_program(question: str, answer: str, plan: Plan) -> str:
-    """The text of the program. A number of the question that no name fits stands where it is used.
+    """Writes the text of the program. A number of the question without a name is written where it is used.
 
     Raises naming.Unnameable.
     """
@@ -56,7 +56,7 @@ def write_program(question: str, answer: str, plan: Plan) -> str:
 
 
 def _proposals(planned: Planned, line: str, question: str, last: bool) -> list[str]:
-    """Names for a step: what defines it, what its sentence says, for the last step what is asked."""
+    """Proposes names for a step: from its definition, from its sentence and, for the last step, from the question."""
     step = planned.step
     if PERCENTAGE.fullmatch(planned.source) and last:
         return ["percentage" if re.search(r"%|percent", f"{question} {line}") else "cents"]
@@ -70,9 +70,9 @@ def _proposals(planned: Planned, line: str, question: str, last: bool) -> list[s
 
 
 def _share_names(source: str, question: str, unnamed: bool) -> list[str]:
-    """`discount` for 20 / 100 * price, where the question speaks of a 20% discount.
+    """Proposes `discount` for 20 / 100 * price, if the question mentions a 20% discount.
 
-    A word further away counts only for a product that has no better name.
+    A word further away from the number counts only for a product without a better name.
     """
     names = []
     for mention in read_numbers(question):
@@ -89,7 +89,7 @@ def _share_names(source: str, question: str, unnamed: bool) -> list[str]:
 
 
 def _stronger(name: str, source: str, by_operation: str) -> str:
-    """What a name that says little becomes: `total_minutes`, `money_left`, or what the operands say."""
+    """Replaces a weak name: by `total_minutes`, `money_left` or a name made from the operands."""
     if name in ("money", "total_money", "dollars") and not by_operation.endswith(("_cost", "earnings", "difference")):
         return "money_left" if " - " in source else "total_money"
     converted = name not in MONEY and len(NAME.findall(source)) == 1  # hours * 60
@@ -97,7 +97,7 @@ def _stronger(name: str, source: str, by_operation: str) -> str:
 
 
 def _by_operation(source: str, names: dict[str, str], line: str) -> str:
-    """A name from what is done with the operands: stickers / students is `stickers_per_student`."""
+    """A name from the operation and its operands: stickers / students is `stickers_per_student`."""
     if source.startswith("100 - "):
         return "remaining_percent"
     operands = [names[match[0]] for match in NAME.finditer(source) if match[0] in names]

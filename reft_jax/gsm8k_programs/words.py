@@ -1,4 +1,4 @@
-"""Words that names of quantities are made of, words that never belong in one, and a little English grammar."""
+"""Word lists for names of quantities: words to use, words to leave out, and a little English grammar."""
 
 import builtins
 import keyword
@@ -84,7 +84,7 @@ RESERVED = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | 
 
 
 def _forms() -> dict[str, str]:
-    """Every form of a known verb, with the participle that a name uses: {"sells": "sold", "selling": "sold"}."""
+    """Maps every form of a known verb to the participle that a name uses: {"sells": "sold", "selling": "sold"}."""
     forms = {}
     for verb in _REGULAR.split():
         stem = verb[:-1] if verb.endswith("e") else verb
@@ -102,14 +102,14 @@ def _forms() -> dict[str, str]:
 
 
 def present(verb: str) -> str:
-    """The form of he, she and it."""
+    """The verb's form for he, she and it."""
     if verb.endswith("y") and verb[-2] not in "aeiou":
         return verb[:-1] + "ies"
     return verb + ("es" if verb.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
 
 
 def singular(noun: str) -> str:
-    """One of a kind; of a phrase joined by underscores, its last word."""
+    """The singular of a noun; in a phrase joined by underscores, of its last word."""
     before, joint, noun = noun.rpartition("_")
     return before + joint + _singular_word(noun)
 
@@ -125,7 +125,7 @@ def _singular_word(noun: str) -> str:
 
 
 PARTICIPLES = {form: participle for form, participle in _forms().items() if form != "building"}
-# Verbs whose bare form, and whose form with -s, is as often a noun: "a soft drink", "two plants".
+# Verbs whose bare form and form with -s are just as often nouns: "a soft drink", "two plants".
 NOUN_LIKE = set(
     """answer bake bike burn charge climb cook count cover cut crack cycle deposit discount divide double drink drive
     drop end fill fish fix grade hire hunt increase jump like load measure need offer order pack paint pass pick
@@ -135,7 +135,7 @@ NOUN_LIKE = set(
     tip total trim clean rest pile hike cost set split spread read hit sleep swim wear stand throw lead feed leave
     draw find fall ride catch build""".split()
 )
-# Participles that say nothing about a quantity.
+# Participles that add nothing to a name.
 WEAK = set(
     """had been done come gone known thought told liked wanted started ended decided calculated equaled lived multiplied
     subtracted divided added totaled averaged begun realized agreed planned stopped seen found taken made""".split()

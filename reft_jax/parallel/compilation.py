@@ -1,4 +1,4 @@
-"""What XLA compiles: kept between runs, and counted, so that a program compiled in the middle of a run is seen."""
+"""Keeps what XLA compiles for later runs, and counts compilations, so that one in the middle of a run is noticed."""
 
 from pathlib import Path
 
@@ -19,16 +19,16 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def compiles() -> int:
-    """Programs that this process has compiled, or read from the kept ones, so far."""
+    """The number of functions that this process has compiled so far, or read from the kept ones."""
     return _compiled[0]
 
 
 def compile_seconds() -> float:
-    """Seconds that it took to compile them, or to read them. Tracing is not in it: nested traces count twice."""
+    """Seconds spent on compiling or reading them. Tracing is left out, because nested traces would count twice."""
     return _seconds[0]
 
 
 def keep_compiled(folder: Path) -> None:
-    """Compiled programs are kept in `folder` and read from there by later processes."""
+    """Keeps compiled functions in `folder`, from where later processes read them."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,9 +1,9 @@
-"""What a host prints, into its own file too: a program of its own, so that it has the last words of a host that dies.
+"""Copies what a host prints into its log file. A separate process, so that the last lines of a dying host are kept.
 
     python host_log.py FILE LAST < what the host prints
 
-Copies lines from standard input to standard output and to the end of FILE, whatever signals come, until the host's end.
-If JAX ended the host because it lost another one, a line LAST follows: JAX's own message comes with a stack of C++.
+Copies lines from standard input to standard output and to the end of FILE until the host ends, and ignores signals. If
+JAX ended the host because another host was lost, it adds the line LAST, because JAX's own message ends in a C++ stack.
 """
 
 import signal
@@ -25,7 +25,7 @@ def main(path: str, last: str) -> None:
 
 
 def copy(line: bytes, file) -> None:
-    """Where one of the two cannot be written (a full disk, an ssh session that is closed), the other still is."""
+    """Writes a line to the file and to standard output; if one fails (full disk, closed ssh session), to the other."""
     for write in (file.write, sys.stdout.buffer.write):
         try:
             write(line)

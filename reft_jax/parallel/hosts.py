@@ -1,11 +1,11 @@
-"""Several processes of one run, called hosts: they begin together, agree, exchange small things, and end together.
+"""The processes of one run, called hosts: they start together, agree, exchange small values and end together.
 
-Every host runs the same command and takes the same decisions, from the same data. Host 0 alone writes what is no
-checkpoint. What passes between hosts here is small and goes over the coordination service of `jax.distributed`, which
-host 0 keeps; only `fetch` uses the devices. A host that fails says so to the others, which end with its words and its
-exit code; one that dies without a word is missed by their watch after SILENCE_S, and JAX ends them after HEARTBEAT_S.
+Every host runs the same command and takes the same decisions from the same data. Only host 0 writes files other than
+checkpoints. Hosts exchange small values over the coordination service of `jax.distributed`, which runs on host 0; only
+`fetch` uses the devices. A host that fails tells the others, which end with its message and its exit code. If a host
+dies silently, the watch of the others reports it after SILENCE_S, and JAX ends them after HEARTBEAT_S.
 
-With one process all of this is there and does nothing: `gather` gives a list of one.
+With one process every function still works and does nothing: `gather` returns a list of one value.
 """
 
 import contextlib
@@ -23,32 +23,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import distributed
-from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.sharding import PartitionSpec
 
-from reft_jax.parallel import host_log
+from reft_jax.parallel import host_log, private_jax
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
 CONNECT_S = 300  # for the slowest host to start
-HEARTBEAT_S = 45  # JAX ends every host so long after one has died
-SILENCE_S = 20  # after which the others say that they hear nothing of a host
-WATCH_S = 2  # between two looks at the others
-MOST_WAIT_S = 1800  # at one exchange; the slowest thing that only host 0 does takes seconds
+HEARTBEAT_S = 45  # from the death of a host until JAX ends the others
+SILENCE_S = 20  # without a sign of life from a host, until the others report it
+WATCH_S = 2  # between two checks of the other hosts
+MOST_WAIT_S = 1800  # for one exchange; the slowest work that only host 0 does takes seconds
 KEY = "reft_jax"
 
 
 class Disagreement(InputError):
-    """Hosts that should be alike are not; the message names host, field and both values."""
+    """Hosts that should have the same values differ; the message names the host, the field and both values."""
 
 
 class _State:
-    """Of this process; `client` talks to the coordination service and is None if there is one process."""
+    """State of this process; `client` talks to the coordination service and is None for a single process."""
 
     def __init__(self):
         self.client, self.number, self.count, self.names = None, 0, 1, [""]
         self.exchanges = 0
-        self.silent: dict[int, float] = {}  # hosts that give no sign of life: seconds
+        self.silent: dict[int, float] = {}  # host without a sign of life: seconds when it was noticed
         self.leaving: list[Callable[[], None]] = []
         self.ended = threading.Event()
 
@@ -57,12 +55,12 @@ _state = _State()
 
 
 def number() -> int:
-    """Of this host, from 0. (`jax.process_index()` would take the devices.)"""
+    """The number of this host, from 0. (`jax.process_index()` would initialize the devices.)"""
     return _state.number
 
 
 def count() -> int:
-    """Of all hosts."""
+    """The number of hosts."""
     return _state.count
 
 
@@ -73,10 +71,11 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
-    """Inside, this process is one of the hosts; whatever ends one of them ends all, with the same exit code.
+    """Makes this process one of the hosts inside the `with`; what ends one host ends all, with the same exit code.
 
-    Without arguments hosts find each other on a TPU pod and under Slurm's srun, and elsewhere a process is alone.
-    Comes before JAX takes its devices. InputError if the arguments are not whole or the others do not come.
+    coordinator: host:port of host 0. num_processes: the number of hosts. process_id: of this one, from 0. Without
+    them hosts find each other on a TPU pod and under Slurm's srun; elsewhere a process is alone.
+    Enter it before JAX initializes its devices. Raises InputError if some arguments are missing or hosts do not come.
     """
     initialize(coordinator, num_processes, process_id)
     if count() == 1:
@@ -94,7 +93,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
         end_all(f"host {number()}: stopped by SIGINT", 128 + signal.SIGINT)
     except BaseException as error:
         traceback.print_exc()
-        if _of_the_devices(error):  # it may be that the other side of a connection has died
+        if _of_the_devices(error):  # perhaps the other side of a connection has died
             _look_for_the_lost()
         end_all(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
     finally:
@@ -102,7 +101,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """The first half of `joined`: connects and learns the hosts' names."""
+    """Connects the hosts and learns their names: the first half of `joined`."""
     given = (coordinator, num_processes, process_id)
     if None in given and given != (None, None, None):
         raise InputError("--coordinator, --num_processes and --process_id: give all three, or none of them")
@@ -120,23 +119,26 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the hosts did not meet within {CONNECT_S} s ({error}); see what each one said") from error
-    known = distributed.global_state
-    if known.num_processes > 1:
-        _state.client, _state.number, _state.count = known.client, known.process_id, known.num_processes
+    client, number_here, number_of_all = private_jax.coordination()
+    if number_of_all > 1:
+        _state.client, _state.number, _state.count = client, number_here, number_of_all
         _state.names = [str(i) for i in range(_state.count)]
         _state.names = gather("names", f"{_state.number} ({socket.gethostname()}, pid {os.getpid()})")
         _say(f"one of {_state.count}; host 0 is {_state.names[0]}")
 
 
 def _cluster_is_known() -> bool:
-    """Whether the machine itself says who the others are."""
-    on_tpu = running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    """Whether the machine itself says which hosts there are: a TPU pod, or several tasks of Slurm."""
+    on_tpu = private_jax.on_tpu_vm() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
     return on_tpu or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def log_to(folder: Path) -> None:
-    """Where there are several hosts, all that this one prints goes to folder/host_N.log from here on, and still to
-    where it went before; of the others' standard output only the file has it."""
+    """With several hosts, also writes all that this one prints from now on to folder/host_N.log.
+
+    Standard error and host 0's standard output still go where they went before; the standard output of the other hosts
+    goes only to the file.
+    """
     if count() == 1:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,16 +150,17 @@ def log_to(folder: Path) -> None:
             [sys.executable, "-I", "-S", host_log.__file__, path, last],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL if stream == 1 and not is_first() else stream,
-            start_new_session=True,  # a signal to this one's group is not for it
+            start_new_session=True,  # signals to this process's group do not reach it
         )
         os.dup2(copier.stdin.fileno(), stream)
         copier.stdin.close()
 
 
 def gather(what: str, value: Any) -> list[Any]:
-    """`value` (JSON) of every host, in their order, on every host. All of them come here, in one order of calls.
+    """Returns the `value` (JSON) of every host, in the order of the hosts, on every host.
 
-    Raises Disagreement if another host is at something else than `what`, TimeoutError if one does not come.
+    Every host must call it, and all in the same order of calls. what: the name of this exchange.
+    Raises Disagreement if another host is at another exchange; TimeoutError if one does not come.
     """
     if count() == 1:
         return [value]
@@ -167,7 +170,7 @@ def gather(what: str, value: Any) -> list[Any]:
     if is_first():
         texts = [mine] + [_wait(f"{key}/{host}", host, what) for host in range(1, count())]
         client.key_value_set(f"{key}/all", json.dumps(texts))
-        client.key_value_delete(f"{KEY}/{_state.exchanges - 1}")  # who is here has read it
+        client.key_value_delete(f"{KEY}/{_state.exchanges - 1}")  # every host is here, so all have read it
     else:
         client.key_value_set(f"{key}/{number()}", mine)
         texts = json.loads(_wait(f"{key}/all", 0, what))
@@ -179,12 +182,12 @@ def gather(what: str, value: Any) -> list[Any]:
 
 
 def from_first(what: str, make: Callable[[], Any]) -> Any:
-    """What `make()` gives on host 0 (JSON), on every host; the others do not call it."""
+    """Returns the value of `make()` on host 0 (JSON) on every host; the other hosts do not call `make`."""
     return gather(what, make() if is_first() else None)[0]
 
 
 def agree(what: str, **fields: Any) -> None:
-    """Raises Disagreement, on every host, unless all have the same values (JSON) in the same fields."""
+    """Raises Disagreement on every host unless all hosts give the same values (JSON) in the same fields."""
     said = gather(what, fields)
     for host, there in enumerate(said):
         for field in sorted(said[0].keys() | there.keys()):
@@ -199,14 +202,14 @@ _replicate = jax.jit(lambda tree: tree, out_shardings=PartitionSpec())
 
 
 def fetch(tree):
-    """Whole NumPy copies of the arrays of `tree`, on every host; all of them call it, under the mesh of `on_mesh`."""
+    """Returns whole NumPy copies of the arrays of `tree`. Every host must call it, under the mesh of `on_mesh`."""
     if count() > 1 and not all(x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         tree = _replicate(tree)
     return jax.device_get(tree)
 
 
 def _wait(key: str, host: int, what: str) -> str:
-    """The value at `key`, which `host` will set."""
+    """Waits for the value at `key`, which `host` sets. Raises TimeoutError after MOST_WAIT_S."""
     begun = time.monotonic()
     while True:
         try:
@@ -215,13 +218,13 @@ def _wait(key: str, host: int, what: str) -> str:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         waited = time.monotonic() - begun
-        _say(f"waits for host {_state.names[host]} at {what!r}, {waited:.0f} s so far")
+        _say(f"has waited {waited:.0f} s for host {_state.names[host]} at {what!r}")
         if waited > MOST_WAIT_S:
             raise TimeoutError(f"host {_state.names[host]} did not come to {what!r} in {MOST_WAIT_S} s")
 
 
 def _watch() -> None:
-    """Gives signs of life and looks for the others': says which host is silent, and ends this one if another failed."""
+    """Gives signs of life and watches those of the others: reports silent hosts; ends this host if another failed."""
     place, beat, heard = f"{KEY}/watch", 0, {}
     while not _state.ended.wait(WATCH_S):
         beat += 1
@@ -231,7 +234,7 @@ def _watch() -> None:
         except jax.errors.JaxRuntimeError:
             if not _state.ended.is_set() and 0 not in _state.silent:
                 _state.silent[0] = 0.0
-                _say(f"host {_state.names[0]}, which connects all, is gone: it was killed or its machine is lost")
+                _say(f"host {_state.names[0]}, which connects all hosts, is gone: killed, or its machine is lost")
             continue
         if "failed" in found:
             host, code, line = json.loads(found["failed"])
@@ -247,19 +250,19 @@ def _watch() -> None:
                     _say(f"host {_state.names[host]} is back")
             elif now - heard[host][1] > SILENCE_S and host not in _state.silent:
                 _state.silent[host] = now - heard[host][1]
-                _say(f"no sign of life from host {_state.names[host]} for {SILENCE_S} s: is it killed or lost?")
+                _say(f"no sign of life from host {_state.names[host]} for {SILENCE_S} s: was it killed or lost?")
 
 
 def _of_the_devices(error: BaseException | None) -> bool:
-    """Whether a computation failed, whatever has been made of its error since."""
+    """Whether a failed computation is behind this error, directly or as a cause or context."""
     while error and not isinstance(error, jax.errors.JaxRuntimeError):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _look_for_the_lost() -> None:
-    """Gives the watch the time to find out who is missing; ends this host if somebody is."""
-    _say("looks whether another host is lost")
+    """Gives the watch time to find out which host is missing; ends this host if one is."""
+    _say("checks whether another host is lost")
     deadline = time.monotonic() + SILENCE_S + 5 * WATCH_S
     while time.monotonic() < deadline and not _state.silent:
         time.sleep(WATCH_S)
@@ -269,22 +272,24 @@ def _look_for_the_lost() -> None:
 
 
 def before_leaving(act: Callable[[], None]) -> None:
-    """Has `act()` called where this process ends because of another host, or by `end_all`: no `finally` runs then."""
+    """Registers `act` to be called when `end_all` or another host ends this process: no `finally` runs then."""
     _state.leaving.append(act)
 
 
 def end_all(line: str, code: int) -> None:
-    """Prints why this host ends, tells the others, which end too, and ends it at once, from any thread."""
+    """Prints why this host ends, tells the others, which then end too, and ends it at once. Any thread may call it."""
     print(line, file=sys.stderr, flush=True)
     if _state.client:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or host 0 is gone
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host failed first, or host 0 is gone
             _state.client.key_value_set(f"{KEY}/watch/failed", json.dumps([number(), code, line]))
     _leave(code)
 
 
 def _leave(code: int) -> None:
-    """Ends this process at once: an orderly end would wait for the others at a barrier. Host 0, over which all talk,
-    waits until those who can have heard why."""
+    """Ends this process at once, because an orderly end would wait for the others at a barrier.
+
+    Host 0 runs the coordination service, so it first waits until every host that is alive has left.
+    """
     for act in _state.leaving:
         act()
     if _state.client:

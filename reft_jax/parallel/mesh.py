@@ -1,4 +1,4 @@
-"""Devices as a mesh of (data, fsdp, tensor), and where each logical axis of the model lies on it."""
+"""The device mesh (data, fsdp, tensor), and how the logical axes of the model are spread over it."""
 
 import math
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from reft_jax.types import InputError
 
-# Logical axis -> mesh axes, in training and scoring. Rows go over data and fsdp; weights over fsdp (gathered for use)
-# and tensor.
+# Logical axis -> mesh axes, in training and scoring. Rows are spread over data and fsdp; weights over fsdp (gathered
+# when used) and tensor.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("length", None),
@@ -25,14 +25,16 @@ RULES = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
 )
-# In rollouts: a step reads all weights for one token a row, so nothing of them is gathered; the devices of a tensor
-# group hold all of them together.
+# In rollouts a step reads all weights for one token per row, so gathering them would cost too much: the devices of one
+# tensor group hold all weights together.
 ROLLOUT_RULES = tuple((axis, None if axis == "embed" else where) for axis, where in RULES)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-    """A mesh over `devices` (all if None); `data=-1` takes what the others leave. InputError if the product is not
-    their number."""
+    """Makes a mesh over `devices` (all if None); `data=-1` takes the devices that the other axes leave.
+
+    Raises InputError if the product of the axes is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     if data == -1:
         data = len(devices) // (fsdp * tensor)
@@ -40,25 +42,28 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
         raise InputError(f"config: mesh.data*fsdp*tensor = {data}*{fsdp}*{tensor} does not make {len(devices)} devices")
     # Auto axes: with jax's default Explicit ones Linen's embedding lookup fails.
     axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    # As jax.make_mesh, but an axis may be part of one of the torus: 8 of a 4 × 4 × 4.
+    # Like jax.make_mesh, but a mesh axis may be a part of a torus axis: 8 of a 4 × 4 × 4.
     sizes = (data, fsdp, tensor)
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), axes, axis_types=kinds)
 
 
 @contextmanager
 def on_mesh(mesh: Mesh):
-    """Inside, the model's logical constraints bind to `mesh` (`with mesh:` alone would drop them silently)."""
+    """Binds the model's logical constraints to `mesh` inside the `with` (`with mesh:` would drop them silently)."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def shardings(mesh: Mesh, abstract_params, rules=RULES):
-    """NamedShardings of a tree that still carries its logical axes (boxed, as `eval_shape` of `model.init` gives)."""
+    """Returns NamedShardings for a tree with its logical axes (boxed, as `eval_shape` of `model.init` gives it)."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, rules)
 
 
 def check_divides(mesh: Mesh, boxed) -> None:
-    """InputError that names a tensor and a dimension of it (logical axes, as above) that the mesh does not divide."""
+    """Raises InputError if the mesh does not divide a dimension of a tensor; it names both.
+
+    boxed: a tree with its logical axes, as for `shardings`.
+    """
     for path, where in jax.tree.leaves_with_path(shardings(mesh, boxed)):
         box = boxed
         for key in path:
@@ -73,35 +78,41 @@ def check_divides(mesh: Mesh, boxed) -> None:
 
 
 def by_row(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows (dimension `axis`) spread over the data and fsdp axes."""
+    """The sharding that spreads rows (dimension `axis`) over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(*([None] * axis), ("data", "fsdp")))
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Row counts must be a multiple of this."""
+    """The number of parts that rows are spread into; row counts must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows_per_device(rows: int) -> int:
-    """How many of `rows` a device holds, under the mesh of `on_mesh` (one device without it)."""
+    """How many of `rows` one device holds, under the mesh of `on_mesh`; without a mesh there is one device."""
     shape = jax.sharding.get_abstract_mesh().shape
     return -(-rows // (shape.get("data", 1) * shape.get("fsdp", 1)))
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The size that `n` is padded to, so that it shards evenly and few shapes compile."""
+    """Rounds `n` up to a multiple, so that it shards evenly and few shapes are compiled."""
     return -(-n // multiple) * multiple
 
 
 def sizes_up_to(largest: int, parts: int, multiple: int) -> list[int]:
-    """The few sizes that an array may have, so that few shapes compile: parts of the largest, all multiples."""
+    """The sizes that an array may have: 1/parts, 2/parts, … of the largest, each rounded up to a multiple.
+
+    With so few sizes, few shapes are compiled.
+    """
     largest = round_up(largest, multiple)
     return sorted({min(largest, round_up(-(-largest * part // parts), multiple)) for part in range(1, parts + 1)})
 
 
 def put(tree, where):
-    """Host arrays onto the mesh, by a tree of NamedShardings. Every host has all of each, and gives its own devices
-    their parts (`jax.device_put` would first compare the hosts' arrays, over the devices)."""
+    """Puts host arrays onto the mesh, by a tree of NamedShardings.
+
+    Every host has each whole array and gives its own devices their parts. (`jax.device_put` would first compare the
+    arrays of all hosts, over the devices.)
+    """
 
     def put_one(x, sharding: NamedSharding):
         return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
@@ -110,12 +121,12 @@ def put(tree, where):
 
 
 def put_rows(mesh: Mesh, tree, axis: int = 0):
-    """Host arrays onto the mesh, spread by row."""
+    """Puts host arrays onto the mesh, spread by row."""
     return put(tree, jax.tree.map(lambda _: by_row(mesh, axis), tree))
 
 
 def unboxed(boxed):
-    """The tree without its logical axes. (`nn.unbox` would constrain shardings, which abstract arrays cannot take.)"""
+    """Returns the tree without its logical axes. (`nn.unbox` constrains shardings, which fails on abstract arrays.)"""
 
     def is_box(x):
         return isinstance(x, nn.LogicallyPartitioned)
@@ -124,7 +135,7 @@ def unboxed(boxed):
 
 
 def abstract_arrays(mesh: Mesh, boxed, rules=RULES):
-    """Shapes, dtypes and shardings of a tree that carries its logical axes: what a restore fills in."""
+    """Returns shapes, dtypes and shardings of a tree with its logical axes: the target of a restore."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         unboxed(boxed),
@@ -133,7 +144,7 @@ def abstract_arrays(mesh: Mesh, boxed, rules=RULES):
 
 
 def with_axes(mesh: Mesh, tree, axes, rules):
-    """Shapes, dtypes and shardings of a tree, from another that has the logical axes of its arrays in their places."""
+    """Returns shapes, dtypes and shardings of a tree; `axes` holds the logical axes of each array in its place."""
 
     def one(x, axes):
         where = nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, rules)

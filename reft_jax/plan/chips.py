@@ -1,8 +1,8 @@
-"""Chips that a plan can be made for, what they do at best, and how long a program takes on them by a roofline.
+"""The chips that a plan can be made for, their peak rates, and a roofline estimate of how long a function takes.
 
-Peak FLOP/s, memory and its rate: Google Cloud's page of each version (docs.cloud.google.com/tpu/docs/v4, …/v5e, …/v5p,
-…/v6e). Links: the same pages' bidirectional bandwidth of a chip, over its ports and both directions (v5e 400 GB/s over
-4, v5p 1,200 over 6, v6e 800 over 4); of v4, 6 links of 50 GB/s, Table 4 of arXiv 2304.01433.
+Sources. Peak FLOP/s, memory and memory rate: Google Cloud's page of each version (docs.cloud.google.com/tpu/docs/v4,
+…/v5e, …/v5p, …/v6e). Links: the bidirectional bandwidth of a chip on the same pages, divided by ports and directions
+(v5e 400 GB/s over 4 ports, v5p 1,200 over 6, v6e 800 over 4); v4 has 6 links of 50 GB/s (Table 4 of arXiv 2304.01433).
 """
 
 import math
@@ -12,12 +12,15 @@ from typing import NamedTuple
 from reft_jax.plan.hlo import Cost
 from reft_jax.types import InputError
 
-HOP = 1e-6  # seconds that a message takes to the next chip: what a collective of few bytes costs
+HOP = 1e-6  # seconds that a message takes to the next chip; it dominates collectives of few bytes
 
 
 class Chip(NamedTuple):
-    """flops: bfloat16 a second; memory: bytes; memory_rate, link_rate (one link, one direction): bytes a second; clock:
-    cycles a second, which is flops / (2 · 128² · matrix units), None where their number is not published."""
+    """Peak numbers of a chip.
+
+    flops: bfloat16 FLOPs per second. memory: bytes. memory_rate, link_rate (one link, one direction): bytes per second.
+    clock: cycles per second, flops / (2 · 128² · matrix units); None if the number of units is not published.
+    """
 
     flops: float
     memory: float
@@ -35,7 +38,7 @@ CHIPS = {
 
 
 class Seconds(NamedTuple):
-    """What a program takes of each of a chip's parts, if it had the others to itself."""
+    """The time that a function needs of each part of a chip, if the other parts took no time."""
 
     compute: float
     memory: float
@@ -43,33 +46,33 @@ class Seconds(NamedTuple):
 
     @property
     def best(self) -> float:
-        """Everything at once: the slowest part hides the others."""
+        """If all parts overlap: the slowest part hides the others."""
         return max(self)
 
     @property
     def estimate(self) -> float:
-        """Nothing of the network hidden: what a plan counts with."""
+        """If the network overlaps with nothing; plans use this one."""
         return max(self.compute, self.memory) + self.network
 
 
 def chips_in(topology: str) -> int:
-    """Of `v5e:4x8`, 32. InputError if it is not written so."""
+    """The number of chips: 32 for `v5e:4x8`. Raises InputError if the topology is not written like this."""
     try:
         return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
     except ValueError:
-        raise InputError(f"--topology: {topology!r} is not written as v5e:4x8") from None
+        raise InputError(f"--topology: {topology!r} is not written like v5e:4x8") from None
 
 
 def chip_of(topology: str) -> Chip:
-    """Of `v5e:4x8`. InputError if the version is unknown."""
+    """The chip of a topology such as `v5e:4x8`. Raises InputError if the version is unknown."""
     version = topology.partition(":")[0]
     if version not in CHIPS:
-        raise InputError(f"--topology: {topology!r} names no known chip; write one of {', '.join(CHIPS)}, as v5e:4x8")
+        raise InputError(f"--topology: {topology!r} names no known chip; write one of {', '.join(CHIPS)}, like v5e:4x8")
     return CHIPS[version]
 
 
 def per_device(chip: Chip, devices: int) -> Chip:
-    """Its share where the compiler makes several devices of a chip (two of v4)."""
+    """The share of a chip that one device has, if the compiler makes several devices of a chip (two of v4)."""
     return chip._replace(
         flops=chip.flops / devices,
         memory=chip.memory / devices,
@@ -79,15 +82,16 @@ def per_device(chip: Chip, devices: int) -> Chip:
 
 
 def seconds(chip: Chip, cost: Cost) -> Seconds:
-    """The roofline of a program: FLOPs and bytes at the chip's peak rates, collectives one after another."""
+    """The roofline of a function: FLOPs and bytes at the chip's peak rates, collectives one after another."""
     return Seconds(cost.flops / chip.flops, cost.bytes / chip.memory_rate, network_seconds(chip, cost.collectives))
 
 
 def network_seconds(chip: Chip, collectives: Mapping[tuple[str, int], tuple[int, int]]) -> float:
-    """Each group of chips is taken to lie in a ring along one axis of the torus, used in both directions.
+    """Seconds that the collectives take, if each group of chips is a ring along one axis of the torus.
 
-    So a gather or scatter of an array of n bytes over g chips takes n (g-1)/g over two links, an all-reduce twice
-    that, an all-to-all a quarter of a gather of all parts; and never less than the hops half around the ring.
+    The ring is used in both directions. A gather or scatter of an array of n bytes over g chips moves n (g-1)/g over
+    two links, an all-reduce twice that, an all-to-all a quarter of a gather of all parts. None takes less than the hops
+    half around the ring. collectives: (kind, devices in a group) -> (number, their bytes together).
     """
     total = 0.0
     for (kind, group, *_), (number, size) in collectives.items():

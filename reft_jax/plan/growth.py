@@ -1,4 +1,4 @@
-"""One run on pods of several sizes: batches and the fsdp axis grow in proportion to the chips."""
+"""Plans one run for pods of several sizes: batches and the fsdp axis grow in proportion to the number of chips."""
 
 from collections import Counter
 from fractions import Fraction
@@ -15,21 +15,23 @@ GROWING += ("rerank.micro_batch", "engine.slots", "mesh.fsdp")
 
 
 def grown(config, topology: str, base: int):
-    """The config for this pod, if it was written for `base` chips. InputError if a batch cannot shrink so far."""
+    """Scales a config that was written for `base` chips to this pod. Raises InputError if a size is not whole."""
     factor, flat = Fraction(chips_in(topology), base), flatten(config)
     changed = ConfigDict(config.to_dict(), type_safe=False)
     for key in GROWING:
         section, name = key.split(".")
         size = flat[key] * factor
         if size.denominator > 1 or size < 1:
-            raise InputError(f"--grow: {key}={flat[key]} on {base} chips makes no whole number on {topology}")
+            raise InputError(f"--grow: {key}={flat[key]} on {base} chips does not give a whole number on {topology}")
         changed[section][name] = int(size)
     return check_config(changed)
 
 
 def growth_row(plan: Plan, config) -> list[str]:
-    """Pod, chips, mesh, prompts, GiB a chip, seconds of an iteration, of an update and of a decode step (ms), and the
-    collective that takes most of an iteration, with its share."""
+    """A row of the table, in the columns of HEAD.
+
+    The last column is the collective that takes most of an iteration, with its share.
+    """
     lines = {line.function.name: line for line in plan.lines}
     taken: Counter[str] = Counter()
     for line in plan.lines:
@@ -50,5 +52,5 @@ def growth_row(plan: Plan, config) -> list[str]:
     ]
 
 
-HEAD = ["pod", "chips", "fsdp × tensor", "prompts", "GiB a chip", "s an iteration", "s an update", "ms a decode step"]
-HEAD += ["longest collective"]
+HEAD = ["pod", "chips", "fsdp × tensor", "questions", "GiB per chip", "s per iteration", "s per update"]
+HEAD += ["ms per decode step", "longest collective"]

@@ -1,11 +1,11 @@
-"""What a compiled program does, counted from its HLO text: matrix FLOPs, bytes of main memory, collectives.
+"""Counts what a compiled function does from its HLO text: matrix FLOPs, bytes of main memory, collectives.
 
-A loop's body is multiplied by how often it runs, nested loops too; XLA's own `cost_analysis()` counts a body once. All
-numbers are those of one device, once through the program.
+The body of a loop is multiplied by the number of its turns, in nested loops too; XLA's own `cost_analysis()` counts a
+body once. All numbers are those of one device for one call.
 
-How often a loop runs is read from its condition, which compares a counter with a constant, and from the counter's first
-value and step: the TPU compiler runs some loops by twos. Loops that run as often as an argument says carry a
-`jax.named_scope`, and whoever counts says how often (`trips`).
+The number of turns is read from the loop's condition, which compares a counter with a constant, and from the counter's
+first value and step (the TPU compiler runs some loops in steps of two). A loop whose number of turns is an argument has
+a `jax.named_scope`, and the caller says how often it runs (`trips`).
 """
 
 import math
@@ -19,17 +19,20 @@ import numpy as np
 from reft_jax.plan.hlo_text import Array, Computation, Instruction, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Names for something that is there already.
+# Operations that only name existing data.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain", "iota"}
 RENAMED = ("bitcast", "reshape")
-SLICES = ("dynamic-slice", "slice", "gather")  # read what they return, whatever they return it from
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # written in place: the operand with what is written
+SLICES = ("dynamic-slice", "slice", "gather")  # read as many bytes as they return, from an operand of any size
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # work in place: the index of the operand with the new values
 
 
 class Collective(NamedTuple):
-    """`bytes` of the largest array of it that a device holds: gathered, not yet scattered; `group` devices in it.
-    What several instructions do in parts, beside other work, has one `channel`."""
+    """One collective operation.
+
+    group: number of devices that take part. bytes: size of the largest of its arrays on a device: after a gather,
+    before a scatter. channel: equal for the instructions that do parts of one collective while other work runs.
+    """
 
     kind: str
     group: int
@@ -38,8 +41,10 @@ class Collective(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One instruction of a program as it is run: `times` over. FLOPs, bytes of main memory and cycles (the compiler's
-    own estimate, where it makes one) are those of one time."""
+    """One instruction that runs `times` times.
+
+    FLOPs, bytes of main memory and cycles (the compiler's own estimate, or 0) are those of one time.
+    """
 
     times: int
     instruction: Instruction
@@ -51,7 +56,7 @@ class Work(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Sums over a program. collectives: (kind, devices in a group) -> (how many, their bytes together)."""
+    """Sums over a function. collectives: (kind, devices in a group) -> (number, their bytes together)."""
 
     flops: int
     bytes: int
@@ -60,13 +65,13 @@ class Cost(NamedTuple):
 
 
 class LoopError(Exception):
-    """How often a loop runs cannot be read from the text, and nobody said so."""
+    """The number of turns of a loop is neither in the text nor in `trips`."""
 
 
 def count(text: str, trips: Mapping[str, int] | None = None) -> Cost:
-    """The cost of a program, from `compiled.as_text()`.
+    """The cost of a compiled function, from `compiled.as_text()`.
 
-    Args: trips, how often the loops of a named scope run (`with jax.named_scope("micro_batches"): fori_loop(...)`).
+    trips: how often the loops of a named scope run (`with jax.named_scope("micro_batches"): fori_loop(...)`).
     Raises LoopError.
     """
     flops = moved = cycles = 0
@@ -82,7 +87,7 @@ def count(text: str, trips: Mapping[str, int] | None = None) -> Cost:
 
 
 def run(text: str, trips: Mapping[str, int]) -> list[Work]:
-    """Everything that one run of a program does. Raises LoopError."""
+    """Everything that one call of a compiled function does. Raises LoopError."""
     computations, entry = parse(text)
     return _Program(computations, trips).runs(entry)
 
@@ -94,7 +99,7 @@ class _Program:
         self.used: dict[int, dict[str, list[Instruction]]] = {}
 
     def runs(self, name: str) -> list[Work]:
-        """The work of a computation, once."""
+        """The work of a computation, for one call of it."""
         if name not in self.counted:
             here, channels = self.computations[name], set()
             self.counted[name] = []
@@ -114,7 +119,7 @@ class _Program:
         elif one.op == "conditional":
             names = one.called("branch_computations")
             names = names or one.called("true_computation") + one.called("false_computation")
-            # The dearest branch: what may happen, not what happens on average.
+            # The most expensive branch: this is an upper bound, not an average.
             yield from max(map(self.runs, names), key=lambda works: sum(w.times * (w.flops + w.read) for w in works))
         elif one.op in ("call", "async-start"):
             yield from self.runs((one.called("to_apply") or one.called("calls"))[0])
@@ -125,7 +130,7 @@ class _Program:
             yield Work(1, one, flops, read, written, int(cycles[1]) if cycles else 0, collectives)
 
     def inside(self, here: Computation, one: Instruction) -> tuple[int, tuple[Collective, ...]]:
-        """FLOPs and collectives of an instruction; of a fusion, those of its computation."""
+        """FLOPs and collectives of an instruction; for a fusion, those of its computation."""
         arrays = [
             array for name in one.operands if name in here.instructions for array in here.instructions[name].arrays
         ]
@@ -144,8 +149,8 @@ class _Program:
             return _convolution_flops(one, *arrays), ()
         return 0, ()
 
-    # Bytes. An array that is sliced inside a fusion is read where it is sliced, one that is updated in place is written
-    # where it is updated: counting them whole would count a cache again for every row written to it.
+    # Bytes. If a fusion slices an array, only the slice is read; if it updates an array in place, only the update is
+    # written. Counting whole arrays would count a cache again for every row that is written to it.
 
     def read(self, here: Computation, one: Instruction) -> int:
         sizes = [here.instructions[name].hbm for name in one.operands]
@@ -167,9 +172,9 @@ class _Program:
         return [numbered[number] for number in range(len(numbered))]
 
     def read_of(self, fused: Computation, name: str) -> float:
-        """Bytes that a fusion reads of a parameter (or of what it renames), by everything that uses it."""
+        """Bytes that a fusion reads of a parameter (or of a renamed one), summed over all users; inf: all of it."""
         if name == fused.root:
-            return math.inf  # all of it
+            return math.inf
         size = 0
         for user in self.users(fused)[name]:
             if user.op in RENAMED:
@@ -179,7 +184,7 @@ class _Program:
             elif user.op == "fusion":
                 deeper = self.computations[user.called("calls")[0]]
                 root = deeper.instructions[deeper.root]
-                if root.op in RENAMED and len(deeper.instructions) == 2:  # a fusion of a bitcast alone
+                if root.op in RENAMED and len(deeper.instructions) == 2:  # a fusion that holds only a bitcast
                     size += self.read_of(fused, user.name)
                     continue
                 names = zip(user.operands, self.parameters(deeper), strict=True)
@@ -209,12 +214,14 @@ class _Program:
         return sum(self.stored(fused, part, array.hbm) for part, array in zip(roots, one.arrays, strict=True))
 
     def destination(self, here: Computation, one: Instruction) -> Array:
-        """Where an operation that runs beside others puts its result: of copy-start the first, else after its operands
-        (and before what else it returns)."""
+        """The array in which an asynchronous operation puts its result.
+
+        It is the first array of copy-start; else it comes after the operands and before the other results.
+        """
         return one.arrays[0 if one.op == "copy-start" or len(one.arrays) == 1 else len(one.operands)]
 
     def stored(self, here: Computation, one: Instruction, size: int) -> int:
-        """Bytes that are written for a result of `size` bytes: of an update in place, the update."""
+        """Bytes that are written for a result of `size` bytes; for an update in place, those of the update."""
         while one.op in RENAMED:
             one = here.instructions[one.operands[0]]
         if one.op == "fusion":
@@ -235,12 +242,12 @@ class _Program:
         condition, body = (self.computations[loop.called(part)[0]] for part in ("condition", "body"))
         compare = condition.instructions[condition.root]
         names = compare.operands
-        if compare.op == "fusion":  # of the comparison alone, on a CPU
+        if compare.op == "fusion":  # on a CPU, a fusion that holds only the comparison
             compare = self.computations[compare.called("calls")[0]]
             compare = compare.instructions[compare.root]
         begin, end = here.instructions[loop.operands[0]], body.instructions[body.root].operands
         start = {i: self.number(here, name, {}) for i, name in enumerate(begin.operands)} if begin.op == "tuple" else {}
-        same = {i: value for i, value in start.items() if _element(body, end[i]) == i}  # in every turn
+        same = {i: value for i, value in start.items() if _element(body, end[i]) == i}  # the same in every turn
         limits = [value for name in names if (value := self.number(condition, name, same)) is not None]
         counters = [i for name in names if (i := _element(condition, name)) is not None and same.get(i) is None]
         if compare.op == "compare" and "direction=LT" in compare.attributes and len(limits) == len(counters) == 1:
@@ -248,11 +255,13 @@ class _Program:
             step = self.number(body, end[i], same | {i: 0})
             if step and start.get(i) is not None:
                 return max(0, math.ceil((limit - start[i]) / step))
-        raise LoopError(f"{loop.name} ({loop.source}): no constants say how often it runs; name it in trips")
+        raise LoopError(f"{loop.name} ({loop.source}): no constants give the number of turns; name it in trips")
 
     def number(self, here: Computation, name: str, elements: Mapping[int, int | None]) -> int | None:
-        """The integer that a name stands for, or None, by constants and what is known of the computation's arguments:
-        the elements of a loop's tuple, or the operands of a fusion."""
+        """The integer that a name stands for; None if it is not known.
+
+        elements: the known arguments of the computation: elements of a loop's tuple, or operands of a fusion.
+        """
         one = here.instructions[name]
         if one.op == "constant":
             return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
@@ -270,7 +279,7 @@ class _Program:
 
 
 def _element(here: Computation, name: str) -> int | None:
-    """Which element of the computation's argument a name stands for, or None if it is something else."""
+    """The index of the element of the computation's argument that a name stands for; None for anything else."""
     one = here.instructions[name]
     while one.op in ("copy", "bitcast"):
         one = here.instructions[one.operands[0]]
@@ -280,7 +289,7 @@ def _element(here: Computation, name: str) -> int | None:
 
 
 def _group(attributes: str) -> int:
-    """Devices that take part in one collective; 2 for a permutation, where each sends to one other."""
+    """Number of devices that take part in a collective; 2 for a permutation, where each sends to one other."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -297,8 +306,10 @@ def _dot_flops(one: Instruction, left: Array) -> int:
 
 
 def _convolution_flops(one: Instruction, left: Array, right: Array) -> int:
-    """A TPU's matrix products are convolutions, and their batch dimensions windows that mostly meet padding: only the
-    places where kernel and input meet are multiplied."""
+    """FLOPs of a convolution, counted only where kernel and input overlap.
+
+    On TPUs matrix products are convolutions; their batch dimensions become windows that mostly cover padding.
+    """
     inputs, kernel, output = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
     window = re.search(r"window=\{([^}]*)\}", one.attributes)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
@@ -312,5 +323,5 @@ def _convolution_flops(one: Instruction, left: Array, right: Array) -> int:
         met *= int(((place >= 0) & (place <= (length - 1) * spread) & (place % spread == 0)).sum())
     groups = re.search(r"batch_group_count=(\d+)", one.attributes)
     batch = left.dims[inputs.index("b")] // (int(groups[1]) if groups else 1)
-    # The kernel's input features are those of one feature group already.
+    # The kernel's input features are already those of one feature group.
     return 2 * met * batch * right.dims[kernel.index("i")] * right.dims[kernel.index("o")]

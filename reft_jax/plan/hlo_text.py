@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO, as `compiled.as_text()` has it) as instructions with sizes."""
+"""Parses the text of a compiled function (HLO, from `compiled.as_text()`) into instructions with sizes."""
 
 import math
 import re
@@ -9,8 +9,11 @@ _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 class Array(NamedTuple):
-    """One array of a type. `bytes`: of the numbers in it; `hbm`: of main memory, tiles' padding included, and 0 where
-    it lies in a memory of the chip itself (`S(1)` in the layout)."""
+    """One array of a type.
+
+    bytes: size of its numbers. hbm: bytes of main memory, with the padding of tiles; 0 if the array is in the chip's
+    own memory (`S(1)` in the layout).
+    """
 
     dtype: str
     dims: tuple[int, ...]
@@ -19,7 +22,10 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line. `operands` are names; of a parameter its number, of a constant its value, as text."""
+    """One line of the text.
+
+    operands: names; for a parameter its number and for a constant its value, as text.
+    """
 
     name: str
     arrays: tuple[Array, ...]
@@ -37,7 +43,7 @@ class Instruction(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The named scopes and the primitive that it comes from, as `jit(step)/layers/while/body/dot_general`."""
+        """The named scopes and the primitive that it comes from, like `jit(step)/layers/while/body/dot_general`."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -50,14 +56,14 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """A function of the program: instructions by name, in order, and the name of the one it returns."""
+    """One computation of the text: its instructions by name, in order, and the name of the one that it returns."""
 
     instructions: dict[str, Instruction]
     root: str
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a program by name, and the name of the one it begins with."""
+    """Returns the computations of a text by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     name = entry = root = ""
     inside: dict[str, Instruction] | None = None
@@ -75,7 +81,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    """From what stands after `name = `: a type, an operation with its operands, attributes."""
+    """Parses what follows `name = `: a type, an operation with its operands, attributes."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opening = rest.index("(", end)
     op = rest[end:opening].strip()
@@ -86,7 +92,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The place of the parenthesis that closes the one at `opening`."""
+    """The index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
@@ -99,7 +105,7 @@ def _arrays(kind: str) -> tuple[Array, ...]:
     found = []
     for dtype, dims, layout in _SHAPE.findall(kind):
         dims = tuple(int(d) for d in dims.split(",") if d)
-        bits = re.search(r"\d+", dtype)  # of pred and token there are none
+        bits = re.search(r"\d+", dtype)  # pred and token have no number of bits
         width = int(bits[0]) / 8 if bits else float(dtype == "pred")
         on_chip = re.search(r"S\([1-9]", layout)
         hbm = 0 if on_chip else int(math.prod(_padded(dims, layout)) * width)
@@ -108,7 +114,7 @@ def _arrays(kind: str) -> tuple[Array, ...]:
 
 
 def _padded(dims: tuple[int, ...], layout: str) -> list[int]:
-    """The dimensions in memory, where the last ones fill whole tiles: `{2,1,0:T(8,128)(2,1)}`."""
+    """The dimensions in memory, padded to whole tiles as in `{2,1,0:T(8,128)(2,1)}`."""
     order, _, tiling = layout.partition(":")
     tile, sizes = re.match(r"T\(([\d,]+)\)", tiling), list(dims)
     if tile and order:

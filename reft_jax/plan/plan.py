@@ -1,5 +1,8 @@
-"""Does a run fit a pod, how fast can it be, and what does it cost: every program compiled by the TPU compiler, without
-a TPU, and its text counted (plan/hlo.py). docs/pods.md says how to read the tables."""
+"""Predicts whether a run fits a pod, how fast it can be and what it costs.
+
+The TPU compiler compiles every function of the run, without a TPU, and their texts are counted (plan/hlo.py).
+docs/pods.md explains the tables.
+"""
 
 import gzip
 import hashlib
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.experimental import topologies
 
 import reft_jax
 from reft_jax.config import flatten
@@ -28,13 +32,18 @@ from reft_jax.plan import chips
 from reft_jax.plan.functions import Jitted, RunFunctions
 from reft_jax.plan.hlo import Cost, count
 from reft_jax.run.machine import check_rows
+from reft_jax.store import write_whole
+from reft_jax.toy.model import toy_config
 from reft_jax.types import InputError
 
-SPARE = 0.1  # of a chip's memory, for what no program knows of: the runtime, fragments, the next batch
+SPARE = 0.1  # share of a chip's memory for what no function accounts for: the runtime, fragments, the next batch
 
 
 class Measured(NamedTuple):
-    """What the compiler made of one function. Bytes a chip; `cost` of one call; `problem`: why it did not compile."""
+    """What the compiler says about one function.
+
+    arguments, temporaries, peak: bytes per chip. cost: of one call. problem: why it did not compile; "" if it did.
+    """
 
     compile_seconds: float
     arguments: int
@@ -45,7 +54,10 @@ class Measured(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """One line of the plan. `resident`: bytes a chip with what lies beside it; `seconds` of doing it once."""
+    """One line of the plan.
+
+    resident: bytes per chip, with what else is in memory then. seconds: of doing it once.
+    """
 
     function: Jitted
     measured: Measured
@@ -54,7 +66,11 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`residents` in bytes a chip; `iteration`: seconds of one of PPO, by line; `mfu` of that and of its updates."""
+    """The plan of a run on a pod.
+
+    residents: bytes per chip of the arrays that stay in memory. iteration: seconds of each line in one PPO iteration.
+    mfu, update_mfu: model FLOPs utilization of an iteration and of its updates.
+    """
 
     topology: str
     devices: int
@@ -79,28 +95,27 @@ class Plan(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Seconds of all chips together, of an iteration."""
+        """Chip-seconds of an iteration."""
         return self.seconds * self.devices
 
 
 def topology_devices(topology: str) -> list:
-    """The chips of `v5e:4x8`, as the TPU compiler knows them. InputError if it is missing or knows no such pod."""
-    from jax.experimental import topologies
+    """The devices of a pod such as `v5e:4x8`, from the TPU compiler.
 
+    Raises InputError if the compiler is not installed or does not know the pod.
+    """
     chips.chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("plan needs the TPU compiler (no TPU): pip install -e '.[plan]', or launch/venv.sh plan")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # libtpu's own, of several types
-        raise InputError(f"--topology: the TPU compiler knows no {topology!r} ({error})") from error
+    except Exception as error:  # libtpu raises several types
+        raise InputError(f"--topology: the TPU compiler does not know {topology!r} ({error})") from error
 
 
 def shapes_of(config, config_file: Path) -> tuple[LlamaConfig, str]:
-    """The model's shapes and where they are from: its folder, or models/NAME.json beside the config. InputError."""
+    """The model's shapes and their source: its folder, or models/NAME.json next to the config. Raises InputError."""
     if config.model.path == "toy":
-        from reft_jax.toy.model import toy_config
-
         return toy_config(config, config.toy.vocab_size), "toy"
     folder = Path(config.model.path)
     beside = config_file.parent / "models" / f"{folder.name}.json"
@@ -110,7 +125,10 @@ def shapes_of(config, config_file: Path) -> tuple[LlamaConfig, str]:
 
 
 def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print) -> Plan:
-    """Compiles what `cache` does not have. InputError if mesh and batches do not divide. `say` hears of progress."""
+    """Plans a run; compiles the functions that are not in the folder `cache`.
+
+    say: called with lines about the progress. Raises InputError if the mesh does not divide the model or the batches.
+    """
     devices = topology_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_rows(config, mesh)
@@ -127,7 +145,8 @@ def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print
         say(f"{function.name}: {measured.problem or f'compiled in {measured.compile_seconds:.0f} s'}")
         return measured
 
-    # Traced one after another (the mesh is the thread's), compiled side by side: the compiler is mostly one thread.
+    # Traced one after another (the mesh belongs to the thread), compiled in parallel: a compilation uses mostly one
+    # thread.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         under_way = []
         for function in functions.all:
@@ -141,9 +160,9 @@ def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print
 
 
 def compile_into(path: Path, lowered) -> None:
-    """Compiles a program and keeps what `recall` reads: its text beside sizes and seconds, written last.
+    """Compiles a function and keeps what `recall` reads: its text, then sizes and seconds at `path`.
 
-    A program that needs more memory than a chip has is no error: `problem` says so.
+    It is not an error if the function needs more memory than a chip has: `problem` then says so.
     """
     begun, text, problem = time.monotonic(), "", ""
     arguments = temporaries = peak = 0
@@ -159,26 +178,26 @@ def compile_into(path: Path, lowered) -> None:
         temporaries = peak = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
         problem = f"needs {used[1]} {used[2]}iB at once"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".hlo.gz").write_bytes(gzip.compress(text.encode()))
+    write_whole(path.with_suffix(".hlo.gz"), gzip.compress(text.encode()))
     sizes = {"arguments": arguments, "temporaries": temporaries, "peak": peak, "problem": problem}
-    whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps({"compile_seconds": time.monotonic() - begun} | sizes))
-    whole.rename(path)
+    write_whole(path, json.dumps({"compile_seconds": time.monotonic() - begun} | sizes))
 
 
 def recall(path: Path, trips: dict[str, int]) -> Measured:
-    """What `compile_into` kept, its text counted."""
+    """Reads what `compile_into` kept, and counts the text."""
     text = gzip.decompress(path.with_suffix(".hlo.gz").read_bytes()).decode()
     return Measured(**json.loads(path.read_text()), cost=count(text, trips) if text else Cost(0, 0, 0, {}))
 
 
 def planned(function: Jitted, measured: Measured, residents: dict[str, int], chip: chips.Chip) -> Planned:
+    """The line of a function, with memory and time on this chip."""
     resident = measured.peak + sum(residents[name] for name in function.beside)
     seconds = chips.Seconds(*(part / function.once for part in chips.seconds(chip, measured.cost)))
     return Planned(function, measured, resident, seconds)
 
 
 def estimated(topology: str, devices: int, chip: chips.Chip, lines: list[Planned], residents: dict[str, int]) -> Plan:
+    """The plan that these lines give: seconds of an iteration and MFU."""
     iteration = {line.function.name: line.function.calls * line.seconds.estimate for line in lines}
     iteration = {name: seconds for name, seconds in iteration.items() if seconds}
     at_peak = {line.function.name: line.function.calls * line.function.flops / (chip.flops * devices) for line in lines}
@@ -197,7 +216,7 @@ def estimated(topology: str, devices: int, chip: chips.Chip, lines: list[Planned
 
 
 def cache_key(config, shapes: LlamaConfig, topology: str) -> str:
-    """A hash of everything that the compiled programs follow from: settings, shapes, pod, versions and our own code."""
+    """A hash of all that the compiled functions depend on: settings, shapes, pod, versions and this package's code."""
     package = Path(reft_jax.__file__).parent
     parts = [flatten(config), asdict(shapes), topology, *map(version, ("jax", "flax", "optax", "libtpu"))]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -208,24 +227,26 @@ def cache_key(config, shapes: LlamaConfig, topology: str) -> str:
 
 
 def cache_path(function: Jitted, cache: Path, key: str) -> Path:
+    """Where `compile_into` keeps a function."""
     return cache / key / f"{re.sub(r'[^a-zA-Z]+', '_', function.name)}.json"
 
 
 def as_json(measured: Measured) -> dict:
+    """The numbers of a function as plain JSON values."""
     cost = measured.cost._asdict()
     cost["collectives"] = [[*key, *sums] for key, sums in measured.cost.collectives.items()]
     return measured._asdict() | {"cost": cost}
 
 
 def advice(plan: Plan) -> Iterator[str]:
-    """What to change, for the program that needs most: by the largest part of what is there with it."""
+    """Says what to change, by the largest part of the memory at the function that needs most."""
     line, names = plan.largest, {}
     names["temporaries"] = line.measured.temporaries
     names["arguments and results"] = line.measured.peak - line.measured.temporaries
     names |= {name: plan.residents[name] for name in line.function.beside}
     part = max(names, key=names.get)
     training = line.function.calls == 0 or "update" in line.function.name or "score" in line.function.name
-    yield f"the largest part of {line.function.name} is {part}"
+    yield f"the largest part of the memory at {line.function.name} is {part}"
     if part == "temporaries" and training:
         yield "halve its micro_batch, set model.remat=full, or raise mesh.tensor"
     elif part in ("temporaries", "slots") or line.function.name.startswith("decode"):

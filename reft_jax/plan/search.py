@@ -1,6 +1,6 @@
-"""Which mesh, micro-batch and remat policy suit a run: all that divide are ranked by arithmetic, the best are compiled.
+"""Searches mesh, micro-batch and remat policy for a run: ranks all candidates by arithmetic; the best are compiled.
 
-The arithmetic knows sizes and the roofline, nothing of the compiler: it orders candidates, `plan` judges them.
+The arithmetic knows sizes and the roofline but not the compiler: it orders the candidates, and `plan` judges them.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,17 @@ from reft_jax.plan.hlo import Cost
 from reft_jax.plan.plan import SPARE
 from reft_jax.types import InputError
 
-COMPILED = 3
-# Of a layer's activations, numbers of the model's width that are kept a token, and FLOPs against the mathematics.
-REMAT = {"full": (1, 8 / 6), "dots": (None, 1.05)}  # dots: every product's result
+COMPILED = 3  # candidates that are compiled
+# Per remat policy: activations that a layer keeps per token, in units of the model's width, and FLOPs relative to the
+# formulas.
+REMAT = {"full": (1, 8 / 6), "dots": (None, 1.05)}  # dots keeps the result of every product
 
 
 class Candidate(NamedTuple):
-    """`memory`: bytes a chip of an update or a rollout, whichever is more; `seconds` of an iteration of PPO."""
+    """One choice of pod, mesh, micro-batches and remat policy.
+
+    memory: bytes per chip of an update or of a rollout, the larger of the two. seconds: of one PPO iteration.
+    """
 
     topology: str
     chips: int
@@ -35,7 +39,7 @@ class Candidate(NamedTuple):
     seconds: float
 
     def apply(self, config):
-        """The config with these settings."""
+        """Returns the config with these settings."""
         config = ConfigDict(config.to_dict() if hasattr(config, "to_dict") else config, type_safe=False)
         config.mesh.update(data=-1, fsdp=self.fsdp, tensor=self.tensor)
         config.model.remat = self.remat
@@ -48,15 +52,18 @@ class Candidate(NamedTuple):
 
 
 def candidates(config, shapes: LlamaConfig, topologies: list[str]) -> list[Candidate]:
-    """Those that divide the model and the batches, the fastest that fit first, then the smallest. InputError if none
-    divides."""
+    """Returns the candidates that divide the model and the batches.
+
+    Those that fit come first, in order of chip-seconds, then the others in order of memory. Raises InputError if none
+    divides.
+    """
     found = [one for topology in topologies for one in _of(config, shapes, topology)]
     if not found:
         raise InputError("--search: no mesh divides the model and the batches on these topologies; change batch sizes")
 
     def rank(one: Candidate):
         memory = chips.chip_of(one.topology).memory * (1 - SPARE)
-        # Of equals the dearer pod is no better: seconds of all chips together.
+        # Seconds of all chips together, because a pod that is as fast with more chips is not better.
         return (one.memory > memory, one.seconds * one.chips if one.memory <= memory else one.memory)
 
     return sorted(found, key=rank)
@@ -86,15 +93,15 @@ def _divisors(n: int) -> list[int]:
 
 
 def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_batches: int, remat: str):
-    """(bytes a chip, seconds of an iteration) on paper.
+    """Estimates (bytes per chip, seconds per iteration) by arithmetic.
 
-    Weights are gathered over fsdp in two bytes for each pass over the layers, gradients scattered back; a layer's
-    activations are summed over tensor twice forwards, twice backwards and once for each forward pass done again;
-    gradients are summed over data once an update.
+    For each pass over the layers weights are gathered over fsdp in two bytes per number, and gradients are scattered
+    back. A layer's activations are summed over tensor twice in a forward pass, twice in a backward pass and once in a
+    recomputed forward pass. Gradients are summed over data once per update.
     """
     rl, n, wide = config.rl, cost.parameters(shapes), shapes.hidden_size
     length, shards = round_up(rl.max_len, config.data.pad_multiple), number // tensor
-    tokens = rl.questions * length // shards  # a chip's, in an iteration
+    tokens = rl.questions * length // shards  # per chip and iteration
     kept, work = REMAT[remat]
     numbers = kept or 4 + (2 * shapes.intermediate_size / wide + 3) / tensor
     a_time = tokens // micro_batches // rl.minibatches
@@ -110,7 +117,7 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     def collective(kind, group, size, times):
         return {(kind, group): (times, size * times)} if group > 1 else {}
 
-    passes = rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 2  # over the layers, of updates and scoring
+    passes = rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 2  # over the layers, in updates and scoring
     layer, steps = 2 * n / shapes.num_layers / tensor, rl.max_len - rl.max_prompt
     weights = collective("all-gather", fsdp, layer, shapes.num_layers * passes * micro_batches)
     sums = collective("all-reduce", tensor, 2 * tokens * wide, shapes.num_layers * (2 * passes - rl.ppo_epochs))
@@ -128,6 +135,6 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
 
 
 def words(one: Candidate) -> list[str]:
-    """For a table: pod, data × fsdp × tensor, micro-batches of an update, remat, GiB a chip, seconds an iteration."""
+    """A row of the table: pod, data × fsdp × tensor, micro-batches, remat, GiB per chip, seconds per iteration."""
     mesh = f"{one.chips // one.fsdp // one.tensor} × {one.fsdp} × {one.tensor}"
     return [one.topology, mesh, str(one.micro_batches), one.remat, f"{one.memory / 2**30:.1f}", f"{one.seconds:.2f}"]

@@ -1,4 +1,4 @@
-"""A plan as people read it: tables in Markdown, aligned so that they read on a terminal too."""
+"""Prints a plan as Markdown tables, aligned so that they can also be read in a terminal."""
 
 import json
 import re
@@ -8,14 +8,15 @@ from pathlib import Path
 from reft_jax.plan.growth import HEAD, grown, growth_row
 from reft_jax.plan.plan import SPARE, Plan, Planned, advice, as_json, make_plan, shapes_of
 from reft_jax.plan.search import COMPILED, candidates, words
+from reft_jax.store import write_whole
 from reft_jax.types import InputError
 
 GIB = 2**30
-SHOWN = 12  # candidates of a search
+SHOWN = 12  # candidates of a search that are printed
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, numbers to the right."""
+    """A Markdown table with its first column aligned left and the others right."""
     widths = [max(2, *(len(row[i]) for row in [head, *rows])) for i in range(len(head))]
 
     def line(row):
@@ -29,7 +30,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def run_plan(config, values) -> bool:
-    """The command: prints the plan as the flags `values` say; whether it fits."""
+    """The `plan` command: prints the plan that the flags `values` ask for; returns whether the run fits."""
     shapes, source = shapes_of(config, Path(values.config.partition(":")[0]))
     kind = "growth" if values.grow else "search" if values.search else values.topology[0]
     name, to_people = f"{Path(values.config).stem} {kind}", sys.stderr if values.json else sys.stdout
@@ -56,12 +57,12 @@ def run_plan(config, values) -> bool:
         return all(plan.fits for plan, _ in plans)
     if values.search:
         found = candidates(config, shapes, values.topology)
-        head = ["pod", "data × fsdp × tensor", "micro-batches", "remat", "GiB a chip", "seconds"]
-        on_paper = "On paper, the best:\n\n" + table(head, [words(one) for one in found[:SHOWN]])
+        head = ["pod", "data × fsdp × tensor", "micro-batches", "remat", "GiB per chip", "seconds"]
+        on_paper = "The best by arithmetic:\n\n" + table(head, [words(one) for one in found[:SHOWN]])
         say(f"{plain(on_paper)}\n")
         best = [(one.apply(config), one) for one in found[:COMPILED]]
         plans = [(planned(changed, one.topology), one) for changed, one in best]
-        # Of those that fit the one whose chips are busy shortest, else the one that needs least.
+        # The one with the fewest chip-seconds of those that fit; if none fits, the one that needs least memory.
         plan, one = min(plans, key=lambda p: (not p[0].fits, p[0].cost if p[0].fits else p[0].largest.resident))
         rows = [words(one)[:4] + [f"{plan.largest.resident / GIB:.1f}", f"{plan.seconds:.2f}"] for plan, one in plans]
         compiled = f"The first {len(plans)}, compiled:\n\n{table(head, rows)}\n\nChosen: {', '.join(words(one)[:4])}"
@@ -81,17 +82,17 @@ def run_plan(config, values) -> bool:
 
 
 def report(plan: Plan, title: str, questions: int, prompts: int) -> str:
-    """The whole plan. `questions` of an epoch, `prompts` of an iteration."""
+    """The whole plan in Markdown. questions: of an epoch. prompts: questions of an iteration."""
     return "\n\n".join(
         [
             f"**{title}**",
             verdict(plan),
-            "GiB a chip:",
+            "GiB per chip:",
             memory_table(plan),
-            "Work of a chip, once through (a decode step, not a chunk of them); milliseconds by the roofline:",
+            "Work of one chip for one call (for one decode step, not a chunk of them); milliseconds by the roofline:",
             work_table(plan),
             collectives_table(plan),
-            "An iteration of PPO, every row as long as the config allows:",
+            "One PPO iteration, with every row as long as the config allows:",
             iteration_table(plan),
             cost_line(plan, questions, prompts),
         ]
@@ -99,13 +100,14 @@ def report(plan: Plan, title: str, questions: int, prompts: int) -> str:
 
 
 def verdict(plan: Plan) -> str:
+    """One line: whether the run fits, and if not, what to change."""
     most, memory = plan.largest, plan.chip.memory
     compiled = sum(line.measured.compile_seconds for line in plan.lines)
     need = f"{most.resident / GIB:.1f} of {memory / GIB:.0f} GiB at most ({most.function.name})"
     if plan.fits:
         return f"Fits: {need}, {1 - most.resident / memory:.0%} to spare. Compiled in {compiled:.0f} s."
     said = "; ".join(advice(plan))
-    return f"Does not fit: {need}, and {SPARE:.0%} must be to spare. What to change: {said}."
+    return f"Does not fit: {need}, and {SPARE:.0%} must stay free. What to change: {said}."
 
 
 def memory_table(plan: Plan) -> str:
@@ -115,7 +117,8 @@ def memory_table(plan: Plan) -> str:
         sizes = (m.arguments, m.temporaries, m.peak, beside, line.resident)
         words = ", ".join(line.function.beside) or "-"
         rows.append([line.function.name, line.function.shape, *(f"{size / GIB:.2f}" for size in sizes), words])
-    return table(["program", "shape", "arguments", "temporary", "peak", "beside", "in all", "what lies beside"], rows)
+    head = ["function", "shape", "arguments", "temporary", "peak", "else", "total", "what else is in memory"]
+    return table(head, rows)
 
 
 def work_table(plan: Plan) -> str:
@@ -136,7 +139,7 @@ def work_table(plan: Plan) -> str:
                 f"{line.measured.compile_seconds:.0f}",
             ]
         )
-    head = ["program", "TFLOP", "× model's", "GiB", "× least", "compute", "memory", "network", "estimate"]
+    head = ["function", "TFLOP", "× model's", "GiB", "× least", "compute", "memory", "network", "estimate"]
     return table([*head, "compiler's", "compile s"], rows)
 
 
@@ -166,14 +169,14 @@ def cost_line(plan: Plan, questions: int, prompts: int) -> str:
     iterations = max(1, questions // prompts)
     hours = iterations * plan.seconds * plan.devices / 3600
     return (
-        f"{plan.seconds:.1f} s an iteration, MFU {plan.mfu:.0%} (of its updates {plan.update_mfu:.0%}); an epoch of "
+        f"{plan.seconds:.1f} s per iteration, MFU {plan.mfu:.0%} (of its updates {plan.update_mfu:.0%}); an epoch of "
         f"{questions} questions is {iterations} iterations, {iterations * plan.seconds / 3600:.2f} hours, {hours:.1f} "
         "chip-hours."
     )
 
 
 def to_json(plan: Plan, questions: int, prompts: int) -> dict:
-    """Everything, for a program to read: bytes, FLOPs, seconds."""
+    """The whole plan as plain JSON values: bytes, FLOPs, seconds."""
     lines = {
         line.function.name: as_json(line.measured)
         | {
@@ -204,13 +207,16 @@ def to_json(plan: Plan, questions: int, prompts: int) -> dict:
 
 
 def write_into(path: Path, name: str, text: str) -> None:
-    """Puts the text between the marks `<!-- plan NAME -->` and `<!-- end -->` of a file. InputError without them."""
+    """Replaces the text between the marks `<!-- plan NAME -->` and `<!-- end -->` of a file.
+
+    Raises InputError if the marks are missing, SaveError if the file cannot be written.
+    """
     before, begin, end, after = _marked(path, name)
-    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+    write_whole(path, f"{before}{begin}{text}\n{end}{after}")
 
 
 def _marked(path: Path, name: str) -> tuple[str, str, str, str]:
-    """A file's text before the two marks, the marks, and what comes after them."""
+    """Splits a file into the text before the marks, the two marks, and the text after them."""
     old = path.read_text() if path.is_file() else ""
     begin, end = f"<!-- plan {name} -->\n", "<!-- end -->"
     if begin not in old or end not in old.split(begin, 1)[1]:
@@ -220,5 +226,5 @@ def _marked(path: Path, name: str) -> tuple[str, str, str, str]:
 
 
 def plain(text: str) -> str:
-    """For a terminal: without the rules of the tables."""
+    """The text for a terminal: without the rules of the tables and without bold."""
     return re.sub(r"^\| (-+:? \| )*-+:? \|\n", "", text, flags=re.MULTILINE).replace("**", "")

@@ -1,4 +1,4 @@
-"""What made a result: versions and commit. Imports nothing large, so that `--version` answers at once."""
+"""Says what made a result: versions and commit. Imports nothing large, so that `--version` answers at once."""
 
 import platform
 import subprocess
@@ -14,16 +14,16 @@ PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers datasets numpy m
 
 @cache
 def versions() -> dict[str, str]:
-    """Of this package, of Python and of what decides about numbers."""
+    """Versions of this package, of Python and of the packages that numbers depend on."""
     ours = {"reft_jax": __version__, "python": platform.python_version()}
     return ours | {name: version(name) for name in PACKAGES}
 
 
 @cache
 def commit() -> str:
-    """The commit that this package is of, "-dirty" behind it if files were changed since; "" outside a checkout."""
+    """The commit of this checkout, with "-dirty" appended if files have changed since; "" outside a checkout."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
+    if not (root / ".git").exists():  # installed, possibly inside another project's checkout
         return ""
     git = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:
@@ -33,7 +33,7 @@ def commit() -> str:
 
 
 def made() -> dict[str, str]:
-    """When and with what: the first lines of a report."""
+    """When a report was made and with which versions: its first lines."""
     found, of = versions(), f", commit {commit()}" if commit() else ""
     told = ", ".join(f"{name} {found[name]}" for name in ("jax", "jaxlib", "python"))
     return {"made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "with": f"reft_jax {found['reft_jax']}{of}, {told}"}

@@ -1,4 +1,4 @@
-"""What ends a run before its time: a signal, a step that never ends, a number that is none."""
+"""Ends a run early: on a signal, if a step never ends, or if a number is NaN or infinite."""
 
 import faulthandler
 import json
@@ -19,22 +19,22 @@ STDERR = 2  # the descriptor: stacks go there even if Python's own stream is stu
 
 
 class Guards:
-    """Signals and the watchdog, inside `with`; outside nothing asks to stop and nothing is watched.
+    """Handles signals and runs the watchdog, inside its `with` only.
 
-    SIGTERM (a machine about to be taken away) and SIGINT ask the run to stop: the next safe point raises Stopped, and
-    what the stage has done so far is saved. A second signal ends the process at once, with what was saved before; where
-    there are several hosts, a second SIGINT does.
+    SIGTERM (a machine is about to be taken away) and SIGINT ask the run to stop: the next safe point raises Stopped,
+    and the stage saves what it has done. A second signal ends the process at once, and only what was saved before
+    remains. With several hosts only a second SIGINT does that.
     """
 
     def __init__(self, watchdog_minutes: float = 0.0):
-        """watchdog_minutes: without a `step` for so long, every thread's stack goes to stderr and the process ends
-        with exit code 1; 0 watches nothing."""
+        """watchdog_minutes: after so long without a `step`, every thread's stack goes to stderr and the process ends
+        with exit code 1; 0 turns the watchdog off."""
         self.seconds, self.asked, self._armed_at, self._points = 60 * watchdog_minutes, None, 0.0, 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Guards":
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            ours = (signal.SIGTERM, signal.SIGINT) if hosts.count() == 1 else (signal.SIGINT,)  # JAX takes the other
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+            ours = (signal.SIGTERM, signal.SIGINT) if hosts.count() == 1 else (signal.SIGINT,)  # JAX handles SIGTERM
             self._before = {number: signal.signal(number, self._ask) for number in ours}
         self._arm()
         return self
@@ -46,10 +46,10 @@ class Guards:
             faulthandler.cancel_dump_traceback_later()
 
     def check(self, alone: bool = False) -> None:
-        """A safe point: nothing is half done here. Raises Stopped if the run was asked to stop.
+        """Marks a safe point, where nothing is half done. Raises Stopped if the run was asked to stop.
 
-        Where there are several hosts all come here equally often, and stop at the same point once one of them was
-        asked. `alone`: the others may not be here, so that this is a safe point of a single host only.
+        With several hosts, all must call this equally often; once one of them was asked, all stop at the same point.
+        alone: other hosts may not be at this point, so with several hosts it does nothing.
         """
         if hosts.count() == 1:
             if self.asked:
@@ -60,7 +60,7 @@ class Guards:
                 raise Stopped("a signal to one of the hosts")
 
     def step(self, alone: bool = False) -> None:
-        """A safe point, and something has been done: a decode chunk, a program, an update."""
+        """Marks a safe point after some work (a decode chunk, a program, an update), and restarts the watchdog."""
         if time.monotonic() - self._armed_at > 1.0:
             self._arm()
         self.check(alone)
@@ -75,14 +75,15 @@ class Guards:
             os._exit(128 + number)
         self.asked = signal.Signals(number).name
         if hosts.count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # to JAX, which tells the others
-        os.write(STDERR, f"{self.asked}: the run stops at the next safe point; once more to end it now\n".encode())
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it and tells the other hosts
+        os.write(STDERR, f"{self.asked}: the run stops at the next safe point; signal again to end it now\n".encode())
 
 
 def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inputs: dict[str, np.ndarray]) -> None:
     """Raises NotFiniteError if one of `numbers` is NaN or infinite.
 
-    Then `inputs`, what the update read, go to `folder/not_finite_AT.npz`, numbers and items to the .json beside it.
+    Before that it saves `inputs`, the arrays that the update read, to `folder/not_finite_AT.npz`, and numbers and items
+    to a .json file of the same name.
     """
     numbers = {name: float(value) for name, value in numbers.items()}
     bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
@@ -96,5 +97,5 @@ def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inpu
         write_whole(saved.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     raise NotFiniteError(
         f"{folder.name} {at}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; items "
-        f"{', '.join(list(item_ids)[:8])}{', …' if len(item_ids) > 8 else ''}; what it read is in {saved}"
+        f"{', '.join(list(item_ids)[:8])}{', …' if len(item_ids) > 8 else ''}; its inputs are in {saved}"
     )

@@ -1,8 +1,8 @@
-"""One run per work directory: `lock.json` says which process works there.
+"""Keeps a work directory to one run at a time: `lock.json` names the process that works there.
 
-The file is the whole lock, and three operations are all it needs: read it, replace it if it is still what was read, and
-touch it as a sign of life. Where it is missing or empty nobody holds the lock. Readers (`export`, `evaluate --samples`
-and `--replay`) do not ask.
+The file is the whole lock. Three operations are enough: read it, replace it if it has not changed since it was read,
+and touch it as a sign of life. If it is missing or empty, nobody holds the lock. Commands that only read (`export`,
+`evaluate --samples` and `--replay`) ignore it.
 """
 
 import fcntl
@@ -24,15 +24,15 @@ from reft_jax.types import InputError
 
 LOCK_NAME = "lock.json"
 BEAT_S = 20.0  # between two signs of life
-SILENCE_S = 90.0  # without one, a holder on another machine counts as dead
+SILENCE_S = 90.0  # without a sign of life, until a holder on another machine counts as dead
 TEXT = {"encoding": "utf-8", "errors": "replace"}
 
 
 class Holder(NamedTuple):
     """The process that holds a lock.
 
-    machine: equal where process ids can be compared. started: tells a process from a later one with its id.
-    workdir: tells the lock's own folder from a copy of it.
+    machine: equal if process ids can be compared. started: tells a process from a later one with the same id.
+    workdir: tells the original folder from a copy of it.
     """
 
     host: str
@@ -47,17 +47,17 @@ class Holder(NamedTuple):
 
 
 def look(workdir: Path) -> None:
-    """Writes nothing. Raises InputError if another process works in `workdir`."""
+    """Raises InputError if another process works in `workdir`. Writes nothing."""
     if hosts.is_first():
         _left_by(workdir, _read(workdir / LOCK_NAME))
 
 
 @contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Inside, this run works in `workdir`, which is made if it is new, and no other one does. Host 0 holds the lock.
+    """Holds the lock of `workdir` inside the `with`; creates the folder if it is new. With several hosts, host 0 does.
 
-    Raises InputError if another process holds it, SaveError if it cannot be written. A process that loses it, because
-    it was not heard of for SILENCE_S, ends at once: the other one writes now.
+    Raises InputError if another process holds the lock, SaveError if it cannot be written. A process that gave no sign
+    of life for SILENCE_S can lose the lock; it then ends at once, because the other process writes now.
     """
     if not hosts.is_first():
         hosts.gather("the work directory is free", None)
@@ -80,7 +80,7 @@ def held(workdir: Path) -> Iterator[None]:
         ended.set()
         with suppress(OSError):
             _swap(path, mine, "")
-            for folder in new:  # of a start that found something wrong: only what is empty goes
+            for folder in new:  # the start may have failed: remove the new folders that are still empty
                 folder.rmdir()
 
     threading.Thread(target=_beat, args=(path, mine, ended), name="reft-lock", daemon=True).start()
@@ -93,7 +93,7 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def _left_by(workdir: Path, text: str) -> str:
-    """Who left this lock behind and how that is known; "" for no lock. Raises InputError if its holder is alive."""
+    """Says who left this lock behind, and how that is known; "" for no lock. Raises InputError if the holder lives."""
     if not text:
         return ""
     path = workdir / LOCK_NAME
@@ -110,24 +110,24 @@ def _left_by(workdir: Path, text: str) -> str:
     else:
         silent = _silence(path)
         if silent > SILENCE_S:
-            return f"{holder or 'an unknown process'}, of which nothing was heard for {silent:.0f} s"
+            return f"{holder or 'an unknown process'}, which gave no sign of life for {silent:.0f} s"
         until = datetime.now().astimezone() + timedelta(seconds=SILENCE_S - silent)
-        wait = f"if nothing is heard of it until {_clock(until)}; the last sign of life was {max(0, silent):.0f} s ago"
+        wait = f"at {_clock(until)} if it gives no sign of life; the last one was {max(0, silent):.0f} s ago"
     who = holder or f"an unknown process ({path} cannot be read)"
     raise InputError(f"--workdir: {workdir} is in use by {who}; choose another, or wait: a start takes it over {wait}")
 
 
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
-    """Touches the lock while it is this run's; ends the process when it is another's."""
+    """Touches the lock while this run holds it; ends the process if another run has taken it."""
     while not ended.wait(BEAT_S):
-        with suppress(OSError):  # of a disk that is away for a moment; whoever waits too long takes over
+        with suppress(OSError):  # the disk may be unreachable for a moment; if it lasts, another run takes over
             text = _read(path)
             if text == mine:
                 os.utime(path)
             elif not text:  # removed by hand
                 _swap(path, "", mine)
             elif not ended.is_set():
-                line = f"error: {path.parent}: another run took over, because nothing was heard of this one; {text}"
+                line = f"error: {path.parent}: another run took over, because this one gave no sign of life; {text}"
                 hosts.end_all(line, InputError.exit_code)
 
 
@@ -141,14 +141,14 @@ def _read(path: Path) -> str:
 
 
 def _swap(path: Path, before: str, after: str) -> bool:
-    """Replaces the text `before` (none: "") by `after`, unless another process has changed it since it was read."""
+    """Replaces the text `before` ("" for no lock) with `after`; returns False if another process has changed it."""
     with writing(path):
         try:
             descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if after else 0), 0o666)
         except FileNotFoundError:
             return False
         with open(descriptor, "r+", **TEXT) as file:
-            with suppress(OSError):  # a file system without locks: two that take over at one moment are not told apart
+            with suppress(OSError):  # without file locks, two processes that take over at one moment can both succeed
                 fcntl.flock(file, fcntl.LOCK_EX)
             there = path.stat().st_ino if path.exists() else None
             if there != os.fstat(file.fileno()).st_ino or file.read() != before:
@@ -163,7 +163,7 @@ def _swap(path: Path, before: str, after: str) -> bool:
 
 
 def _silence(path: Path) -> float:
-    """Seconds since the last sign of life, both times by the clock of the file system: hosts' clocks may differ."""
+    """Seconds since the last sign of life. Both times are from the file system's clock: hosts' clocks may differ."""
     try:
         with tempfile.TemporaryFile(dir=path.parent) as now:
             return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
@@ -179,7 +179,7 @@ def _myself(workdir: Path) -> Holder:
 
 
 def _machine() -> str:
-    """This boot of this kernel and this namespace of process ids (a container's is its own)."""
+    """Names this boot of the kernel and this namespace of process ids (a container has its own)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -190,7 +190,7 @@ def _machine() -> str:
 def _is_alive(pid: int, started: str) -> bool:
     if now := _start_of(pid):
         return now == started
-    try:  # where processes cannot be looked at, as another user's may not be, its life is all there is to see
+    try:  # /proc may hide another user's processes; then a signal can only show whether some process has this id
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -200,8 +200,7 @@ def _is_alive(pid: int, started: str) -> bool:
 
 
 def _start_of(pid: int) -> str:
-    """When a process began, in the kernel's ticks, and "ended" of one that only its parent still knows; "" if that
-    cannot be seen."""
+    """When a process began, in the kernel's ticks; "ended" for a zombie; "" if that cannot be read."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "ended" if state in "ZX" else fields[18]

@@ -1,4 +1,4 @@
-"""What a run is warned of although nothing fails: nothing is ever an answer, or the policy is ruined."""
+"""Warns of a run that does not fail but is useless: no completion has an answer, or the policy is ruined."""
 
 import math
 from collections import Counter, deque
@@ -7,13 +7,13 @@ from reft_jax.train.metrics import remark
 from reft_jax.types import Completion, Verdict
 
 SHOWN_CHARS = 160
-SILENT_ROLLOUTS = 3  # of training; an evaluation is enough by itself
-ROWS = 64  # so many are a mean reward that can be believed
-GONE, AWAY = 0.25, 1.0  # share of the first reward; nats per row
+SILENT_ROLLOUTS = 3  # training rollouts without an answer before the warning; a single evaluation is enough
+ROWS = 64  # rows that a mean reward needs to be reliable
+GONE, AWAY = 0.25, 1.0  # ruined below this share of the first mean reward and above this KL in nats per row
 
 
 class Tally:
-    """The verdicts of one rollout: how many there are, and why those without an answer have none."""
+    """The verdicts of one rollout: their number, and the reasons of those without an answer."""
 
     def __init__(self):
         self.total, self.reasons, self.examples = 0, Counter(), {}
@@ -27,13 +27,13 @@ class Tally:
 
 
 class Silence:
-    """Warns once when `patience` rollouts of one purpose in a row had not one answer."""
+    """Warns once if `patience` rollouts of one purpose in a row have no answer at all."""
 
     def __init__(self):
         self._silent: Counter[str] = Counter()
 
     def ended(self, purpose: str, tally: Tally, patience: int) -> None:
-        """A rollout is over."""
+        """Counts a finished rollout of this purpose; prints the warning if it is due."""
         if not tally.total:
             return
         self._silent[purpose] = self._silent[purpose] + 1 if tally.reasons.total() == tally.total else 0
@@ -47,15 +47,15 @@ class Silence:
 
 
 class Collapse:
-    """Looks for the iteration of PPO from which on the reward is gone and the policy far from its reference."""
+    """Finds the first PPO iteration at which the reward is lost and the policy is far from its reference."""
 
     def __init__(self, prompts: int):
-        """`prompts`: rows per iteration; as many iterations as have ROWS rows are looked at together."""
+        """prompts: rows per iteration. The numbers of enough iterations to have ROWS rows are averaged."""
         self._last: deque[tuple[float, float]] = deque(maxlen=math.ceil(ROWS / prompts))
         self._first, self._told = None, False
 
     def add(self, line: dict) -> str:
-        """One line of the metrics. What there is to say about it: "" but for the first iteration that is ruined."""
+        """Takes one line of the metrics; returns a message at the first ruined iteration, else ""."""
         if line.get("reward") is None or line.get("kl") is None:
             return ""
         self._last.append((float(line["reward"]), float(line["kl"])))

@@ -1,9 +1,9 @@
-"""What the toy word problems are made of: names, things and the kinds of question. Data only, for synthetic.py.
+"""The material of the toy word problems: names, things and kinds of question. Only data, used by problems.py.
 
-A template's slots: `{Ann}`, `{Ben}`, `{Cleo}` three people (`{ann}` ... their variables), `{she}` Ann's pronoun,
-`{things}`, `{others}` two kinds of object, `{box}`/`{boxes}` a container, `{a}` to `{d}` the numbers, and in a step's
-sentence `{value}`, which is the step's value or its whole equation. All numbers are at least 2, so plurals are right.
-The vocabulary is small on purpose: a model of 0.2 million parameters learns it from scratch.
+The slots of a template: `{Ann}`, `{Ben}`, `{Cleo}` are three people (`{ann}` ... their variables), `{she}` is Ann's
+pronoun, `{things}` and `{others}` are two kinds of object, `{box}`/`{boxes}` a container, `{a}` to `{d}` the numbers.
+In a step's sentence `{value}` is the step's value or its whole equation. All numbers are at least 2, so plurals are
+correct. The vocabulary is small on purpose: a model of 0.2 million parameters learns it from scratch.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PEOPLE = tuple((name, "she") for name in "Anna Emma Kate Lily Mia Nora Ruth Sara
 THINGS = tuple("apples balls books cards coins cookies eggs hats keys marbles oranges pens shells stamps toys".split())
 CONTAINERS = (("bag", "bags"), ("basket", "baskets"), ("box", "boxes"), ("jar", "jars"), ("pack", "packs"))
 
-# Sentences whose number has nothing to do with the question, with the number's range.
+# Sentences with a number that the question does not need, and the range of that number.
 DISTRACTORS = (
     ("{Ann} is {k} years old.", 8, 60),
     ("{Ann} has {k} cousins.", 2, 12),
@@ -36,10 +36,10 @@ class Step(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One kind of problem. `numbers(between)` draws a, b, ... with `between(low, high)`, both ends included.
+    """One kind of problem.
 
-    `given` names the variables of the numbers that the question states; every entry of `solutions` is a right way
-    from there to `result`, all equally likely.
+    numbers: `numbers(between)` draws a, b, ... with `between(low, high)`, both ends included. given: variable name of
+    each number that the question states. solutions: correct ways from these to `result`, all equally likely.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Family(NamedTuple):
 
 
 def _stock(between: Callable[[int, int], int]) -> int:
-    """A count, one time in ten of three digits."""
+    """Draws a count; one in ten has three digits."""
     return between(100, 300) if between(1, 10) == 1 else between(5, 60)
 
 

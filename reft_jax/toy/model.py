@@ -1,6 +1,6 @@
 """The embedded default: generated word problems and an untrained tiny Llama, in the formats of real ones.
 
-A toy for the machinery, not a model: it lets the whole chain run with nothing from outside.
+It lets the whole chain run without any files from outside. It is not meant to be a useful model.
 """
 
 import json
@@ -26,7 +26,7 @@ from reft_jax.types import Example
 def write_data(config, folder: Path) -> dict[str, str]:
     """Writes train.json, dev.json and test.json in the format of real data files and returns their paths by split.
 
-    `toy.drop_skipped` leaves only the good annotations in train.json. Files that are there are kept.
+    With `toy.drop_skipped`, train.json has only the good annotations. Files that exist are kept.
     """
     toy, paths = config.toy, {}
     for split, rows in (("train", toy.train_rows), ("dev", toy.dev_rows), ("test", toy.test_rows)):
@@ -45,7 +45,7 @@ def write_data(config, folder: Path) -> dict[str, str]:
 
 
 def toy_config(config, vocab_size: int) -> LlamaConfig:
-    """The shapes of the tiny Llama."""
+    """The shapes of the tiny Llama, from the settings `toy.*`."""
     toy = config.toy
     return LlamaConfig(
         vocab_size=vocab_size,
@@ -60,7 +60,10 @@ def toy_config(config, vocab_size: int) -> LlamaConfig:
 
 
 def write_model(config, train: list[Example], folder: Path) -> None:
-    """Writes a tokenizer trained on the generated text and a randomly initialised Llama as a Hugging Face folder."""
+    """Writes a tokenizer trained on the generated text and a randomly initialised Llama as a Hugging Face folder.
+
+    A folder with a config.json is kept as it is.
+    """
     if (folder / "config.json").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -76,10 +79,10 @@ def write_model(config, train: list[Example], folder: Path) -> None:
 
 
 def initial(rng: np.random.Generator, path, leaf) -> np.ndarray:
-    """Weights that keep activations at unit variance: from Llama's 0.02 a model this small takes minutes to leave."""
+    """Draws weights that keep activations at unit variance. With Llama's 0.02 this small model loses minutes first."""
     name, shape = path[-1].key, leaf.shape
     if name.endswith("norm"):
         return np.ones(shape, np.float32)
-    # Layers are stacked: [L,D,…], and o is [L,N,H,D]; embed is [V,D] and sets the scale, kernel is [D,V].
+    # Layers are stacked: [L,D,…], and o is [L,N,H,D]. embed is [V,D] and sets the scale; kernel is [D,V].
     fan_in = {"embed": 1, "kernel": shape[0], "o": shape[1] * shape[-2]}.get(name, shape[1])
     return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)

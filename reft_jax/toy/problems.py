@@ -1,13 +1,12 @@
 """The embedded data set "toy": seeded grade-school word problems with worked solutions. families.py lists the kinds.
 
-Two things make it resemble collected data. A question may hold a sentence with a number that it does not need
-(`DISTRACTED_SHARE`). And annotators differ: in how they lay a solution out (`STYLES`), in how they break a problem
-down, and a `skipped_share` of them do arithmetic in their head, so that a value which had to be worked out stands in
-the solution as if it had been read somewhere. Such an answer is right all the same, but the solution is a bad example:
-no rule leads from the question to that number.
+Two things make it resemble collected data. First, a question may contain a sentence with a number that it does not need
+(`DISTRACTED_SHARE`). Second, annotators differ: in the layout of a solution (`STYLES`), in how they divide a problem
+into steps, and a `skipped_share` of them skips arithmetic. These solutions contain a computed value without showing how
+it was computed. Their answer is still correct, but they are bad examples: no rule leads from the question to the value.
 
-Every draw is a function of (seed, split, candidate number), so fewer rows are the first of more rows, and what is
-drawn for the solutions moves no question.
+Every draw depends only on (seed, split, candidate number). So a smaller split is the beginning of a larger one, and the
+draws for solutions do not change the questions.
 """
 
 import ast
@@ -29,15 +28,15 @@ STYLES = {
     "python": ("inputs_first", "interleaved", "nested", "literals"),
     "nl": ("inline", "because", "so", "nested"),
 }
-SKIPPED_STYLES = ("skips_steps", "skips_all")  # in the head: every step but the last, or the whole solution
+SKIPPED_STYLES = ("skips_steps", "skips_all")  # skips all steps except the last, or the whole solution
 
-# Which of ten hash values belong to a split. The text alone decides, so no two seeds or sizes ever share across splits.
+# The hash values (of ten) that belong to a split. Only the text decides, so splits of any seeds and sizes are disjoint.
 _BUCKETS = {"train": range(8), "dev": range(8, 9), "test": range(9, 10)}
 _VARIABLE = re.compile(r"[a-z]\w*")
 
 
 class ToyExample(NamedTuple):
-    """An example and how it was made: its family, the style of its annotation, and whether that skips arithmetic."""
+    """An example and how it was made: its family, the style of its annotation, and whether it skips arithmetic."""
 
     example: Example
     family: str
@@ -46,7 +45,7 @@ class ToyExample(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """A question, `core` being its text without the distractor, and what fills the slots of its family's solutions."""
+    """A question, its text without the distractor (`core`), and the values for the slots of its family's templates."""
 
     family: Family
     question: str
@@ -55,7 +54,7 @@ class _Problem(NamedTuple):
 
 
 class _Solution(NamedTuple):
-    """One way to the answer, slots filled: the `given` variables, the steps and the value of each step."""
+    """One way to the answer with its slots filled: the `given` variables, the steps and the value of each step."""
 
     given: dict[str, int]
     steps: list[Step]
@@ -63,9 +62,9 @@ class _Solution(NamedTuple):
 
 
 class _Dice:
-    """The random stream named by `key`, the same on every platform and Python.
+    """The random stream named by `key`, the same on every platform and Python version.
 
-    Of random.Random only `random()` after an integer seed is promised never to change; nothing else is used.
+    It uses only `random()` of random.Random after an integer seed, because only that is promised never to change.
     """
 
     def __init__(self, *key: object):
@@ -84,24 +83,24 @@ class _Dice:
 
 
 def make_split(seed: int, split: Split, rows: int, *, engine: Engine, skipped_share: float) -> list[Example]:
-    """The examples alone of `make_problems`."""
+    """Makes the same rows as `make_problems`, but returns only the examples."""
     return [problem.example for problem in make_problems(seed, split, rows, engine, skipped_share)]
 
 
 def make_problems(seed: int, split: Split, rows: int, engine: Engine, skipped_share: float) -> list[ToyExample]:
-    """The first `rows` problems of a split, `toy_0`, `toy_1`, ..., no question twice.
+    """Makes the first `rows` problems of a split, `toy_0`, `toy_1`, ..., without repeated questions.
 
-    The splits share no question, whatever the seeds and the number of rows. `engine` and `skipped_share` change the
-    annotations only; a row skipped at one share is skipped, in the same way, at every higher one. A "python"
-    annotation begins with the prefix that rollouts are given; an "nl" one lacks the closing answer phrase, which
-    `prompts.sft_target` adds. Outside "train" the annotation is withheld: `answer_cot` is None.
+    Two splits share no question, for any seeds and numbers of rows. `engine` (the answer format) and `skipped_share`
+    change only the annotations. A row that skips arithmetic at one share skips it in the same way at every higher
+    share. A "python" annotation begins with the prefix that rollouts get; an "nl" annotation has no closing answer
+    phrase, which `prompts.sft_target` adds. Outside "train" there is no annotation: `answer_cot` is None.
 
-    Raises InputError for an unknown split or engine, negative rows, or a share outside 0 to 1.
+    Raises InputError for an unknown split or answer format, negative rows, or a share outside 0 to 1.
     """
     if split not in _BUCKETS:
         raise InputError(f"toy data: no split {split!r}; use one of {', '.join(_BUCKETS)}")
     if engine not in STYLES:
-        raise InputError(f"toy data: no engine {engine!r}; use one of {', '.join(STYLES)}")
+        raise InputError(f"toy data: no answer format {engine!r}; use one of {', '.join(STYLES)}")
     if rows < 0:
         raise InputError(f"toy data: {rows} rows; use 0 or more")
     if not 0 <= skipped_share <= 1:
@@ -121,7 +120,7 @@ def make_problems(seed: int, split: Split, rows: int, engine: Engine, skipped_sh
 
 
 def _bucket(core: str) -> int:
-    """By the text without distractor: a question does not become a new one by a sentence about the weather."""
+    """Hashes the text without its distractor, because a sentence about the weather does not make a new question."""
     return hashlib.sha256(core.encode()).digest()[0] % 10
 
 
@@ -140,14 +139,14 @@ def _pose(dice: _Dice) -> _Problem:
     if dice.share() < DISTRACTED_SHARE:
         template, low, high = dice.one(DISTRACTORS)
         sentences = re.split(r"(?<=\.) ", core)
-        # First, or right before the sentence that asks: elsewhere it would part a sentence from what its "each" means.
+        # First, or right before the question: elsewhere it would separate a sentence from what its "each" refers to.
         sentences.insert(dice.one((0, len(sentences) - 1)), template.format(**slots, k=dice.between(low, high)))
         question = " ".join(sentences)
     return _Problem(family, question, core, slots)
 
 
 def _annotate(problem: _Problem, item_id: str, engine: Engine, skipped_share: float, dice: _Dice) -> ToyExample:
-    # All draws are made for every row, in this order, so that skipped_share moves none of the others.
+    # Every row makes all draws, in this order, so that skipped_share does not change the other draws.
     solution = _solve(problem, dice.one(problem.family.solutions))
     style = dice.one(STYLES[engine])
     skipped = dice.share() < skipped_share
@@ -168,7 +167,7 @@ def _solve(problem: _Problem, steps: tuple[Step, ...]) -> _Solution:
     given = {name.format(**slots): slots[number] for name, number in problem.family.given.items()}
     filled, values = [], {}
     for step in steps:
-        # `{value}` is left standing: the style decides what goes there.
+        # `{value}` stays in the text: the style decides what replaces it.
         name, expression, sentence = (part.format(**slots, value="{value}") for part in step)
         filled.append(Step(name, expression, sentence))
         values[name] = int(eval(expression, {}, given | values))  # our own table's arithmetic; all divisions are exact
@@ -227,6 +226,6 @@ def _unfold(steps: list[Step], terms: dict[str, Any]) -> str:
 
 
 def _replace(expression: str, terms: dict[str, Any]) -> str:
-    """`expression` with every variable that `terms` knows replaced, and parentheses only where they are needed."""
+    """Replaces every variable of `expression` that is in `terms`; adds parentheses only where they are needed."""
     wrapped = _VARIABLE.sub(lambda name: f"({terms.get(name[0], name[0])})", expression)
     return ast.unparse(ast.parse(wrapped, mode="eval"))

@@ -31,7 +31,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_inputs(cache, tmp_path)
 
 def test_only_numbers_that_are_none_are_reported(tmp_path):
     check_finite(tmp_path, 7, {"loss": 1.0}, ["gsm8k_1"], {})
-    with pytest.raises(NotFiniteError, match="7: kl is nan; items gsm8k_1; what it read is in"):
+    with pytest.raises(NotFiniteError, match="7: kl is nan; items gsm8k_1; its inputs are in"):
         check_finite(tmp_path, 7, {"loss": 1.0, "kl": float("nan")}, ["gsm8k_1"], {"tokens": np.arange(3)})
     assert np.load(tmp_path / "not_finite_7.npz")["tokens"].tolist() == [0, 1, 2]
 

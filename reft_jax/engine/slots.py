@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from reft_jax.engine.sampling import draw, row_keys
 from reft_jax.model import cache as kv
+from reft_jax.model import decode as forward
 from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES
 
@@ -114,7 +115,7 @@ def empty_slots(model, rows: int, width: int, length: int) -> Slots:
 @on_rollout_rules
 def prefill(model, weights, tokens, length) -> Prefix:
     """tokens int32[R,P], padded on the right; length int32[R]. What padding adds to the cache is overwritten unread."""
-    return _placed(Prefix(model.apply({"params": weights}, tokens, method="prefill"), tokens, length))
+    return _placed(Prefix(forward.prefill(model, weights, tokens), tokens, length))
 
 
 def _by_shard(x, shards: int):
@@ -198,7 +199,6 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
     keys = row_keys(key, iteration, slots.item, slots.sample)
     begun = (slots.total_len < slots.limit).sum()
     begin, cache, slots = slots.total_len - 1, slots.cache, slots._replace(cache=())
-    beside, params = model.tpu, {"params": weights}
 
     def undecided(carry):
         step, slots, _ = carry
@@ -210,10 +210,10 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
         active = slots.total_len < slots.limit
         last = slots.total_len - 1
         token = jnp.take_along_axis(slots.tokens, last[:, None], 1)[:, 0]
-        if beside:
-            logits, written = model.apply(params, token, begin, step, cache, written, method="decode_beside")
+        if model.tpu:
+            logits, written = forward.step_beside(model, weights, token, begin, step, cache, written)
         else:
-            logits, written = model.apply(params, token, last, written, method="decode")
+            logits, written = forward.step_in_place(model, weights, token, last, written)
         response = slots.total_len - slots.prompt_len
         token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
         ended = (token[:, None] == jnp.array(eos_ids)[None]).any(1)
@@ -228,11 +228,11 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
         return step + 1, slots, _placed_layers(written, where)
 
     written, where = cache, cache[0].axes
-    if beside:
+    if model.tpu:
         written, where = kv.init_recent(model.config, len(begin), CHUNK, model.dtype), kv.RECENT_AXES
     with jax.named_scope("decode_steps"):
         _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
-    if beside:
+    if model.tpu:
         drawn = slots.total_len - begin - 1
         written = tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, written, strict=True))
     return _placed(slots._replace(cache=written))

@@ -1,13 +1,11 @@
-"""The key-value cache: fixed shapes, every row at its own position, one pair of arrays a layer.
+"""The key-value cache: fixed shapes, every row at its own position, one pair of arrays per layer.
 
-Keys keep the cache position last and values keep it second to last: the two layouts in which the matrix products of a
-decode step read memory in order. Layers are separate arrays, and as long as the longest row needs (`grow`): a product
-cannot read a slice of a larger array in place, so one stacked cache would be copied, layer by layer, in every step.
+Keys keep the cache position last and values keep it second to last: in these layouts the matrix products of a decode
+step read memory in order. Layers are separate arrays, as long as the longest row needs (`grow`).
 
-A decode step writes to it in place (`in_place`), each row at a position of its own, and keys lie in blocks: a product
-takes 64 positions at a time, and reads them from end to end at 1.3 times the rate. Not on a TPU, which would lay the
-whole cache out anew for that, and back again: there, what a few steps add is kept beside it (`init_recent`, `beside`),
-where all rows write at one place, and joined to it after them (`join`).
+Off TPUs keys are in blocks: a product takes 64 positions at a time and reads a block from end to end, at 1.3 times the
+rate. A decode step writes into the cache in place (`write`). On a TPU it writes beside the cache (`init_recent`,
+`write_recent`), and after a few steps `join` adds what they wrote. decode.py says why.
 """
 
 from typing import NamedTuple
@@ -83,25 +81,23 @@ def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32)
     return (KVCache(zeros, zeros),) * config.num_layers
 
 
-def beside(cache: KVCache, recent: KVCache, step: jax.Array, old: jax.Array, new: jax.Array, k, v):
-    """What k, v [B,K,H] of step int32[] attend to, themselves included, for `attend`; and `recent` with them: the same
-    place in every row, so nothing is scattered. old, new: what is seen of the cache and of `recent`."""
-    recent = KVCache(
+def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """`recent` with k, v [B,K,H] of step int32[]: one place for all rows, so nothing is scattered."""
+    return KVCache(
         *(
-            jax.lax.dynamic_update_slice_in_dim(there, added[:, :, None].astype(there.dtype), step, 2)
-            for there, added in zip(recent, (k, v), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None].astype(old.dtype), step, 2)
+            for old, new in zip(recent, (k, v), strict=True)
         )
     )
-    return [(*cache, old), (recent.k.swapaxes(2, 3), recent.v, new)], recent
 
 
-def in_place(cache: KVCache, at: jax.Array, seen: jax.Array, k, v):
-    """The same where the cache, its keys in blocks, takes k, v [B,K,H] at the positions at int32[B]. Past its end
-    nothing is written: there stand rows that ended with a cache that was full."""
+def write(cache: KVCache, at: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """The cache, its keys in blocks, with k, v [B,K,H] at the positions at int32[B]. Past its end nothing is written:
+    that is the position of a row that has ended with a full cache."""
     rows = jnp.arange(len(at))
     k = cache.k.at[rows, :, at // BLOCK, :, at % BLOCK].set(k.astype(cache.k.dtype), mode="drop", unique_indices=True)
     v = cache.v.at[rows, :, at].set(v.astype(cache.v.dtype), mode="drop", unique_indices=True)
-    return [(k, v, seen)], KVCache(k, v)
+    return KVCache(k, v)
 
 
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from reft_jax import executor
+from reft_jax.model import families
 from reft_jax.run.open import Data, Run, checked_tokenizer, open_mesh, start_executor
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
@@ -54,6 +55,7 @@ def run_check(folder: Path, config) -> bool:
     cannot be loaded at all.
     """
     started = time.monotonic()
+    families.use(config.model.family)
     examples = synthetic.make_split(config.seed, "train", QUESTIONS, engine=config.data.format, skipped_share=0.0)
     run = Run(config, folder, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)

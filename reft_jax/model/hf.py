@@ -26,21 +26,6 @@ from reft_jax.model.safetensors import DTYPES, Stored, map_tensor, read_header
 from reft_jax.model_folder import CONFIG
 from reft_jax.types import InputError
 
-# Our path -> their name, and how many leading axes of our tensor (layers aside) are inputs; 0: kept as it is.
-TENSORS = {
-    ("embed",): ("model.embed_tokens.weight", 0),
-    ("layers", "attention_norm"): ("model.layers.{}.input_layernorm.weight", 0),
-    ("layers", "q"): ("model.layers.{}.self_attn.q_proj.weight", 1),
-    ("layers", "k"): ("model.layers.{}.self_attn.k_proj.weight", 1),
-    ("layers", "v"): ("model.layers.{}.self_attn.v_proj.weight", 1),
-    ("layers", "o"): ("model.layers.{}.self_attn.o_proj.weight", 2),
-    ("layers", "mlp_norm"): ("model.layers.{}.post_attention_layernorm.weight", 0),
-    ("layers", "gate"): ("model.layers.{}.mlp.gate_proj.weight", 1),
-    ("layers", "up"): ("model.layers.{}.mlp.up_proj.weight", 1),
-    ("layers", "down"): ("model.layers.{}.mlp.down_proj.weight", 1),
-    ("final_norm",): ("model.norm.weight", 0),
-    ("lm_head", "kernel"): ("lm_head.weight", 1),
-}
 LM_HEAD = ("lm_head", "kernel")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,7 +64,10 @@ def load_hf(
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes.items():
-        read = partial(_read_part, path, shape, [stored[name] for name in hf_names(path, config)], jnp.dtype(dtype))
+        inputs = config.family.tensors[path][1]
+        read = partial(
+            _read_part, path, shape, inputs, [stored[name] for name in hf_names(path, config)], jnp.dtype(dtype)
+        )
         if path in placement:
             params[path] = _placed(shape, placement[path], read)
         else:
@@ -102,10 +90,10 @@ def _placed(shape: tuple[int, ...], sharding, read: Callable[[tuple[slice, ...]]
 
 
 def _read_part(
-    path: tuple, shape: tuple[int, ...], stored: list[Stored], dtype, index: tuple[slice, ...]
+    path: tuple, shape: tuple[int, ...], inputs: int, stored: list[Stored], dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
     """Our parameter at `path`, cut at `index`, from their tensors (one a layer)."""
-    inputs, layered = TENSORS[path][1], path[0] == "layers"
+    layered = path[0] == "layers"
     layers, within = (index[0], index[1:]) if layered else (slice(None), index)
     one = shape[1:] if layered else shape
     outputs = len(one) - inputs
@@ -161,7 +149,7 @@ def load_rerank_head(folder: str | Path) -> dict | None:
 
 
 def hf_names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
-    template = TENSORS[path][0]
+    template = config.family.tensors[path][0]
     return [template.format(i) for i in range(config.num_layers)] if path[0] == "layers" else [template]
 
 
@@ -183,7 +171,7 @@ def checked(
     shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == LM_HEAD)}
     wanted = {}
     for path, shape in shapes.items():
-        one = hf_shape(shape[1:] if path[0] == "layers" else shape, TENSORS[path][1])
+        one = hf_shape(shape[1:] if path[0] == "layers" else shape, config.family.tensors[path][1])
         wanted |= dict.fromkeys(hf_names(path, config), one)
     known = wanted.keys() | {_HEAD, "score.weight"}
     unknown = [name for name in stored if name not in known and not name.startswith("v_head.")]

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reft_jax.model.hf import LM_HEAD, TENSORS, VALUE_HEAD_FILE, hf_names, hf_shape
+from reft_jax.model.hf import LM_HEAD, VALUE_HEAD_FILE, hf_names, hf_shape
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPE_CODES, write_json, write_tensors
@@ -86,8 +86,8 @@ def _config_json(config: LlamaConfig, dtype: Any, classifier: bool) -> dict:
     raw = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
     raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if classifier:
-        return raw | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
-    return raw | {"architectures": ["LlamaForCausalLM"]}
+        return raw | {"architectures": [f"{config.family.name}ForSequenceClassification"], "num_labels": 2}
+    return raw | {"architectures": [f"{config.family.name}ForCausalLM"]}
 
 
 def _special_ids(tokenizer: Any, source: Path, vocab_size: int, classifier: bool) -> dict:
@@ -125,11 +125,11 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
 
     def make(path: tuple[str, ...], layer: int) -> np.ndarray:
         value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
-        inputs = TENSORS[path][1]
+        inputs = config.family.tensors[path][1]
         return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
 
     tensors = []
-    for path, (_, inputs) in TENSORS.items():
+    for path, (_, inputs) in config.family.tensors.items():
         if path in flat:
             shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
             kind = jnp.dtype(dtype or flat[path].dtype)

@@ -19,6 +19,7 @@ import jax
 
 import reft_jax
 from reft_jax.config import flatten
+from reft_jax.model import families
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
@@ -102,6 +103,7 @@ def shapes_of(config, config_file: Path) -> tuple[LlamaConfig, str]:
         from reft_jax.toy.model import toy_config
 
         return toy_config(config, config.toy.vocab_size), "toy"
+    families.use(config.model.family)
     folder = Path(config.model.path)
     beside = config_file.parent / "models" / f"{folder.name}.json"
     if not folder.is_dir() and beside.is_file():

@@ -20,6 +20,7 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.config import flatten
 from reft_jax.evaluation.provenance import examples_checksum
+from reft_jax.model import families
 from reft_jax.model_folder import check_ids
 from reft_jax.parallel import hosts
 from reft_jax.run import lock
@@ -271,6 +272,7 @@ def open_run(
 
 @contextmanager
 def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]:
+    families.use(config.model.family)
     toy = config.model.path == "toy"
     if not toy:
         base = Path(config.model.path)

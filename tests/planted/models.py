@@ -4,6 +4,7 @@ TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
 FIELDS = "reft_jax.model.config_fields"
 CONFIG = "reft_jax.model.llama_config"
+FAMILIES = "reft_jax.model.families"
 HF = "reft_jax.model.hf"
 FOLDER = "reft_jax.model.hf_folder"
 FORMAT = "reft_jax.model.safetensors"
@@ -70,15 +71,15 @@ PLANTED = [
      ("test_torch_bin.py::test_a_damaged_file_is_one_line",)),
     ("folder: true is a size", FIELDS, "type(value) is int and 1 <=", "isinstance(value, int) and 1 <=", READS),
     ("folder: a word is a flag", FIELDS, "type(value) is bool)", "value is not None)", READS),
-    ("folder: NaN as an epsilon", CONFIG, "is_number(value) and 0 <= value <= 1)",
+    ("folder: NaN as an epsilon", FAMILIES, "is_number(value) and 0 <= value <= 1)",
      "is_number(value) and not (value < 0 or value > 1))", READS),
     ("folder: rope_parameters before rope_scaling", CONFIG, '("rope_scaling", "rope_parameters")',
      '("rope_parameters", "rope_scaling")', READS),
     ("folder: another rope_theta ignored", CONFIG, "if any(value != theta for value in given.values()):",
      "if False:", READS),
-    ("folder: a window ignored", CONFIG,
+    ("folder: a window ignored", FAMILIES,
      '"sliding_window attention_chunk_size', '"attention_chunk_size', READS),
-    ("folder: Gemma passes", CONFIG, "wrong = [name for name in GEMMA if name in raw]", "wrong = []", READS),
+    ("folder: Gemma passes", FAMILIES, "wrong = [name for name in GEMMA if name in raw]", "wrong = []", READS),
     ("folder: original length inside only", CONFIG, "rope.setdefault(ORIGINAL", "rope.get(ORIGINAL", READS),
     ("folder: tied matrices not compared", HF,
      "if not np.array_equal(embed, head, equal_nan=True):", "if False:", KINDS),

@@ -4,17 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from reft_jax.model.config_fields import (
-    OBJECT,
-    POSITIVE,
-    REQUIRED,
-    SIZE,
-    Field,
-    Kind,
-    is_number,
-    read_field,
-    shown,
-)
+from reft_jax.model.config_fields import OBJECT, POSITIVE, REQUIRED, SIZE, Field, Kind, is_number, read_field, shown
 from reft_jax.model.families import FAMILIES, LLAMA, Family, family_of
 from reft_jax.types import InputError
 

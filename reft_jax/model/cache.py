@@ -20,8 +20,10 @@ BLOCK = 64  # positions of a block of keys
 
 
 class KVCache(NamedTuple):
-    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H]. How many positions of a row are
-    valid is the caller's to know."""
+    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H].
+
+    The caller knows how many positions of a row are valid.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -47,8 +49,10 @@ RECENT_AXES = KVCache(VALUE_AXES, VALUE_AXES)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: bool) -> tuple[KVCache, ...]:
-    """An empty cache of `batch` rows and `length` positions, layer by layer; `dtype` is the model's compute dtype. With
-    `blocks` the keys lie in them, and `length` must be a multiple of BLOCK."""
+    """An empty cache of `batch` rows and `length` positions, layer by layer; `dtype` is the model's compute dtype.
+
+    With `blocks` the keys are in blocks, and `length` must be a multiple of BLOCK.
+    """
     rows, size = (batch, config.num_kv_heads), config.head_dim
     k = (length // BLOCK, size, BLOCK) if blocks else (size, length)
     return tuple(
@@ -58,14 +62,14 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: b
 
 
 def in_blocks(cache: KVCache) -> KVCache:
-    """The same with its keys [B,K,H,S] in blocks, the last of them filled up with zeros; values likewise."""
+    """The same cache with its keys [B,K,H,S] in blocks; zeros fill up the last block, in keys and values."""
     cache = grow(cache, cache.length + -cache.length % BLOCK)
     *rows, size, _ = cache.k.shape
     return cache._replace(k=cache.k.reshape(*rows, size, -1, BLOCK).swapaxes(2, 3))
 
 
 def grow(cache: KVCache, length: int) -> KVCache:
-    """The same rows with room for `length` positions; of keys in blocks a multiple of BLOCK."""
+    """The same rows with room for `length` positions, a multiple of BLOCK if the keys are in blocks."""
     more = length - cache.length
 
     def pad(x, axis, more):
@@ -76,7 +80,7 @@ def grow(cache: KVCache, length: int) -> KVCache:
 
 
 def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
-    """Room for what `length` decode steps add to a cache, layer by layer: k and v are [B,K,length,H] both."""
+    """Room for the keys and values of `length` decode steps, layer by layer: k and v are both [B,K,length,H]."""
     zeros = jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), dtype)
     return (KVCache(zeros, zeros),) * config.num_layers
 
@@ -101,9 +105,9 @@ def write(cache: KVCache, at: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
 
 
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
-    """The cache with the first count int32[B] of a row's recent positions at begin int32[B] and after.
+    """The cache with the first count int32[B] of each row's recent positions written at begin int32[B] and after.
 
-    What lies past the end of the cache is dropped. The product with a matrix of zeros and ones only moves numbers.
+    Positions past the end of the cache are dropped. The product with a matrix of zeros and ones only moves numbers.
     """
     place = jnp.arange(cache.length)[None] - begin[:, None]  # among the recent ones, [B,S]
     fresh = (place >= 0) & (place < count[:, None])

@@ -1,4 +1,4 @@
-"""Shapes and constants of a Llama, from and to the config.json of Hugging Face; what it reads and what it refuses."""
+"""Shapes and constants of a Llama, from and to the config.json of Hugging Face. families.py has its fields."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from reft_jax.model.config_fields import OBJECT, POSITIVE, REQUIRED, SIZE, Field
 from reft_jax.model.families import FAMILIES, LLAMA, Family, family_of
 from reft_jax.types import InputError
 
-# The types of rotation, and what each needs.
+# The types of rotation, and the fields that each needs.
 ORIGINAL = "original_max_position_embeddings"
 ROPE_FIELDS = {
     "default": {},
     "linear": {"factor": POSITIVE},
     "llama3": {"factor": POSITIVE, "low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE, ORIGINAL: SIZE},
 }
-ROPE_OBJECTS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5; the first counts where both are there
+ROPE_OBJECTS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5; if both are there, the first counts
 _OTHER_ROPES = "; use the checkpoint from before its context was extended, or one of these types"
 _DYNAMIC = (
     "; a 'dynamic' one changes nothing up to max_position_embeddings tokens: set the field to null if no text is longer"
@@ -42,11 +42,11 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str) -> "LlamaConfig":
-        """From the dict of a Hugging Face config.json, written by transformers 4 or 5.
+        """Return what the dict of a Hugging Face config.json says, written by transformers 4 or 5.
 
-        Absent fields take the defaults of transformers; the shapes must be there. Raises InputError, naming `source`,
-        the field, its value and what is allowed, on a value of a wrong type or range, on fields that contradict each
-        other, and on anything that this model does not compute.
+        Absent fields take the defaults of transformers; the shapes may not be absent. Raises InputError, with `source`,
+        the field, its value and what is allowed, for a value of a wrong type or range, for fields that contradict each
+        other, and for anything that this model does not compute.
         """
         family = family_of(raw, source)
         theirs = family.renamed
@@ -63,7 +63,7 @@ class LlamaConfig:
             if rest or not family.fields["head_dim"].kind.holds(head_dim):
                 raise InputError(
                     f"{source}: hidden_size {hidden_size} over num_attention_heads {num_heads} must be "
-                    f"{family.fields['head_dim'].kind.words} where field 'head_dim' is missing; correct them"
+                    f"{family.fields['head_dim'].kind.words} if field 'head_dim' is missing; correct them"
                 )
         rope_theta, rope_scaling = read_rope(raw, source)
         return cls(
@@ -87,7 +87,7 @@ class LlamaConfig:
         return FAMILIES[self.model_type]
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict of a config.json in the layout of transformers 4, which transformers 5 reads as well."""
+        """Return the dict of a config.json in the layout of transformers 4, which transformers 5 reads too."""
         raw = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -107,10 +107,10 @@ class LlamaConfig:
 
 
 def read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
-    """The base and the scaling of the rotation, as `LlamaConfig` has them.
+    """Return the base and the scaling of the rotation, as `LlamaConfig` has them.
 
-    Where both objects are there, `rope_scaling` counts, as in transformers 4 and 5. Raises InputError, also where two
-    fields say different things about one number.
+    If both objects are there, `rope_scaling` counts, as in transformers 4 and 5. Raises InputError, also if two fields
+    give different values for one number.
     """
     objects = {name: read_field(raw, name, Field(OBJECT, {}, null=True), source) for name in ROPE_OBJECTS}
     within = next((name for name in ROPE_OBJECTS if objects[name]), "rope_parameters")
@@ -139,7 +139,7 @@ def read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, tuple[tuple[s
 
 
 def _rope_type(rope: Mapping[str, Any], source: str, within: str) -> str:
-    """The type under its new or its old name; one is needed where there is a factor, which transformers 5 ignores."""
+    """The type under its new or its old name, required with a factor: transformers 5 ignores a factor without."""
     given = {f"{within}.{name}": rope[name] for name in ("rope_type", "type") if name in rope}
     if len(given) == 2 and rope["rope_type"] != rope["type"]:
         raise _differ(source, given)
@@ -152,7 +152,7 @@ def _rope_type(rope: Mapping[str, Any], source: str, within: str) -> str:
 
 
 def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, source: str) -> float:
-    """The base: that of the object that counts, or that beside it, or the default; no other may be given."""
+    """The base: of the object that counts, or else of `raw`, or the default. No other value may be given."""
     places = [("", raw), *objects.items()]
     stated = [place for place in places if place[1].get("rope_theta") is not None]
     given = {}
@@ -171,4 +171,4 @@ def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, s
 
 def _differ(source: str, given: Mapping[str, Any]) -> InputError:
     told = " and ".join(f"'{name}' ({shown(value)})" for name, value in given.items())
-    return InputError(f"{source}: fields {told} differ, and programs do not agree on which counts; make them alike")
+    return InputError(f"{source}: fields {told} differ, and programs do not agree on which counts; set both alike")

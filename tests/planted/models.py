@@ -11,6 +11,7 @@ FORMAT = "reft_jax.model.safetensors"
 READS = ("test_llama_config.py",)
 KINDS = ("test_hf_folder.py",)
 FILES = ("test_hf_files.py",)
+FAMILY = ("test_families.py",)
 PLANTED = [
     ("end ids: config.json first", "reft_jax.model_folder",
      "listed_ids(folder / GENERATION) or listed_ids(folder / CONFIG)",
@@ -106,4 +107,10 @@ PLANTED = [
     ("folder: what cannot be read is a crash", "reft_jax.model_folder",
      'f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk"', "str(error)", FILES),
     ("folder: a pointer of git-lfs", FORMAT, "if begin.startswith(LFS_POINTER):", "if False:", FILES),
+    ("family: its own name of a field forgotten", CONFIG, "theirs.get(name, name)", "name", FAMILY),
+    ("family: an export is a Llama's", CONFIG, '{"model_type": self.model_type', '{"model_type": "llama"', FAMILY),
+    ("family: an export has Llama's class", "reft_jax.model.hf_write", 'f"{config.family.name}ForCausalLM"',
+     '"LlamaForCausalLM"', FAMILY),
+    ("plugins: a file that failed is not run again", "reft_jax.plugins", "        del sys.modules[name]\n", "",
+     ("test_plugins.py::test_a_corrected_file_is_run_again",)),
 ]  # fmt: skip

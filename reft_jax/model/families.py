@@ -88,22 +88,15 @@ TENSORS = {
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families.
+    """What differs between families."""
 
-    model_type: as config.json has it. name: how its classes in transformers begin, as "Llama" of LlamaForCausalLM.
-    fields: those of config.json that decide about its numbers, by Llama's names. renamed: Llama's name of a field ->
-    the family's. constants: fields that a config.json written for it has besides. refused: fields that make it compute
-    something else, with the values at which they do not. tensors: our path -> (name in the folder, leading axes that
-    are inputs); the embedding and the output matrix keep Llama's names.
-    """
-
-    model_type: str
-    name: str
-    fields: Mapping[str, Field]
-    refused: Mapping[str, tuple]
-    tensors: Mapping[tuple[str, ...], tuple[str, int]]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    model_type: str  # as in config.json
+    name: str  # its classes in transformers begin with it, as in LlamaForCausalLM
+    fields: Mapping[str, Field]  # of config.json, by Llama's names: those that decide about the model's numbers
+    refused: Mapping[str, tuple]  # fields that are not computed, with the values at which they change nothing
+    tensors: Mapping[tuple[str, ...], tuple[str, int]]  # as TENSORS; embedding and output matrix keep Llama's names
+    constants: Mapping[str, Any] = field(default_factory=dict)  # more fields of the config.json that is written for it
+    renamed: Mapping[str, str] = field(default_factory=dict)  # Llama's name of a field -> the family's
 
 
 LLAMA = Family(

@@ -68,10 +68,8 @@ def load_hf(
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes.items():
-        inputs = config.family.tensors[path][1]
-        read = partial(
-            _read_part, path, shape, inputs, [stored[name] for name in hf_names(path, config)], jnp.dtype(dtype)
-        )
+        inputs, theirs = config.family.tensors[path][1], [stored[name] for name in hf_names(path, config)]
+        read = partial(_read_part, path, shape, inputs, theirs, jnp.dtype(dtype))
         if path in placement:
             params[path] = _placed(shape, placement[path], read)
         else:

@@ -58,6 +58,7 @@ SETTINGS = {
     ),
     # Model: a folder in Hugging Face format, or "toy": a tiny Llama made from the seed.
     "model.path": Setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"'),
+    "model.family": Setting("", ANY, "empty: by config.json's model_type; or path.py:NAME (model/families.py)"),
     "model.dtype": Setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32"),
     "model.remat": Setting("full", one_of("none", "dots", "full"), "what the backward pass recomputes"),
     # Data: JSON files, `hub:owner/name:split`, or "toy": generated word problems.

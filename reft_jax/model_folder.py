@@ -1,6 +1,6 @@
-"""The small files of a model folder: the tokenizer's, and the ids that end a text. And: can a new folder be made?
+"""The small files of a model folder: the tokenizer's files, the ids that end a text; and whether one can be made.
 
-No JAX: mistakes in these files should show in a second, before anything starts.
+No JAX: mistakes in these files are found within a second, before anything starts.
 """
 
 import json
@@ -28,11 +28,11 @@ TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 LFS_POINTER = b"version https://git-lfs"
-SCRATCH = ".reft_jax."  # how the name of a folder begins that is not whole yet
+SCRATCH = ".reft_jax."  # the name of a folder that is not whole yet begins with this
 
 
 def check_file(path: Path) -> None:
-    """InputError unless `path` is a file; a link to nothing and a folder are named."""
+    """Raise InputError unless `path` is a file; the message tells a link to nothing and a folder apart."""
     if os.path.isfile(path):
         return
     if os.path.islink(path) and not os.path.exists(path):
@@ -45,7 +45,7 @@ def check_file(path: Path) -> None:
 
 
 def read_bytes(path: Path, count: int = -1) -> bytes:
-    """The first `count` bytes of a file, or all; InputError where it cannot be read."""
+    """Return the first `count` bytes of a file, or all. Raises InputError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(count)
@@ -54,7 +54,7 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, or InputError."""
+    """Return the JSON object of a file. Raises InputError."""
     check_file(path)
     text = read_bytes(path)
     if text.startswith(LFS_POINTER):
@@ -71,12 +71,12 @@ def read_json(path: Path) -> dict:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object of a settings file that a folder need not have: {} if there is none."""
+    """Return the JSON object of an optional settings file; {} if there is none."""
     return read_json(path) if os.path.lexists(path) else {}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The folder's tokenizer files by name. InputError for one that is a dangling link or cannot be read."""
+    """Return the folder's tokenizer files, sorted. Raises InputError if one is a link to nothing or cannot be read."""
     try:
         found = os.listdir(folder)
     except OSError as error:
@@ -91,15 +91,15 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """The ids that end a text by the folder's own settings: generation_config.json before config.json, as transformers.
+    """Return the ids that end a text: generation_config.json before config.json, as in transformers.
 
-    InputError if `eos_token_id` in one of them is anything but an id, a list of ids or null.
+    Raises InputError if `eos_token_id` in one of them is anything but an id, a list of ids or null.
     """
     return listed_ids(folder / GENERATION) or listed_ids(folder / CONFIG)
 
 
 def listed_ids(path: Path) -> list[int]:
-    """`eos_token_id` of one settings file as a list, which is empty where it says nothing."""
+    """Return `eos_token_id` of one settings file as a list, empty if it is absent or null."""
     found = read_settings(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(one) is int for one in ids):
@@ -108,9 +108,9 @@ def listed_ids(path: Path) -> list[int]:
 
 
 def check_ids(folder: Path, vocab_size: int) -> None:
-    """InputError unless the special ids of the folder's settings are ids, and those that end a text ids of the model.
+    """Raise InputError unless the special ids of the folder are ids, and those that end a text are ids of the model.
 
-    Others may stand for none: Llama 1 has a `pad_token_id` of -1.
+    Others may be outside of the vocabulary: Llama 1 has a `pad_token_id` of -1, which means none.
     """
     for path in (folder / CONFIG, folder / GENERATION):
         for index in listed_ids(path):
@@ -125,13 +125,13 @@ def check_ids(folder: Path, vocab_size: int) -> None:
 
 
 def with_end(path: Path, eos_id: int | None) -> dict[str, Any]:
-    """The settings of a file, `eos_id` among the ids that end a text: training appends it, whatever else is there."""
+    """Return the settings of a file with `eos_id` among the ids that end a text: training appends it to every row."""
     raw, ids = read_settings(path), listed_ids(path)
     return raw if eos_id is None or eos_id in ids else raw | {"eos_token_id": [*ids, eos_id] if ids else eos_id}
 
 
 def write_generation(source: Path, eos_id: int | None, out: Path) -> None:
-    """Copies generation_config.json, if there is one, as it is, or with `eos_id` among those that end a text."""
+    """Copy generation_config.json, if there is one, with `eos_id` among the ids that end a text."""
     path = source / GENERATION
     if not path.is_file():
         return
@@ -143,9 +143,9 @@ def write_generation(source: Path, eos_id: int | None, out: Path) -> None:
 
 
 def write_tokenizer(tok: Any, out: str | Path) -> None:
-    """Writes a tokenizer's files: those that `load_tokenizer` read as they were, else what transformers makes of it.
+    """Write a tokenizer's files: those that `load_tokenizer` read, unchanged; else what transformers makes of it.
 
-    Of a class that only transformers 5 has, and of its spelling of special tokens, version 4 is told in its own words.
+    A class that only transformers 5 has, and its name of the special tokens' list, are replaced by those of version 4.
     """
     out = Path(out)
     if source := getattr(tok, "read_from", None):
@@ -165,12 +165,13 @@ def write_tokenizer(tok: Any, out: str | Path) -> None:
 
 
 def check_new_folder(name: str, folder: Path) -> None:
-    """Leaves nothing behind. InputError, beginning with `name`, unless a folder can be put at `folder`.
+    """Raise InputError unless a folder can be made at `folder`. The message begins with `name`.
 
-    One that is there must be empty. What would be made on the way is made and removed again: only that tells.
+    Leaves nothing behind. A folder that exists must be empty. Missing folders are made and removed again: no other
+    check is certain.
     """
-    if str(folder).startswith("~"):  # no shell replaced it, and a folder of that name is not what was meant
-        raise InputError(f"{name}: {folder} begins with '~', which stands for nothing here; write the path out")
+    if str(folder).startswith("~"):  # no shell has replaced it, and a folder of that name is not meant
+        raise InputError(f"{name}: {folder} begins with '~', which no shell has replaced; write the path out")
     try:
         folder = Path(os.path.realpath(folder))
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):

@@ -18,6 +18,12 @@ def is_plugin(name: str) -> bool:
     return bool(colon) and path.endswith(".py")
 
 
+def absolute(name: str) -> str:
+    """A setting's value with the absolute path of its file if it has the form `path.py:NAME`; else as it is."""
+    path, _, defined = name.rpartition(":")
+    return f"{Path(path).absolute()}:{defined}" if is_plugin(name) else name
+
+
 def load(path_and_name: str, what: str) -> Any:
     """Return the object NAME that the file path.py defines.
 

@@ -67,8 +67,8 @@ FILES = {
     "consolidated": (only("consolidated.safetensors"), "its publisher's own format", "Hugging Face format"),
     "variant": (only("model.fp16.safetensors"), "model.fp16.safetensors", "rename it to model.safetensors"),
     "numbered": (only("model-00001-of-00002.safetensors"), "no model.safetensors.index.json", "fetch that too"),
-    "adapter weights": (only("adapter_model.safetensors"), "an adapter, no whole model", "merge it first"),
-    "old adapter": (only("adapter_model.bin"), "an adapter, no whole model", "merge it first"),
+    "adapter weights": (only("adapter_model.safetensors"), "an adapter, not a whole model", "merge it first"),
+    "old adapter": (only("adapter_model.bin"), "an adapter, not a whole model", "merge it first"),
     "checkpoint": (only("global_step100"), "a training checkpoint", "save_pretrained"),
     "nothing": (only("README.md"), "neither model.safetensors nor model.safetensors.index.json", "fetch"),
     "link": (dangling("model.safetensors"), "/model.safetensors: is a link to ../../blobs/gone", "not there"),
@@ -96,7 +96,7 @@ FILES = {
     "null offsets": (offsets(lambda a, b: None), "not a safetensors header", "fetch it again"),
     "adapter": (
         write_text("adapter_config.json", json.dumps(LORA)),
-        "an adapter beside whole weights",
+        "an adapter next to whole weights",
         "merge it first",
     ),
     "adapter alone": (only("adapter_config.json", json.dumps(LORA).encode()), 'an adapter of "me/base"', "merge it"),
@@ -119,20 +119,20 @@ def test_folders_that_are_no_models(tmp_path):
         return tmp_path / name
 
     says(refusal(made("models--a--b", "snapshots/abc123/config.json", "refs/main")), "/models--a--b/snapshots/abc123")
-    says(refusal(made("many", "one/config.json", "two/config.json")), "no model but folders of models", "/many/two")
+    says(refusal(made("many", "one/config.json", "two/config.json")), "not a model, but it has folders", "/many/two")
     says(refusal(made("adapter", "adapter_config.json")), 'an adapter of "me/base"', "merge it first")
     says(refusal(made("gguf", "model-Q4.gguf")), "GGUF weights (model-Q4.gguf)", "unquantized")
     says(refusal(made("meta", "params.json", "consolidated.00.pth")), "Meta's own files", "Hugging Face format")
     says(refusal(made("stage", "_METADATA")), "a stage's model", "export")
     says(refusal(made("empty")), "/config.json: the file is missing")
-    says(refusal(made("empty2", "x") / "x"), "is no folder")
+    says(refusal(made("empty2", "x") / "x"), ": not a folder; give")
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
         ("meta-llama/Llama-3.2-1B", "hf download meta-llama/Llama-3.2-1B"),
-        ("~/x", "'~' stands for nothing"),
+        ("~/x", "no shell has replaced '~'"),
         ("a", "no such"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_path_to_nothing(path, words, tmp_path, monkeypatch):
 
 
 def test_an_empty_path():
-    with pytest.raises(InputError, match="the empty path: is no folder"):
+    with pytest.raises(InputError, match="the empty path: not a folder"):
         check_folder("")
 
 

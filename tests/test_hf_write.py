@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_made_is_found_by_trying(tmp_path):
         with pytest.raises(InputError, match=r"^--out: .*; choose another") as caught:
             check_new_folder("--out", tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"^--out: ~/x begins with '~', which stands for nothing here; write the path"):
+    with pytest.raises(InputError, match=r"^--out: ~/x begins with '~', which no shell has replaced; write the path"):
         check_new_folder("--out", Path("~/x"))
     with pytest.raises(InputError, match=r"^save_hf: .*; choose another"):
         save_hf("a\0b", *tiny_model())

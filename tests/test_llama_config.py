@@ -6,7 +6,8 @@ import pytest
 import transformers
 from tiny import tiny_config
 
-from reft_jax.model.llama_config import FIELDS, FOREIGN, LlamaConfig
+from reft_jax.model.families import FIELDS, REFUSED
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.types import InputError
 
 LLAMA3 = {
@@ -190,9 +191,9 @@ def test_another_familys_config_is_refused_as_it_is_and_edited(family):
     assert "a Llama has no such field" in line or "partial_rotary_factor" in line, line
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_foreign_field_counts_unless_it_is_neutral(name):
-    for value in FOREIGN[name]:
+    for value in REFUSED[name]:
         LlamaConfig.from_hf(plain(**{name: value}), "config.json")
     LlamaConfig.from_hf(plain(**{name: None}), "config.json")
     assert f"field '{name}' is 0.375" in refusal(plain(**{name: 0.375}))

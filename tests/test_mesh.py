@@ -23,7 +23,7 @@ from reft_jax.engine import generate
 from reft_jax.engine import slots as programs
 from reft_jax.model.hf import load_hf
 from reft_jax.model.hf_write import save_hf
-from reft_jax.model.rollout_weights import for_rollouts
+from reft_jax.model.rollout_weights import RolloutModel, for_rollouts
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -82,7 +82,7 @@ def sample(mesh, tpu: bool = False) -> dict:
     how many constraints the first decode program has, and how much it gathers. `tpu`: with a TPU's form of the cache.
     """
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    with mock.patch.object(generate, "for_rollouts", lambda model, mesh: model.clone(unrolled=True, tpu=tpu)):
+    with mock.patch.object(generate, "for_rollouts", lambda m, _: RolloutModel(m.config, m.dtype, tpu=tpu)):
         engine = generate.Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]

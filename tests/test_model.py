@@ -14,10 +14,12 @@ from tiny import tiny_config, tiny_model
 from reft_jax.engine import slots as programs
 from reft_jax.engine.slots import rollout_weights
 from reft_jax.model import attention
-from reft_jax.model.cache import BLOCK, KVCache, grow, in_blocks, in_place, init_cache, init_recent, join
+from reft_jax.model import decode as forms
+from reft_jax.model.cache import BLOCK, KVCache, grow, in_blocks, init_cache, init_recent, join, write
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.rollout_weights import RolloutModel
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 61, (3, 9)))
 
@@ -29,20 +31,19 @@ def forward(model, params, tokens):
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def prefill(model, params, tokens, length):
-    """The cache of `length` positions after the tokens; `model` and `params` are unrolled."""
-    cache = model.apply({"params": params}, tokens, method="prefill")
-    return tuple(grow(layer, length) for layer in cache)
+    """The cache of `length` positions after the tokens; `model` and `params` are those of rollouts."""
+    return tuple(grow(layer, length) for layer in forms.prefill(model, params, tokens))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def decode(model, params, tokens, at, cache):
-    logits, cache = model.apply({"params": params}, tokens, at, cache, method="decode")
+    logits, cache = forms.step_in_place(model, params, tokens, at, cache)
     return logits.T, cache
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def decode_beside(model, params, tokens, begin, step, cache, recent):
-    logits, recent = model.apply({"params": params}, tokens, begin, step, cache, recent, method="decode_beside")
+    logits, recent = forms.step_beside(model, params, tokens, begin, step, cache, recent)
     return logits.T, recent
 
 
@@ -52,7 +53,7 @@ def join_all(cache, recent, begin, count):
 
 
 def unrolled(model, params, tpu=False):
-    model = model.clone(unrolled=True, tpu=tpu)
+    model = RolloutModel(model.config, model.dtype, tpu)
     return model, rollout_weights(model, params)
 
 
@@ -117,7 +118,7 @@ def test_a_row_is_written_at_its_position_and_nowhere_past_the_end():
     (before,) = init_cache(tiny_config(num_layers=1), 2, 2 * BLOCK, jnp.float32, blocks=True)
     k, v = jnp.ones((2, *before.k.shape[1:4:2])), 2 * jnp.ones((2, *before.k.shape[1:4:2]))
     at = jnp.array([BLOCK + 3, 2 * BLOCK])
-    _, after = jax.jit(in_place)(before, at, jnp.arange(2 * BLOCK)[None] <= at[:, None], k, v)
+    after = jax.jit(write)(before, at, k, v)
     want = KVCache(np.zeros(before.k.shape), np.zeros(before.v.shape))
     want.k[0, :, 1, :, 3], want.v[0, :, BLOCK + 3] = 1, 2
     for got, expected in zip(after, want, strict=True):

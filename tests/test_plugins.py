@@ -59,3 +59,11 @@ def test_a_corrected_file_is_run_again(tmp_path):
         plugins.load(f"{file}:x", "task")
     file.write_text("x = 22  # another size")
     assert plugins.load(f"{file}:x", "task") == 22
+
+
+def test_the_path_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plugins.absolute("mine.py:X") == f"{tmp_path}/mine.py:X"
+    assert [plugins.absolute(name) for name in ("", "ppo", "hub:owner/name:test", "/a/b.py:X")] == [
+        *("", "ppo", "hub:owner/name:test", "/a/b.py:X")
+    ]

@@ -20,6 +20,7 @@ from reft_jax.algo.advantages import action_mask, token_rewards
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.algo.losses import token_loss
 from reft_jax.engine.generate import Engine
+from reft_jax.model import families
 from reft_jax.model.heads import ValueHead
 from reft_jax.model.hf import checked, read_config
 from reft_jax.model.hf_write import hf_tensors
@@ -75,6 +76,7 @@ def run_check(folder: Path, config) -> bool:
     InputError if the folder cannot be loaded at all.
     """
     started = time.monotonic()
+    families.use(config.model.family)
     examples = problems.make_split(config.seed, "train", QUESTIONS, engine=config.data.format, skipped_share=0.0)
     inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)

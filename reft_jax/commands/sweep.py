@@ -19,6 +19,7 @@ from reft_jax.config import flatten
 from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.report import print_report, write_sweep
 from reft_jax.evaluation.results import Answers, by_item, table
+from reft_jax.model import families
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
@@ -131,6 +132,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
         if path.name.startswith("rerank_") != reranker:
             kind = "no reranker" if reranker else "a reranker, which writes no text"
             raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
+        families.use(str(settings.get("model.family", "")))
         base = settings.get("model.path")
         return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
     if path.is_dir():

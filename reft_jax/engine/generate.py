@@ -1,9 +1,9 @@
 """The rollout engine: prompts in, completions out as they finish. Continuous batching over a fixed number of slots.
 
-A prompt is prefilled once for all its samples; a chunk of decode steps runs over all slots and stops early when enough
-rows have ended; their slots go to the next requests at once. When no request waits any more the rows that are left
-move into fewer slots (halves, quarters, …), so that the last ones do not pay for empty slots. Every shape comes from a
-short list: slots in halves, cache lengths in about sixths of the limit, prompt lengths in multiples of `pad_multiple`.
+A prompt is prefilled once for all its samples. A chunk of decode steps runs over all slots and stops early when enough
+rows have ended; the next requests take their slots at once. When no request waits any more, the remaining rows move
+into fewer slots (halves, quarters, …), so that the last rows do not pay for empty slots. Every shape comes from a short
+list: slots in halves, cache lengths in about sixths of the limit, prompt lengths in multiples of `pad_multiple`.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from reft_jax.engine import slots as programs
+from reft_jax.engine import slots as device
 from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
 from reft_jax.model import cache as kv
@@ -22,14 +22,17 @@ from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
 
-FEWEST_ROWS = 8  # fewer are not worth a program of their own: below, a step costs what reading the weights costs
-PREFILL_ROWS = 8  # prompts a prefill
-LENGTHS = 6  # cache lengths on the way to the limit
+FEWEST_ROWS = 8  # with fewer slots a step costs the same: reading the weights
+PREFILL_ROWS = 8  # prompts per prefill
+LENGTHS = 6  # cache lengths up to the limit
 
 
 class Shapes(NamedTuple):
-    """What a rollout's arrays are sized by: slots and rows of a prefill a shard, seats taken at once a shard, positions
-    of a row, and the lengths that the cache may have on the way there; the last may be longer than a row."""
+    """The sizes of a rollout's arrays.
+
+    Per shard: slots, rows of a prefill, seats taken at once. Then the positions of a row, and the lengths that the
+    cache may have; the last one may be longer than a row.
+    """
 
     slots: int
     prefill_rows: int
@@ -52,25 +55,28 @@ class Engine:
         seed: int,
         after_chunk: Callable[[], None] = lambda: None,
     ):
-        """`slots` must be a multiple of the mesh's row shards; prompts and rows are padded up to `pad_multiple`, a
-        cache whose keys lie in blocks to whole ones. A row ends with `eos_id`, or with any of several. After each chunk
-        of decode steps `after_chunk` is called; what it raises ends the rollout.
+        """Nothing is compiled here.
+
+        Args:
+            slots: a multiple of the mesh's row shards.
+            pad_multiple: prompts and rows are padded to a multiple of it; a cache with keys in blocks, to whole ones.
+            eos_id: the id that ends a row, or several.
+            after_chunk: called after each chunk of decode steps; an exception that it raises ends the rollout.
 
         `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
-        (slots times steps), tokens (drawn), and of the last two those while requests waited: queue_slot_steps,
-        queue_tokens.
+        (slots times steps), tokens (drawn); and queue_slot_steps, queue_tokens: the last two while requests waited.
         """
         self.model, self.mesh, self.pad_multiple = for_rollouts(model, mesh), mesh, pad_multiple
         self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(sorted(eos_id))
         self.shards = row_shards(mesh)
-        self.sizes = [slots // self.shards]  # slots a shard
+        self.sizes = [slots // self.shards]  # slots per shard
         while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:
             self.sizes.append(self.sizes[-1] // 2)
         self.key, self.after_chunk = jax.random.key(seed), after_chunk
         self.counts: Counter[str] = Counter()
 
     def shapes(self, requests: int, longest: int) -> Shapes:
-        """Of a rollout of so many requests, the longest of so many tokens with its prompt."""
+        """The sizes of a rollout of `requests` requests; the longest has `longest` tokens with its prompt."""
         wanted = -(-requests // self.shards)
         slots = min((size for size in self.sizes if size >= wanted), default=self.sizes[0])
         width = round_up(longest, self.pad_multiple)
@@ -87,11 +93,14 @@ class Engine:
         top_k: int = 0,
         iteration: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
-        """Yields (index of the prompt, its completion) as rows end; the device decodes on meanwhile.
+        """Yield (index of the prompt, its completion) as rows end, while the device decodes the next chunk.
 
-        Args: lm, the model's parameters as training has them; max_len, tokens of prompt and response together, for all
-        or for each prompt (one that fills it yields an empty, unfinished completion); temperature 0 is greedy;
-        iteration is part of the sampling key.
+        Args:
+            lm: the model's parameters as training has them.
+            max_len: tokens of prompt and response together, for all prompts or for each. A prompt that fills it yields
+                an empty, unfinished completion.
+            temperature: 0 is greedy.
+            iteration: part of the sampling key.
         """
         limits = np.broadcast_to(np.asarray(max_len, np.int32), len(prompts))
         fits = [i for i, prompt in enumerate(prompts) if len(prompt.tokens) < limits[i]]
@@ -104,7 +113,7 @@ class Engine:
 
 
 class _Rollout:
-    """One call of `generate`: the slots, and who sits in them."""
+    """One call of `generate`: the slots, and the requests in them."""
 
     def __init__(self, engine: Engine, lm, prompts, limits, fits: list[int], iteration: int, settings: dict):
         self.engine, self.prompts, self.limits = engine, prompts, limits
@@ -113,9 +122,9 @@ class _Rollout:
         self.width, self.lengths, self.seats_at_once = shapes.width, shapes.lengths, shapes.seats
         groups, size = group_prompts(prompts, fits), shapes.slots
         self.schedule = Schedule(groups, shards=engine.shards, slots=size, rows=shapes.prefill_rows)
-        self.weights = programs.rollout_weights(engine.model, lm)
-        self.slots = programs.empty_slots(engine.model, size * engine.shards, self.width, self.lengths[0])
-        self.prefixes: dict[int, programs.Prefix] = {}
+        self.weights = device.rollout_weights(engine.model, lm)
+        self.slots = device.empty_slots(engine.model, size * engine.shards, self.width, self.lengths[0])
+        self.prefixes: dict[int, device.Prefix] = {}
 
     def run(self) -> Iterator[tuple[int, Completion]]:
         engine, schedule = self.engine, self.schedule
@@ -127,9 +136,9 @@ class _Rollout:
             queued = schedule.queued
             longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
             self.make_room(longest + 1)
-            steps = min(programs.CHUNK, self.slots.cache[0].length + 1 - longest)
+            steps = min(device.CHUNK, self.slots.cache[0].length + 1 - longest)
             enough = self.enough()
-            self.slots = programs.decode(
+            self.slots = device.decode(
                 engine.model, self.weights, self.slots, engine.key, self.iteration, steps, enough, **self.settings
             )
             yield from ended  # while the device works
@@ -142,14 +151,14 @@ class _Rollout:
         yield from ended
 
     def fill(self, total_len: np.ndarray) -> np.ndarray:
-        """Seats whom there is a slot for; returns total_len with the new rows'."""
+        """Seat the requests that have a free slot. Returns total_len with that of the new rows."""
         schedule, total_len = self.schedule, total_len.copy()
         while True:
             if found := schedule.next_seats(self.seats_at_once):
                 prefill, taken = found
                 shape = (len(taken), self.seats_at_once)
-                seats = programs.Seats(*(np.zeros(shape, np.int32) for _ in programs.Seats._fields))
-                seats.slot[:] = schedule.owner.shape[1]  # does not exist
+                seats = device.Seats(*(np.zeros(shape, np.int32) for _ in device.Seats._fields))
+                seats.slot[:] = schedule.owner.shape[1]  # a slot that does not exist: nobody
                 for shard, pairs in enumerate(taken):
                     for place, (slot, seat) in enumerate(pairs):
                         prompt = self.prompts[seat.request]
@@ -159,7 +168,7 @@ class _Rollout:
                         total_len[shard * schedule.owner.shape[1] + slot] = len(prompt.tokens)
                 prefix = self.prefixes[prefill]
                 self.make_room(prefix.tokens.shape[1])
-                self.slots = programs.seat(self.slots, prefix, put_rows(self.engine.mesh, seats))
+                self.slots = device.seat(self.slots, prefix, put_rows(self.engine.mesh, seats))
                 if schedule.is_exhausted(prefill):
                     del self.prefixes[prefill]
             elif schedule.needs_prefill():
@@ -168,7 +177,7 @@ class _Rollout:
             else:
                 return total_len
 
-    def prefill(self, shares: list[list[Group]]) -> programs.Prefix:
+    def prefill(self, shares: list[list[Group]]) -> device.Prefix:
         engine, rows = self.engine, self.schedule.rows
         longest = max(len(group.tokens) for share in shares for group in share)
         tokens = np.zeros((len(shares) * rows, round_up(longest, engine.pad_multiple)), np.int32)
@@ -178,23 +187,23 @@ class _Rollout:
                 tokens[row, : len(group.tokens)] = group.tokens
                 length[row] = len(group.tokens)
                 engine.counts.update(prompts=1, prompt_tokens=len(group.tokens))
-        return programs.prefill(engine.model, self.weights, *put_rows(engine.mesh, (tokens, length)))
+        return device.prefill(engine.model, self.weights, *put_rows(engine.mesh, (tokens, length)))
 
     def make_room(self, positions: int) -> None:
-        """Lengthens the cache to the next length that holds `positions`."""
+        """Grow the cache to the next length that holds `positions`."""
         length = next(length for length in self.lengths if length >= min(positions, self.width))
         if length > self.slots.cache[0].length:
             layers = list(self.slots.cache)
             self.slots = self.slots._replace(cache=())
             for i, layer in enumerate(layers):
-                layers[i] = programs.grow_layer(layer, length)
+                layers[i] = device.grow_layer(layer, length)
             self.slots = self.slots._replace(cache=tuple(layers))
 
     def enough(self) -> int:
         """How many rows must end before a chunk stops early.
 
-        A few while others wait for their slots, then as many as let the rest move into fewer slots. Of the last
-        FEWEST_ROWS each one: its program runs while the others decode, so that only one is waited for in the end.
+        While requests wait for slots: a few. Then: as many as let the rest move into fewer slots. Of the last
+        FEWEST_ROWS: one, because its program then runs while the others decode.
         """
         taken = int((self.schedule.owner >= 0).sum())
         if self.schedule.queued:
@@ -202,17 +211,17 @@ class _Rollout:
         return max(1, taken - (self.next_size() * self.engine.shards or FEWEST_ROWS))
 
     def next_size(self) -> int:
-        """Slots a shard of the next smaller program, or 0."""
+        """The next smaller number of slots per shard, or 0."""
         return max((size for size in self.engine.sizes if size < self.schedule.owner.shape[1]), default=0)
 
     def pack(self, total_len: np.ndarray) -> np.ndarray:
-        """Moves the rows that are left into the fewest slots that hold them; returns their total_len."""
+        """Move the remaining rows into the fewest slots that hold them. Returns their total_len."""
         taken, size = self.schedule.most_taken(), self.schedule.owner.shape[1]
         smaller = min((size for size in self.engine.sizes if size >= taken), default=size)
         if smaller >= size:
             return total_len
         kept = self.schedule.shrink(smaller)
-        self.slots = programs.keep(self.slots, put_rows(self.engine.mesh, kept))
+        self.slots = device.keep(self.slots, put_rows(self.engine.mesh, kept))
         return np.take_along_axis(total_len.reshape(-1, size), np.minimum(kept, size - 1), 1).reshape(-1)
 
     def count(self, drawn: np.ndarray, slots: int, queued: bool) -> None:

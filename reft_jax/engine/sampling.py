@@ -1,4 +1,4 @@
-"""Drawing the next token. A row's random numbers depend on whose row it is, never on where or when it is decoded."""
+"""Draws the next token. A row's random numbers depend on its item and sample, never on where or when it decodes."""
 
 import hashlib
 
@@ -21,9 +21,10 @@ def row_keys(key, iteration: int, items, samples):
 
 
 def reach(weights, goal):
-    """Where the running sum of weights float32[N,B] reaches goal float32[B]: index int32[B], what it lacked before it.
+    """Where the running sum of weights float32[N,B] reaches goal float32[B]: index int32[B], and what is left of goal
+    before that entry, float32[B].
 
-    The sums round, so a goal near the end may lie past it or on an entry of weight 0; the heaviest is drawn then.
+    The sums round, so a goal near the end may be past it or at an entry of weight 0; then the heaviest is drawn.
     """
     ends = jnp.cumsum(weights, 0)
     index = jnp.minimum((ends < goal[None]).sum(0), weights.shape[0] - 1)
@@ -37,11 +38,12 @@ def _at(x, index):
 
 
 def inverse_cdf(weights, uniform):
-    """Entries drawn in proportion to their weights with one uniform number a row: int32[B], and the weights' sum
-    float32[B].
+    """Draw an entry per row in proportion to the weights: int32[B], and the sum of the weights, float32[B].
 
-    Args: weights float32[V,B] >= 0, uniform float32[B] in (0,1]. In two levels, blocks of 256 then inside the block: 25
-    times faster on a CPU than V Gumbel numbers a row (2 ms against 55 at 64 × 49,152).
+    Args: weights float32[V,B] >= 0; uniform float32[B] in (0,1], one number per row.
+
+    In two levels, blocks of 256 and then inside the block: on a CPU 25 times faster than V Gumbel numbers per row (2 ms
+    against 55 for 64 rows of 49,152).
     """
     vocab, rows = weights.shape
     weights = jnp.pad(weights, ((0, -vocab % BLOCK), (0, 0))).reshape(-1, BLOCK, rows)
@@ -53,17 +55,18 @@ def inverse_cdf(weights, uniform):
 
 
 def draw(logits, keys, t, *, temperature: float, top_k: int):
-    """The next token of each row and its log-probability at `temperature` over the whole vocabulary.
+    """Draw the next token of each row, int32[B], with its log-probability at `temperature`, float32[B].
 
-    Args: logits float32[V,B]; keys [B] of `row_keys`; t int32[B], the index of the token in its response;
-    temperature 0 is greedy; top_k 0 is the whole vocabulary. Returns: int32[B], float32[B].
+    The log-probability is over the whole vocabulary, also with top_k. Args: logits float32[V,B]; keys [B] of
+    `row_keys`; t int32[B], the index of the token in its response; temperature 0 is greedy; top_k 0 is the whole
+    vocabulary.
     """
-    # The barrier: or XLA's CPU backend makes the maximum part of the product that the logits are, and that slower.
+    # Without the barrier XLA's CPU backend fuses the maximum into the product that makes the logits, which is slower.
     logits = jax.lax.optimization_barrier(logits / (temperature or 1.0))
     peak = logits.max(0, keepdims=True)
-    weights = jnp.exp(logits - peak)  # once, for drawing and for the log-probability
+    weights = jnp.exp(logits - peak)  # once, for the draw and for the log-probability
     uniform = 1.0 - jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys, t)
-    token, total = inverse_cdf(weights, uniform)  # greedy and top_k want the total only
+    token, total = inverse_cdf(weights, uniform)  # greedy and top_k use the total only
     if temperature == 0:
         token = logits.argmax(0).astype(jnp.int32)
     elif top_k:

@@ -1,5 +1,5 @@
-"""Who sits in which slot. Plain Python, and a function of the requests and of the rows' lengths alone: every host of a
-pod that runs it on the same numbers takes the same decisions."""
+"""Which request gets which slot. Plain Python, a function of the requests and of the rows' lengths alone: every host of
+a pod runs it on the same numbers and decides the same."""
 
 from collections import deque
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from reft_jax.types import Prompt
 
 
 class Group(NamedTuple):
-    """One prompt and the completions wanted of it: indices into the list of requests."""
+    """One prompt, and the requests for completions of it: indices into the list of requests."""
 
     tokens: np.ndarray
     requests: list[int]
 
 
 class Seat(NamedTuple):
-    """A request that waits for a slot of its shard; row `row` of prefill number `prefill` there holds its prompt."""
+    """A request that waits for a slot of its shard. Row `row` of prefill number `prefill` there holds its prompt."""
 
     prefill: int
     row: int
@@ -25,7 +25,7 @@ class Seat(NamedTuple):
 
 
 def group_prompts(prompts: list[Prompt], requests: list[int]) -> list[Group]:
-    """Requests with the same tokens share a prefill; long prompts first, so that like lengths are together."""
+    """Group the requests with the same tokens, which share a prefill. Long prompts first: similar ones are together."""
     groups: dict[bytes, Group] = {}
     for request in requests:
         tokens = np.asarray(prompts[request].tokens, np.int32)
@@ -34,7 +34,7 @@ def group_prompts(prompts: list[Prompt], requests: list[int]) -> list[Group]:
 
 
 class Schedule:
-    """Slots of `shards` row shards, `slots` each; a prefill takes `rows` prompts a shard.
+    """Slots of `shards` row shards, `slots` each; a prefill takes `rows` prompts per shard.
 
     `owner` int[D,slots]: the request in each slot, or -1.
     """
@@ -52,14 +52,14 @@ class Schedule:
         return bool(self.waiting) or any(self.ready)
 
     def needs_prefill(self) -> bool:
-        """Whether a free slot has nobody to take it, and prompts are waiting."""
-        hungry = any((owner < 0).any() and not ready for owner, ready in zip(self.owner, self.ready, strict=True))
-        return hungry and bool(self.waiting)
+        """Whether a shard has a free slot and no prefilled request, while prompts are waiting."""
+        idle = any((owner < 0).any() and not ready for owner, ready in zip(self.owner, self.ready, strict=True))
+        return idle and bool(self.waiting)
 
     def next_prefill(self) -> tuple[int, list[list[Group]]]:
-        """The number of the next prefill and its prompts, at most `rows` a shard.
+        """Return the number of the next prefill and its prompts, at most `rows` per shard.
 
-        They are dealt out in turn, but not to a shard that has enough to go on with: it would keep prefills alive.
+        The shards take prompts in turn. A shard with enough ready requests takes none: it would keep prefills alive.
         """
         shares: list[list[Group]] = [[] for _ in range(self.shards)]
         in_need = [shard for shard, ready in enumerate(self.ready) if len(ready) < 2 * self.rows]
@@ -73,8 +73,10 @@ class Schedule:
         return self.prefills - 1, shares
 
     def next_seats(self, limit: int) -> tuple[int, list[list[tuple[int, Seat]]]] | None:
-        """(number of a prefill, at most `limit` pairs (slot, seat) a shard whose prompts it holds); None if no request
-        that is prefilled can be seated. They are seated from here on."""
+        """Seat requests of one prefill: its number, and at most `limit` pairs (slot, seat) per shard.
+
+        None if no prefilled request can be seated.
+        """
         free = [deque(np.flatnonzero(owner < 0)) for owner in self.owner]
         able = [ready[0].prefill for ready, slots in zip(self.ready, free, strict=True) if ready and slots]
         if not able:
@@ -90,11 +92,11 @@ class Schedule:
         return prefill, taken
 
     def is_exhausted(self, prefill: int) -> bool:
-        """Whether nobody waits for that prefill's prompts any more."""
+        """Whether no request waits for that prefill's prompts any more."""
         return all(seat.prefill != prefill for ready in self.ready for seat in ready)
 
     def leave(self, active: np.ndarray) -> list[tuple[int, int]]:
-        """(row, request) of the rows that have ended, by `active` bool[D·slots]; their slots are free from here on."""
+        """Free the slots of rows that have ended, by `active` bool[D·slots]. Returns their (row, request)."""
         ended = (self.owner >= 0) & ~active.reshape(self.owner.shape)
         left = [(int(row), int(self.owner.reshape(-1)[row])) for row in np.flatnonzero(ended)]
         self.owner[ended] = -1
@@ -105,7 +107,7 @@ class Schedule:
         return int((self.owner >= 0).sum(1).max())
 
     def shrink(self, slots: int) -> np.ndarray:
-        """The taken slots of each shard, int32[D,slots], filled up with slots that do not exist; renumbers them."""
+        """Renumber the taken slots: those of each shard, int32[D,slots], filled up with slots that do not exist."""
         beyond = self.owner.shape[1]
         kept = np.full((self.shards, slots), beyond, np.int32)
         owner = np.full((self.shards, slots), -1)

@@ -1,7 +1,7 @@
-"""The device side of a rollout: slots that hold one row each, and the jitted programs that fill, decode and pack them.
+"""The device side of a rollout: slots that hold one row each, and the compiled functions that fill, decode, pack them.
 
-Rows are spread over the mesh's row shards, and no program moves a row between shards: the slots and prompts that the
-host names are counted within each shard. So none of these programs gathers a cache over the network.
+Rows are spread over the mesh's row shards, and no function moves a row between shards: the host numbers slots and
+prompts within each shard. So none of these functions gathers a cache over the network.
 """
 
 from functools import partial
@@ -14,18 +14,19 @@ from jax.sharding import PartitionSpec
 
 from reft_jax.engine.sampling import draw, row_keys
 from reft_jax.model import cache as kv
+from reft_jax.model import decode as forward
 from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES
 
-CHUNK = 16  # decode steps at most between two looks at who has ended
+CHUNK = 16  # decode steps at most before the host looks which rows have ended
 
 
 class Slots(NamedTuple):
-    """One row a slot; a row decodes while total_len < limit, and a slot is free when it does not.
+    """One row per slot. A row decodes while total_len < limit; otherwise its slot is free.
 
-    cache: a KVCache a layer, as long as the longest row needs. tokens int32[B,S]; logprobs float32[B,S], at the place
-    of the token; total_len, limit int32[B]; item, sample, prompt_len int32[B]: whose row it is and where its response
-    begins, from which its random numbers follow.
+    cache: a KVCache per layer, as long as the longest row needs. tokens int32[B,S]; logprobs float32[B,S], at the index
+    of the token; total_len, limit int32[B]. item, sample, prompt_len int32[B]: which completion the row is and where
+    it begins; its random numbers follow from these.
     """
 
     cache: tuple[kv.KVCache, ...]
@@ -39,8 +40,8 @@ class Slots(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Prompts that were prefilled: a KVCache of P positions a layer (keys in blocks: of whole ones), tokens int32[R,P],
-    length int32[R]."""
+    """Prefilled prompts: per layer a KVCache of P positions (keys in blocks: whole blocks), tokens int32[R,P], length
+    int32[R]."""
 
     cache: tuple[kv.KVCache, ...]
     tokens: jax.Array
@@ -48,8 +49,8 @@ class Prefix(NamedTuple):
 
 
 class Seats(NamedTuple):
-    """Who goes where, int32[D,M] each, D row shards: slot and row of the Prefix within the shard; a slot that does not
-    exist stands for nobody."""
+    """Which request gets which slot, int32[D,M] each, D row shards: slot and row of the Prefix within the shard. A slot
+    that does not exist means no request."""
 
     slot: jax.Array
     source: jax.Array
@@ -65,7 +66,7 @@ def axes(tree: Slots | Prefix) -> Slots | Prefix:
 
 
 def _placed(tree):
-    """With their places on the mesh written down; where nothing is said, XLA might choose others."""
+    """The tree with its sharding constraints; without them XLA might choose others."""
     return jax.tree.map(nn.with_logical_constraint, tree, axes(tree))
 
 
@@ -73,13 +74,13 @@ def _placed_layers(layers: tuple[kv.KVCache, ...], where: kv.KVCache):
     return jax.tree.map(nn.with_logical_constraint, layers, (where,) * len(layers))
 
 
-on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a program is traced
+on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a function is traced
 
 
 @partial(jax.jit, static_argnames="model")
 @on_rollout_rules
 def layer_weights(model, layers, i):
-    """Layer i of the stacked ones, cast and laid out for rollouts."""
+    """Layer i of the stacked layers, cast and laid out for rollouts."""
     return nn.unbox(rollout_layer(model, layers, i))
 
 
@@ -91,9 +92,9 @@ def rest_weights(model, lm):
 
 
 def rollout_weights(model, lm):
-    """The parameters as the engine's programs take them, from where and how training has them.
+    """Make the engine's weights from the parameters as training has them.
 
-    Layer by layer with one small program: a program that makes them all keeps a second copy of them meanwhile.
+    Layer by layer with one small function: a function that makes them all would hold a second copy meanwhile.
     """
     rest = {name: x for name, x in lm.items() if name != "layers"}
     layers = {f"layers_{i}": layer_weights(model, lm["layers"], i) for i in range(model.config.num_layers)}
@@ -103,7 +104,7 @@ def rollout_weights(model, lm):
 @partial(jax.jit, static_argnames=("model", "rows", "width", "length"))
 @on_rollout_rules
 def empty_slots(model, rows: int, width: int, length: int) -> Slots:
-    """Free slots for rows of at most `width` tokens, with a cache of `length` positions to begin with."""
+    """Free slots for rows of at most `width` tokens, with a cache of `length` positions at first."""
     zeros = jnp.zeros(rows, jnp.int32)
     cache = kv.init_cache(model.config, rows, length, model.dtype, blocks=not model.tpu)
     tokens = jnp.zeros((rows, width), jnp.int32)
@@ -113,8 +114,8 @@ def empty_slots(model, rows: int, width: int, length: int) -> Slots:
 @partial(jax.jit, static_argnames="model")
 @on_rollout_rules
 def prefill(model, weights, tokens, length) -> Prefix:
-    """tokens int32[R,P], padded on the right; length int32[R]. What padding adds to the cache is overwritten unread."""
-    return _placed(Prefix(model.apply({"params": weights}, tokens, method="prefill"), tokens, length))
+    """tokens int32[R,P], padded on the right; length int32[R]. The padding's cache is overwritten before it is read."""
+    return _placed(Prefix(forward.prefill(model, weights, tokens), tokens, length))
 
 
 def _by_shard(x, shards: int):
@@ -124,7 +125,7 @@ def _by_shard(x, shards: int):
 @partial(jax.jit, donate_argnums=0)
 @on_rollout_rules
 def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
-    """Puts prompts into free slots, each with its identity and limit; one prompt may go into many.
+    """Put prompts into free slots, each with its item, sample and limit; one prompt may go into many slots.
 
     The next decode step reads the prompt's last token once more, so that every token is drawn by `decode`.
     """
@@ -166,7 +167,7 @@ def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
 @jax.jit
 @on_rollout_rules
 def keep(slots: Slots, kept) -> Slots:
-    """The rows `kept` int32[D,M] of each shard, in fewer slots; a row that does not exist leaves its slot free."""
+    """Move the rows `kept` int32[D,M] of each shard into fewer slots; for a row that does not exist, a free slot."""
     shards, rows = kept.shape
 
     def pick(x):
@@ -181,7 +182,7 @@ def keep(slots: Slots, kept) -> Slots:
 @partial(jax.jit, static_argnames="length")
 @on_rollout_rules
 def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
-    """Layer by layer, so that there is never more than one layer twice."""
+    """Grow the cache of one layer. Layer by layer, so that only one layer is in memory twice."""
     layer = kv.grow(layer, length)
     return kv.KVCache(*map(nn.with_logical_constraint, layer, layer.axes))
 
@@ -191,14 +192,13 @@ def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
 def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_ids, temperature, top_k) -> Slots:
     """At most `steps` (of CHUNK) steps over all slots, fewer if `enough` of the rows that decode now have ended.
 
-    Each row draws until one of `eos_ids`, a tuple, or its limit. `steps` must not lead a row past the cache. On a TPU
-    it is written after the last step (model/cache.py).
+    Each row draws until one of `eos_ids`, a tuple, or its limit. `steps` must not take a row past the end of the cache.
+    On a TPU the cache is written after the last step (model/decode.py).
     """
     index = jnp.arange(slots.tokens.shape[1])[None]
     keys = row_keys(key, iteration, slots.item, slots.sample)
     begun = (slots.total_len < slots.limit).sum()
     begin, cache, slots = slots.total_len - 1, slots.cache, slots._replace(cache=())
-    beside, params = model.tpu, {"params": weights}
 
     def undecided(carry):
         step, slots, _ = carry
@@ -210,10 +210,10 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
         active = slots.total_len < slots.limit
         last = slots.total_len - 1
         token = jnp.take_along_axis(slots.tokens, last[:, None], 1)[:, 0]
-        if beside:
-            logits, written = model.apply(params, token, begin, step, cache, written, method="decode_beside")
+        if model.tpu:
+            logits, written = forward.step_beside(model, weights, token, begin, step, cache, written)
         else:
-            logits, written = model.apply(params, token, last, written, method="decode")
+            logits, written = forward.step_in_place(model, weights, token, last, written)
         response = slots.total_len - slots.prompt_len
         token, logprob = draw(logits, keys, response, temperature=temperature, top_k=top_k)
         ended = (token[:, None] == jnp.array(eos_ids)[None]).any(1)
@@ -228,11 +228,11 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
         return step + 1, slots, _placed_layers(written, where)
 
     written, where = cache, cache[0].axes
-    if beside:
+    if model.tpu:
         written, where = kv.init_recent(model.config, len(begin), CHUNK, model.dtype), kv.RECENT_AXES
     with jax.named_scope("decode_steps"):
         _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
-    if beside:
+    if model.tpu:
         drawn = slots.total_len - begin - 1
         written = tuple(kv.join(old, new, begin, drawn) for old, new in zip(cache, written, strict=True))
     return _placed(slots._replace(cache=written))

@@ -1,4 +1,4 @@
-"""Grouped-query attention: of a text to itself, with a gradient, and of one token to what a cache holds.
+"""Grouped-query attention: of a text to itself, with a gradient, and of one token to the positions of a cache.
 
 Axes as in `reft_jax.types`. Scores and their softmax are float32, products in the compute dtype.
 """
@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-QUERY_BLOCK = 256  # positions; half of the scores of a long row are masked, and most of those are never computed
+QUERY_BLOCK = 256  # positions: half of the scores of a long row are masked, and most of those are not computed
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B,T,N,H], k [B,K,H,T], v [B,K,T,H], mask bool[1 or B,T,T] -> [B,T,N,H]; no position may see a later one.
 
-    What no query of a block sees is not computed.
+    A block of queries computes no score of positions after its last query.
     """
     length, parts = q.shape[1], []
     for queries in np.array_split(np.arange(length), -(-length // QUERY_BLOCK)):
@@ -25,11 +25,13 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
 
 
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """One token a row, q [B,N,H], to everything in `parts`, each of them (k [B,K,H,S] or in blocks [B,K,S/64,H,64],
-    v [B,K,S,H], what is seen of it bool[1 or B,S]) -> [B,N,H].
+    """One token per row, q [B,N,H], to the positions of all `parts` -> [B,N,H].
 
-    Everything stays in the blocks that the keys come in. So XLA's CPU backend makes a kernel of each product and what
-    follows it, and divides its batch among the cores; a batch of small products that stands alone runs on one.
+    Args:
+        parts: each (k [B,K,H,S], or in blocks [B,K,S/64,H,64]; v [B,K,S,H]; the mask of seen positions bool[1 or B,S]).
+
+    All arrays stay in the blocks of the keys. XLA's CPU backend then fuses each product with what follows it and
+    divides the batch among the cores. A batch of small products that is not fused runs on one core.
     """
     grouped = q.reshape(q.shape[0], parts[0][1].shape[1], 1, -1, q.shape[-1])
     scores = [_scores_of_one(grouped, k if k.ndim == 5 else k[:, :, None], seen) for k, _, seen in parts]
@@ -46,8 +48,10 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.
 
 
 def _scores_of_one(q, k, seen):
-    """float32[B,K,n,G,S/n] of q [B,K,1,G,H] and k [B,K,n,H,S/n]. The mask is added, since a selection would be a kernel
-    of its own: what is not seen must be finite."""
+    """float32[B,K,n,G,S/n] of q [B,K,1,G,H] and k [B,K,n,H,S/n].
+
+    The mask is added, because a selection would be a separate kernel. So scores of unseen positions must be finite.
+    """
     to_each = jnp.broadcast_to(q, (*k.shape[:3], *q.shape[3:]))  # written out: else matmul would transpose the keys
     scores = jnp.matmul(to_each, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = jnp.where(seen, 0, jnp.finfo(jnp.float32).min)
@@ -55,8 +59,10 @@ def _scores_of_one(q, k, seen):
 
 
 def _grouped(q, kv_heads: int):
-    """[B,T,N,H] -> [B,K,G*T,H]: the queries of a group are the rows of one matrix, which stands on the left of each
-    product. A batched product with the keys on the left transposes them first, and einsum would choose that."""
+    """[B,T,N,H] -> [B,K,G*T,H]: the queries of a group are the rows of one matrix, the left side of each product.
+
+    With the keys on the left, as einsum would choose, a batched product transposes them first.
+    """
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     return q.reshape(batch, kv_heads, -1, head_dim)
@@ -78,8 +84,11 @@ def _scores(q, k, mask):
 
 @jax.custom_vjp
 def _attend(q, k, v, mask):
-    """Attention of q [B,K,G*T,H]. Its gradient is written out because what it costs on a CPU is not its products but
-    passes over the scores: two forward and one backward here, and one array of them kept, instead of two."""
+    """Attention of q [B,K,G*T,H].
+
+    The gradient is written out because its cost on a CPU is passes over the scores, not products. Here there are two
+    passes forward and one backward, and one array of scores is kept instead of two.
+    """
     return _attend_forward(q, k, v, mask)[0]
 
 

@@ -1,13 +1,11 @@
-"""The key-value cache: fixed shapes, every row at its own position, one pair of arrays a layer.
+"""The key-value cache: fixed shapes, every row at its own position, one pair of arrays per layer.
 
-Keys keep the cache position last and values keep it second to last: the two layouts in which the matrix products of a
-decode step read memory in order. Layers are separate arrays, and as long as the longest row needs (`grow`): a product
-cannot read a slice of a larger array in place, so one stacked cache would be copied, layer by layer, in every step.
+Keys keep the cache position last and values keep it second to last: in these layouts the matrix products of a decode
+step read memory in order. Layers are separate arrays, as long as the longest row needs (`grow`).
 
-A decode step writes to it in place (`in_place`), each row at a position of its own, and keys lie in blocks: a product
-takes 64 positions at a time, and reads them from end to end at 1.3 times the rate. Not on a TPU, which would lay the
-whole cache out anew for that, and back again: there, what a few steps add is kept beside it (`init_recent`, `beside`),
-where all rows write at one place, and joined to it after them (`join`).
+Off TPUs keys are in blocks: a product takes 64 positions at a time and reads a block from end to end, at 1.3 times the
+rate. A decode step writes into the cache in place (`write`). On a TPU it writes beside the cache (`init_recent`,
+`write_recent`), and after a few steps `join` adds what they wrote. decode.py says why.
 """
 
 from typing import NamedTuple
@@ -22,8 +20,10 @@ BLOCK = 64  # positions of a block of keys
 
 
 class KVCache(NamedTuple):
-    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H]. How many positions of a row are
-    valid is the caller's to know."""
+    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H].
+
+    The caller knows how many positions of a row are valid.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -49,8 +49,10 @@ RECENT_AXES = KVCache(VALUE_AXES, VALUE_AXES)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: bool) -> tuple[KVCache, ...]:
-    """An empty cache of `batch` rows and `length` positions, layer by layer; `dtype` is the model's compute dtype. With
-    `blocks` the keys lie in them, and `length` must be a multiple of BLOCK."""
+    """An empty cache of `batch` rows and `length` positions, layer by layer; `dtype` is the model's compute dtype.
+
+    With `blocks` the keys are in blocks, and `length` must be a multiple of BLOCK.
+    """
     rows, size = (batch, config.num_kv_heads), config.head_dim
     k = (length // BLOCK, size, BLOCK) if blocks else (size, length)
     return tuple(
@@ -60,14 +62,14 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: b
 
 
 def in_blocks(cache: KVCache) -> KVCache:
-    """The same with its keys [B,K,H,S] in blocks, the last of them filled up with zeros; values likewise."""
+    """The same cache with its keys [B,K,H,S] in blocks; zeros fill up the last block, in keys and values."""
     cache = grow(cache, cache.length + -cache.length % BLOCK)
     *rows, size, _ = cache.k.shape
     return cache._replace(k=cache.k.reshape(*rows, size, -1, BLOCK).swapaxes(2, 3))
 
 
 def grow(cache: KVCache, length: int) -> KVCache:
-    """The same rows with room for `length` positions; of keys in blocks a multiple of BLOCK."""
+    """The same rows with room for `length` positions, a multiple of BLOCK if the keys are in blocks."""
     more = length - cache.length
 
     def pad(x, axis, more):
@@ -78,36 +80,34 @@ def grow(cache: KVCache, length: int) -> KVCache:
 
 
 def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32) -> tuple[KVCache, ...]:
-    """Room for what `length` decode steps add to a cache, layer by layer: k and v are [B,K,length,H] both."""
+    """Room for the keys and values of `length` decode steps, layer by layer: k and v are both [B,K,length,H]."""
     zeros = jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), dtype)
     return (KVCache(zeros, zeros),) * config.num_layers
 
 
-def beside(cache: KVCache, recent: KVCache, step: jax.Array, old: jax.Array, new: jax.Array, k, v):
-    """What k, v [B,K,H] of step int32[] attend to, themselves included, for `attend`; and `recent` with them: the same
-    place in every row, so nothing is scattered. old, new: what is seen of the cache and of `recent`."""
-    recent = KVCache(
+def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """`recent` with k, v [B,K,H] of step int32[]: one place for all rows, so nothing is scattered."""
+    return KVCache(
         *(
-            jax.lax.dynamic_update_slice_in_dim(there, added[:, :, None].astype(there.dtype), step, 2)
-            for there, added in zip(recent, (k, v), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None].astype(old.dtype), step, 2)
+            for old, new in zip(recent, (k, v), strict=True)
         )
     )
-    return [(*cache, old), (recent.k.swapaxes(2, 3), recent.v, new)], recent
 
 
-def in_place(cache: KVCache, at: jax.Array, seen: jax.Array, k, v):
-    """The same where the cache, its keys in blocks, takes k, v [B,K,H] at the positions at int32[B]. Past its end
-    nothing is written: there stand rows that ended with a cache that was full."""
+def write(cache: KVCache, at: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """The cache, its keys in blocks, with k, v [B,K,H] at the positions at int32[B]. Past its end nothing is written:
+    that is the position of a row that has ended with a full cache."""
     rows = jnp.arange(len(at))
     k = cache.k.at[rows, :, at // BLOCK, :, at % BLOCK].set(k.astype(cache.k.dtype), mode="drop", unique_indices=True)
     v = cache.v.at[rows, :, at].set(v.astype(cache.v.dtype), mode="drop", unique_indices=True)
-    return [(k, v, seen)], KVCache(k, v)
+    return KVCache(k, v)
 
 
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
-    """The cache with the first count int32[B] of a row's recent positions at begin int32[B] and after.
+    """The cache with the first count int32[B] of each row's recent positions written at begin int32[B] and after.
 
-    What lies past the end of the cache is dropped. The product with a matrix of zeros and ones only moves numbers.
+    Positions past the end of the cache are dropped. The product with a matrix of zeros and ones only moves numbers.
     """
     place = jnp.arange(cache.length)[None] - begin[:, None]  # among the recent ones, [B,S]
     fresh = (place >= 0) & (place < count[:, None])

@@ -1,4 +1,4 @@
-"""Reading the fields of a JSON configuration: which values each may have, as data, and one line for what is wrong."""
+"""Reads the fields of a JSON configuration. Tables say which values each field may have; an error is one line."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ class Kind(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One field: its default where it is absent (REQUIRED: it must be there), and whether null means the default."""
+    """One field: its default if it is absent (REQUIRED: it may not be), and whether null means the default."""
 
     kind: Kind
     default: Any
@@ -26,7 +26,7 @@ REQUIRED = object()
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number: true and false are not. NaN is one, and no range holds it."""
+    """Whether a JSON value is a number. true and false are not; NaN is, but it is in no range."""
     return type(value) in (int, float)
 
 
@@ -37,7 +37,7 @@ OBJECT = Kind("an object or null", lambda value: type(value) is dict)
 
 
 def read_field(raw: Mapping[str, Any], name: str, field: Field, source: str, within: str = "") -> Any:
-    """The value of field `name` of `raw`. `within` is the field that holds `raw`, for the message.
+    """Return the value of field `name` of `raw`. `within` is the field that holds `raw`, for the message.
 
     Raises InputError, naming `source`, the field, its value and what is allowed.
     """
@@ -55,6 +55,6 @@ def read_field(raw: Mapping[str, Any], name: str, field: Field, source: str, wit
 
 
 def shown(value: Any) -> str:
-    """The value as JSON spells it, at most 80 characters."""
+    """The value as JSON, at most 80 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."

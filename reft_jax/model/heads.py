@@ -1,4 +1,4 @@
-"""Heads on the trunk's last hidden state, in float32 whatever the trunk computes in."""
+"""Heads on the trunk's last hidden state. They compute in float32, whatever the trunk computes in."""
 
 import flax.linen as nn
 import jax

@@ -1,8 +1,8 @@
 """Hugging Face folders in, without torch: config.json, safetensors, heads. `hf_write.py` writes them.
 
 Their linear weights are [out, in]; ours are [in, out] with the axes of heads split and the layers stacked. A process
-reads the slices that its devices hold, a device at a time, and writes what it gathers of all devices one tensor at a
-time: a folder of any size needs little more host memory than what stays there.
+reads only the slices that its devices hold, one device after another. When a folder is written, one tensor at a time is
+gathered from all devices. So a folder of any size needs little more host memory than the arrays that stay there.
 """
 
 import math
@@ -26,41 +26,26 @@ from reft_jax.model.safetensors import DTYPES, Stored, map_tensor, read_header
 from reft_jax.model_folder import CONFIG
 from reft_jax.types import InputError
 
-# Our path -> their name, and how many leading axes of our tensor (layers aside) are inputs; 0: kept as it is.
-TENSORS = {
-    ("embed",): ("model.embed_tokens.weight", 0),
-    ("layers", "attention_norm"): ("model.layers.{}.input_layernorm.weight", 0),
-    ("layers", "q"): ("model.layers.{}.self_attn.q_proj.weight", 1),
-    ("layers", "k"): ("model.layers.{}.self_attn.k_proj.weight", 1),
-    ("layers", "v"): ("model.layers.{}.self_attn.v_proj.weight", 1),
-    ("layers", "o"): ("model.layers.{}.self_attn.o_proj.weight", 2),
-    ("layers", "mlp_norm"): ("model.layers.{}.post_attention_layernorm.weight", 0),
-    ("layers", "gate"): ("model.layers.{}.mlp.gate_proj.weight", 1),
-    ("layers", "up"): ("model.layers.{}.mlp.up_proj.weight", 1),
-    ("layers", "down"): ("model.layers.{}.mlp.down_proj.weight", 1),
-    ("final_norm",): ("model.norm.weight", 0),
-    ("lm_head", "kernel"): ("lm_head.weight", 1),
-}
 LM_HEAD = ("lm_head", "kernel")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TILE = 256  # of a matrix that is turned over: two of them fit in a core's cache
-# In a folder of its own: loaders of policies read every *.safetensors that lies beside config.json.
+TILE = 256  # rows and columns copied at once when a matrix is transposed: two tiles fit in a core's cache
+# In its own folder, because loaders of policies read every *.safetensors next to config.json.
 VALUE_HEAD_FILE = "value_head/model.safetensors"
 OLD_VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The folder's config.json; InputError where it is missing, unreadable or asks for what Llama does not compute."""
+    """Return the folder's config.json. Raises InputError if it is missing, unreadable or not of a known family."""
     return LlamaConfig.from_hf(read_raw_config(folder), str(Path(folder) / CONFIG))
 
 
 def check_folder(folder: str | Path, *, reranker: bool = False) -> LlamaConfig:
-    """Checks a folder by config.json and safetensors headers alone: seconds for any size.
+    """Check a folder by config.json and safetensors headers alone: seconds for any size.
 
-    InputError unless every file has the length its header promises, the index agrees with the files, and every
-    tensor of the model is there once, with its shape, in float32, float16, bfloat16 or float64, and no unknown one. Of
-    a `reranker`, as for `load_hf`.
+    Raises InputError unless every file has the length that its header says, the index agrees with the files, every
+    tensor of the model is there once, with its shape, in float32, float16, bfloat16 or float64, and there is no other.
+    `reranker` as for `load_hf`.
     """
     return checked(folder, reranker=reranker)[0]
 
@@ -68,18 +53,23 @@ def check_folder(folder: str | Path, *, reranker: bool = False) -> LlamaConfig:
 def load_hf(
     folder: str | Path, *, dtype=jnp.float32, shardings: Any = None, reranker: bool = False
 ) -> tuple[Llama, dict]:
-    """Model and parameters of a folder, after `check_folder`: `model.apply({"params": params}, tokens)`.
+    """Return model and parameters of a folder, after `check_folder`: `model.apply({"params": params}, tokens)`.
 
-    Every parameter becomes `dtype`, which is also the model's compute dtype (`model.clone(dtype=..., remat=...)`
-    changes it). `shardings` is a tree like the parameters; each process then reads what its devices hold, and a part
-    that several hold once. With `reranker` the folder is that of a classifier with 2 classes (`load_rerank_head`), and
-    the parameters have no "lm_head": `hidden` works. InputError where it is the other kind.
+    Args:
+        dtype: of every parameter, and the model's compute dtype (`model.clone(dtype=..., remat=...)` changes it).
+        shardings: a tree like the parameters. Each process then reads what its devices hold, and reads a part once
+            that several of them hold.
+        reranker: the folder is that of a classifier with 2 classes (`load_rerank_head`). The parameters then have no
+            "lm_head"; `hidden` works.
+
+    Raises: InputError, also if the folder is of the other kind.
     """
     config, stored, shapes = checked(folder, reranker=reranker)
     placement = flatten_dict(shardings) if shardings is not None else {}
     params = {}
     for path, shape in shapes.items():
-        read = partial(_read_part, path, shape, [stored[name] for name in hf_names(path, config)], jnp.dtype(dtype))
+        inputs, theirs = config.family.tensors[path][1], [stored[name] for name in hf_names(path, config)]
+        read = partial(_read_part, path, shape, inputs, theirs, jnp.dtype(dtype))
         if path in placement:
             params[path] = _placed(shape, placement[path], read)
         else:
@@ -88,7 +78,7 @@ def load_hf(
 
 
 def _placed(shape: tuple[int, ...], sharding, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-    """The array whose part at an index `read` gives. Each part leaves the host before the next is read."""
+    """Make the array whose part at an index is `read(index)`. Each part leaves the host before the next is read."""
     holders: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -102,16 +92,16 @@ def _placed(shape: tuple[int, ...], sharding, read: Callable[[tuple[slice, ...]]
 
 
 def _read_part(
-    path: tuple, shape: tuple[int, ...], stored: list[Stored], dtype, index: tuple[slice, ...]
+    path: tuple, shape: tuple[int, ...], inputs: int, stored: list[Stored], dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """Our parameter at `path`, cut at `index`, from their tensors (one a layer)."""
-    inputs, layered = TENSORS[path][1], path[0] == "layers"
+    """Our parameter at `path`, sliced at `index`, from their tensors (one per layer)."""
+    layered = path[0] == "layers"
     layers, within = (index[0], index[1:]) if layered else (slice(None), index)
     one = shape[1:] if layered else shape
     outputs = len(one) - inputs
     parts = []
     for tensor in map(map_tensor, stored[layers]):
-        # [out, in] with both sides split as ours are, then the inputs first: views of the file until it is cut.
+        # [out, in], both sides split as ours are, then the inputs first: views of the file until `_copy`.
         ours = tensor.reshape(one[inputs:] + one[:inputs]).transpose(*range(outputs, len(one)), *range(outputs))
         parts.append(ours[within])
     whole = np.empty((len(parts), *parts[0].shape), dtype)
@@ -121,8 +111,8 @@ def _read_part(
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:
-    """out = part, converted. In tiles: one of them is read along its rows and written along the other's."""
-    if out.dtype == part.dtype:  # NumPy copies a type it does not know element by element
+    """out = part, converted. In tiles, because one of the two is read or written across its rows."""
+    if out.dtype == part.dtype:  # as integers: NumPy copies a type that it does not know element by element
         bits = f"u{out.itemsize}"
         out, part = out.view(bits), part.view(bits)
     if out.ndim < 2:
@@ -136,7 +126,7 @@ def _copy(out: np.ndarray, part: np.ndarray) -> None:
 
 
 def load_value_head(folder: str | Path) -> dict | None:
-    """ValueHead's parameters, or None where the folder has no value head (TRL's names; beside or in the model)."""
+    """Return ValueHead's parameters, or None if there are none (TRL's names, in their own file or in the model's)."""
     folder = Path(folder)
     paths = [folder / name for name in (VALUE_HEAD_FILE, OLD_VALUE_HEAD_FILE)]
     path = next(filter(os.path.lexists, paths), None)
@@ -151,7 +141,7 @@ def load_value_head(folder: str | Path) -> dict | None:
 
 
 def load_rerank_head(folder: str | Path) -> dict | None:
-    """RerankHead's parameters, or None where the folder has no `score.weight`; InputError unless it has 2 classes."""
+    """Return RerankHead's parameters, None without `score.weight`. Raises InputError unless it has 2 classes."""
     stored = stored_in(folder)
     if "score.weight" not in stored:
         return None
@@ -161,7 +151,7 @@ def load_rerank_head(folder: str | Path) -> dict | None:
 
 
 def hf_names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
-    template = TENSORS[path][0]
+    template = config.family.tensors[path][0]
     return [template.format(i) for i in range(config.num_layers)] if path[0] == "layers" else [template]
 
 
@@ -172,9 +162,9 @@ def hf_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
 def checked(
     folder: str | Path, *, reranker: bool = False
 ) -> tuple[LlamaConfig, dict[str, Stored], dict[tuple, tuple[int, ...]]]:
-    """Config, tensors by their names, and our path -> our shape of the parameters, of a folder that is found whole.
+    """Return config, tensors by their names, and the parameters' shapes by our paths, of a folder that is whole.
 
-    A tied matrix may be stored under either name. InputError where anything is missing, unknown or contradictory.
+    A tied matrix may be stored under either name. Raises InputError if anything is missing, unknown or contradictory.
     """
     config, stored = read_config(folder), stored_in(folder)
     _check_heads(folder, config, stored, reranker)
@@ -183,7 +173,7 @@ def checked(
     shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == LM_HEAD)}
     wanted = {}
     for path, shape in shapes.items():
-        one = hf_shape(shape[1:] if path[0] == "layers" else shape, TENSORS[path][1])
+        one = hf_shape(shape[1:] if path[0] == "layers" else shape, config.family.tensors[path][1])
         wanted |= dict.fromkeys(hf_names(path, config), one)
     known = wanted.keys() | {_HEAD, "score.weight"}
     unknown = [name for name in stored if name not in known and not name.startswith("v_head.")]
@@ -210,7 +200,7 @@ def _shapes(config: LlamaConfig) -> dict[tuple, tuple[int, ...]]:
 
 
 def _check_heads(folder: str | Path, config: LlamaConfig, stored: dict[str, Stored], reranker: bool) -> None:
-    """InputError unless the folder has the output that is wanted of it: an output matrix, or two classes."""
+    """Raise InputError unless the folder has the output that is needed: an output matrix, or two classes."""
     if reranker:
         if "score.weight" not in stored:
             raise InputError(f"{folder}: no tensor score.weight; a reranker is a classifier, give the folder of one")
@@ -237,7 +227,7 @@ def _check_classes(stored: dict[str, Stored]) -> None:
 
 
 def _check_tied(folder: str | Path, stored: dict[str, Stored], shape: tuple[int, ...]) -> None:
-    """InputError where a tied output matrix is stored too and has other numbers than the embeddings."""
+    """Raise InputError if a tied output matrix is also stored and has other numbers than the embeddings."""
     tied = [map_tensor(_checked(folder, stored, name, shape)) for name in (_EMBED, _HEAD)]
     for row in range(0, shape[0], 1024):
         embed, head = (np.asarray(matrix[row : row + 1024], np.float32) for matrix in tied)

@@ -1,4 +1,4 @@
-"""What a model folder on disk holds: its tensors by their plain names, or one line that says what it is instead."""
+"""Reads what a model folder holds: its tensors by their plain names, or one line that says what it is instead."""
 
 import os
 import re
@@ -16,7 +16,7 @@ SINGLE, INDEX, ADAPTER = (
 )
 WRAPPER = "pretrained_model."  # prefix of a model saved inside TRL's value-head wrapper
 MERGE = "merge it first: load both with peft, then merge_and_unload() and save_pretrained()"
-# Tensors that others store and a Llama computes or does not use: tables of rotation, causal masks, key-value scales.
+# Tensors that other programs store and a Llama computes or does not use: rotation tables, causal masks, cache scales.
 IGNORED = re.compile(
     r"rotary_emb\.(original_)?inv_freq$|rotary_emb\.(cos|sin)_cached$|self_attn\.(masked_)?bias$|\.(q|k|v|kv)_scale$"
 )
@@ -41,16 +41,16 @@ _WRAPPERS = {
 
 
 def check_is_folder(folder: str | Path) -> Path:
-    """The folder as a path; InputError unless it is a folder that can be read."""
+    """Return the folder as a path. Raises InputError unless it is a folder that can be read."""
     path = Path(folder)
     if not str(folder) or os.path.isfile(path):
-        raise InputError(f"{str(folder) or 'the empty path'}: is no folder; give a Hugging Face model folder on disk")
+        raise InputError(f"{str(folder) or 'the empty path'}: not a folder; give a Hugging Face model folder on disk")
     if not os.path.isdir(path):
         remedy = "give a Hugging Face model folder on disk"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             remedy += f", or fetch the hub's first: hf download {folder} --local-dir DIR"
         elif str(folder).startswith("~"):
-            remedy += "; '~' stands for nothing here, write the path out"
+            remedy += "; no shell has replaced '~', write the path out"
         raise InputError(f"{folder}: no such folder; {remedy}")
     try:
         os.listdir(path)
@@ -61,7 +61,7 @@ def check_is_folder(folder: str | Path) -> Path:
 
 
 def read_raw_config(folder: str | Path) -> dict:
-    """The folder's config.json as it is; InputError where there is none, saying what the folder is instead."""
+    """Return the folder's config.json as it is. The InputError for a missing one says what the folder is instead."""
     folder = check_is_folder(folder)
     if not os.path.lexists(folder / CONFIG):
         raise InputError(_without_config(folder))
@@ -69,9 +69,9 @@ def read_raw_config(folder: str | Path) -> dict:
 
 
 def stored_in(folder: str | Path) -> dict[str, Stored]:
-    """The tensors of a model folder by their plain names (`model.…`, `lm_head.weight`, …), in the order of the names.
+    """Return the tensors of a model folder by their plain names (`model.…`, `lm_head.weight`, …), sorted by name.
 
-    Names without `model.` get it, as transformers reads them. InputError where the folder holds something else than a
+    Names without `model.` get it, as in transformers. Raises InputError if the folder holds something else than a
     model's weights: an adapter, quantized weights, names of another program or another layout.
     """
     folder = check_is_folder(folder)
@@ -85,7 +85,7 @@ def stored_in(folder: str | Path) -> dict[str, Stored]:
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of model.safetensors, or of the files that the index names; InputError where they disagree."""
+    """Return every tensor of model.safetensors, or of the files in the index. Raises InputError if they disagree."""
     if os.path.lexists(folder / SINGLE):
         return read_header(folder / SINGLE)
     if not os.path.lexists(folder / INDEX):
@@ -106,7 +106,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             if name in merged:
                 raise InputError(f"{stored.path}: tensor {name} is also in {merged[name].path.name}; remove one")
             merged[name] = stored
-    for name, file in weight_map.items():  # one that no file has, as a tied output matrix, may not be needed
+    for name, file in weight_map.items():  # a tensor that no file has may not be needed, as a tied output matrix
         if name in merged and merged[name].path != folder / file:
             raise InputError(
                 f"{index}: says that tensor {name} is in {file}, but {merged[name].path.name} has it; fetch both again"
@@ -115,7 +115,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def why_missing(folder: str | Path, name: str) -> str:
-    """What the index says about a tensor that no file has, for a message; empty where it says nothing."""
+    """What the index says about a tensor that no file has, for a message; empty if it says nothing."""
     if os.path.lexists(Path(folder) / SINGLE):
         return ""
     file = read_json(Path(folder) / INDEX)["weight_map"].get(name)
@@ -123,7 +123,7 @@ def why_missing(folder: str | Path, name: str) -> str:
 
 
 def _check_names(folder: Path, stored: dict[str, Stored]) -> None:
-    """InputError where names or types of tensors show that these are no plain weights, in a fixed order."""
+    """Raise InputError if names or types of tensors show that these are not plain weights; in a fixed order."""
     names = sorted(stored)
     for name in names:
         odd_type = name.endswith(".weight") and stored[name].dtype not in DTYPES
@@ -162,8 +162,8 @@ def _quantization(folder: Path) -> str:
 def _adapter(folder: Path) -> str:
     base = shown(read_json(folder / ADAPTER).get("base_model_name_or_path"))
     if not any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
-        return f"{folder / ADAPTER}: the folder holds an adapter of {base}, no whole model; {MERGE}"
-    return f"{folder / ADAPTER}: an adapter beside whole weights, which transformers would add to them; {MERGE}"
+        return f"{folder / ADAPTER}: the folder holds an adapter of {base}, not a whole model; {MERGE}"
+    return f"{folder / ADAPTER}: an adapter next to whole weights; transformers would add it to them; {MERGE}"
 
 
 def _without_config(folder: Path) -> str:
@@ -182,7 +182,7 @@ def _without_config(folder: Path) -> str:
     if "_METADATA" in names or "manifest.ocdbt" in names:
         return f"{folder}: a stage's model, not a Hugging Face folder; write one with `python -m reft_jax export`"
     if inside := [name for name in names if os.path.isfile(folder / name / CONFIG)]:
-        return f"{folder}: no model but folders of models; give one of them: {folder / inside[-1]}"
+        return f"{folder}: not a model, but it has folders of models; give one of them: {folder / inside[-1]}"
     return f"{folder / CONFIG}: the file is missing; is this the folder of a model?"
 
 
@@ -199,7 +199,7 @@ def _without_weights(folder: Path) -> str:
         convert = f"python -m reft_jax convert weights --in={folder} --out-dir=DIR"
         return f"{folder}: has PyTorch files only ({name}), which are not read; convert them: {convert}"
     for pattern, what in (
-        (r"adapter_model\..+", f"an adapter, no whole model, and its {ADAPTER} is missing; {MERGE}"),
+        (r"adapter_model\..+", f"an adapter, not a whole model, and its {ADAPTER} is missing; {MERGE}"),
         (r".+\.gguf", "a GGUF file; use the model's folder with unquantized safetensors"),
         (r"consolidated.*|.+\.pth", "its publisher's own format; use the folder in Hugging Face format"),
         (

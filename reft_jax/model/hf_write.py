@@ -1,4 +1,4 @@
-"""Hugging Face folders out: what `hf.py` reads, written without torch, one tensor at a time."""
+"""Hugging Face folders out, as `hf.py` reads them; without torch, one tensor at a time."""
 
 import math
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reft_jax.model.hf import LM_HEAD, TENSORS, VALUE_HEAD_FILE, hf_names, hf_shape
+from reft_jax.model.hf import LM_HEAD, VALUE_HEAD_FILE, hf_names, hf_shape
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPE_CODES, write_json, write_tensors
@@ -33,19 +33,24 @@ def save_hf(
     dtype: Any = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Writes a folder that `load_hf`, transformers (4.57 and 5) and what is built on it read; whole or not at all.
+    """Write a folder that `load_hf`, transformers (4.57 and 5) and programs built on it read; whole or not at all.
 
-    `tokenizer` brings what belongs to it: its files, and from the model folder that it was loaded from the ids of
-    config.json and generation_config.json. `dtype` converts the trunk (None: as it is); heads stay float32. With
-    `rerank_head` the folder is a LlamaForSequenceClassification, which has no output matrix: "lm_head" is left out. The
-    value head gets a folder of its own inside, which loaders of policies do not look into. Where several processes
-    hold the parameters all of them call this and the first one writes. InputError if `folder` has anything in it or
-    cannot be made, if safetensors has no type `dtype`, or if a number is too large for it.
+    If several processes hold the parameters, all of them call this and the first one writes.
+
+    Args:
+        value_head: goes to a folder inside, which loaders of policies do not read.
+        rerank_head: makes the folder a LlamaForSequenceClassification, which has no output matrix: without "lm_head".
+        tokenizer: its files are written too, and special ids in config.json and generation_config.json; they come
+            from the model folder that it was loaded from.
+        dtype: of the trunk (None: as it is); heads stay float32.
+
+    Raises: InputError if `folder` is not empty or cannot be made, if safetensors has no type `dtype`, or if a number is
+        too large for it.
     """
     kind = None if dtype is None else _known_dtype(dtype)
     flat = {path: leaf for path, leaf in flatten_dict(params).items() if rerank_head is None or path != LM_HEAD}
     config = _config_json(model.config, kind or flat[("embed",)].dtype, rerank_head is not None)
-    source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # of a tokenizer made on the spot: nowhere
+    source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # not loaded from a folder: nowhere
     if tokenizer is not None:
         config |= _special_ids(tokenizer, source, model.config.vocab_size, rerank_head is not None)
     trunk, value = _layout(model.config, flat, rerank_head, kind), _value_head_layout(value_head)
@@ -71,7 +76,7 @@ def save_hf(
 
 
 def _known_dtype(dtype: Any) -> np.dtype:
-    """`dtype` as NumPy's; InputError unless folders may have it."""
+    """Return `dtype` as NumPy's. Raises InputError unless folders may have it."""
     try:
         kind = jnp.dtype(dtype)
     except TypeError:
@@ -82,23 +87,23 @@ def _known_dtype(dtype: Any) -> np.dtype:
 
 
 def _config_json(config: LlamaConfig, dtype: Any, classifier: bool) -> dict:
-    """config.json but for its special ids, which are null: left out they would be those of Llama 1."""
+    """config.json, its special ids still null: transformers reads missing ones as those of Llama 1."""
     raw = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
     raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if classifier:
-        return raw | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2}
-    return raw | {"architectures": ["LlamaForCausalLM"]}
+        return raw | {"architectures": [f"{config.family.name}ForSequenceClassification"], "num_labels": 2}
+    return raw | {"architectures": [f"{config.family.name}ForCausalLM"]}
 
 
 def _special_ids(tokenizer: Any, source: Path, vocab_size: int, classifier: bool) -> dict:
-    """BOS, EOS and padding as the config.json of `source` has them, else as the tokenizer does.
+    """BOS, EOS and padding as in the config.json of `source`, else as the tokenizer has them.
 
-    transformers scores several rows at once only with a padding id that the rows' texts do not have: EOS will do.
+    transformers scores several rows at once only with a padding id that is not in the rows' texts; EOS is such an id.
     """
     base = with_end(source / CONFIG, tokenizer.eos_token_id)
     bos, pad = base.get("bos_token_id", tokenizer.bos_token_id), base.get("pad_token_id")
     candidates = [pad, tokenizer.pad_token_id, *([tokenizer.eos_token_id] if classifier else [])]
-    # transformers fails on one that was added behind the vocabulary; Llama 1 has -1 for none.
+    # transformers fails on an id that was added after the vocabulary; in Llama 1, -1 means none.
     pad = next((one for one in candidates if type(one) is int and 0 <= one < vocab_size), None)
     return {"bos_token_id": bos, "eos_token_id": base.get("eos_token_id"), "pad_token_id": pad}
 
@@ -106,13 +111,13 @@ def _special_ids(tokenizer: Any, source: Path, vocab_size: int, classifier: bool
 def hf_tensors(
     config: LlamaConfig, params: dict, *, value_head: dict | None = None, rerank_head: dict | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face's name and array of every tensor of a model, one after another; as `save_hf` writes them."""
+    """Yield Hugging Face's name and the array of every tensor of a model, as `save_hf` writes them."""
     for tensor in _layout(config, flatten_dict(params), rerank_head, None) + _value_head_layout(value_head):
         yield tensor.name, tensor.make()
 
 
 class _Tensor(NamedTuple):
-    """A tensor to be written: its header is known before the array is made."""
+    """A tensor to write. Its header is known before `make` makes the array."""
 
     name: str
     dtype: np.dtype
@@ -125,11 +130,11 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
 
     def make(path: tuple[str, ...], layer: int) -> np.ndarray:
         value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
-        inputs = TENSORS[path][1]
+        inputs = config.family.tensors[path][1]
         return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
 
     tensors = []
-    for path, (_, inputs) in TENSORS.items():
+    for path, (_, inputs) in config.family.tensors.items():
         if path in flat:
             shape = flat[path].shape[1:] if path[0] == "layers" else flat[path].shape
             kind = jnp.dtype(dtype or flat[path].dtype)
@@ -140,7 +145,7 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
 
 
 def _converted(name: str, dtype: np.dtype, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` gives as `dtype`; InputError where a number becomes infinite by that."""
+    """Return `make()` as `dtype`. Raises InputError if a number becomes infinite by that."""
     value = make()
     if value.dtype == dtype:
         return value
@@ -156,7 +161,7 @@ def _converted(name: str, dtype: np.dtype, make: Callable[[], np.ndarray]) -> np
 
 
 def _gathered(leaf, layer: int | None = None) -> np.ndarray:
-    """`leaf`, or one layer of it, on the host, from whatever devices have it."""
+    """`leaf`, or one layer of it, on the host, gathered from the devices that hold it."""
     if isinstance(leaf, jax.Array):
         spans = not leaf.is_fully_addressable
         where = NamedSharding(leaf.sharding.mesh, PartitionSpec()) if spans else None
@@ -170,14 +175,14 @@ def _taker(whole: bool, where: NamedSharding | None):
 
 
 def _value_head_layout(head: dict | None) -> list[_Tensor]:
-    """TRL's names of a value head."""
+    """The tensors of a value head under TRL's names."""
     if head is None:
         return []
     return [_head(f"v_head.summary.{name}", head[name], lambda array: array[None]) for name in ("weight", "bias")]
 
 
 def _head(name: str, leaf: Any, turn: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
-    """A head's parameter as their tensor, float32."""
+    """A head's parameter as their tensor, in float32."""
     shape = turn(np.empty(leaf.shape)).shape
     return _Tensor(name, np.dtype(np.float32), shape, lambda: turn(_gathered(leaf)))
 

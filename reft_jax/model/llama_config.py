@@ -1,86 +1,25 @@
-"""Shapes and constants of a Llama, from and to the config.json of Hugging Face; what it reads and what it refuses."""
+"""Shapes and constants of a Llama, from and to the config.json of Hugging Face. families.py has its fields."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from reft_jax.model.config_fields import (
-    FLAG,
-    OBJECT,
-    POSITIVE,
-    REQUIRED,
-    SIZE,
-    Field,
-    Kind,
-    is_number,
-    read_field,
-    shown,
-)
+from reft_jax.model.config_fields import OBJECT, POSITIVE, REQUIRED, SIZE, Field, Kind, is_number, read_field, shown
+from reft_jax.model.families import FAMILIES, LLAMA, Family, family_of
 from reft_jax.types import InputError
 
-_ABSENT = Kind("false; this version computes no biases", lambda value: value is False)
-# Fields of config.json that decide about a Llama's numbers. Defaults are those of transformers 5.
-FIELDS = {
-    "vocab_size": Field(SIZE, REQUIRED),
-    "hidden_size": Field(SIZE, REQUIRED),
-    "intermediate_size": Field(SIZE, REQUIRED),
-    "num_hidden_layers": Field(
-        Kind("a whole number from 1 to 10000", lambda value: type(value) is int and 1 <= value <= 10000), REQUIRED
-    ),
-    "num_attention_heads": Field(SIZE, REQUIRED),
-    "num_key_value_heads": Field(SIZE, None, null=True),
-    "head_dim": Field(
-        Kind("an even whole number up to 65536", lambda value: SIZE.holds(value) and value % 2 == 0 and value <= 65536),
-        None,
-        null=True,
-    ),
-    "hidden_act": Field(Kind("'silu', or its other name 'swish'", lambda value: value in ("silu", "swish")), "silu"),
-    "max_position_embeddings": Field(SIZE, 2048),
-    "rms_norm_eps": Field(Kind("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1), 1e-6),
-    "tie_word_embeddings": Field(FLAG, False),
-    "attention_bias": Field(_ABSENT, False),
-    "mlp_bias": Field(_ABSENT, False),
-}
-
-# The types of rotation, and what each needs.
+# The types of rotation, and the fields that each needs.
 ORIGINAL = "original_max_position_embeddings"
 ROPE_FIELDS = {
     "default": {},
     "linear": {"factor": POSITIVE},
     "llama3": {"factor": POSITIVE, "low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE, ORIGINAL: SIZE},
 }
-ROPE_OBJECTS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5; the first counts where both are there
+ROPE_OBJECTS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5; if both are there, the first counts
 _OTHER_ROPES = "; use the checkpoint from before its context was extended, or one of these types"
 _DYNAMIC = (
     "; a 'dynamic' one changes nothing up to max_position_embeddings tokens: set the field to null if no text is longer"
 )
-
-# What other families' configs have and a Llama's lacks, with the values at which it changes no number (null does not).
-# transformers ignores such a field in a Llama's config, so a folder of another family loads and computes nonsense.
-FOREIGN = (
-    dict.fromkeys(
-        "sliding_window attention_chunk_size clip_qkv final_logit_softcapping attn_logit_softcapping logit_softcapping "
-        "logits_soft_cap query_pre_attn_scalar attention_multiplier scale_depth dim_model_base rotary_dim swiglu_limit "
-        "no_rope_layer_interval nope_layer_interval kv_lora_rank".split(),
-        (),
-    )
-    | dict.fromkeys(
-        "embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb lm_head_multiplier "
-        "key_multiplier attention_in_multiplier attention_out_multiplier output_multiplier embedding_scale "
-        "residual_scale partial_rotary_factor rotary_pct rotary_percent rotary_emb_fraction rope_percent".split(),
-        (1,),
-    )
-    | dict.fromkeys(
-        "alibi use_alibi qk_layernorm qk_norm use_qk_norm use_parallel_residual parallel_attn rope_interleaved "
-        "rope_interleave scale_embedding use_logn_attn use_dynamic_ntk attn_temperature_tuning "
-        "apply_layernorm_1p num_local_experts num_experts n_routed_experts "
-        "layernorm_zero_centered_gamma rms_norm_add_unit_offset".split(),
-        (False,),
-    )
-    | {"is_causal": (True,), "use_rope": (True,), "position_embedding_type": ("rope", "rotary")}
-)
-# Only Gemma's configs have these, whose norms and embeddings are scaled without a field that says so.
-GEMMA = ("use_bidirectional_attention", "hidden_activation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +38,19 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
     max_position_embeddings: int = 2048
+    model_type: str = LLAMA.model_type
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str) -> "LlamaConfig":
-        """From the dict of a Hugging Face config.json, written by transformers 4 or 5.
+        """Return what the dict of a Hugging Face config.json says, written by transformers 4 or 5.
 
-        Absent fields take the defaults of transformers; the shapes must be there. Raises InputError, naming `source`,
-        the field, its value and what is allowed, on a value of a wrong type or range, on fields that contradict each
-        other, and on anything that this model does not compute.
+        Absent fields take the defaults of transformers; the shapes may not be absent. Raises InputError, with `source`,
+        the field, its value and what is allowed, for a value of a wrong type or range, for fields that contradict each
+        other, and for anything that this model does not compute.
         """
-        check_family(raw, source)
-        fields = {name: read_field(raw, name, field, source) for name, field in FIELDS.items()}
+        family = family_of(raw, source)
+        theirs = family.renamed
+        fields = {name: read_field(raw, theirs.get(name, name), kind, source) for name, kind in family.fields.items()}
         hidden_size, num_heads = fields["hidden_size"], fields["num_attention_heads"]
         num_kv_heads = fields["num_key_value_heads"] or num_heads
         if num_heads % num_kv_heads:
@@ -119,10 +60,10 @@ class LlamaConfig:
         head_dim = fields["head_dim"]
         if head_dim is None:
             head_dim, rest = divmod(hidden_size, num_heads)
-            if rest or not FIELDS["head_dim"].kind.holds(head_dim):
+            if rest or not family.fields["head_dim"].kind.holds(head_dim):
                 raise InputError(
                     f"{source}: hidden_size {hidden_size} over num_attention_heads {num_heads} must be "
-                    f"{FIELDS['head_dim'].kind.words} where field 'head_dim' is missing; correct them"
+                    f"{family.fields['head_dim'].kind.words} if field 'head_dim' is missing; correct them"
                 )
         rope_theta, rope_scaling = read_rope(raw, source)
         return cls(
@@ -138,15 +79,16 @@ class LlamaConfig:
             rms_norm_eps=fields["rms_norm_eps"],
             tie_embeddings=fields["tie_word_embeddings"],
             max_position_embeddings=fields["max_position_embeddings"],
+            model_type=family.model_type,
         )
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
     def to_hf(self) -> dict[str, Any]:
-        """The dict of a config.json in the layout of transformers 4, which transformers 5 reads as well."""
-        return {
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+        """Return the dict of a config.json in the layout of transformers 4, which transformers 5 reads too."""
+        raw = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -160,47 +102,15 @@ class LlamaConfig:
             "tie_word_embeddings": self.tie_embeddings,
             "max_position_embeddings": self.max_position_embeddings,
         }
-
-
-def check_family(raw: Mapping[str, Any], source: str) -> None:
-    """Raises InputError unless the config is a Llama's, by its model_type and by what else it has."""
-    if raw.get("model_type") is None:
-        raise InputError(f"{source}: field 'model_type' is missing; fetch the config.json of the checkpoint again")
-    if raw["model_type"] != "llama":
-        raise InputError(
-            f"{source}: field 'model_type' is {shown(raw['model_type'])}: this version computes Llama only; another "
-            "family's weights as a Llama give wrong numbers; use a Llama checkpoint"
-        )
-    named = raw.get("architectures")
-    for name in named if isinstance(named, list) else [named]:
-        if isinstance(name, str) and name.endswith("ForCausalLM") and "llama" not in name.lower():
-            raise InputError(
-                f"{source}: field 'architectures' names {name}, 'model_type' says \"llama\"; one of them is not this "
-                "model's: fetch the config.json of the checkpoint again"
-            )
-    neutral = dict(FOREIGN)
-    if raw.get("use_sliding_window") is False:
-        del neutral["sliding_window"]
-    if raw.get("no_rope_layers"):
-        del neutral["no_rope_layer_interval"]  # only what makes the list where there is none
-    wrong = [name for name in GEMMA if name in raw]
-    wrong += [name for name, values in neutral.items() if raw.get(name) is not None and raw[name] not in values]
-    for name, value in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
-        given = raw.get(name) or []
-        if not isinstance(given, list) or any(one != value for one in given):
-            wrong.append(name)
-    if wrong:
-        raise InputError(
-            f"{source}: field {wrong[0]!r} is {shown(raw[wrong[0]])}: a Llama has no such field and this version does "
-            "not compute what it asks for; the weights are another family's, use a Llama checkpoint"
-        )
+        theirs = {self.family.renamed.get(name, name): value for name, value in raw.items()}
+        return {"model_type": self.model_type, **self.family.constants, **theirs}
 
 
 def read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
-    """The base and the scaling of the rotation, as `LlamaConfig` has them.
+    """Return the base and the scaling of the rotation, as `LlamaConfig` has them.
 
-    Where both objects are there, `rope_scaling` counts, as in transformers 4 and 5. Raises InputError, also where two
-    fields say different things about one number.
+    If both objects are there, `rope_scaling` counts, as in transformers 4 and 5. Raises InputError, also if two fields
+    give different values for one number.
     """
     objects = {name: read_field(raw, name, Field(OBJECT, {}, null=True), source) for name in ROPE_OBJECTS}
     within = next((name for name in ROPE_OBJECTS if objects[name]), "rope_parameters")
@@ -229,7 +139,7 @@ def read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, tuple[tuple[s
 
 
 def _rope_type(rope: Mapping[str, Any], source: str, within: str) -> str:
-    """The type under its new or its old name; one is needed where there is a factor, which transformers 5 ignores."""
+    """The type under its new or its old name, required with a factor: transformers 5 ignores a factor without."""
     given = {f"{within}.{name}": rope[name] for name in ("rope_type", "type") if name in rope}
     if len(given) == 2 and rope["rope_type"] != rope["type"]:
         raise _differ(source, given)
@@ -242,7 +152,7 @@ def _rope_type(rope: Mapping[str, Any], source: str, within: str) -> str:
 
 
 def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, source: str) -> float:
-    """The base: that of the object that counts, or that beside it, or the default; no other may be given."""
+    """The base: of the object that counts, or else of `raw`, or the default. No other value may be given."""
     places = [("", raw), *objects.items()]
     stated = [place for place in places if place[1].get("rope_theta") is not None]
     given = {}
@@ -261,4 +171,4 @@ def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, s
 
 def _differ(source: str, given: Mapping[str, Any]) -> InputError:
     told = " and ".join(f"'{name}' ({shown(value)})" for name, value in given.items())
-    return InputError(f"{source}: fields {told} differ, and programs do not agree on which counts; make them alike")
+    return InputError(f"{source}: fields {told} differ, and programs do not agree on which counts; set both alike")

@@ -1,8 +1,8 @@
 """The safetensors format: a JSON header of names, types, shapes and places, then the arrays one after another.
 
-Files are mapped, not read: what is sliced of a tensor is what comes from the disk, and none of it counts as the
-process's own memory. They are written a tensor at a time. bfloat16, which the format's NumPy interface does not know,
-needs no special path.
+Files are mapped, not read: only the slices that are used come from the disk, and they do not count as memory of the
+process. Files are written one tensor at a time. bfloat16, which the format's NumPy interface does not have, needs no
+special case.
 """
 
 import json
@@ -27,7 +27,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: `dtype` is safetensors' code, `start` and `nbytes` are bytes of the file."""
+    """Where a tensor is in a file: `dtype` is safetensors' code, `start` and `nbytes` are bytes of the file."""
 
     path: Path
     dtype: str
@@ -37,15 +37,15 @@ class Stored(NamedTuple):
 
 
 def map_tensor(stored: Stored) -> np.ndarray:
-    """The array in the type that the file has, read-only; its bytes are read where it is looked at."""
+    """Return the array in the type of the file, read-only. Its bytes are read when they are used."""
     data = np.memmap(stored.path, np.uint8, "r", stored.start, (stored.nbytes,)) if stored.nbytes else np.empty(0, "u1")
     return np.asarray(data).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file, by name.
+    """Return every tensor of one file, by name.
 
-    InputError unless the tensors lie one after another from the header to the end of the file, as the format wants.
+    Raises InputError unless the tensors fill the file without gaps from the header to its end, as the format requires.
     """
     size, begin = _look(path)
     length = int.from_bytes(begin[:8], "little")
@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _stored(path: Path, start: int, name: str, info: dict) -> tuple[str, Stored]:
-    """One entry of a header. ValueError and the like where it is none."""
+    """One entry of a header. Raises ValueError, KeyError or TypeError if it is not one."""
     (begin, end), shape = info["data_offsets"], info["shape"]
     if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *shape)):
         raise ValueError(f"{name}: {shape}, {begin}, {end}")
@@ -83,15 +83,15 @@ def _stored(path: Path, start: int, name: str, info: dict) -> tuple[str, Stored]
 
 
 def _look(path: Path) -> tuple[int, bytes]:
-    """Size and first bytes of a file; InputError where there is none or it cannot be read."""
+    """Size and first bytes of a file. Raises InputError if it is missing or cannot be read."""
     check_file(path)
     return path.stat().st_size, read_bytes(path, 64)
 
 
 def _not_safetensors(begin: bytes) -> str:
-    """What a file that begins like this is instead, and what to do; empty if nothing is known against it."""
+    """What a file with these first bytes is instead, and what to do; empty if it may be safetensors."""
     if begin[8:9] == b"{":
-        return ""  # a header; its length may begin like anything
+        return ""  # a header; the bytes of its length may be any
     if begin.startswith(LFS_POINTER):
         return "is a git-lfs pointer, not the weights; run `git lfs pull` in the folder"
     if begin.startswith((b"PK\x03\x04", b"\x80\x02")):
@@ -104,12 +104,12 @@ def _not_safetensors(begin: bytes) -> str:
 
 
 def write_json(path: Path, raw: dict) -> None:
-    """With a line break at the end, as transformers writes them."""
+    """Write a JSON file with a line break at its end, as transformers does."""
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple]], arrays: Iterable[np.ndarray]) -> None:
-    """A safetensors file: length of the header (8 bytes, little endian), JSON header, the arrays one after another."""
+    """Write a safetensors file: length of the header (8 bytes, little endian), JSON header, one array after another."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in layout.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)

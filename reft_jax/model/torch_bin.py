@@ -1,8 +1,8 @@
-"""PyTorch's pytorch_model*.bin files, read without PyTorch: tensors and nothing else.
+"""Reads PyTorch's pytorch_model*.bin files without PyTorch: tensors and nothing else.
 
 A .bin file is a pickle, and a pickle may call any function when it is read. The unpickler here knows the names that a
-plain state dict needs and refuses every other one, so nothing of the file is ever run. Tensors are mapped, not read:
-their bytes come from the disk where they are looked at.
+plain state dict needs and refuses every other one, so no code of the file is ever run. Tensors are mapped, not read:
+their bytes come from the disk when they are used.
 """
 
 import math
@@ -40,7 +40,7 @@ class _Storage(NamedTuple):
 class BinFile:
     """One .bin file. `tensors` are its floating-point tensors by name, `left_out` the names of the others.
 
-    Raises InputError, naming the file, if it is no such file, is cut, or holds anything but a dict of tensors.
+    Raises InputError with the file's name if it is not such a file, is cut, or holds anything but a dict of tensors.
     """
 
     def __init__(self, path: Path):
@@ -57,7 +57,7 @@ class BinFile:
             raise self._error(f"not a PyTorch file ({type(error).__name__})") from None
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor as the file has it, read-only, in the type of the file."""
+        """Return the tensor, read-only, in the type of the file."""
         tensor = self.tensors[name]
         dtype, start = DTYPES[_FLOATS[tensor.storage]], self._starts[tensor.key]
         flat = np.asarray(np.memmap(self.path, np.uint8, "r")[start:])
@@ -139,18 +139,18 @@ def _itemsize(storage: str) -> int:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what a state dict is made of; any other name in the pickle is an InputError, and nothing was run."""
+    """Knows the names that a state dict needs. Any other name in the pickle raises InputError; nothing is run."""
 
     def __init__(self, stream: BinaryIO, path: Path):
         super().__init__(stream)
         self._path = path
-        self.kinds: dict[str, str] = {}  # of each storage: PyTorch's name of its type
+        self.kinds: dict[str, str] = {}  # storage -> PyTorch's name of its type
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and (name in _FLOATS or name in _OTHERS):
             return name
 
-        # Made for each call for every file: a pickle may set attributes of what it was given.
+        # A new function per call: a pickle may set attributes on the object that it is given.
         def rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_) -> BinTensor:
             return BinTensor(storage.kind, storage.key, offset, tuple(shape), tuple(strides))
 

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 
 import reft_jax
 from reft_jax.config import flatten
+from reft_jax.model import families
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
@@ -117,6 +118,7 @@ def shapes_of(config, config_file: Path) -> tuple[LlamaConfig, str]:
     """The model's shapes and their source: its folder, or models/NAME.json next to the config. Raises InputError."""
     if config.model.path == "toy":
         return toy_config(config, config.toy.vocab_size), "toy"
+    families.use(config.model.family)
     folder = Path(config.model.path)
     beside = config_file.parent / "models" / f"{folder.name}.json"
     if not folder.is_dir() and beside.is_file():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.config import flatten
+from reft_jax.model import families
 from reft_jax.model.heads import ValueHead
 from reft_jax.parallel import hosts
 from reft_jax.parallel.compilation import keep_compiled
@@ -87,6 +88,7 @@ def open_run(
 
 @contextmanager
 def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]:
+    families.use(config.model.family)
     toy = config.model.path == "toy"
     if not toy:
         base = Path(config.model.path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from reft_jax import plugins
 from reft_jax.config import flatten, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
@@ -35,6 +36,7 @@ def with_absolute_paths(config, workdir: Path):
         if not os.path.exists(path) and os.path.isabs(known) and tail and list(Path(known).parts[-len(tail) :]) == tail:
             print(f"{key}: {path} is {known}, as before", flush=True)
             paths[key] = known
+    paths["model.family"] = plugins.absolute(flat["model.family"])
     changed = ConfigDict(config, type_safe=False)
     changed.update_from_flattened_dict(paths)
     return FrozenConfigDict(changed)
@@ -70,6 +72,7 @@ def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str
     before = recorded(workdir)
     if before is not None:
         before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
+        before.setdefault("model.family", "")  # older work directories lack it
         now = json.loads(to_json(config))
         changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)

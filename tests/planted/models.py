@@ -4,12 +4,14 @@ TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
 FIELDS = "reft_jax.model.config_fields"
 CONFIG = "reft_jax.model.llama_config"
+FAMILIES = "reft_jax.model.families"
 HF = "reft_jax.model.hf"
 FOLDER = "reft_jax.model.hf_folder"
 FORMAT = "reft_jax.model.safetensors"
 READS = ("test_llama_config.py",)
 KINDS = ("test_hf_folder.py",)
 FILES = ("test_hf_files.py",)
+FAMILY = ("test_families.py",)
 PLANTED = [
     ("end ids: config.json first", "reft_jax.model_folder",
      "listed_ids(folder / GENERATION) or listed_ids(folder / CONFIG)",
@@ -70,15 +72,15 @@ PLANTED = [
      ("test_torch_bin.py::test_a_damaged_file_is_one_line",)),
     ("folder: true is a size", FIELDS, "type(value) is int and 1 <=", "isinstance(value, int) and 1 <=", READS),
     ("folder: a word is a flag", FIELDS, "type(value) is bool)", "value is not None)", READS),
-    ("folder: NaN as an epsilon", CONFIG, "is_number(value) and 0 <= value <= 1)",
+    ("folder: NaN as an epsilon", FAMILIES, "is_number(value) and 0 <= value <= 1)",
      "is_number(value) and not (value < 0 or value > 1))", READS),
     ("folder: rope_parameters before rope_scaling", CONFIG, '("rope_scaling", "rope_parameters")',
      '("rope_parameters", "rope_scaling")', READS),
     ("folder: another rope_theta ignored", CONFIG, "if any(value != theta for value in given.values()):",
      "if False:", READS),
-    ("folder: a window ignored", CONFIG,
+    ("folder: a window ignored", FAMILIES,
      '"sliding_window attention_chunk_size', '"attention_chunk_size', READS),
-    ("folder: Gemma passes", CONFIG, "wrong = [name for name in GEMMA if name in raw]", "wrong = []", READS),
+    ("folder: Gemma passes", FAMILIES, "wrong = [name for name in GEMMA if name in raw]", "wrong = []", READS),
     ("folder: original length inside only", CONFIG, "rope.setdefault(ORIGINAL", "rope.get(ORIGINAL", READS),
     ("folder: tied matrices not compared", HF,
      "if not np.array_equal(embed, head, equal_nan=True):", "if False:", KINDS),
@@ -105,4 +107,10 @@ PLANTED = [
     ("folder: what cannot be read is a crash", "reft_jax.model_folder",
      'f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk"', "str(error)", FILES),
     ("folder: a pointer of git-lfs", FORMAT, "if begin.startswith(LFS_POINTER):", "if False:", FILES),
+    ("family: its own name of a field forgotten", CONFIG, "theirs.get(name, name)", "name", FAMILY),
+    ("family: an export is a Llama's", CONFIG, '{"model_type": self.model_type', '{"model_type": "llama"', FAMILY),
+    ("family: an export has Llama's class", "reft_jax.model.hf_write", 'f"{config.family.name}ForCausalLM"',
+     '"LlamaForCausalLM"', FAMILY),
+    ("plugins: a file that failed is not run again", "reft_jax.plugins", "        del sys.modules[name]\n", "",
+     ("test_plugins.py::test_a_corrected_file_is_run_again",)),
 ]  # fmt: skip

@@ -1,0 +1,101 @@
+"""A model family from outside: a file of the user's and no line of the package."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from reft_jax import load_hf, save_hf
+from reft_jax.config import default_config
+from reft_jax.model.families import FAMILIES, LLAMA, use
+from reft_jax.model.hf import read_config
+from reft_jax.plan.plan import shapes_of
+from reft_jax.types import InputError
+
+# A Llama whose window is as long as its context, with ties by default, another name of epsilon and one other tensor.
+MISTRAL_LIKE = """
+import dataclasses
+from reft_jax.model.config_fields import FLAG, Field
+from reft_jax.model.families import LLAMA
+
+MINE = dataclasses.replace(
+    LLAMA,
+    model_type="mistral_like",
+    name="MistralLike",
+    fields=LLAMA.fields | {"tie_word_embeddings": Field(FLAG, True)},
+    renamed={"rms_norm_eps": "norm_eps"},
+    refused={name: values for name, values in LLAMA.refused.items() if name != "sliding_window"},
+    tensors=LLAMA.tensors | {("final_norm",): ("model.last_norm.weight", 0)},
+)
+OTHER = 3
+"""
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """The family's name in a setting; forgotten at the end."""
+    (tmp_path / "mine.py").write_text(MISTRAL_LIKE)
+    yield f"{tmp_path}/mine.py:MINE"
+    FAMILIES.pop("mistral_like", None)
+
+
+@pytest.fixture
+def folder(tmp_path, mine):
+    """What `mistral_like` would publish, written by its own model, and that model's logits."""
+    use(mine)
+    model, params = tiny_model(tie_embeddings=True, rms_norm_eps=0.1)
+    model = model.clone(config=dataclasses.replace(model.config, model_type="mistral_like"))
+    save_hf(tmp_path / "model", model, params)
+    config = tmp_path / "model" / "config.json"
+    raw = json.loads(config.read_text())
+    assert raw["model_type"] == "mistral_like" and raw["architectures"] == ["MistralLikeForCausalLM"]
+    assert raw["norm_eps"] == 0.1 and "rms_norm_eps" not in raw
+    del raw["tie_word_embeddings"]  # by default
+    config.write_text(json.dumps(raw | {"sliding_window": 4096}))
+    del FAMILIES["mistral_like"]
+    return tmp_path / "model", jax.jit(model.apply)({"params": params}, TOKENS)
+
+
+def test_a_family_of_ones_own_has_the_right_logits(folder, mine):
+    path, logits = folder
+    assert b"model.last_norm.weight" in (path / "model.safetensors").read_bytes()
+    with pytest.raises(
+        InputError, match="field 'model_type' is \"mistral_like\": this version computes llama only.*model.family"
+    ):
+        load_hf(path)
+    use(mine)
+    model, params = load_hf(path)
+    np.testing.assert_array_equal(jax.jit(model.apply)({"params": params}, TOKENS), logits)
+    save_hf(path.parent / "again", model, params)
+    assert read_config(path.parent / "again") == read_config(path) == model.config
+
+
+def test_the_setting_is_read_where_a_model_is(folder, mine):
+    path, _ = folder
+    config = default_config()
+    config.model.path, config.model.family = str(path), mine
+    shapes, _ = shapes_of(config, path / "none.py")
+    assert shapes.model_type == "mistral_like" and shapes.tie_embeddings
+
+
+def test_a_llama_stays_one(folder, mine, tmp_path):
+    """Its refusals too: the window is one of the family's alone."""
+    use(mine)
+    save_hf(tmp_path / "llama", *tiny_model())
+    path = tmp_path / "llama" / "config.json"
+    assert read_config(tmp_path / "llama").family is LLAMA
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 4096}))
+    with pytest.raises(InputError, match="'sliding_window' is 4096: a Llama has no such field"):
+        read_config(tmp_path / "llama")
+
+
+def test_what_is_not_a_family_is_one_line(mine):
+    use("")
+    with pytest.raises(InputError, match="OTHER' is not a Family of reft_jax/model/families.py"):
+        use(mine.replace("MINE", "OTHER"))
+    with pytest.raises(InputError, match="model.family='mistral' must be path.py:NAME"):
+        use("mistral")

@@ -25,7 +25,7 @@ reft() {
   "$REFT_PYTHON" -m reft_jax "$@"
 }
 for split in train test; do
-  [[ -d "$workdir/$split" ]] || reft convert gsm8k --in="$GSM8K/$split.jsonl" --out-dir="$workdir/$split"
+  [[ -d "$workdir/$split" ]] || reft convert gsm8k --in="$GSM8K/$split.jsonl" --out_dir="$workdir/$split"
 done
 reft sft "${settings[@]}" "$@"
 reft self-train --kind=offline "${settings[@]}" "$@"
@@ -40,5 +40,5 @@ done
 reft evaluate "${settings[@]}" "$@"
 for model in sft reft rerank_sft rerank_reft; do
   out="$workdir/export/$model"
-  [[ -d "$out" ]] || reft export --model="$model" --out="$out" "${settings[@]}" "$@"
+  [[ -d "$out" ]] || reft export --model="$model" --out_dir="$out" "${settings[@]}" "$@"
 done

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
-from reft_jax.config import SETTINGS, check_config, default_config, flatten, nearest, parse_config, to_json
+from reft_jax.commands.flags import parse_config
+from reft_jax.config import check_config, default_config, flatten, nearest, to_json
+from reft_jax.settings import SETTINGS
 from reft_jax.types import InputError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ def parse(tmp_path):
     def parse(*args: str, source: str = GOOD):
         path = tmp_path / "settings.py"
         path.write_text(source)
-        return parse_config(["reft", *(arg.replace("FILE", str(path)) for arg in args)], flags.FlagValues())
+        return parse_config(["reft", *(arg.replace("FILE", str(path)) for arg in args)])
 
     return parse
 
@@ -96,7 +97,7 @@ def test_the_defaults_are_the_papers():
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_every_config_file_passes(path):
-    parse_config(["reft", f"--config={path}"], flags.FlagValues())
+    parse_config(["reft", f"--config={path}"])
 
 
 # The authors' settings: warm-up epoch and β of the KL reward differ by dataset and kind of solution.
@@ -115,7 +116,7 @@ CELLS = {
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_cell_of_the_paper_differs_from_the_defaults_in_what_it_must(cell):
     dataset, engine = cell.split(",")
-    config = flatten(parse_config(["reft", f"--config={REPO}/configs/paper.py:{cell}"], flags.FlagValues()))
+    config = flatten(parse_config(["reft", f"--config={REPO}/configs/paper.py:{cell}"]))
     assert (config["sft.warmup_epoch"], config["rl.kl_coef"]) == CELLS[cell]
     kind = {"python": "python_sdp", "nl": "nl"}[engine]
     assert config["data.train"].endswith(f"{dataset}_{kind}.json")
@@ -127,7 +128,7 @@ def test_a_cell_of_the_paper_differs_from_the_defaults_in_what_it_must(cell):
 
 def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
     def parsed(file):
-        return flatten(parse_config(["reft", f"--config={REPO}/configs/{file}"], flags.FlagValues()))
+        return flatten(parse_config(["reft", f"--config={REPO}/configs/{file}"]))
 
     main, cell = parsed("gsm8k_codellama_7b_reft.py"), parsed("paper.py:gsm8k,python")
     assert {key for key in cell if main[key] != cell[key]} <= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
@@ -213,7 +214,7 @@ def test_the_suggestion_is_what_was_probably_meant(written, meant):
         ("--config.rl.klcoef=1", r"unknown flag --config\.rl\.klcoef; did you mean --config\.rl\.kl_coef\?"),
         ("--config.rl=1", r"unknown flag --config\.rl; did you mean --config\.rl\."),
         ("--confg.seed=1", r"unknown flag --confg\.seed; did you mean --config\.seed\?"),
-        ("--config.sft.epochs=abc", r"--config\.sft\.epochs=abc: invalid literal for int.*see .*reft_jax/config\.py"),
+        ("--config.sft.epochs=abc", r"--config\.sft\.epochs=abc: invalid literal for int.*see .*reft_jax/settings\.py"),
         ("--config.sft.epochs=1.5", r"--config\.sft\.epochs=1\.5: invalid literal for int"),
         ("--config.rl.kl_coef=", r"--config\.rl\.kl_coef=: could not convert"),
         ("--config.toy.drop_skipped=maybe", r"--config\.toy\.drop_skipped=maybe: .*Non-boolean"),
@@ -303,7 +304,7 @@ def settings_read(source: str) -> set[str]:
 
 
 def test_every_setting_is_read():
-    sources = [path for path in (REPO / "reft_jax").rglob("*.py") if path.name != "config.py"]
+    sources = [path for path in (REPO / "reft_jax").rglob("*.py") if path.name not in ("config.py", "settings.py")]
     read = set().union(*(settings_read(path.read_text(encoding="utf-8")) for path in sources))
     assert SETTINGS.keys() - read == set()
 

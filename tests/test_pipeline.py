@@ -149,7 +149,7 @@ def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
 def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     workdir, _ = finished
-    done = run("export", workdir, "--model=reft", f"--out={tmp_path / 'reft'}")
+    done = run("export", workdir, "--model=reft", f"--out_dir={tmp_path / 'reft'}")
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "reft" / "README.md").read_text()
     assert "ReFT: PPO on executed answers" in card and "| Model | top-1 | voting@2 | rerank@2 |" in card

@@ -100,21 +100,21 @@ def test_a_folder_in_it_that_cannot_be_written_is_found_first(here, monkeypatch)
 def test_what_cannot_be_written_at_the_end_is_found_at_the_start(here, monkeypatch, name):
     path = here / "run" / name
     path.mkdir(parents=True)
-    with pytest.raises(InputError, match=f"/run/{name} is no file that can be written"):
+    with pytest.raises(InputError, match=f"/run/{name} is not a file that can be written"):
         check_workdir(config(), here / "run", [])
     check_workdir(config(), here / "run", [], reads=True)
     path.rmdir()
     path.write_text("")
     check_workdir(config(), here / "run", [])
     monkeypatch.setattr("os.access", lambda there, mode: str(there) != str(path))
-    with pytest.raises(InputError, match=f"/run/{name} is no file that can be written"):
+    with pytest.raises(InputError, match=f"/run/{name} is not a file that can be written"):
         check_workdir(config(), here / "run", [])
 
 
 def test_a_file_where_a_folder_has_to_be_is_found_at_the_start(here):
     (here / "run").mkdir()
     (here / "run" / "samples").write_text("")
-    with pytest.raises(InputError, match="/run/samples is no folder that can be written"):
+    with pytest.raises(InputError, match="/run/samples is not a folder that can be written"):
         check_workdir(config(), here / "run", [])
 
 

@@ -1,0 +1,268 @@
+"""The commands: one row for each, and one more for each form of a command that needs other things."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from reft_jax.commands.flags import CONFIG, PATHS, Flag, entry
+from reft_jax.config import flatten
+from reft_jax.settings import SETTINGS
+
+RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
+POLICIES = ("warmup", *RANKED)
+DATASETS = ("gsm8k", "svamp", "mathqa", "mathqa-numeric")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft_jax" / "plan"
+
+WORKDIR = (
+    Flag("workdir", Path, None, "folder for everything that this run writes; all hosts must see it", required=True),
+    Flag("allow_config_change", list, [], "settings that may differ from those the work directory was made with"),
+)
+HOSTS = (
+    Flag("coordinator", str, None, "address and port of host 0; not needed on a TPU pod or under srun"),
+    Flag("num_processes", int, None, "number of hosts, with --coordinator", low=1),
+    Flag("process_id", int, None, "number of this host, from 0, with --coordinator", low=0),
+)
+UNSANDBOXED = Flag("allow_unsandboxed", bool, False, "run programs even if they can read this machine's files")
+
+
+def _model(names: tuple[str, ...]) -> Flag:
+    return Flag("model", names, None, "a model of the work directory", required=True, to="name")
+
+
+def _out(help: str, **more) -> Flag:
+    return Flag("out_dir", Path, None, help, old=("out",), **more)
+
+
+class Command(NamedTuple):
+    """A row of the table.
+
+    name: the command, and for another form of it the flag or argument that selects the form. calls: module:function,
+    with flags in braces; imported when the command runs, so that --help and a mistake in the command line are quick.
+    A function that returns False ends the process with exit code 1.
+    gets: what the function is given besides `flags`: `run` (an opened work directory), or some of `config`, `file`
+    (the text of --config), `workdir` and `allowed` (--allow_config_change).
+    argument: the one argument that is not a flag. needs: models that earlier stages must have made, with flags in
+    braces. reads: it writes nothing into the work directory, so it may run while another command does.
+    """
+
+    name: str
+    help: str
+    calls: str
+    gets: tuple[str, ...] = ("run",)
+    flags: tuple[Flag, ...] = ()
+    argument: Flag | None = None
+    needs: tuple[str, ...] = ()
+    reads: bool = False
+
+    @property
+    def command(self) -> str:
+        return self.name.split()[0]
+
+    @property
+    def form(self) -> str:
+        """What selects this form of the command; "" for its first form."""
+        return self.name.partition(" ")[2]
+
+    @property
+    def on_hosts(self) -> bool:
+        """Whether several hosts can run it together."""
+        return "run" in self.gets or {"config", "workdir"} <= set(self.gets)
+
+    @property
+    def all_flags(self) -> tuple[Flag, ...]:
+        workdir = WORKDIR if {"run", "workdir"} & set(self.gets) else ()
+        return (*self.flags, *((CONFIG,) if self.gets else ()), *workdir, *(HOSTS if workdir else ()))
+
+
+TABLE = (
+    Command(
+        "pipeline",
+        "all stages in order: SFT, ReFT, samples, rerankers, then the table; skips what is done",
+        "reft_jax.commands.pipeline:run_pipeline",
+        flags=(Flag("baselines", bool, False, "also self-training, offline and online"),),
+    ),
+    Command("sft", 'supervised fine-tuning; makes the models "warmup" and "sft"', "reft_jax.stages.sft:run_sft"),
+    Command("reft", 'PPO from "warmup"; makes "reft"', "reft_jax.stages.reft:run_reft", needs=("warmup",)),
+    Command(
+        "self-train",
+        'a baseline, self-training; makes "self_train_offline" or "self_train_online"',
+        "reft_jax.stages.self_train:run_{kind}",
+        flags=(Flag("kind", ("offline", "online"), None, "which baseline", required=True, to=None),),
+        needs=("warmup",),
+    ),
+    Command(
+        "sample",
+        "n completions per question, executed and graded",
+        "reft_jax.stages.sample:run_sample",
+        flags=(_model(POLICIES), Flag("split", ("test", "train"), "test", "which questions")),
+        needs=("{model}",),
+    ),
+    Command(
+        "rerank",
+        'the reranker of a model; makes "rerank_" and its name',
+        "reft_jax.stages.rerank:run_rerank",
+        flags=(_model(RANKED),),
+        needs=("warmup", "{model}"),
+    ),
+    Command(
+        "evaluate",
+        "the table of all models in the work directory: report.md, report.json, curves.png",
+        "reft_jax.commands.evaluate:run_evaluate",
+        needs=("sft",),
+    ),
+    Command(
+        "evaluate --replay",
+        "grade every logged execution again from its outcome; no model, no program",
+        "reft_jax.run.executions:replay",
+        gets=("workdir",),
+        flags=(Flag("replay", bool, False, "selects this form", to=None),),
+    ),
+    Command(
+        "evaluate --models",
+        "a sweep: the table of many checkpoints on many data files",
+        "reft_jax.commands.sweep:sweep",
+        gets=("config", "workdir", "allowed"),
+        flags=(
+            Flag("models", str, "", "checkpoints: [NAME=]FOLDER[+RERANKER],…", required=True),
+            Flag("data", str, "", "data files: [NAME=]FILE,…; if left out, data.test"),
+        ),
+    ),
+    Command(
+        "evaluate --samples",
+        "tables from stored answers, graded again; no model, no config, no work directory",
+        "reft_jax.commands.regrade:run_regrade",
+        gets=(),
+        flags=(
+            Flag("samples", PATHS, None, "sample files, or folders of them", required=True, to="sources"),
+            Flag("execute", bool, False, "run every program again"),
+            _out("folder for sweep.md and sweep.json"),
+            Flag("seed", int, 42, "of subsets and intervals", low=0),
+            UNSANDBOXED,
+        ),
+    ),
+    Command(
+        "export",
+        "a model as a Hugging Face folder",
+        "reft_jax.commands.export:run_export",
+        flags=(
+            _model((*POLICIES, *(f"rerank_{name}" for name in RANKED))),
+            _out("folder to write", required=True, to="out", new=True),
+            Flag("dtype", ("float32", "bfloat16", "float16"), None, "of the weights; if left out, the base model's"),
+        ),
+        needs=("{model}",),
+        reads=True,
+    ),
+    Command(
+        "check",
+        "is a model ready for a run on this machine?",
+        "reft_jax.commands.check:run_check",
+        gets=("config",),
+        flags=(Flag("model", Path, None, "Hugging Face folder", required=True, to="folder"),),
+    ),
+    Command(
+        "plan",
+        "does a run fit a pod, and how fast can it be?",
+        "reft_jax.commands.plan:run",
+        gets=("config", "file"),
+        flags=(
+            Flag("topology", list, None, "a pod, as v5e:4x8 or v5p:4x4x4; several with --search or --grow", True),
+            Flag("search", bool, False, "rank meshes, micro-batches and remat, and compile the best"),
+            Flag("grow", int, 0, "plan several pods: batches grow with the chips, from this many; 0: no", low=0),
+            Flag("json", bool, False, "print JSON"),
+            Flag("questions", int, 7473, "questions in an epoch (GSM8K has 7473)", low=1),
+            Flag("into", str, "", "also write the tables between their marks in this file"),
+            Flag("cache", str, str(CACHE), "folder that keeps what was compiled"),
+        ),
+    ),
+    Command(
+        "solve",
+        "the answer of one model to one question",
+        "reft_jax.commands.solve:run_solve",
+        gets=(),
+        flags=(
+            Flag("model", Path, None, "Hugging Face folder, or RUN/models/NAME", required=True, to="folder"),
+            Flag(
+                "format",
+                ("python", "nl"),
+                None,
+                "answer format, a program or text; if left out, the run's, else python",
+                to="answer_format",
+                old=("engine",),
+            ),
+            Flag("max_len", int, 512, "tokens of prompt and answer", low=1),
+            UNSANDBOXED,
+        ),
+        argument=Flag("question", str, None, "in quotes"),
+    ),
+    Command(
+        "convert",
+        "training files from published data",
+        "reft_jax.commands.convert:run_convert",
+        gets=(),
+        flags=(
+            Flag(
+                "in", str, None, "file, folder or hub:owner/name:split; of gsm8k openai/gsm8k if left out", to="source"
+            ),
+            _out("folder to write", required=True),
+            Flag("show", int, 0, "print this many programs, drawn at random", low=0),
+            Flag("seed", int, 0, "which programs are printed"),
+            UNSANDBOXED,
+        ),
+        argument=Flag("dataset", DATASETS, None, "name of the published data"),
+    ),
+    Command(
+        "convert weights",
+        "a folder with pytorch_model*.bin as a folder with safetensors",
+        "reft_jax.commands.convert_weights:run_convert_weights",
+        gets=(),
+        flags=(
+            Flag("in", Path, None, "folder with pytorch_model*.bin", required=True, to="source"),
+            _out("folder to write", required=True),
+        ),
+    ),
+)
+COMMANDS = list(dict.fromkeys(row.command for row in TABLE))
+
+OVERVIEW = """python -m reft_jax COMMAND [--flag=VALUE …]
+
+{commands}
+
+COMMAND --help lists the flags of a command; --version prints versions. The same command resumes a run that was stopped.
+On several hosts, every host runs the same command (docs/pods.md).
+
+Exit codes: 0 done; 1 a check failed, or an unexpected error; 2 wrong input; 3 a number was NaN or infinite, and what
+made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM or SIGINT with everything saved: run it
+again. A second signal ends the process at once: 128 + its number."""
+
+
+def overview() -> str:
+    """What `--help` prints: a line per row of the table."""
+    return OVERVIEW.format(commands="\n".join(entry(row.name, row.help) for row in TABLE))
+
+
+def described(rows: list[Command], config=None) -> str:
+    """What `COMMAND --help` prints: the forms of the command and their flags; with a config, also its settings."""
+    text = []
+    for row in rows:
+        argument = f" {row.argument.name.upper()}" if row.argument else ""
+        text += [f"python -m reft_jax {row.name}{argument} [--flag=VALUE …]\n\n{row.help}"]
+        if row.needs:
+            models = " and ".join(name.replace("{model}", "--model") for name in row.needs)
+            text[-1] += f"; needs in the work directory: {models}"
+        if row.argument:
+            words = row.argument.kind if isinstance(row.argument.kind, tuple) else ()
+            text += [entry(row.argument.name.upper(), row.argument.help + (": " if words else "") + ", ".join(words))]
+        text += ["\n".join(flag.shown() for flag in row.all_flags)]
+        if CONFIG in row.all_flags:
+            text[-1] += "\n" + entry(
+                "--config.KEY=VALUE",
+                "changes one setting; --help with --config=FILE lists all settings and their values",
+            )
+    if config:
+        text += [
+            "\n".join(
+                entry(f"--config.{key}={value}", f"{SETTINGS[key].doc} ({SETTINGS[key].rule.allowed})")
+                for key, value in flatten(config).items()
+            )
+        ]
+    return "\n\n".join(text)

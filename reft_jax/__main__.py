@@ -64,7 +64,8 @@ def run_command(argv: list[str]) -> None:
         print(described(rows, parse_config(["reft", *settings]) if settings else None))
         return
     row, values, given = parse(rows, argv)
-    if run_row(row, values, given) is False:
+    result = run_row(row, values, given)
+    if row.verdict and not result:
         sys.exit(1)
 
 
@@ -92,8 +93,8 @@ def parse(rows: list[Command], argv: list[str]) -> tuple[Command, flags.FlagValu
         kinds = (*(row.argument.kind if isinstance(row.argument.kind, tuple) else ()), *(one.form for one in rows[1:]))
         if len(words) != 1 or not words[0].strip() or (kinds and words[0] not in kinds):
             of = f" of {', '.join(kinds)}" if kinds else ", in quotes"
-            raise InputError(f"{row.command} takes one {row.argument.name}{of}; {help}")
-        given[row.argument.name] = words[0]
+            raise InputError(f"{row.command} takes one {row.argument.to}{of}; {help}")
+        given[row.argument.to] = words[0]
     else:
         no_arguments(words[1:] if [row.form] == words[:1] else words)
     return row, values, given

@@ -91,6 +91,11 @@ MAIN = {
     "row without question": Case(
         SFT, ("/data.json: row 7, field 'question': is missing; add it",), rows(question=None)
     ),
+    "old key in the file": Case(
+        SFT,
+        ("/config.py: ppo.kl_coef is now rl.kl_coef",),
+        config=CONFIG.replace("    return", "    config.ppo.kl_coef = 1\n    return"),
+    ),
     "unknown key": Case(f"{SFT} --config.rl.klcoef=1", ("--config.rl.klcoef; did you mean --config.rl.kl_coef?",)),
     "unknown key in the file": Case(
         SFT,
@@ -117,6 +122,7 @@ MAIN = {
     "reft before sft": Case(f"reft {RUN}", ("/run has no model 'warmup'; run",)),
 }
 CASES = MAIN | {
+    "old flag": Case(f"{SFT} --config.ppo.prompts=8", ("--config.ppo.prompts is now --config.rl.questions",)),
     "empty data file": Case(SFT, ("/data.json: is empty; check",), " \n"),
     "broken JSON": Case(SFT, ("/data.json: not JSON at line 2, column 13", "correct it"), '[\n{"item_id": "svamp_1'),
     "no list": Case(SFT, ("/data.json: holds an object, not a list",), "{}"),
@@ -377,7 +383,8 @@ def test_help_is_no_error(monkeypatch, capsys):
     for argv in ([], ["--help"], ["help"], ["sft", "--help"]):
         monkeypatch.setattr(sys, "argv", ["reft", *argv])
         __main__.main()
-        assert capsys.readouterr().out.startswith("python -m reft_jax COMMAND")
+        first = "sft" if len(argv) == 2 else "COMMAND"
+        assert capsys.readouterr().out.startswith(f"python -m reft_jax {first} [--flag=VALUE …]\n")
 
 
 def processor_seconds() -> float:

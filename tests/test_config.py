@@ -2,14 +2,15 @@
 
 import ast
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from reft_jax.commands.flags import parse_config
-from reft_jax.config import check_config, default_config, flatten, nearest, to_json
-from reft_jax.settings import SETTINGS
+from reft_jax.config import RENAMED, check_config, default_config, flatten, nearest, renamed, replaced, to_json
+from reft_jax.settings import SETTINGS, Config
 from reft_jax.types import InputError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -141,6 +142,30 @@ def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
             parsed(f"paper.py:{wrong}")
 
 
+def test_every_setting_has_the_type_of_its_default():
+    """What an editor knows of `config.rl.kl_coef` is true."""
+    for section in (Config, *(one.type for one in fields(Config) if is_dataclass(one.type))):
+        assert section.__doc__
+        for one in fields(section):
+            assert is_dataclass(one.type) or type(one.default) is one.type, one.name
+    assert type(check_config(small()).rl.kl_coef) is float
+
+
+def test_old_names_lead_to_settings_and_are_none_themselves():
+    for old, new in RENAMED.items():
+        assert renamed(old) == new and renamed(new) is None
+        assert old not in SETTINGS and (new in SETTINGS or any(key.startswith(f"{new}.") for key in SETTINGS))
+    assert renamed("ppo.kl_coef") == "rl.kl_coef" and renamed("ppo.no_such") is None and renamed("seed") is None
+
+
+def test_some_values_can_be_replaced():
+    config = check_config(small())
+    changed = replaced(config, {"mesh.fsdp": 4, "seed": 7})
+    assert (changed.mesh.fsdp, changed.seed) == (4, 7) and config.mesh.fsdp == 1
+    assert flatten(changed) == flatten(config) | {"mesh.fsdp": 4, "seed": 7}
+    assert replaced(small(), {}) == config and hash(replaced(config, {})) == hash(config)
+
+
 def test_a_checked_config_is_frozen():
     config = check_config(small())
     with pytest.raises(AttributeError):
@@ -182,7 +207,8 @@ def test_the_command_line_changes_one_value(parse, args, key, value):
 def test_values_of_a_file_and_of_the_command_line_are_of_one_kind(parse):
     """0.5 over a file's whole number for a float, and overrides of a file that returns a frozen config."""
     source = GOOD.replace("return config", "config.rl.kl_coef = 1\n    return config")
-    assert parse("--config=FILE", source=source).rl.kl_coef == 1.0
+    config = parse("--config=FILE", source=source)
+    assert config.rl.kl_coef == 1.0 and type(config.rl.kl_coef) is float
     assert parse("--config=FILE", "--config.rl.kl_coef=0.5", source=source).rl.kl_coef == 0.5
     frozen = GOOD.replace("return config", "import ml_collections\n    return ml_collections.FrozenConfigDict(config)")
     assert parse("--config=FILE", "--config.rl.kl_coef=0.5", source=frozen).rl.kl_coef == 0.5
@@ -245,6 +271,16 @@ def test_a_wrong_command_line_is_refused(parse, arg, message):
         ("config.rl.klcoef = 1", r"settings\.py: unknown key 'rl\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.rl.update(klcoef=1)", r"settings\.py: unknown key 'rl\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.ppoo.clip = 1", r"settings\.py, line 7: AttributeError: .*ppoo"),
+        ("config.ppo.kl_coef = 1", r"settings\.py: ppo\.kl_coef is now rl\.kl_coef$"),
+        ("config.ppo.update(prompts=8)", r"settings\.py: ppo\.prompts is now rl\.questions$"),
+        ("config.ppo['prompts'] = 8", r"settings\.py: ppo\.prompts is now rl\.questions$"),
+        ("config.data.engine = 'nl'", r"settings\.py: data\.engine is now data\.format$"),
+        ("config.data.update(engine='nl')", r"settings\.py: data\.engine is now data\.format$"),
+        ("config.ppo = dict(clip=1)", r"settings\.py: ppo\.clip is now rl\.clip$"),
+        ("config.ppo = 3", r"settings\.py: ppo is now rl$"),
+        ("config.ppo.clip *= 2", r"settings\.py, line 7: ppo\.clip is now rl\.clip$"),
+        ("nl = config.data.engine == 'nl'", r"settings\.py, line 7: data\.engine is now data\.format$"),
+        ("config.ppo.klcoef = 1", r"settings\.py: unknown key 'ppo\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.rl = 3", r"settings\.py: unknown key 'rl'; did you mean 'rl\."),
         ("del config.rl.clip", r"settings\.py: key 'rl\.clip' is missing; start from .*default_config\(\)"),
         ("config.sft.epochs = 'abc'", r"settings\.py: sft\.epochs='abc' must be of type int \(a number > 0\)"),

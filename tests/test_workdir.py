@@ -1,11 +1,14 @@
 """A work directory from another folder, what is left over in it, and what is damaged in it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from reft_jax.commands import paths
+from reft_jax.commands.solve import trained_format
+from reft_jax.commands.sweep import find
 from reft_jax.config import check_config, load_config
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
 from reft_jax.stages.models import read_result
@@ -66,6 +69,31 @@ def test_an_older_work_directory_with_relative_paths_still_opens(here):
     (workdir / "config.json").write_text(json.dumps(before | {"model.path": "other"}))
     with pytest.raises(InputError, match="made with other settings"):
         opened(config(), workdir)
+
+
+def old_names(settings: dict) -> dict:
+    """As versions before recorded them."""
+    back = {"rl.questions": "ppo.prompts", "data.format": "data.engine"}
+    return {back.get(key) or re.sub(r"^rl\.", "ppo.", key): value for key, value in settings.items()}
+
+
+def test_an_older_work_directory_with_old_names_still_opens(here):
+    workdir = here / "run"
+    absolute = opened(config(data_format="nl"), workdir)
+    (workdir / "models" / "sft").mkdir(parents=True)
+    now, path = recorded(workdir), workdir / "config.json"
+    before = old_names(now)
+    assert {"ppo.prompts", "ppo.kl_coef", "data.engine"} <= before.keys() and not any(k[:3] == "rl." for k in before)
+    path.write_text(json.dumps(before))
+    assert recorded(workdir) == now
+    check_workdir(absolute, workdir, ["sft"], reads=True)  # as export
+    assert json.loads(path.read_text()) == before
+    assert trained_format(find(str(workdir / "models" / "sft"))) == "nl"
+    opened(config(data_format="nl"), workdir)  # as evaluate
+    assert json.loads(path.read_text()) == now
+    path.write_text(json.dumps(before))
+    with pytest.raises(InputError, match=r"other settings \(rl.kl_coef: 0.01 -> 0.5\); .*=rl.kl_coef$"):
+        opened(config(data_format="nl", rl_kl_coef=0.5), workdir)
 
 
 def test_names_are_no_paths(here):

@@ -51,10 +51,12 @@ class Flag(NamedTuple):
         return Path(value) if self.kind is Path and value else value
 
     def shown(self) -> str:
-        """Its entry in a --help."""
+        """Its entry in a --help; a name in capitals is an argument."""
         kind = "|".join(self.kind) if isinstance(self.kind, tuple) else _VALUE.get(self.kind)
         default = str(self.default).lower() if self.kind is bool else self.default
         told = " (required)" if self.required else f" (default: {default})" if default not in (None, "", []) else ""
+        if self.name.isupper():
+            return entry(self.name, self.help + (f": {kind}" if kind and self.kind is not str else "") + told)
         return entry(f"--{self.name}" + (f"={kind}" if kind else ""), self.help + told)
 
 

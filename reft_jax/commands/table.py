@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from reft_jax.commands.flags import CONFIG, PATHS, Flag, entry
 from reft_jax.config import flatten
-from reft_jax.settings import SETTINGS
+from reft_jax.settings import SETTINGS, Config
 
 RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
 POLICIES = ("warmup", *RANKED)
@@ -38,11 +38,11 @@ class Command(NamedTuple):
 
     name: the command, and for another form of it the flag or argument that selects the form. calls: module:function,
     with flags in braces; imported when the command runs, so that --help and a mistake in the command line are quick.
-    A function that returns False ends the process with exit code 1.
     gets: what the function is given besides `flags`: `run` (an opened work directory), or some of `config`, `file`
     (the text of --config), `workdir` and `allowed` (--allow_config_change).
-    argument: the one argument that is not a flag. needs: models that earlier stages must have made, with flags in
-    braces. reads: it writes nothing into the work directory, so it may run while another command does.
+    argument: the one argument that is not a flag, its name in capitals. needs: models that earlier stages must have
+    made, with flags in braces. reads: the command writes nothing into the work directory, so it may run while another
+    one does. verdict: its function says whether all is well; if not, the exit code is 1.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Command(NamedTuple):
     argument: Flag | None = None
     needs: tuple[str, ...] = ()
     reads: bool = False
+    verdict: bool = False
 
     @property
     def command(self) -> str:
@@ -116,6 +117,7 @@ TABLE = (
         "reft_jax.run.executions:replay",
         gets=("workdir",),
         flags=(Flag("replay", bool, False, "selects this form", to=None),),
+        verdict=True,
     ),
     Command(
         "evaluate --models",
@@ -158,6 +160,7 @@ TABLE = (
         "reft_jax.commands.check:run_check",
         gets=("config",),
         flags=(Flag("model", Path, None, "Hugging Face folder", required=True, to="folder"),),
+        verdict=True,
     ),
     Command(
         "plan",
@@ -173,6 +176,7 @@ TABLE = (
             Flag("into", str, "", "also write the tables between their marks in this file"),
             Flag("cache", str, str(CACHE), "folder that keeps what was compiled"),
         ),
+        verdict=True,
     ),
     Command(
         "solve",
@@ -192,7 +196,7 @@ TABLE = (
             Flag("max_len", int, 512, "tokens of prompt and answer", low=1),
             UNSANDBOXED,
         ),
-        argument=Flag("question", str, None, "in quotes"),
+        argument=Flag("QUESTION", str, None, "in quotes", to="question"),
     ),
     Command(
         "convert",
@@ -208,7 +212,7 @@ TABLE = (
             Flag("seed", int, 0, "which programs are printed"),
             UNSANDBOXED,
         ),
-        argument=Flag("dataset", DATASETS, None, "name of the published data"),
+        argument=Flag("DATASET", DATASETS, None, "which published data", to="dataset"),
     ),
     Command(
         "convert weights",
@@ -240,29 +244,23 @@ def overview() -> str:
     return OVERVIEW.format(commands="\n".join(entry(row.name, row.help) for row in TABLE))
 
 
-def described(rows: list[Command], config=None) -> str:
+def described(rows: list[Command], config: Config | None = None) -> str:
     """What `COMMAND --help` prints: the forms of the command and their flags; with a config, also its settings."""
-    text = []
+    parts, shown = [], []
     for row in rows:
-        argument = f" {row.argument.name.upper()}" if row.argument else ""
-        text += [f"python -m reft_jax {row.name}{argument} [--flag=VALUE …]\n\n{row.help}"]
-        if row.needs:
-            models = " and ".join(name.replace("{model}", "--model") for name in row.needs)
-            text[-1] += f"; needs in the work directory: {models}"
-        if row.argument:
-            words = row.argument.kind if isinstance(row.argument.kind, tuple) else ()
-            text += [entry(row.argument.name.upper(), row.argument.help + (": " if words else "") + ", ".join(words))]
-        text += ["\n".join(flag.shown() for flag in row.all_flags)]
-        if CONFIG in row.all_flags:
-            text[-1] += "\n" + entry(
-                "--config.KEY=VALUE",
-                "changes one setting; --help with --config=FILE lists all settings and their values",
-            )
+        argument, models = row.argument, ", ".join(name.replace("{model}", "that of --model") for name in row.needs)
+        name = f" {argument.name}" if argument else ""
+        parts.append(f"python -m reft_jax {row.name}{name} [--flag=VALUE …]")
+        parts.append(row.help + (f"\nReads models of the work directory: {models}" if models else ""))
+        lines = [argument.shown()] if argument else []
+        lines += [flag.shown() for flag in row.all_flags if flag not in shown]
+        if CONFIG in row.all_flags and CONFIG not in shown:
+            lines.append(entry("--config.KEY=VALUE", "changes one setting; add --config=FILE to --help to list them"))
+        if again := [f"--{flag.name}" for flag in row.all_flags if flag in shown]:
+            lines.append(entry("as above", ", ".join(again)))
+        parts.append("\n".join(lines))
+        shown += row.all_flags
     if config:
-        text += [
-            "\n".join(
-                entry(f"--config.{key}={value}", f"{SETTINGS[key].doc} ({SETTINGS[key].rule.allowed})")
-                for key, value in flatten(config).items()
-            )
-        ]
-    return "\n\n".join(text)
+        told = {f"--config.{key}={value}": SETTINGS[key] for key, value in flatten(config).items()}
+        parts.append("\n".join(entry(text, f"{one.doc} ({one.rule.allowed})") for text, one in told.items()))
+    return "\n\n".join(parts)

@@ -1,5 +1,5 @@
-"""CodeLlama-34B with the 7B row's settings, on the pod and with the mesh that `plan --search` picked: v5p:2x4x4. Not
-run here; docs/pods.md has its plan.
+"""CodeLlama-34B with the 7B row's settings, on the pod and with the mesh that `plan --search` chose: v5p:2x4x4. It has
+not been run here; docs/pods.md has its plan.
 
     python -m reft_jax plan --config=configs/gsm8k_codellama_34b_reft.py --search \
         --topology=v5e:8x8,v5e:8x16,v5p:2x4x4,v5p:4x4x4,v6e:8x8

@@ -6,8 +6,8 @@
         --config.data.test=$DATA_DIR/gsm8k_test_set.json
 
 The paper: SFT 63.68, voting@100 68.0, rerank@100 77.0; ReFT 75.28, 78.0, 81.2. Checkpoints are chosen on the test file,
-as there; set data.dev_rows to hold out training questions instead. Not run here: it needs a pod. What `plan` says of it
-stands in docs/pods.md; the other rows of the paper are in configs/paper.py: this is its gsm8k,python.
+as in the paper; set data.dev_rows to hold out training questions instead. It has not been run here: it needs a pod.
+docs/pods.md has its plan. configs/paper.py has the other rows of the paper; this one is its gsm8k,python.
 """
 
 from pathlib import Path

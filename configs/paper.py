@@ -1,18 +1,18 @@
-"""The paper's runs: a dataset, an engine, a size of model.
+"""The paper's runs, by dataset, answer format and size of model.
 
     python -m reft_jax pipeline --baselines --config=configs/paper.py:gsm8k,python --workdir=$WORKDIR \
         --config.model.path=$MODEL_DIR/CodeLlama-7b-hf --config.data.train=$DATA_DIR/gsm8k_python_sdp.json \
         --config.data.test=$DATA_DIR/gsm8k_test_set.json --config.mesh.fsdp=8
 
-The argument is DATASET,ENGINE or DATASET,ENGINE,small: gsm8k, svamp, mathqa (answers are letters a-e) or
-mathqa-numeric; python or nl; `small` is the authors' setting for models of 125M parameters. Any Llama-family folder is
-given by model.path; the default is CodeLlama-7B. Without `--baselines` a run is SFT, ReFT and the two rerankers;
-`sft`, `self-train --kind=offline`, `self-train --kind=online`, `reft`, `sample` and `rerank` are its parts.
+The argument is DATASET,FORMAT or DATASET,FORMAT,small. DATASET: gsm8k, svamp, mathqa (answers are letters a-e) or
+mathqa-numeric. FORMAT: python or nl. `small`: the authors' settings for models of 125M parameters. model.path may be
+any folder of the Llama family; the default is CodeLlama-7B. Without `--baselines` a run is SFT, ReFT and the two
+rerankers. Its parts are `sft`, `self-train --kind=offline`, `self-train --kind=online`, `reft`, `sample` and `rerank`.
 
-The authors' scores of CodeLlama-7B in %, top-1 unless it says otherwise; "–": not in the tables at hand. Chip-hours are
-those of one epoch of PPO on 32 chips of TPU v5e as `plan` estimates them (docs/pods.md): 2.33 s an iteration of 32
-questions in every row, for all have the same shapes; "–": how many questions is not known here. Nothing here has been
-run: it needs a pod.
+Scores are the authors' for CodeLlama-7B in %, top-1 if no other metric is named; "–": not in the tables that we have.
+Chip-hours are those of one epoch of PPO on 32 chips of TPU v5e, as `plan` estimates them (docs/pods.md): 2.33 s per
+iteration of 32 questions in every row, because all rows have the same shapes; "–": the number of questions is not known
+here. None of these runs has been made here: they need a pod.
 
     argument               SFT warm-up   SFT                    ReFT                   chip-hours
     gsm8k,python           63.00         63.68                  75.28                  4.8
@@ -27,31 +27,31 @@ run: it needs a pod.
     mathqa-numeric,python  not run by the authors                                      –
     offline and online self-training: – in every row; reranking: GSM8K only
 
-Checkpoints are chosen on the test file, as there; set data.dev_rows to hold out training questions instead.
+Checkpoints are chosen on the test file, as in the paper; set data.dev_rows to hold out training questions instead.
 """
 
 from reft_jax.config import default_config
 
-DATASETS, ENGINES, SIZES = ("gsm8k", "svamp", "mathqa", "mathqa-numeric"), ("python", "nl"), ("7b", "small")
+DATASETS, FORMATS, SIZES = ("gsm8k", "svamp", "mathqa", "mathqa-numeric"), ("python", "nl"), ("7b", "small")
 FILES = {"python": "python_sdp", "nl": "nl"}  # the authors' names
-WARMUP_EPOCH = {("mathqa", "nl"): 5, ("mathqa-numeric", "nl"): 10}  # of the others 2
+WARMUP_EPOCH = {("mathqa", "nl"): 5, ("mathqa-numeric", "nl"): 10}  # all others: 2
 
 
 def get_config(argument="gsm8k,python"):
     parts = argument.split(",")
-    dataset, engine, size = parts if len(parts) == 3 else (*parts, "7b") if len(parts) == 2 else ("", "", "")
-    if dataset not in DATASETS or engine not in ENGINES or size not in SIZES:
-        raise ValueError(f"{argument!r} is not DATASET,ENGINE[,small] of {DATASETS} and {ENGINES}")
+    dataset, form, size = parts if len(parts) == 3 else (*parts, "7b") if len(parts) == 2 else ("", "", "")
+    if dataset not in DATASETS or form not in FORMATS or size not in SIZES:
+        raise ValueError(f"{argument!r} is not DATASET,FORMAT[,small] of {DATASETS} and {FORMATS}")
     config = default_config()
-    config.name = f"{dataset} {engine}, {'CodeLlama-7B' if size == '7b' else 'small model'}"
+    config.name = f"{dataset} {form}, {'CodeLlama-7B' if size == '7b' else 'small model'}"
     config.model.path = "models/CodeLlama-7b-hf"
-    config.data.train = f"data/{dataset}_{FILES[engine]}.json"
+    config.data.train = f"data/{dataset}_{FILES[form]}.json"
     config.data.test = f"data/{dataset}_test_set.json"
-    config.data.format = engine
-    config.sft.warmup_epoch = WARMUP_EPOCH.get((dataset, engine), 2)
-    config.rl.kl_coef = 0.05 if engine == "nl" and dataset != "mathqa-numeric" else 0.01
+    config.data.format = form
+    config.sft.warmup_epoch = WARMUP_EPOCH.get((dataset, form), 2)
+    config.rl.kl_coef = 0.05 if form == "nl" and dataset != "mathqa-numeric" else 0.01
     if size == "small":
-        config.sft.update(learning_rate=2e-5, warmup_epoch=10)  # theirs for GSM8K
+        config.sft.update(learning_rate=2e-5, warmup_epoch=10)  # the authors' for GSM8K
         config.rl.update(learning_rate=3e-6, questions=256, epochs=700)
         config.self_train.learning_rate = 3e-6
     return config

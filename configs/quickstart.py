@@ -1,4 +1,4 @@
-"""The embedded default: a toy that runs the whole chain on a laptop's CPU.
+"""The embedded default: a small synthetic task that runs the whole chain on the CPU of a laptop.
 
 ./launch/quickstart.sh
 """
@@ -20,7 +20,7 @@ def get_config():
     config.rl.update(
         iterations=40, questions=128, micro_batch=16, minibatches=2, learning_rate=3e-4, lr_warmup=10, vf_coef=0.1
     )
-    # A random value head takes hundreds of updates to unlearn at this size, and its noise is all the policy would see.
+    # At this size a random value head is unlearned after hundreds of updates; until then the policy sees only its noise.
     config.rl.update(value_init=0.0, max_prompt=96, max_len=128, eval_every=10, save_every=10)
     config.self_train.update(epochs=16, learning_rate=3e-4)
     config.sample.update(n=16, train_n=8, train_limit=800, max_len=128)

@@ -1,19 +1,19 @@
-"""SVAMP programs on SmolLM2-135M, cut down to what two CPU cores do in an hour and a half.
+"""SVAMP programs on SmolLM2-135M, shortened to what two CPU cores do in an hour and a half.
 
     python -m reft_jax pipeline --config=configs/svamp_smollm2.py --workdir=runs/svamp \
         --config.model.path=$MODEL_DIR/SmolLM2-135M --config.data.train=$DATA_DIR/svamp_python_sdp.json \
         --config.data.test=$DATA_DIR/svamp_test_set.json
 
-Shortened, against the paper: the short questions among 1,000 training rows (60 of them choose checkpoints), 3 epochs of
-SFT at a small model's learning rate with the second as warm-up, 50 PPO iterations of 32 questions with one pass of two
-updates each, 60 test questions, 4 samples for voting. The value head begins at 0: with so few updates a random one
+Compared with the paper: only the short questions among 1,000 training rows (60 of them choose checkpoints); 3 epochs of
+SFT at the learning rate of a small model, the second as warm-up; 50 PPO iterations of 32 questions, each with one pass
+of two updates; 60 test questions; 4 samples for voting. The value head starts at 0: with so few updates, a random one
 would be noise to the policy until the end. docs/results.md lists every run.
 
     python -m reft_jax pipeline --baselines --config=configs/svamp_smollm2.py:baselines --workdir=runs/baselines …
 
-is SFT, offline and online self-training and ReFT side by side: 100 test questions, 16 samples each, a reranker each,
-24 iterations of both online methods, 16 samples of 80 training questions for offline self-training and the rerankers.
-docs/results.md says how long that took.
+compares SFT, offline and online self-training and ReFT: 100 test questions with 16 samples each, a reranker for each
+model, 24 iterations of both online methods, and 16 samples of 80 training questions for offline self-training and the
+rerankers. docs/results.md says how long that took.
 """
 
 from reft_jax.config import default_config

@@ -138,7 +138,7 @@ def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
     expected = {"sft.learning_rate": 2e-5, "sft.warmup_epoch": 10, "rl.learning_rate": 3e-6, "rl.questions": 256}
     assert {key: small[key] for key in expected} == expected and small["rl.kl_coef"] == 0.05
     for wrong in ("gsm8k", "aqua,nl", "gsm8k,c", "gsm8k,nl,13b"):
-        with pytest.raises(InputError, match="is not DATASET,ENGINE"):
+        with pytest.raises(InputError, match="is not DATASET,FORMAT"):
             parsed(f"paper.py:{wrong}")
 
 

@@ -20,7 +20,7 @@ def get_config():
     config.rl.update(
         iterations=40, questions=128, micro_batch=16, minibatches=2, learning_rate=3e-4, lr_warmup=10, vf_coef=0.1
     )
-    # At this size a random value head is unlearned after hundreds of updates; until then the policy sees only its noise.
+    # At this size a random value head is unlearned after hundreds of updates; until then its noise hides all else.
     config.rl.update(value_init=0.0, max_prompt=96, max_len=128, eval_every=10, save_every=10)
     config.self_train.update(epochs=16, learning_rate=3e-4)
     config.sample.update(n=16, train_n=8, train_limit=800, max_len=128)

@@ -1,4 +1,5 @@
-"""CodeLlama-13B with the 7B row's settings, on 64 chips of TPU v5p. Not run here; docs/pods.md has its plan.
+"""CodeLlama-13B with the 7B row's settings, on 64 chips of TPU v5p. It has not been run here; docs/pods.md has its
+plan.
 
 python -m reft_jax plan --config=configs/gsm8k_codellama_13b_reft.py --topology=v5p:4x4x4
 """

@@ -52,7 +52,7 @@ def get_config(argument="gsm8k,python"):
     config.sft.warmup_epoch = WARMUP_EPOCH.get((dataset, answer_format), 2)
     config.rl.kl_coef = 0.05 if answer_format == "nl" and dataset != "mathqa-numeric" else 0.01
     if size == "small":
-        config.sft.update(learning_rate=2e-5, warmup_epoch=10)  # theirs for GSM8K
+        config.sft.update(learning_rate=2e-5, warmup_epoch=10)  # the authors' for GSM8K
         config.rl.update(learning_rate=3e-6, questions=256, epochs=700)
         config.self_train.learning_rate = 3e-6
     return config

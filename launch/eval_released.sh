@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The authors' table of CodeLlama-7B on GSM8K programs, from the five checkpoints that they released.
 #   MODEL_DIR=DIR DATA=DIR/gsm8k_test_set.json ./launch/eval_released.sh --config.mesh.fsdp=8
-#   WORKDIR=DIR …        results and answers go there (default runs/released); run again, it goes on where it stopped
+#   WORKDIR=DIR …        folder for results and answers (default runs/released); run again, it resumes
 #   REFT_PYTHON=python3  an interpreter that has reft_jax, instead of a .venv made here
 # MODEL_DIR holds the folders Codellama-7b-hf-{SFT-warmup,SFT,SFT-Rerank,ReFT,ReFT-Rerank}-GSM8k (or -GSM8K) with
-# safetensors files; `python -m reft_jax convert weights` makes them of .bin files. DATA is the authors' test file, or what `convert gsm8k` makes of the official test split.
-# Other arguments go to `evaluate`. Greedy and 100 samples for 1,319 questions, two models: no figure of its cost yet.
+# safetensors files; `python -m reft_jax convert weights` makes them from .bin files. DATA is the authors' test file, or
+# what `convert gsm8k` makes of the official test split. Other arguments go to `evaluate`.
+# Greedy and 100 samples for 1,319 questions, two models: the cost has not been measured yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${MODEL_DIR:?name the folder that holds the released checkpoints}" "${DATA:?name the test file}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of a Python 3.11, 3.12 or 3.13. Where there is none (a TPU VM's python3 may be 3.10) it brings 3.12 into
-# the home directory first, with uv, which pip installs.
+# Prints the path of a Python 3.11, 3.12 or 3.13. If there is none (python3 of a TPU VM may be 3.10), it first installs
+# 3.12 into the home directory with uv, which pip installs.
 #   PYTHON="$(launch/python.sh)" launch/venv.sh tpu
 set -euo pipefail
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on a small synthetic task, on a CPU: SFT warm-up, ReFT, sampling, voting, reranking, report.
-#   ./launch/quickstart.sh                              into runs/quickstart; run again, it goes on where it stopped
-#   WORKDIR=/data/q ./launch/quickstart.sh --config.seed=7    elsewhere, with settings of configs/quickstart.py changed
+#   ./launch/quickstart.sh                              into runs/quickstart; run again, it resumes
+#   WORKDIR=/data/q ./launch/quickstart.sh --config.seed=7    elsewhere, with changed settings
 #   JAX_PLATFORMS=cuda ./launch/quickstart.sh           on a GPU, after `launch/venv.sh cuda`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

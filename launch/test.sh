@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The test suite, in its own .venv. Arguments go to pytest.
+# Runs the test suite in its own .venv. Arguments go to pytest.
 #   ./launch/test.sh                       minutes on two cores
-#   ./launch/test.sh --long                and the tests marked long
-#   REFT_SMOLLM2=DIR ./launch/test.sh      and those on the real weights of SmolLM2-135M, from a Hugging Face folder
+#   ./launch/test.sh --long                also the tests marked long
+#   REFT_SMOLLM2=DIR ./launch/test.sh      also those on the real weights of SmolLM2-135M, from a Hugging Face folder
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 launch/venv.sh test
-# Two processes, a file of tests in one of them. Tests that measure time allow three times what they state.
+# Two processes; all tests of a file run in one of them. Tests that measure time allow three times what they state.
 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=15 "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A run on every host of a TPU VM or pod slice, from a machine with gcloud. Needs in the environment: TPU (its name), ZONE,
-# and for `setup` SHARE: an NFS export (Filestore: 10.0.0.2:/reft) that becomes /mnt/reft on every host.
-#   launch/tpu_vm.sh setup                                          this checkout, a Python, .venv and the share
-#   launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b …    starts, and goes on without this machine
-#   launch/tpu_vm.sh follow                                         what host 0 says; Ctrl-C ends only the looking
+# Runs a command on every host of a TPU VM or pod slice, from a machine with gcloud. Needs in the environment: TPU (its
+# name), ZONE, and for `setup` SHARE: an NFS export (Filestore: 10.0.0.2:/reft) that is mounted as /mnt/reft on every host.
+#   launch/tpu_vm.sh setup                                          copies this checkout; Python, .venv and the share
+#   launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b …    starts it; it does not need this machine
+#   launch/tpu_vm.sh follow                                         the output of host 0; Ctrl-C does not stop the run
 #   launch/tpu_vm.sh stop                                           asks every host to stop
 #   DRY_RUN=1 launch/tpu_vm.sh …                                    prints the gcloud commands
 set -euo pipefail
@@ -39,7 +39,7 @@ case "$verb" in
     on all "cd reft_jax && PYTHON=\"\$(launch/python.sh)\" && export PYTHON && launch/venv.sh tpu"
     ;;
   start)
-    (($#)) || die "start what? As: launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b"
+    (($#)) || die "name the command, as launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b"
     on all "cd reft_jax && { nohup setsid launch/host.sh $(printf '%q ' "$@")>host.log 2>&1 </dev/null & echo \$! >host.pid; }"
     ;;
   follow) on 0 "tail -n 50 -F reft_jax/host.log" ;;

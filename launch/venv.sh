@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes or completes .venv: what requirements.txt pins, and this package in place. Does nothing if that is done.
+# Makes or completes .venv with what requirements.txt pins and this package, installed in place. Does nothing if it is done.
 #   launch/venv.sh                        what a run needs
 #   launch/venv.sh test                   and an extra of pyproject.toml: test, plan, cuda, tpu
 #   PYTHON=python3.12 launch/venv.sh      with that interpreter (3.11, 3.12 or 3.13; default: python3)
@@ -14,7 +14,8 @@ die() {
   exit 1
 }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
-# What the stamp must say. The place is in it because the package is installed in place: a moved checkout is installed again.
+# What the stamp must contain. The folder is in it because the package is installed in place: a moved checkout is
+# installed again.
 state() { printf '%s\n' "$PWD" && cat requirements.txt pyproject.toml; }
 
 make_venv() {
@@ -35,13 +36,13 @@ elif [[ -n "${PYTHON:-}" && "$(version_of "$PYTHON")" != "$(version_of .venv/bin
   make_venv
 elif cmp -s "$stamp" <(state); then
   exit 0
-elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # stopped before pip was in
+elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # stopped before pip was installed
   make_venv
 fi
 
 echo "Installing into .venv${extra:+, with the extra \"$extra\"} (minutes the first time)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".${extra:+[$extra]}" ||
   die "pip failed, see above. The first install needs a network or a local package index." \
-    "Run the same command again when it is there: it goes on where this one stopped."
+    "Then run the same command again: it resumes."
 state >"$stamp"
 [[ -z "$extra" ]] || cp "$stamp" .venv/installed-run # an extra comes on top of what a run needs

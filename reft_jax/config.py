@@ -1,189 +1,74 @@
-"""Every setting of a run: its default, what is allowed, and what it means. Checked and frozen before anything compiles.
+"""The settings of a run: read from a file, changed, checked, and frozen before anything compiles.
 
 A file in configs/ defines `get_config()`: it takes `default_config()`, changes what it needs and returns it. The
-command line changes single values: `--config.rl.kl_coef=0.05`. Defaults are the paper's (CodeLlama-7B, GSM8K).
+command line changes single values: `--config.rl.kl_coef=0.05`. `check_config` gives the dataclasses of
+reft_jax/settings.py, which has every default and meaning. Files are read here and flags in commands/flags.py, not by
+`config_flags` of ml_collections or by tyro: these check types only, and answer a mistake in a file with a traceback.
 """
 
 import difflib
 import json
+import linecache
 import math
+import re
 import runpy
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from reft_jax.settings import SETTINGS, Config
 from reft_jax.types import InputError
 
-
-class Rule(NamedTuple):
-    """What a value may be: `allowed` is the text shown to the user when `holds(value)` is false."""
-
-    allowed: str
-    holds: Callable[[Any], bool]
+# Old names of settings and sections. They are refused with the new name; a config.json with them is still read.
+RENAMED = {"ppo": "rl", "ppo.prompts": "rl.questions", "data.engine": "data.format"}
 
 
-class Setting(NamedTuple):
-    default: Any
-    rule: Rule
-    doc: str
-
-
-def at_least(low) -> Rule:
-    return Rule(f"a number >= {low}", lambda v: low <= v < math.inf)
-
-
-def between(low, high) -> Rule:
-    return Rule(f"a number from {low} to {high}", lambda v: low <= v <= high)
-
-
-def one_of(*values) -> Rule:
-    return Rule("one of " + ", ".join(map(str, values)), lambda v: v in values)
-
-
-POSITIVE = Rule("a number > 0", lambda v: 0 < v < math.inf)
-MULTIPLE_OF_32 = Rule("a multiple of 32", lambda v: v > 0 and v % 32 == 0)
-ANY = Rule("any", lambda v: True)
-
-SETTINGS = {
-    "name": Setting("reft", ANY, "title of the report"),
-    "seed": Setting(42, at_least(0), "initial heads, data order and sampling are functions of it"),
-    "compiled": Setting("", ANY, "folder that keeps compiled programs; empty: compiled/ in the work directory"),
-    "keep_steps": Setting(2, POSITIVE, "saved steps of a running stage that are kept: with 2 one may be damaged"),
-    "watchdog_minutes": Setting(
-        60.0, at_least(0), "end the process if no decode chunk, program or update ends for so long; 0: never"
-    ),
-    # Model: a folder in Hugging Face format, or "toy": a tiny Llama made from the seed.
-    "model.path": Setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"'),
-    "model.family": Setting("", ANY, "empty: by config.json's model_type; or path.py:NAME (model/families.py)"),
-    "model.dtype": Setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32"),
-    "model.remat": Setting("full", one_of("none", "dots", "full"), "what the backward pass recomputes"),
-    # Data: JSON files, `hub:owner/name:split`, or "toy": generated word problems.
-    "data.train": Setting("", ANY, 'training file, hub name or "toy"'),
-    "data.test": Setting("", ANY, 'test file, hub name or "toy"'),
-    "data.dev": Setting("", ANY, 'file that chooses checkpoints; "" holds out dev_rows training questions instead'),
-    "data.dev_rows": Setting(0, at_least(0), "training questions held out when dev is empty; 0: the test file chooses"),
-    "data.format": Setting("python", one_of("python", "nl"), "solutions are programs or text"),
-    "data.train_limit": Setting(0, at_least(0), "use the first rows of a seeded shuffle of the training file; 0: all"),
-    "data.test_limit": Setting(0, at_least(0), "the same for the test file"),
-    "data.max_dropped": Setting(0.2, between(0, 1), "largest share of rows that a length limit may drop"),
-    "data.pad_multiple": Setting(
-        64, MULTIPLE_OF_32, "row lengths are padded up to a multiple of this, to compile few shapes"
-    ),
-    # The embedded default. A toy for the machinery.
-    "toy.train_rows": Setting(2000, POSITIVE, "generated training questions"),
-    "toy.dev_rows": Setting(300, POSITIVE, "generated questions that choose checkpoints"),
-    "toy.test_rows": Setting(500, POSITIVE, "generated test questions"),
-    "toy.skipped_share": Setting(0.3, between(0, 1), "share of annotations that skip steps and write a value down"),
-    "toy.drop_skipped": Setting(False, ANY, "train SFT on the good annotations only (a control)"),
-    "toy.vocab_size": Setting(1000, between(300, 50000), "byte-level BPE trained on the generated text"),
-    "toy.layers": Setting(3, POSITIVE, "of the tiny Llama"),
-    "toy.hidden_size": Setting(64, POSITIVE, "of the tiny Llama"),
-    "toy.mlp_size": Setting(176, POSITIVE, "of the tiny Llama"),
-    "toy.heads": Setting(4, POSITIVE, "of the tiny Llama; also its kv heads"),
-    # Supervised fine-tuning: one run makes the warm-up model (an early epoch) and the best checkpoint.
-    "sft.epochs": Setting(40, POSITIVE, "length of the run and of its schedule"),
-    "sft.stop_epoch": Setting(0, at_least(0), "stop here although the schedule runs to `epochs`; 0: at its end"),
-    "sft.warmup_epoch": Setting(2, POSITIVE, "ReFT, its reference and the reranker's samples start from this epoch"),
-    "sft.batch_size": Setting(48, POSITIVE, "rows an update"),
-    "sft.micro_batch": Setting(48, POSITIVE, "rows in memory at once; gradients are summed over micro-batches"),
-    "sft.learning_rate": Setting(1e-5, POSITIVE, "peak"),
-    "sft.lr_warmup": Setting(0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0"),
-    "sft.weight_decay": Setting(0.0, at_least(0), "AdamW"),
-    "sft.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
-    "sft.max_len": Setting(1024, POSITIVE, "tokens of prompt and target; longer rows are dropped"),
-    "sft.eval_every": Setting(1, POSITIVE, "epochs between greedy evaluations"),
-    # Reinforcement learning
-    "rl.algorithm": Setting("ppo", ANY, "ppo, or path.py:NAME: a subclass of algo.algorithms.Algorithm"),
-    "rl.iterations": Setting(0, at_least(0), "0: as many as `epochs` passes over the training questions"),
-    "rl.epochs": Setting(300, POSITIVE, "passes over the training questions, when iterations is 0"),
-    "rl.questions": Setting(32, POSITIVE, "questions an iteration, one sample each"),
-    "rl.micro_batch": Setting(32, POSITIVE, "rows in memory at once in scoring and updates"),
-    "rl.minibatches": Setting(1, POSITIVE, "updates a PPO epoch"),
-    "rl.ppo_epochs": Setting(2, POSITIVE, "passes over the rows of an iteration"),
-    "rl.learning_rate": Setting(3e-7, POSITIVE, "constant after lr_warmup"),
-    "rl.lr_warmup": Setting(0, at_least(0), "updates of linear warm-up"),
-    "rl.weight_decay": Setting(0.0, at_least(0), "AdamW"),
-    "rl.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
-    "rl.kl_coef": Setting(0.01, at_least(0), "β of the KL reward; the paper: 0.05 for nl, but 0.01 for MathQA-numeric"),
-    "rl.gamma": Setting(1.0, between(0, 1), "discount"),
-    "rl.lam": Setting(0.95, between(0, 1), "λ of GAE"),
-    "rl.vf_coef": Setting(5.0, at_least(0), "weight of the value loss"),
-    "rl.value_init": Setting(1.0, at_least(0), "scale of the value head's initial weights; 0 begins with V = 0"),
-    "rl.clip": Setting(0.2, POSITIVE, "policy ratio"),
-    "rl.value_clip": Setting(0.2, POSITIVE, "value change"),
-    "rl.temperature": Setting(1.0, POSITIVE, "of sampling and of every log-probability"),
-    "rl.max_prompt": Setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped"),
-    "rl.max_len": Setting(700, POSITIVE, "tokens of prompt and response"),
-    "rl.eval_every": Setting(
-        0, at_least(0), "iterations between greedy evaluations; 0: once a pass over the questions"
-    ),
-    "rl.save_every": Setting(0, at_least(0), "iterations between resumable checkpoints; 0: once a pass"),
-    # Self-training, the paper's two baselines. What is not here is as in `sft` (offline) and `rl` (online).
-    "self_train.samples": Setting(10, POSITIVE, "offline: distinct correct samples a question, beside its solution"),
-    "self_train.epochs": Setting(20, POSITIVE, "offline: length of the run and of its schedule"),
-    "self_train.updates": Setting(2, POSITIVE, "online: updates on each batch"),
-    "self_train.learning_rate": Setting(3e-7, POSITIVE, "online: constant after rl.lr_warmup"),
-    # Sampling for voting, reranking and offline self-training
-    "sample.n": Setting(100, POSITIVE, "completions a test question"),
-    "sample.train_n": Setting(100, POSITIVE, "completions a training question, for the reranker and self-training"),
-    "sample.train_limit": Setting(0, at_least(0), "training questions sampled for these; 0: all"),
-    "sample.temperature": Setting(1.0, POSITIVE, "of sampling for voting and reranking"),
-    "sample.top_k": Setting(50, at_least(0), "0: the whole vocabulary"),
-    "sample.max_len": Setting(1024, POSITIVE, "tokens of prompt and response, also of greedy evaluation"),
-    # Rollout engine
-    "engine.slots": Setting(128, POSITIVE, "completions decoded at once, in rollouts, evaluation and sampling"),
-    # Reranker
-    "rerank.epochs": Setting(3, POSITIVE, "passes over the deduplicated samples"),
-    "rerank.batch_size": Setting(24, POSITIVE, "rows an update"),
-    "rerank.micro_batch": Setting(24, POSITIVE, "rows in memory at once"),
-    "rerank.learning_rate": Setting(1e-6, POSITIVE, "peak"),
-    "rerank.lr_warmup": Setting(
-        0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0"
-    ),
-    "rerank.weight_decay": Setting(0.0, at_least(0), "AdamW"),
-    "rerank.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
-    "rerank.max_len": Setting(700, POSITIVE, "tokens of prompt and completion; longer rows are dropped"),
-    # Executor
-    "executor.timeout_s": Setting(10.0, POSITIVE, "wall-clock seconds a program"),
-    "executor.workers": Setting(2, POSITIVE, "programs run at once"),
-    "executor.memory_mb": Setting(1024, at_least(64), "address space a program, MiB"),
-    "executor.program_kb": Setting(64, POSITIVE, "size of a program, KiB; a longer one is not run"),
-    "executor.allow_unsandboxed": Setting(False, ANY, "run programs where they can read this machine's files"),
-    # Mesh
-    "mesh.data": Setting(-1, at_least(-1), "replicas; -1 takes the devices that are left"),
-    "mesh.fsdp": Setting(1, at_least(1), "shards of parameters and rows"),
-    "mesh.tensor": Setting(1, at_least(1), "shards of heads, mlp and vocabulary"),
-    "mesh.cpu_devices": Setting(0, at_least(0), "split the CPU into this many virtual devices; 0: leave it alone"),
-}
+def renamed(key: str) -> str | None:
+    """The new name of an old setting or section; None if `key` never was one."""
+    section, dot, name = key.partition(".")
+    moved = f"{RENAMED.get(section)}{dot}{name}"
+    return RENAMED.get(key) or (moved if moved in SETTINGS else None)
 
 
 def default_config() -> ConfigDict:
-    """The paper's settings, every key of SETTINGS. Any key and value can be set: `check_config` says what is wrong."""
-    config = ConfigDict(type_safe=False)
-    for key, setting in SETTINGS.items():
-        *sections, field = key.split(".")
-        section = config
-        for name in sections:
-            if name not in section:
-                section[name] = ConfigDict(type_safe=False)
-            section = section[name]
-        section[field] = setting.default
+    """The paper's settings, every key of SETTINGS. Any key and value can be set: `check_config` says what is wrong.
+
+    Old sections are there too, empty, so that a key that is set in one can be refused by its name.
+    """
+    sections = {key.rpartition(".")[0] for key in SETTINGS} | {key for key in RENAMED if "." not in key}
+    config = ConfigDict({name: {} for name in sections if name}, type_safe=False)
+    config.update_from_flattened_dict({key: one.default for key, one in SETTINGS.items()})
     return config
 
 
 def flatten(config) -> dict[str, Any]:
-    """{'rl.kl_coef': 0.01, …}"""
+    """{'rl.kl_coef': 0.01, …} of a Config or of a ConfigDict, sorted."""
     flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict | FrozenConfigDict):
-            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
+    for key, value in sorted(vars(config).items() if is_dataclass(config) else config.items()):
+        if is_dataclass(value) or isinstance(value, ConfigDict | FrozenConfigDict):
+            flat |= {f"{key}.{name}": one for name, one in flatten(value).items()}
         else:
             flat[key] = value
     return flat
+
+
+def replaced(config, changes: Mapping[str, Any]) -> Config:
+    """The config with other values of some keys, as {"mesh.fsdp": 8}; they are not checked."""
+    return _tree(Config, flatten(config) | changes)
+
+
+def _tree(kind: type, flat: Mapping[str, Any], prefix: str = ""):
+    """The dataclass with the values of `flat`; a whole number becomes a float where one belongs."""
+    return kind(
+        **{
+            one.name: one.type(flat[prefix + one.name]) if one.metadata else _tree(one.type, flat, f"{one.name}.")
+            for one in fields(kind)
+        }
+    )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -204,10 +89,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return max(sorted(names), key=closeness)
 
 
-def check_values(config: ConfigDict, source: str) -> dict[str, Any]:
+def check_values(config, source: str) -> dict[str, Any]:
     """The flat config, or InputError that names `source`, a key, its value and what is allowed."""
     flat = flatten(config)
     for key in flat:
+        if new := renamed(key):
+            raise InputError(f"{source}: {key} is now {new}")
         if key not in SETTINGS:
             raise InputError(f"{source}: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
     for key, setting in SETTINGS.items():
@@ -222,8 +109,8 @@ def check_values(config: ConfigDict, source: str) -> dict[str, Any]:
     return flat
 
 
-def check_config(config: ConfigDict) -> FrozenConfigDict:
-    """The frozen config, every value checked alone and with the others; InputError names the keys."""
+def check_config(config: ConfigDict | Config) -> Config:
+    """The frozen config, with every value checked alone and with the others. InputError names the keys."""
     flat = check_values(config, "config")
     for key in ("model.path", "data.train", "data.test"):
         if not flat[key]:
@@ -246,34 +133,7 @@ def check_config(config: ConfigDict) -> FrozenConfigDict:
         raise InputError("config: toy.hidden_size must be a multiple of 2 * toy.heads")
     if flat["rl.max_prompt"] >= flat["rl.max_len"]:
         raise InputError("config: rl.max_prompt must be smaller than rl.max_len")
-    return FrozenConfigDict(config)
-
-
-def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
-    """Sets `flag_values` from `argv` (program name first) and returns the arguments that are not flags."""
-    try:
-        return flag_values(argv)[1:]
-    except flags.UnrecognizedFlagError as error:
-        close = nearest(error.flagname, flag_values)
-        raise InputError(f"unknown flag --{error.flagname}; did you mean --{close}?") from error
-    except flags.Error as error:
-        raise InputError(f"{error}; see python -m reft_jax --help and reft_jax/config.py") from error
-
-
-def parse_config(argv: list[str], flag_values: flags.FlagValues) -> FrozenConfigDict:
-    """Reads `--config=FILE[:argument]` and its overrides out of `argv`, with the other flags of `flag_values`."""
-    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    flags.DEFINE_string("config", None, "config file, as configs/quickstart.py", flag_values=flag_values)
-    for key, setting in SETTINGS.items():
-        define[type(setting.default)](f"config.{key}", None, setting.doc, flag_values=flag_values)
-    if extra := parse_flags(argv, flag_values):
-        raise InputError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
-    if not flag_values.config:
-        raise InputError("--config=FILE is missing; configs/quickstart.py is the embedded default")
-    config = load_config(flag_values.config)
-    overrides = {key: flag_values[f"config.{key}"].value for key in SETTINGS}
-    config.update_from_flattened_dict({key: value for key, value in overrides.items() if value is not None})
-    return check_config(config)
+    return _tree(Config, flat)
 
 
 def load_config(source: str) -> ConfigDict:
@@ -284,9 +144,13 @@ def load_config(source: str) -> ConfigDict:
     try:
         names = runpy.run_path(path)
         config = names["get_config"](*argument) if "get_config" in names else None
-    except Exception as error:  # the file is a program: anything can be raised in it
+    except Exception as error:  # the file is Python: anything can be raised in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
+        for key in re.findall(r"config\.(\w+(?:\.\w+)?)", linecache.getline(path, lines[-1]) if lines else ""):
+            for old in (key, key.partition(".")[0]):  # one that is read: it is not there
+                if new := renamed(old):
+                    raise InputError(f"{where}: {old} is now {new}") from error
         raise InputError(f"{where}: {type(error).__name__}: {error}; correct the file or its argument") from error
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: must define get_config() that changes and returns reft_jax.config.default_config()")

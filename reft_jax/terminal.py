@@ -1,4 +1,4 @@
-"""Standard output and error as a long run needs them, and Ctrl-C where nothing has to be saved."""
+"""Standard output and error for long runs, and Ctrl-C in commands that have nothing to save."""
 
 import errno
 import io
@@ -11,30 +11,30 @@ from contextlib import contextmanager
 
 from reft_jax.store import not_written
 
-UNWIND_S = 3.0  # from Ctrl-C to the end of a process that does not end by itself
+UNWIND_S = 3.0  # seconds from Ctrl-C to the forced end of the process
 INTERRUPTED = 128 + signal.SIGINT
 
 
 class Stream(io.TextIOWrapper):
-    """Text to a descriptor. What its reader no longer takes goes to /dev/null from then on.
+    """Text to a descriptor. Once its reader is gone, text goes to /dev/null.
 
-    Raises SaveError if standard output is a file on a full disk: without it a table would be lost unnoticed.
+    Raises SaveError if standard output is a file on a full disk: a table must not be lost unnoticed.
     """
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError as error:
-            self._go_on(error)
+            self._to_null(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self._go_on(error)
+            self._to_null(error)
 
-    def _go_on(self, error: OSError) -> None:
+    def _to_null(self, error: OSError) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.fileno())
         os.close(null)
@@ -43,7 +43,7 @@ class Stream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Makes both streams go on when a pipe or a terminal is closed, and replace what their encoding lacks."""
+    """Makes both streams survive a closed pipe or terminal, and replace characters that their encoding lacks."""
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
         if stream is None or stream is not getattr(sys, f"__{name}__"):  # closed, or a test's
@@ -57,10 +57,10 @@ def prepare() -> None:
 
 @contextmanager
 def one_line_on_ctrl_c() -> Iterator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt and says so; the process then ends within UNWIND_S, whatever happens.
+    """Inside, SIGINT prints one line and raises KeyboardInterrupt; the process ends within UNWIND_S in any case.
 
-    An import or a callback may swallow the exception, and what is unwound may wait for programs. A second SIGINT ends
-    the process at once. Where SIGINT is ignored, as in a shell's background, it stays so.
+    An import or a callback may swallow the exception, and cleaning up may wait for programs. A second SIGINT ends the
+    process at once. If SIGINT is ignored, as in a background job of a shell, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

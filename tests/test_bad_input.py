@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from absl import flags
 from tiny import tiny_model
 
 from reft_jax import __main__, executor
-from reft_jax.config import load_config, parse_config, to_json
+from reft_jax.commands.flags import parse_config
+from reft_jax.config import load_config, to_json
 from reft_jax.model.hf_write import save_hf
 from reft_jax.run.machine import start_executor
 from reft_jax.run.workdir import check_workdir, create_workdir
@@ -91,13 +91,18 @@ MAIN = {
     "row without question": Case(
         SFT, ("/data.json: row 7, field 'question': is missing; add it",), rows(question=None)
     ),
+    "old key in the file": Case(
+        SFT,
+        ("/config.py: ppo.kl_coef is now rl.kl_coef",),
+        config=CONFIG.replace("    return", "    config.ppo.kl_coef = 1\n    return"),
+    ),
     "unknown key": Case(f"{SFT} --config.rl.klcoef=1", ("--config.rl.klcoef; did you mean --config.rl.kl_coef?",)),
     "unknown key in the file": Case(
         SFT,
         ("/config.py: unknown key 'rl.klcoef'; did you mean 'rl.kl_coef'?",),
         config=CONFIG.replace("    return", "    config.rl.klcoef = 1\n    return"),
     ),
-    "wrong type": Case(f"{SFT} --config.sft.epochs=abc", ("--config.sft.epochs=abc", "int()", "reft_jax/config.py")),
+    "wrong type": Case(f"{SFT} --config.sft.epochs=abc", ("--config.sft.epochs=abc", "int()", "reft_jax/settings.py")),
     "negative batch": Case(f"{SFT} --config.sft.batch_size=-8", ("sft.batch_size=-8", "must be a number > 0")),
     "token beyond the vocabulary": Case(
         SFT, ("/model: the tokenizer has ids up to 300", "is 300; use the"), damage=add_token
@@ -117,6 +122,7 @@ MAIN = {
     "reft before sft": Case(f"reft {RUN}", ("/run has no model 'warmup'; run",)),
 }
 CASES = MAIN | {
+    "old flag": Case(f"{SFT} --config.ppo.prompts=8", ("--config.ppo.prompts is now --config.rl.questions",)),
     "empty data file": Case(SFT, ("/data.json: is empty; check",), " \n"),
     "broken JSON": Case(SFT, ("/data.json: not JSON at line 2, column 13", "correct it"), '[\n{"item_id": "svamp_1'),
     "no list": Case(SFT, ("/data.json: holds an object, not a list",), "{}"),
@@ -139,7 +145,7 @@ CASES = MAIN | {
     "no config": Case("sft --workdir={tmp}/run", ("--config=FILE is missing",)),
     "no workdir": Case("sft --config={tmp}/config.py", ("--workdir is missing; see",)),
     "no model flag": Case(f"rerank {RUN}", ("--model is missing; see",)),
-    "no out flag": Case(f"export {RUN} --model=sft", ("--out is missing; see",)),
+    "no out flag": Case(f"export {RUN} --model=sft", ("--out_dir is missing; see",)),
     "another model flag": Case(f"sample {RUN} --model=best", ("--model=best", "warmup|sft|reft")),
     "no kind of self-training": Case(f"self-train {RUN}", ("--kind is missing; see",)),
     "self-train before sft": Case(f"self-train {RUN} --kind=online", ("/run has no model 'warmup'",)),
@@ -151,7 +157,9 @@ CASES = MAIN | {
     "sweep with missing data": Case(
         f"evaluate {RUN} --models={{tmp}}/model --data={{tmp}}/no.json", ("/no.json: cannot be read",)
     ),
-    "sweep without models": Case(f"evaluate {RUN} --data={{tmp}}/data.json", ("--models=FOLDER,… is missing",)),
+    "sweep without models": Case(
+        f"evaluate {RUN} --data={{tmp}}/data.json", ("--data is a flag of `evaluate --models`, not of `evaluate`",)
+    ),
     "sweep over truncated weights": Case(
         f"evaluate {RUN} --models={{tmp}}/model", ("its header promises",), damage=cut_weights
     ),
@@ -165,24 +173,28 @@ CASES = MAIN | {
     "sample before sft": Case(f"sample {RUN} --model=reft", ("/run has no model 'reft'",)),
     "rerank before sft": Case(f"rerank {RUN} --model=sft", ("/run has no model 'warmup'",)),
     "evaluate before sft": Case(f"evaluate {RUN}", ("/run has no model 'sft'",)),
-    "export before sft": Case(f"export {RUN} --model=sft --out={{tmp}}/run/out", ("/run has no model 'sft'",)),
-    "solve without a question": Case("solve --model={tmp}/model", ("solve takes a folder and one question",)),
+    "export before sft": Case(f"export {RUN} --model=sft --out_dir={{tmp}}/run/out", ("/run has no model 'sft'",)),
+    "solve without a question": Case("solve --model={tmp}/model", ("solve takes one question, in quotes",)),
     "solve with a missing folder": Case("solve --model={tmp}/no question", ("/no: no such folder; give",)),
     "solve with an unknown flag": Case("solve --modle={tmp}/model question", ("--modle; did you mean --model?",)),
-    "convert an unknown dataset": Case("convert aqua --out-dir={tmp}/run", ("one dataset of gsm8k, svamp, mathqa",)),
-    "convert without a folder": Case("convert gsm8k --in={tmp}/data.json", ("--out-dir is missing",)),
-    "convert without a file": Case("convert svamp --out-dir={tmp}/run", ("--in is missing: name the file of svamp",)),
+    "convert an unknown dataset": Case(
+        "convert aqua --out_dir={tmp}/run",
+        ("convert takes one dataset of gsm8k, svamp, mathqa, mathqa-numeric, weights",),
+    ),
+    "convert without a folder": Case("convert gsm8k --in={tmp}/data.json", ("--out_dir is missing",)),
+    "convert without a file": Case("convert svamp --out_dir={tmp}/run", ("--in is missing: name the file of svamp",)),
     "convert a missing file": Case(
-        "convert gsm8k --in={tmp}/no.jsonl --out-dir={tmp}/run", ("/no.jsonl: cannot be read", "check the path")
+        "convert gsm8k --in={tmp}/no.jsonl --out_dir={tmp}/run", ("/no.jsonl: cannot be read", "check the path")
     ),
     "convert below a file": Case(
-        "convert svamp --in={tmp}/data.json --out-dir={tmp}/data.json/a", ("--out-dir: cannot write to", "another")
+        "convert svamp --in={tmp}/data.json --out_dir={tmp}/data.json/a", ("--out_dir: cannot write to", "another")
     ),
     "convert another dataset's rows": Case(
-        "convert mathqa --in={tmp}/data.json --out-dir={tmp}/run", ("row 0, field 'item_id': 'svamp_0' is no row of",)
+        "convert mathqa --in={tmp}/data.json --out_dir={tmp}/run",
+        ("row 0, field 'item_id': 'svamp_0' is not a row of",),
     ),
     "convert official rows without an answer": Case(
-        "convert gsm8k --in={tmp}/data.json --out-dir={tmp}/run",
+        "convert gsm8k --in={tmp}/data.json --out_dir={tmp}/run",
         ("/data.json: row 1, field 'answer': is missing; add it",),
         json.dumps([{"question": "1 + 1?", "answer": "1+1 = 2\n#### 2"}, {"question": "1 + 2?"}]),
     ),
@@ -239,7 +251,7 @@ def use(workdir: Path, argv: list[str]) -> None:
     """Makes `workdir` look as if `argv` had worked in it before, with its settings where they can be parsed."""
     try:
         of_config = [arg for arg in argv if arg.startswith("--config")]
-        settings = to_json(parse_config(["reft", *of_config], flags.FlagValues()))
+        settings = to_json(parse_config(["reft", *of_config]))
     except InputError:
         settings = "{}"
     for name, text in {
@@ -363,7 +375,7 @@ def test_a_read_only_work_directory(write, tmp_path):
     argv = write(Case("sft --config={tmp}/config.py --workdir={tmp}/fixed/a/b", ()))
     done = subprocess.run([*mount, *REFT, *argv], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    check_line(done.stderr, ("--workdir: cannot write to", "/fixed is no writable folder", "choose another"))
+    check_line(done.stderr, ("--workdir: cannot write to", "/fixed is not a writable folder", "choose another"))
 
 
 def test_help_is_no_error(monkeypatch, capsys):
@@ -371,7 +383,8 @@ def test_help_is_no_error(monkeypatch, capsys):
     for argv in ([], ["--help"], ["help"], ["sft", "--help"]):
         monkeypatch.setattr(sys, "argv", ["reft", *argv])
         __main__.main()
-        assert capsys.readouterr().out.startswith("python -m reft_jax COMMAND")
+        first = "sft" if len(argv) == 2 else "COMMAND"
+        assert capsys.readouterr().out.startswith(f"python -m reft_jax {first} [--flag=VALUE …]\n")
 
 
 def processor_seconds() -> float:

@@ -32,7 +32,9 @@ CASES = {
     "wrong type": Case(SFT, ("field 'hidden_size' is \"24\"; allowed: a whole",), damage=edit_config(hidden_size="24")),
     "id": Case(SFT, ("field 'eos_token_id' has -1; allowed: 0 to",), damage=edit_config(eos_token_id=[2, -1])),
     "other family": Case(SFT, ("field 'sliding_window' is 8", "use a Llama"), damage=edit_config(sliding_window=8)),
-    "bin": Case("solve --model={tmp}/model q", ("-m reft_jax convert weights --in=", "/model --out"), damage=make_bin),
+    "bin": Case(
+        "solve --model={tmp}/model q", ("-m reft_jax convert weights --in=", "/model --out_dir"), damage=make_bin
+    ),
     "sft of a classifier": Case(SFT, NO_POLICY, damage=make_classifier),
     "solve with one": Case("solve --model={tmp}/model question", NO_POLICY, damage=make_classifier),
     "check of one": Case("check --model={tmp}/model --config={tmp}/config.py", NO_POLICY, damage=make_classifier),

@@ -2,13 +2,15 @@
 
 import ast
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
-from reft_jax.config import SETTINGS, check_config, default_config, flatten, nearest, parse_config, to_json
+from reft_jax.commands.flags import parse_config
+from reft_jax.config import RENAMED, check_config, default_config, flatten, nearest, renamed, replaced, to_json
+from reft_jax.settings import SETTINGS, Config
 from reft_jax.types import InputError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,7 +81,7 @@ def parse(tmp_path):
     def parse(*args: str, source: str = GOOD):
         path = tmp_path / "settings.py"
         path.write_text(source)
-        return parse_config(["reft", *(arg.replace("FILE", str(path)) for arg in args)], flags.FlagValues())
+        return parse_config(["reft", *(arg.replace("FILE", str(path)) for arg in args)])
 
     return parse
 
@@ -96,7 +98,7 @@ def test_the_defaults_are_the_papers():
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_every_config_file_passes(path):
-    parse_config(["reft", f"--config={path}"], flags.FlagValues())
+    parse_config(["reft", f"--config={path}"])
 
 
 # The authors' settings: warm-up epoch and β of the KL reward differ by dataset and kind of solution.
@@ -115,7 +117,7 @@ CELLS = {
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_cell_of_the_paper_differs_from_the_defaults_in_what_it_must(cell):
     dataset, engine = cell.split(",")
-    config = flatten(parse_config(["reft", f"--config={REPO}/configs/paper.py:{cell}"], flags.FlagValues()))
+    config = flatten(parse_config(["reft", f"--config={REPO}/configs/paper.py:{cell}"]))
     assert (config["sft.warmup_epoch"], config["rl.kl_coef"]) == CELLS[cell]
     kind = {"python": "python_sdp", "nl": "nl"}[engine]
     assert config["data.train"].endswith(f"{dataset}_{kind}.json")
@@ -127,7 +129,7 @@ def test_a_cell_of_the_paper_differs_from_the_defaults_in_what_it_must(cell):
 
 def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
     def parsed(file):
-        return flatten(parse_config(["reft", f"--config={REPO}/configs/{file}"], flags.FlagValues()))
+        return flatten(parse_config(["reft", f"--config={REPO}/configs/{file}"]))
 
     main, cell = parsed("gsm8k_codellama_7b_reft.py"), parsed("paper.py:gsm8k,python")
     assert {key for key in cell if main[key] != cell[key]} <= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
@@ -138,6 +140,30 @@ def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
     for wrong in ("gsm8k", "aqua,nl", "gsm8k,c", "gsm8k,nl,13b"):
         with pytest.raises(InputError, match="is not DATASET,FORMAT"):
             parsed(f"paper.py:{wrong}")
+
+
+def test_every_setting_has_the_type_of_its_default():
+    """What an editor knows of `config.rl.kl_coef` is true."""
+    for section in (Config, *(one.type for one in fields(Config) if is_dataclass(one.type))):
+        assert section.__doc__
+        for one in fields(section):
+            assert is_dataclass(one.type) or type(one.default) is one.type, one.name
+    assert type(check_config(small()).rl.kl_coef) is float
+
+
+def test_old_names_lead_to_settings_and_are_none_themselves():
+    for old, new in RENAMED.items():
+        assert renamed(old) == new and renamed(new) is None
+        assert old not in SETTINGS and (new in SETTINGS or any(key.startswith(f"{new}.") for key in SETTINGS))
+    assert renamed("ppo.kl_coef") == "rl.kl_coef" and renamed("ppo.no_such") is None and renamed("seed") is None
+
+
+def test_some_values_can_be_replaced():
+    config = check_config(small())
+    changed = replaced(config, {"mesh.fsdp": 4, "seed": 7})
+    assert (changed.mesh.fsdp, changed.seed) == (4, 7) and config.mesh.fsdp == 1
+    assert flatten(changed) == flatten(config) | {"mesh.fsdp": 4, "seed": 7}
+    assert replaced(small(), {}) == config and hash(replaced(config, {})) == hash(config)
 
 
 def test_a_checked_config_is_frozen():
@@ -181,7 +207,8 @@ def test_the_command_line_changes_one_value(parse, args, key, value):
 def test_values_of_a_file_and_of_the_command_line_are_of_one_kind(parse):
     """0.5 over a file's whole number for a float, and overrides of a file that returns a frozen config."""
     source = GOOD.replace("return config", "config.rl.kl_coef = 1\n    return config")
-    assert parse("--config=FILE", source=source).rl.kl_coef == 1.0
+    config = parse("--config=FILE", source=source)
+    assert config.rl.kl_coef == 1.0 and type(config.rl.kl_coef) is float
     assert parse("--config=FILE", "--config.rl.kl_coef=0.5", source=source).rl.kl_coef == 0.5
     frozen = GOOD.replace("return config", "import ml_collections\n    return ml_collections.FrozenConfigDict(config)")
     assert parse("--config=FILE", "--config.rl.kl_coef=0.5", source=frozen).rl.kl_coef == 0.5
@@ -213,7 +240,7 @@ def test_the_suggestion_is_what_was_probably_meant(written, meant):
         ("--config.rl.klcoef=1", r"unknown flag --config\.rl\.klcoef; did you mean --config\.rl\.kl_coef\?"),
         ("--config.rl=1", r"unknown flag --config\.rl; did you mean --config\.rl\."),
         ("--confg.seed=1", r"unknown flag --confg\.seed; did you mean --config\.seed\?"),
-        ("--config.sft.epochs=abc", r"--config\.sft\.epochs=abc: invalid literal for int.*see .*reft_jax/config\.py"),
+        ("--config.sft.epochs=abc", r"--config\.sft\.epochs=abc: invalid literal for int.*see .*reft_jax/settings\.py"),
         ("--config.sft.epochs=1.5", r"--config\.sft\.epochs=1\.5: invalid literal for int"),
         ("--config.rl.kl_coef=", r"--config\.rl\.kl_coef=: could not convert"),
         ("--config.toy.drop_skipped=maybe", r"--config\.toy\.drop_skipped=maybe: .*Non-boolean"),
@@ -244,6 +271,16 @@ def test_a_wrong_command_line_is_refused(parse, arg, message):
         ("config.rl.klcoef = 1", r"settings\.py: unknown key 'rl\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.rl.update(klcoef=1)", r"settings\.py: unknown key 'rl\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.ppoo.clip = 1", r"settings\.py, line 7: AttributeError: .*ppoo"),
+        ("config.ppo.kl_coef = 1", r"settings\.py: ppo\.kl_coef is now rl\.kl_coef$"),
+        ("config.ppo.update(prompts=8)", r"settings\.py: ppo\.prompts is now rl\.questions$"),
+        ("config.ppo['prompts'] = 8", r"settings\.py: ppo\.prompts is now rl\.questions$"),
+        ("config.data.engine = 'nl'", r"settings\.py: data\.engine is now data\.format$"),
+        ("config.data.update(engine='nl')", r"settings\.py: data\.engine is now data\.format$"),
+        ("config.ppo = dict(clip=1)", r"settings\.py: ppo\.clip is now rl\.clip$"),
+        ("config.ppo = 3", r"settings\.py: ppo is now rl$"),
+        ("config.ppo.clip *= 2", r"settings\.py, line 7: ppo\.clip is now rl\.clip$"),
+        ("nl = config.data.engine == 'nl'", r"settings\.py, line 7: data\.engine is now data\.format$"),
+        ("config.ppo.klcoef = 1", r"settings\.py: unknown key 'ppo\.klcoef'; did you mean 'rl\.kl_coef'\?"),
         ("config.rl = 3", r"settings\.py: unknown key 'rl'; did you mean 'rl\."),
         ("del config.rl.clip", r"settings\.py: key 'rl\.clip' is missing; start from .*default_config\(\)"),
         ("config.sft.epochs = 'abc'", r"settings\.py: sft\.epochs='abc' must be of type int \(a number > 0\)"),
@@ -303,7 +340,7 @@ def settings_read(source: str) -> set[str]:
 
 
 def test_every_setting_is_read():
-    sources = [path for path in (REPO / "reft_jax").rglob("*.py") if path.name != "config.py"]
+    sources = [path for path in (REPO / "reft_jax").rglob("*.py") if path.name not in ("config.py", "settings.py")]
     read = set().union(*(settings_read(path.read_text(encoding="utf-8")) for path in sources))
     assert SETTINGS.keys() - read == set()
 

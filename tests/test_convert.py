@@ -82,7 +82,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_gsm8k(convert, train, tmp_path):
     out = tmp_path / "new" / "folder"
-    code, stdout, _ = convert("gsm8k", "--in", train, "--out-dir", out, "--show=1")
+    code, stdout, _ = convert("gsm8k", "--in", train, "--out_dir", out, "--show=1")
     assert code == 0
     programs = load_examples(out / "gsm8k_python_sdp.json", need_cot=True)
     assert [example.item_id for example in programs] == ["gsm8k_0", "gsm8k_2"]
@@ -100,7 +100,7 @@ def test_gsm8k(convert, train, tmp_path):
     questions = json.loads((out / "gsm8k_questions.json").read_text())
     assert [row["item_id"] for row in questions] == [f"gsm8k_{index}" for index in range(4)]
     assert all(row.keys() == {"item_id", "question", "answer_value"} for row in questions)
-    assert [(row["item_id"], row["engine"], row["reason"]) for row in lines(out / "rejected.jsonl")] == [
+    assert [(row["item_id"], row["format"], row["reason"]) for row in lines(out / "rejected.jsonl")] == [
         ("gsm8k_1", "python", "a number from nowhere"),
         ("gsm8k_3", "python", "no equation in the solution"),
         ("gsm8k_3", "nl", "no solution before '####'"),
@@ -121,9 +121,9 @@ def test_a_program_that_returns_another_answer_is_rejected(convert, train, tmp_p
 
     wrong = conversion.Conversion("def solution():\n    return 5", "")
     monkeypatch.setattr(conversion, "convert_row", lambda row: wrong)
-    convert("gsm8k", f"--in={train}", f"--out-dir={tmp_path}/out")
+    convert("gsm8k", f"--in={train}", f"--out_dir={tmp_path}/out")
     assert json.loads((tmp_path / "out" / "gsm8k_python_sdp.json").read_text()) == []
-    reasons = [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl") if row["engine"] == "python"]
+    reasons = [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl") if row["format"] == "python"]
     assert reasons == ["the program returns another answer (ok)"] * 4
 
 
@@ -142,7 +142,7 @@ def test_the_hub(convert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for args in ([], ["--in=openai/gsm8k"], ["--in=hub:openai/gsm8k/main:test"]):
-        assert convert("gsm8k", *args, f"--out-dir={tmp_path}/out")[0] == 0
+        assert convert("gsm8k", *args, f"--out_dir={tmp_path}/out")[0] == 0
     assert asked == [("openai/gsm8k", "main", split) for split in ("train", "train", "test")]
     assert len(load_examples(tmp_path / "out" / "gsm8k_questions.json", need_cot=False)) == 4
 
@@ -154,7 +154,7 @@ def test_an_unreachable_hub_is_one_line(convert, tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nwith a second line")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    code, _, stderr = convert("gsm8k", f"--out-dir={tmp_path}/out")
+    code, _, stderr = convert("gsm8k", f"--out_dir={tmp_path}/out")
     assert code == 2
     assert stderr.count("\n") == 1 and "check the name and the network" in stderr
     assert not (tmp_path / "out").exists()
@@ -162,7 +162,7 @@ def test_an_unreachable_hub_is_one_line(convert, tmp_path, monkeypatch):
 
 def test_the_authors_files_are_verified(convert, tmp_path):
     (tmp_path / "svamp.json").write_text(json.dumps(SVAMP))
-    code, stdout, _ = convert("svamp", f"--in={tmp_path}/svamp.json", f"--out-dir={tmp_path}/out")
+    code, stdout, _ = convert("svamp", f"--in={tmp_path}/svamp.json", f"--out_dir={tmp_path}/out")
     assert code == 0
     programs = load_examples(tmp_path / "out" / "svamp_python_sdp.json", need_cot=True)
     assert [(example.question, example.answer_value) for example in programs] == [("1 + 1?", "2.0"), ("1 + 2?", "1003")]
@@ -183,19 +183,19 @@ def test_mathqa_in_both_forms(convert, tmp_path):
         {"item_id": "mathqa_1", "question": "1 + 1? a ) 1 , b ) 2", "answer_value": " B ", "answer_cot": "It is b."}
     ]
     (tmp_path / "mathqa.json").write_text(json.dumps(rows))
-    assert convert("mathqa", f"--in={tmp_path}/mathqa.json", f"--out-dir={tmp_path}/out")[0] == 0
+    assert convert("mathqa", f"--in={tmp_path}/mathqa.json", f"--out_dir={tmp_path}/out")[0] == 0
     [example] = load_examples(tmp_path / "out" / "mathqa_nl.json", need_cot=True)
     assert example.answer_value == "b"
     rows = [{"item_id": "mathqa-numeric_1", "question": "1 + 1?", "answer_value": 2, "answer_cot": "It is 2."}]
     (tmp_path / "numeric.json").write_text(json.dumps(rows))
-    assert convert("mathqa-numeric", f"--in={tmp_path}/numeric.json", f"--out-dir={tmp_path}/out")[0] == 0
+    assert convert("mathqa-numeric", f"--in={tmp_path}/numeric.json", f"--out_dir={tmp_path}/out")[0] == 0
     assert load_examples(tmp_path / "out" / "mathqa-numeric_nl.json", need_cot=True)[0].answer_value == "2"
 
 
 def test_the_input_is_never_overwritten(convert, tmp_path):
     path = tmp_path / "svamp_python_sdp.json"
     path.write_text(json.dumps(SVAMP))
-    code, _, stderr = convert("svamp", f"--in={path}", f"--out-dir={tmp_path}")
+    code, _, stderr = convert("svamp", f"--in={path}", f"--out_dir={tmp_path}")
     assert code == 2 and "would be overwritten" in stderr
     assert json.loads(path.read_text()) == SVAMP and list(tmp_path.iterdir()) == [path]
 
@@ -211,7 +211,7 @@ def test_a_write_that_fails_leaves_the_old_files(convert, train, tmp_path, monke
         self.write_bytes(text.encode())
 
     monkeypatch.setattr(Path, "write_text", write_text)
-    code, _, stderr = convert("gsm8k", f"--in={train}", f"--out-dir={out}")
+    code, _, stderr = convert("gsm8k", f"--in={train}", f"--out_dir={out}")
     assert code == 4 and f"{out}/gsm8k_nl.json could not be written (No space left on device)" in stderr
     assert stderr.count("error: ") == 1
     assert (out / "gsm8k_python_sdp.json").read_text() == "old"
@@ -221,7 +221,7 @@ def test_a_write_that_fails_leaves_the_old_files(convert, train, tmp_path, monke
 def test_a_broken_line_is_named(convert, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(ROWS[0]) + '\n{"question": "How many?"}\n')
-    code, _, stderr = convert("gsm8k", f"--in={path}", f"--out-dir={tmp_path}/out")
+    code, _, stderr = convert("gsm8k", f"--in={path}", f"--out_dir={tmp_path}/out")
     assert code == 2
     assert stderr == f"error: {path}: line 2, field 'answer': is missing; add it\n"
     assert not (tmp_path / "out").exists()
@@ -233,7 +233,7 @@ def test_official_data(shared, tmp_path, convert):
     The minute is one of processor time: a busy machine would fail the test.
     """
     began = time.process_time()
-    code, _, _ = convert("gsm8k", f"--in={shared}/data/gsm8k_train.jsonl", f"--out-dir={tmp_path}")
+    code, _, _ = convert("gsm8k", f"--in={shared}/data/gsm8k_train.jsonl", f"--out_dir={tmp_path}")
     took = time.process_time() - began
     assert code == 0
     programs = load_examples(tmp_path / "gsm8k_python_sdp.json", need_cot=True)

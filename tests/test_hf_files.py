@@ -61,7 +61,7 @@ def offsets(change):
 
 CONVERT = "python -m reft_jax convert weights --in="
 FILES = {
-    "bin": (only("pytorch_model.bin"), "PyTorch files only (pytorch_model.bin)", CONVERT, "--out-dir=DIR"),
+    "bin": (only("pytorch_model.bin"), "PyTorch files only (pytorch_model.bin)", CONVERT, "--out_dir=DIR"),
     "bins": (only("pytorch_model-00001-of-00002.bin"), "PyTorch files only", CONVERT),
     "gguf": (only("model-Q4.gguf"), "model-Q4.gguf", "GGUF", "unquantized"),
     "consolidated": (only("consolidated.safetensors"), "its publisher's own format", "Hugging Face format"),

@@ -217,7 +217,7 @@ def test_every_host_has_a_log_of_its_own_and_the_first_alone_reports(together):
 
 def test_export_gathers_what_the_hosts_hold(together, cache, tmp_path):
     """What Orbax saved shard by shard, read here on one device, is what the exported folder has."""
-    export = command("export", together, cache, devices=4) + ["--model=reft", f"--out={tmp_path / 'out'}"]
+    export = command("export", together, cache, devices=4) + ["--model=reft", f"--out_dir={tmp_path / 'out'}"]
     ends = Pair(tmp_path, export).ended(SOON_S)
     assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
     model, lm = load_hf(tmp_path / "out")

@@ -136,6 +136,21 @@ def test_second_run_does_nothing_again(finished):
     assert f"reft samples on test: done already, {workdir / 'samples' / 'reft_test.jsonl'}\n" in again.stdout
 
 
+def test_a_work_directory_with_old_names_of_settings_is_exported_and_evaluated(finished, tmp_path):
+    workdir, _ = finished
+    config, before = workdir / "config.json", json.loads((workdir / "report.json").read_text())
+    text = config.read_text()
+    old = text.replace('"rl.questions"', '"ppo.prompts"').replace('"rl.', '"ppo.').replace("data.format", "data.engine")
+    config.write_text(old)
+    done = run("export", workdir, "--model=sft", f"--out_dir={tmp_path / 'sft'}")
+    assert done.returncode == 0, done.stderr
+    assert config.read_text() == old and (tmp_path / "sft" / "model.safetensors").exists()
+    done = run("evaluate", workdir)
+    assert done.returncode == 0, done.stderr
+    assert config.read_text() == text
+    assert json.loads((workdir / "report.json").read_text())["rows"] == before["rows"]
+
+
 def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
     workdir, _ = finished
     done = run("evaluate", workdir, "--replay")
@@ -149,7 +164,7 @@ def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
 def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     workdir, _ = finished
-    done = run("export", workdir, "--model=reft", f"--out={tmp_path / 'reft'}")
+    done = run("export", workdir, "--model=reft", f"--out_dir={tmp_path / 'reft'}")
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "reft" / "README.md").read_text()
     assert "ReFT: PPO on executed answers" in card and "| Model | top-1 | voting@2 | rerank@2 |" in card

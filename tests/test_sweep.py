@@ -129,7 +129,7 @@ def test_the_table_comes_from_the_files_alone(finished, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(executor, "start", reached)
     monkeypatch.setattr(executor, "run_programs", reached)
-    __main__.run_command(["evaluate", f"--samples={finished / 'samples'}", f"--out-dir={tmp_path / 'again'}"])
+    __main__.run_command(["evaluate", f"--samples={finished / 'samples'}", f"--out_dir={tmp_path / 'again'}"])
     assert "differ from what the file says" in capsys.readouterr().out
     again = json.loads((tmp_path / "again" / "sweep.json").read_text())
     whole = json.loads((finished / "sweep.json").read_text())

@@ -113,7 +113,7 @@ def test_ctrl_c_while_programs_run(tmp_path):
     row = {"item_id": "svamp_0", "question": "How many?", "answer_value": "5"}
     row["answer_cot"] = "def solution():\n    while True:\n        pass"
     (tmp_path / "data.json").write_text(json.dumps([row]))
-    argv = ["convert", "svamp", f"--in={tmp_path / 'data.json'}", f"--out-dir={tmp_path / 'out'}"]
+    argv = ["convert", "svamp", f"--in={tmp_path / 'data.json'}", f"--out_dir={tmp_path / 'out'}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "reft_jax", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

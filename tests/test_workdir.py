@@ -1,11 +1,14 @@
 """A work directory from another folder, what is left over in it, and what is damaged in it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from reft_jax.commands import paths
+from reft_jax.commands.solve import trained_format
+from reft_jax.commands.sweep import find
 from reft_jax.config import check_config, load_config
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
 from reft_jax.stages.models import read_result
@@ -68,6 +71,31 @@ def test_an_older_work_directory_with_relative_paths_still_opens(here):
         opened(config(), workdir)
 
 
+def old_names(settings: dict) -> dict:
+    """As versions before recorded them."""
+    back = {"rl.questions": "ppo.prompts", "data.format": "data.engine"}
+    return {back.get(key) or re.sub(r"^rl\.", "ppo.", key): value for key, value in settings.items()}
+
+
+def test_an_older_work_directory_with_old_names_still_opens(here):
+    workdir = here / "run"
+    absolute = opened(config(data_format="nl"), workdir)
+    (workdir / "models" / "sft").mkdir(parents=True)
+    now, path = recorded(workdir), workdir / "config.json"
+    before = old_names(now)
+    assert {"ppo.prompts", "ppo.kl_coef", "data.engine"} <= before.keys() and not any(k[:3] == "rl." for k in before)
+    path.write_text(json.dumps(before))
+    assert recorded(workdir) == now
+    check_workdir(absolute, workdir, ["sft"], reads=True)  # as export
+    assert json.loads(path.read_text()) == before
+    assert trained_format(find(str(workdir / "models" / "sft"))) == "nl"
+    opened(config(data_format="nl"), workdir)  # as evaluate
+    assert json.loads(path.read_text()) == now
+    path.write_text(json.dumps(before))
+    with pytest.raises(InputError, match=r"other settings \(rl.kl_coef: 0.01 -> 0.5\); .*=rl.kl_coef$"):
+        opened(config(data_format="nl", rl_kl_coef=0.5), workdir)
+
+
 def test_names_are_no_paths(here):
     (here / "here" / "toy").mkdir()
     written = config(model_path="toy", data_train="toy", data_test="toy", data_dev="hub:a/b:test")
@@ -100,21 +128,21 @@ def test_a_folder_in_it_that_cannot_be_written_is_found_first(here, monkeypatch)
 def test_what_cannot_be_written_at_the_end_is_found_at_the_start(here, monkeypatch, name):
     path = here / "run" / name
     path.mkdir(parents=True)
-    with pytest.raises(InputError, match=f"/run/{name} is no file that can be written"):
+    with pytest.raises(InputError, match=f"/run/{name} is not a file that can be written"):
         check_workdir(config(), here / "run", [])
     check_workdir(config(), here / "run", [], reads=True)
     path.rmdir()
     path.write_text("")
     check_workdir(config(), here / "run", [])
     monkeypatch.setattr("os.access", lambda there, mode: str(there) != str(path))
-    with pytest.raises(InputError, match=f"/run/{name} is no file that can be written"):
+    with pytest.raises(InputError, match=f"/run/{name} is not a file that can be written"):
         check_workdir(config(), here / "run", [])
 
 
 def test_a_file_where_a_folder_has_to_be_is_found_at_the_start(here):
     (here / "run").mkdir()
     (here / "run" / "samples").write_text("")
-    with pytest.raises(InputError, match="/run/samples is no folder that can be written"):
+    with pytest.raises(InputError, match="/run/samples is not a folder that can be written"):
         check_workdir(config(), here / "run", [])
 
 

@@ -97,4 +97,4 @@ def make_algorithm(rl) -> Algorithm:
     made = ALGORITHMS.get(rl.algorithm) or load(rl.algorithm, "rl.algorithm")
     if not (isinstance(made, type) and issubclass(made, Algorithm)):
         raise InputError(f"rl.algorithm={rl.algorithm}: is not a subclass of reft_jax.algo.algorithms.Algorithm")
-    return made(**{field.name: rl[field.name] for field in fields(Algorithm)})
+    return made(**{field.name: getattr(rl, field.name) for field in fields(Algorithm)})

@@ -1,7 +1,7 @@
-"""Training files from data as it is published: official GSM8K becomes programs and text, other files are checked.
+"""The command `convert`: training files from data as published. GSM8K becomes programs and text, other data is checked.
 
-Nothing is guessed: a program is kept if it keeps the rules of gsm8k_programs/program_rules.py and returns the right
-answer when the executor runs it; every other row is in rejected.jsonl, with its reason.
+Nothing is guessed: a program is kept if it keeps the rules of gsm8k_programs/program_rules.py and returns the correct
+answer when the executor runs it. Every other row goes into rejected.jsonl with its reason.
 """
 
 import json
@@ -27,22 +27,27 @@ from reft_jax.types import Example, InputError
 HUB_GSM8K = "openai/gsm8k"
 FILES = {"python": "python_sdp", "nl": "nl"}  # the authors' names: gsm8k_python_sdp.json
 MEMORY_MB = 1024
-PROGRESS = 2000  # rows between two lines
+PROGRESS = 2000  # rows between two lines of progress
 CLOSING = re.compile(r"Therefore, the answer is:? <?(-?[\d.,]+|[a-e])>?\.?\s*$")
-Rejected = tuple[str, str, str]  # item id, engine, reason
+Rejected = tuple[str, str, str]  # item id, answer format, reason
 
 
-def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: int, allow_unsandboxed: bool) -> None:
-    """Reads `source`, verifies what it makes of it, writes the files and prints a summary.
+def run_convert(
+    dataset: str, source: str | None, out_dir: Path, *, show: int, seed: int, allow_unsandboxed: bool
+) -> None:
+    """Converts and verifies the rows of `source`, writes the files into `out_dir` and prints a summary.
 
-    source: a file, `hub:owner/name:split`, or openai/gsm8k for its training split. show: so many programs, drawn with
-    `seed`, are printed. Raises InputError before anything is written.
+    source: a file, `hub:owner/name:split`, or openai/gsm8k for its training split; None: openai/gsm8k if the dataset is
+    gsm8k. show: how many programs to print, drawn with `seed`. Raises InputError before anything is written.
     """
     began = time.monotonic()
-    check_writable("--out-dir", out_dir)
+    source = source or (HUB_GSM8K if dataset == "gsm8k" else "")
+    if not source:
+        raise InputError(f"--in is missing: name the file of {dataset}")
+    check_writable("--out_dir", out_dir)
     may_write = [f"{dataset}_{name}.json" for name in (*FILES.values(), "questions")] + ["rejected.jsonl"]
     if Path(source).parent.resolve() == out_dir.resolve() and Path(source).name in may_write:
-        raise InputError(f"--out-dir: {out_dir} holds {source}, which would be overwritten; choose another")
+        raise InputError(f"--out_dir: {out_dir} holds {source}, which would be overwritten; choose another")
     source = f"hub:{HUB_GSM8K}/main:train" if source == HUB_GSM8K else source
     published = read_rows(source)
     official = dataset == "gsm8k" and not _is_ours(published)
@@ -53,7 +58,7 @@ def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: in
         made, rejected = _convert(rows, workers) if official else _check(rows, workers)
     finally:
         executor.shutdown()
-    files = {f"{dataset}_{FILES[engine]}.json": kept for engine, kept in made.items() if kept or official}
+    files = {f"{dataset}_{FILES[form]}.json": kept for form, kept in made.items() if kept or official}
     files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
     _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
     print(_summary(source, len(rows), made, rejected, time.monotonic() - began))
@@ -68,13 +73,13 @@ def _is_ours(rows: list) -> bool:
 
 
 def _examples(dataset: str, source: str) -> list[Example]:
-    """The rows of a file in our format, stripped, numbers without commas, letters in lower case. InputError."""
+    """The rows of a file in our format: stripped, numbers without commas, letters in lower case. Raises InputError."""
     examples = []
     for index, example in enumerate(load_examples(source, need_cot=False)):
         if answers.dataset_of(example.item_id) != dataset:
             raise InputError(
-                f"{source}: row {index}, field 'item_id': {example.item_id!r} is no row of {dataset}; convert the file "
-                "as the dataset that its ids begin with"
+                f"{source}: row {index}, field 'item_id': {example.item_id!r} is not a row of {dataset}; convert the "
+                "file as the dataset that its ids name"
             )
         value = example.answer_value.strip()
         value = value.lower() if dataset == answers.CHOICE_DATASET else plain_answer(value)
@@ -84,7 +89,7 @@ def _examples(dataset: str, source: str) -> list[Example]:
 
 
 def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, list[Example]], list[Rejected]]:
-    """Official rows: programs, run while the next ones are made, and the solutions as text."""
+    """Official rows as programs, which run while the next ones are made, and as text."""
     made, rejected, running = {"python": [], "nl": []}, [], []
     with executor.stream(workers=workers, memory_mb=MEMORY_MB) as programs:
         for number, row in enumerate(rows, 1):
@@ -113,7 +118,7 @@ def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, l
 
 
 def _check(rows: list[Example], workers: int) -> tuple[dict[str, list[Example]], list[Rejected]]:
-    """Rows that have a worked solution: programs are executed, text must end in the answer."""
+    """Checks rows that have a worked solution: programs are executed, text must end in the answer."""
     made, rejected = {"python": [], "nl": []}, []
     programs = [row for row in rows if row.answer_cot and PROGRAM_HEAD.strip() in row.answer_cot]
     run = partial(executor.run_programs, workers=workers, memory_mb=MEMORY_MB)
@@ -135,7 +140,7 @@ def _check(rows: list[Example], workers: int) -> tuple[dict[str, list[Example]],
 
 
 def _text_problem(row: Example) -> str:
-    """Why a solution in words does not lead to the row's answer; "" if nothing speaks against it."""
+    """Why a solution in words does not give the row's answer; "" if it does."""
     [verdict] = answers.grade([sft_target(row, "nl")], [row], "nl", run_programs=executor.run_programs)
     if not verdict.correct:
         return "the answer phrase does not give the answer"
@@ -152,11 +157,11 @@ def _as_json(examples: list[Example]) -> str:
 
 
 def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: list) -> None:
-    """All files or none: each is written beside its place and moved there when the last one is complete. SaveError."""
+    """Writes all files or none: each under another name first, renamed when the last one is complete. SaveError."""
     questions = {row.item_id: row.question for row in rows}
     lines = [
-        {"item_id": item_id, "engine": engine, "reason": reason, "question": questions[item_id]}
-        for item_id, engine, reason in rejected
+        {"item_id": item_id, "format": form, "reason": reason, "question": questions[item_id]}
+        for item_id, form, reason in rejected
     ]
     files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     parts = {name: folder / f".{name}.part" for name in files}
@@ -175,10 +180,10 @@ def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: 
 
 def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Rejected], seconds: float) -> str:
     text = [f"{source}: {rows} rows"]
-    text += [f"{len(kept)} verified {engine} ({len(kept) / rows:.2%})" for engine, kept in made.items() if kept]
+    text += [f"{len(kept)} verified {form} ({len(kept) / rows:.2%})" for form, kept in made.items() if kept]
     lines = [", ".join([*text, f"{seconds:.0f} s"])]
-    # rules and answers name single values: counted without them
-    reasons = Counter((engine, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, engine, reason in rejected)
+    # Reasons name single values: they are counted without them.
+    reasons = Counter((form, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, form, reason in rejected)
     return "\n".join(
-        lines + [f"{count:6d} {engine} rejected: {reason}" for (engine, reason), count in reasons.most_common()]
+        lines + [f"{count:6d} {form} rejected: {reason}" for (form, reason), count in reasons.most_common()]
     )

@@ -1,4 +1,4 @@
-"""A folder with pytorch_model*.bin files as the same folder with safetensors files, without PyTorch."""
+"""The command `convert weights`: a folder with pytorch_model*.bin as one with safetensors files, without PyTorch."""
 
 import os
 import shutil
@@ -12,19 +12,18 @@ from reft_jax.model_folder import SCRATCH, check_new_folder, read_bytes, read_js
 from reft_jax.store import writing
 from reft_jax.types import InputError
 
-# Files of weights and of optimizers: not copied.
+# Files of weights and optimizers, which are not copied.
 WEIGHTS = (".bin", ".bin.index.json", ".safetensors", ".safetensors.index.json", ".pt", ".pth", ".ckpt", ".h5")
 INDEX = "pytorch_model.bin.index.json"
 
 
 def run_convert_weights(source: Path, out_dir: Path) -> None:
-    """Writes `out_dir`, whole or not at all: the weights of `source` as safetensors, its other files copied.
+    """Writes `out_dir`, whole or not at all: the weights of `source` as safetensors, and copies of its other files.
 
-    Every tensor keeps its name, type and values. Raises InputError before anything is written if `source` has no
-    such files, if one of them holds anything but tensors, or if `out_dir` has anything in it; SaveError if the disk
-    refuses.
+    Every tensor keeps its name, type and values. Raises InputError before anything is written if `source` has no .bin
+    files, if one of them holds anything but tensors, or if `out_dir` is not empty; SaveError if it cannot be written.
     """
-    check_new_folder("--out-dir", out_dir)
+    check_new_folder("--out_dir", out_dir)
     files = [BinFile(source / name) for name in _bin_files(source)]
     seen: dict[str, Path] = {}
     for file in files:
@@ -53,7 +52,7 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
             os.replace(target, out_dir)
     left_out = [name for file in files for name in file.left_out]
     if left_out:
-        print(f"left out, for they hold no weights: {', '.join(left_out)}")
+        print(f"left out, because they hold no weights: {', '.join(left_out)}")
     print(f"{source} -> {out_dir}: {len(seen)} tensors")
 
 

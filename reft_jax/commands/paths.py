@@ -1,4 +1,4 @@
-"""Paths on the command line, in lists with `,`, `=` and `+` between: those characters may stand in a path too."""
+"""Lists of paths on the command line, with `,`, `=` and `+` between; a path may contain these characters too."""
 
 from collections.abc import Callable
 from os.path import exists
@@ -7,7 +7,7 @@ from reft_jax.types import InputError
 
 
 def listed(text: str, is_there: Callable[[str], bool] = exists) -> list[str]:
-    """The entries of a list with commas; one inside a path that is there does not divide it."""
+    """The entries of a list with commas; a comma inside an existing path does not divide it."""
     entries, words = [], text.split(",")
     while words:
         size = next((n for n in range(1, len(words) + 1) if is_there(",".join(words[:n]))), 1)
@@ -17,7 +17,7 @@ def listed(text: str, is_there: Callable[[str], bool] = exists) -> list[str]:
 
 
 def named(entry: str) -> tuple[str, str]:
-    """(NAME, rest) of `[NAME=]rest`; "" for no name. The first `=` divides, unless a `/` comes before it."""
+    """(NAME, rest) of `[NAME=]rest`, NAME "" if there is none. The first `=` divides, unless a `/` comes before it."""
     name, equals, rest = entry.partition("=")
     if not equals or "/" in name or (exists(entry) and not exists(rest)):
         return "", entry
@@ -25,7 +25,7 @@ def named(entry: str) -> tuple[str, str]:
 
 
 def with_reranker(folders: str) -> tuple[str, str]:
-    """(FOLDER, RERANKER) of `FOLDER[+RERANKER]`; "" for no reranker. InputError where that is not clear."""
+    """(FOLDER, RERANKER) of `FOLDER[+RERANKER]`, RERANKER "" if there is none. InputError if that is ambiguous."""
     pairs = [(folders[:i], folders[i + 1 :]) for i, letter in enumerate(folders) if letter == "+"]
     if exists(folders) or not pairs:
         return folders, ""
@@ -39,7 +39,7 @@ def with_reranker(folders: str) -> tuple[str, str]:
 
 
 def is_checkpoint(entry: str) -> bool:
-    """Whether the folders of `[NAME=]FOLDER[+RERANKER]` are there."""
+    """Whether the folders of `[NAME=]FOLDER[+RERANKER]` exist."""
     try:
         folder, reranker = with_reranker(named(entry)[1])
     except InputError:
@@ -48,5 +48,5 @@ def is_checkpoint(entry: str) -> bool:
 
 
 def is_data(entry: str) -> bool:
-    """Whether the file of `[NAME=]FILE` is there."""
+    """Whether the file of `[NAME=]FILE` exists."""
     return exists(named(entry)[1])

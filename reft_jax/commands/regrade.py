@@ -1,4 +1,4 @@
-"""Tables from sample files alone: every stored answer is graded again, without a model and without an accelerator."""
+"""The command `evaluate --samples`: grades every stored answer again, without a model and without an accelerator."""
 
 import os
 import time
@@ -16,18 +16,18 @@ from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.types import InputError
 
-MEMORY_MB, TIMEOUT_S = 1024, 10.0  # a program, as in the method
+MEMORY_MB, TIMEOUT_S = 1024, 10.0  # per program, the defaults of a run
 
 
 def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed: int, allow_unsandboxed: bool) -> None:
-    """Reads sample files, or folders of them, grades them again and prints a table for those on the same questions.
+    """Grades sample files, or folders of them, again; prints one table for all files that have the same questions.
 
-    execute: run every program again instead of trusting its stored value. out_dir: also writes sweep.md and sweep.json
-    there. Raises InputError before anything is executed.
+    execute: run every program again instead of trusting its stored value. out_dir: where to write sweep.md and
+    sweep.json, None to print only. seed: of subsets and intervals. Raises InputError before anything is executed.
     """
     began = time.monotonic()
     if out_dir:
-        check_writable("--out-dir", out_dir)
+        check_writable("--out_dir", out_dir)
     files = {path: read_answers(label, path) for path, label in labels(sample_files(sources)).items()}
     if execute:
         start_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed)
@@ -52,9 +52,9 @@ def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed
 
 
 def sample_files(sources: list[str]) -> list[Path]:
-    """The files named, and in a folder all sample files, those of a sweep's data folders too, in order.
+    """The files of `sources` in order; for a folder, its sample files and those of the folders in it (a sweep's).
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     files = []
     for source in sources:
@@ -67,7 +67,7 @@ def sample_files(sources: list[str]) -> list[Path]:
 
 
 def labels(files: list[Path]) -> dict[Path, str]:
-    """What each file's row is called: its name, with its folder's where two files share one."""
+    """The name of each file's row: the file's name, or its path where two files share a name."""
     names = Counter(path.stem for path in files)
     return {path: path.stem if names[path.stem] == 1 else str(path.with_suffix("")) for path in files}
 

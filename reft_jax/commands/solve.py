@@ -1,6 +1,5 @@
-"""One question to one model: the program it writes and the answer that running it gives."""
+"""The command `solve`: one model writes a program, or text, for one question; the answer that it gives."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,22 +7,24 @@ from reft_jax import executor
 from reft_jax.commands.sweep import Source, find
 from reft_jax.run.inputs import checked_tokenizer, completed_text
 from reft_jax.run.machine import start_executor
+from reft_jax.run.workdir import recorded
 from reft_jax.tasks import answers
 from reft_jax.tasks.tokenizer import all_end_ids, encode_rollout
 from reft_jax.types import Example, InputError, Prompt
 
 
-def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, allow_unsandboxed: bool) -> None:
-    """Decodes greedily in float32, prints the completion and its executed answer.
+def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len: int, allow_unsandboxed: bool) -> None:
+    """Decodes greedily in float32, prints the completion and the answer that it gives.
 
-    `folder` is in Hugging Face format or RUN/models/NAME of a work directory, whose engine is then the default.
+    folder: in Hugging Face format, or RUN/models/NAME of a work directory, whose answer format is then the default.
+    max_len: tokens of prompt and completion.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):
-        raise InputError(f"{folder}: is a reranker and answers nothing; give the model that it ranks for")
+        raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
-    engine = engine or trained_engine(source)
+    answer_format = answer_format or trained_format(source)
     tokenizer = checked_tokenizer(source.base)
-    prompt = encode_rollout(tokenizer, question, engine)
+    prompt = encode_rollout(tokenizer, question, answer_format)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
     start_executor(1, 1024, allow_unsandboxed)
@@ -42,23 +43,22 @@ def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, 
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
         text = completed_text(tokenizer, prompt, completion)
-        # The right answer is not known here; 0 only stands where grading wants one.
-        [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
+        unknown = Example("toy_0", question, "0")  # the correct answer is not known; grading needs some value
+        [verdict] = answers.grade([text], [unknown], answer_format, run_programs=executor.run_programs)
         print(text)
         print(f"\nanswer: {verdict.value if verdict.value is not None else f'none ({verdict.status})'}")
     finally:
         executor.shutdown()
 
 
-def trained_engine(source: Source) -> str:
-    """The engine that a work directory trains for; a folder from elsewhere does not say."""
-    if not source.is_stage:
-        return "python"
-    return json.loads((source.folder.parent.parent / "config.json").read_text())["data.format"]
+def trained_format(source: Source) -> str:
+    """The answer format of the work directory that a stage's model is in; a folder from elsewhere does not name one."""
+    settings = recorded(source.folder.parent.parent) if source.is_stage else None
+    return settings["data.format"] if settings else "python"
 
 
 def load_policy(source: Source, mesh):
-    """(model, parameters of the language model), float32."""
+    """(model, parameters of the language model) in float32."""
     from reft_jax.model.heads import ValueHead
     from reft_jax.model.hf import load_hf, read_config
     from reft_jax.model.llama import Llama

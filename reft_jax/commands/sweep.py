@@ -140,6 +140,12 @@ def find(folder: str, *, reranker: bool = False) -> Source:
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
+def sweep(config, workdir: Path, models: str, data: str, allowed: Sequence[str]) -> list[dict]:
+    """`run_sweep` of the flags --models and --data."""
+    checkpoints, files = parse_checkpoints(models), parse_data(data or config.data.test)
+    return run_sweep(config, workdir.absolute(), checkpoints, files, allowed)
+
+
 def run_sweep(
     config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str], allowed: Sequence[str] = ()
 ) -> list[dict]:

@@ -196,7 +196,7 @@ def _without_weights(folder: Path) -> str:
     if name := first(r"model-\d+-of-\d+\.safetensors"):
         return f"{folder}: has numbered files ({name}, …) but no {INDEX}; fetch that too"
     if name := first(r"pytorch_model.*\.bin(\.index\.json)?"):
-        convert = f"python -m reft_jax convert weights --in={folder} --out-dir=DIR"
+        convert = f"python -m reft_jax convert weights --in={folder} --out_dir=DIR"
         return f"{folder}: has PyTorch files only ({name}), which are not read; convert them: {convert}"
     for pattern, what in (
         (r"adapter_model\..+", f"an adapter, not a whole model, and its {ADAPTER} is missing; {MERGE}"),

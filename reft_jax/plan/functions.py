@@ -237,7 +237,7 @@ class RunFunctions:
         key = jax.eval_shape(lambda: jax.random.key(0))
         options = {"eos_ids": (EOS,), "temperature": settings.temperature, "top_k": top_k}
         looked_up = 0 if self.model.config.tie_embeddings else device_bytes(self.weights["embed"])
-        steps = settings.max_len - settings.max_prompt if "max_prompt" in settings else 0
+        steps = settings.max_len - settings.max_prompt if hasattr(settings, "max_prompt") else 0
         return Jitted(
             name,
             f"{rows} slots of {length}",

@@ -3,9 +3,7 @@
 from collections import Counter
 from fractions import Fraction
 
-from ml_collections import ConfigDict
-
-from reft_jax.config import check_config, flatten
+from reft_jax.config import check_config, flatten, replaced
 from reft_jax.plan.chips import chips_in, network_seconds
 from reft_jax.plan.plan import Plan
 from reft_jax.types import InputError
@@ -17,14 +15,13 @@ GROWING += ("rerank.micro_batch", "engine.slots", "mesh.fsdp")
 def grown(config, topology: str, base: int):
     """Scales a config that was written for `base` chips to this pod. Raises InputError if a size is not whole."""
     factor, flat = Fraction(chips_in(topology), base), flatten(config)
-    changed = ConfigDict(config.to_dict(), type_safe=False)
+    changes = {}
     for key in GROWING:
-        section, name = key.split(".")
         size = flat[key] * factor
         if size.denominator > 1 or size < 1:
-            raise InputError(f"--grow: {key}={flat[key]} on {base} chips does not give a whole number on {topology}")
-        changed[section][name] = int(size)
-    return check_config(changed)
+            raise InputError(f"--grow: {key}={flat[key]} on {base} chips makes no whole number on {topology}")
+        changes[key] = int(size)
+    return check_config(replaced(config, changes))
 
 
 def growth_row(plan: Plan, config) -> list[str]:

@@ -6,9 +6,7 @@ The arithmetic knows sizes and the roofline but not the compiler: it orders the 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from reft_jax.config import check_config
+from reft_jax.config import check_config, replaced
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import round_up
 from reft_jax.plan import chips
@@ -39,16 +37,14 @@ class Candidate(NamedTuple):
     seconds: float
 
     def apply(self, config):
-        """Returns the config with these settings."""
-        config = ConfigDict(config.to_dict() if hasattr(config, "to_dict") else config, type_safe=False)
-        config.mesh.update(data=-1, fsdp=self.fsdp, tensor=self.tensor)
-        config.model.remat = self.remat
-        config.rl.micro_batch = config.rl.questions // config.rl.minibatches // self.micro_batches
+        """The config with these settings."""
+        changes = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.tensor": self.tensor, "model.remat": self.remat}
+        changes["rl.micro_batch"] = config.rl.questions // config.rl.minibatches // self.micro_batches
         shards = self.chips // self.tensor
-        for section in (config.sft, config.rerank):
-            most = max(section.batch_size // self.micro_batches, shards)
-            section.micro_batch = max(d for d in _divisors(section.batch_size) if d % shards == 0 and d <= most)
-        return check_config(config)
+        for name, rows in (("sft", config.sft.batch_size), ("rerank", config.rerank.batch_size)):
+            most = max(rows // self.micro_batches, shards)
+            changes[f"{name}.micro_batch"] = max(d for d in _divisors(rows) if d % shards == 0 and d <= most)
+        return check_config(replaced(config, changes))
 
 
 def candidates(config, shapes: LlamaConfig, topologies: list[str]) -> list[Candidate]:

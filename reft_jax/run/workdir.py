@@ -1,4 +1,4 @@
-"""A work directory: may it be used with these settings, what it records of them, and what is removed from it."""
+"""A work directory: whether these settings may use it, what it records of them, and what is removed from it."""
 
 import json
 import os
@@ -6,28 +6,29 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict, FrozenConfigDict
-
 from reft_jax import plugins
-from reft_jax.config import flatten, to_json
+from reft_jax.config import flatten, renamed, replaced, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
+from reft_jax.settings import SETTINGS, Config
 from reft_jax.store import write_whole, writing
 from reft_jax.types import InputError
 
-# What may change between two starts of one run: where it computes, not what.
+# Settings that may change between two starts of one run: they decide where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("watchdog_minutes",)
 FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
 FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "checksums.json", "versions.json")
 FILES += ("sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
+PLUGINS = ("model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
 
 
-def with_absolute_paths(config, workdir: Path):
-    """The config with the absolute paths of its model and its files: what config.json records, wherever a start is.
+def with_absolute_paths(config, workdir: Path) -> Config:
+    """The config with absolute paths of its model and its files, as config.json records them.
 
-    A relative path that leads nowhere from here is the one recorded in `workdir`, if that ends in it.
+    A relative path under which nothing exists here is replaced by the one recorded in `workdir`, if that ends in it:
+    a run may be resumed from another folder.
     """
     flat, before = flatten(config), recorded(workdir) or {}
     paths = {key: absolute(flat[key]) for key in PATHS}
@@ -36,23 +37,22 @@ def with_absolute_paths(config, workdir: Path):
         if not os.path.exists(path) and os.path.isabs(known) and tail and list(Path(known).parts[-len(tail) :]) == tail:
             print(f"{key}: {path} is {known}, as before", flush=True)
             paths[key] = known
-    paths["model.family"] = plugins.absolute(flat["model.family"])
-    changed = ConfigDict(config, type_safe=False)
-    changed.update_from_flattened_dict(paths)
-    return FrozenConfigDict(changed)
+    paths |= {key: plugins.absolute(flat[key]) for key in PLUGINS}
+    return replaced(config, paths)
 
 
 def absolute(path: str) -> str:
-    """A setting's path, absolute if there is something; "toy" and hub names stay."""
+    """A setting's path, absolute if it exists; "toy" and hub names stay as they are."""
     named = path in ("", "toy") or path.startswith("hub:")
     return os.path.abspath(path) if not named and os.path.exists(path) else path
 
 
 def recorded(workdir: Path) -> dict | None:
-    """The settings that `workdir` was made with, None if it is new. InputError if they cannot be read."""
+    """The settings that `workdir` was made with, old names replaced; None if it is new. InputError if unreadable."""
     path = workdir / "config.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {renamed(str(key)) or key: value for key, value in settings.items()}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -60,10 +60,10 @@ def recorded(workdir: Path) -> dict | None:
 
 
 def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, reads: bool = False) -> None:
-    """Writes nothing. InputError unless `workdir` can be written and, where it was used before, was so with `config`.
+    """Writes nothing. InputError unless `workdir` can be written and is new or was made with the settings of `config`.
 
-    The settings of MACHINE and those named in `allowed` may differ. `needs` are the models that earlier stages must
-    have made in it. A command that only `reads` need not be able to write.
+    allowed: settings that may differ, besides those of MACHINE. needs: models that earlier stages must have made in it.
+    reads: the command writes nothing in it.
     """
     if not reads:
         for folder in [workdir, *(path for path in workdir.glob("*") if path.is_dir())]:
@@ -72,14 +72,14 @@ def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str
     before = recorded(workdir)
     if before is not None:
         before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
-        before.setdefault("model.family", "")  # older work directories lack it
+        before = {key: SETTINGS[key].default for key in PLUGINS} | before  # older versions did not record these
         now = json.loads(to_json(config))
         changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         if refused := [key for key in changed if key not in allowed]:
             raise InputError(
-                f"--workdir: {workdir} was made with other settings ({told}); choose another or, if what is done "
-                f"there may stand beside them, add --allow_config_change={','.join(refused)}"
+                f"--workdir: {workdir} was made with other settings ({told}); choose another or, to continue "
+                f"with the new ones, add --allow_config_change={','.join(refused)}"
             )
         if changed:
             print(f"{workdir}: resumes with changed settings ({told})", flush=True)
@@ -91,26 +91,26 @@ def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str
 
 
 def check_kinds(workdir: Path) -> None:
-    """InputError if what this program names in a work directory is no file, or no folder, that it can write."""
+    """InputError if a file or folder that a run will write is there as something else, or cannot be written."""
     files = [*(workdir / name for name in FILES), *workdir.glob("*/*.jsonl")]
     odd = [path for path in files if path.exists() and not (path.is_file() and os.access(path, os.W_OK))]
     odd += [folder for folder in (workdir / name for name in FOLDERS) if folder.exists() and not folder.is_dir()]
     if odd:
         kind = "folder" if odd[0].name in FOLDERS else "file"
-        raise InputError(f"--workdir: {odd[0]} is no {kind} that can be written; move it away, or choose another")
+        raise InputError(f"--workdir: {odd[0]} is not a {kind} that can be written; move it away, or choose another")
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Writes nothing. InputError unless `folder`, or what it would be made in, is a folder that can be written."""
+    """Writes nothing. InputError unless `folder`, or the first folder above it that exists, can be written."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag}: cannot write to {folder} ({there} is no writable folder); choose another")
+        raise InputError(f"{flag}: cannot write to {folder} ({there} is not a writable folder); choose another")
 
 
 def create_workdir(config, workdir: Path) -> None:
-    """Makes the work directory, if it is new, and records config and versions; a changed config takes its place.
+    """Makes the work directory if it is new. Records config and versions there; a changed config replaces the old one.
 
-    What finished stages left behind goes. One host does it; all must see it. Raises SaveError.
+    Removes what finished stages no longer need. The first host does it; all must see it. Raises SaveError.
     """
     path, text = workdir / "config.json", to_json(config) + "\n"
     if hosts.is_first():
@@ -123,10 +123,10 @@ def create_workdir(config, workdir: Path) -> None:
             remove_leftovers(done.parent)
     hosts.gather("the work directory", None)
     if not path.exists():
-        raise InputError(f"--workdir: {workdir} of host 0 is not there on host {hosts.number()}; choose a shared one")
+        raise InputError(f"--workdir: host {hosts.number()} does not see {workdir} of host 0; choose a shared folder")
 
 
 def remove_leftovers(stage: Path) -> None:
-    """What a finished stage no longer needs: its saved steps and its best models, each as large as a model or three."""
+    """Removes the saved steps and the best models of a finished stage: each is as large as one to three models."""
     for folder in (stage / "checkpoints", *stage.glob("best_*")):
         shutil.rmtree(folder, ignore_errors=True)

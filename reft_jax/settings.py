@@ -1,0 +1,239 @@
+"""Every setting of a run: its type, default, what is allowed and what it means. Defaults are the paper's (CodeLlama-7B,
+GSM8K). reft_jax/config.py reads and checks them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    """What a value may be: `allowed` is the text shown to the user when `holds(value)` is false."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+class Setting(NamedTuple):
+    """Default, rule and meaning of one setting."""
+
+    default: Any
+    rule: Rule
+    doc: str
+
+
+def setting(default, rule: Rule, doc: str) -> Any:
+    """A dataclass field that is a setting."""
+    return field(default=default, metadata={"setting": Setting(default, rule, doc)})
+
+
+def at_least(low) -> Rule:
+    return Rule(f"a number >= {low}", lambda v: low <= v < math.inf)
+
+
+def between(low, high) -> Rule:
+    return Rule(f"a number from {low} to {high}", lambda v: low <= v <= high)
+
+
+def one_of(*values) -> Rule:
+    return Rule("one of " + ", ".join(map(str, values)), lambda v: v in values)
+
+
+POSITIVE = Rule("a number > 0", lambda v: 0 < v < math.inf)
+MULTIPLE_OF_32 = Rule("a multiple of 32", lambda v: v > 0 and v % 32 == 0)
+ANY = Rule("any", lambda v: True)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A folder in Hugging Face format, or "toy": a tiny Llama made from the seed."""
+
+    path: str = setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"')
+    family: str = setting("", ANY, "empty: by config.json's model_type; or path.py:NAME (model/families.py)")
+    dtype: str = setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32")
+    remat: str = setting("full", one_of("none", "dots", "full"), "what the backward pass recomputes")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """JSON files, `hub:owner/name:split`, or "toy": generated word problems."""
+
+    train: str = setting("", ANY, 'training file, hub name or "toy"')
+    test: str = setting("", ANY, 'test file, hub name or "toy"')
+    dev: str = setting("", ANY, 'file that chooses checkpoints; "" holds out dev_rows training questions instead')
+    dev_rows: int = setting(0, at_least(0), "training questions held out when dev is empty; 0: the test file chooses")
+    format: str = setting("python", one_of("python", "nl"), "solutions are programs or text")
+    train_limit: int = setting(0, at_least(0), "use this many rows of a seeded shuffle of the training file; 0: all")
+    test_limit: int = setting(0, at_least(0), "the same for the test file")
+    max_dropped: float = setting(0.2, between(0, 1), "largest share of rows that a length limit may drop")
+    pad_multiple: int = setting(
+        64, MULTIPLE_OF_32, "row lengths are padded to a multiple of this, so that few shapes are compiled"
+    )
+
+
+@dataclass(frozen=True)
+class ToySettings:
+    """The embedded default: a small synthetic task that shows the machinery at work."""
+
+    train_rows: int = setting(2000, POSITIVE, "generated training questions")
+    dev_rows: int = setting(300, POSITIVE, "generated questions that choose checkpoints")
+    test_rows: int = setting(500, POSITIVE, "generated test questions")
+    skipped_share: float = setting(0.3, between(0, 1), "share of annotations that skip steps and write a value down")
+    drop_skipped: bool = setting(False, ANY, "train SFT only on the good annotations (a control)")
+    vocab_size: int = setting(1000, between(300, 50000), "byte-level BPE trained on the generated text")
+    layers: int = setting(3, POSITIVE, "of the tiny Llama")
+    hidden_size: int = setting(64, POSITIVE, "of the tiny Llama")
+    mlp_size: int = setting(176, POSITIVE, "of the tiny Llama")
+    heads: int = setting(4, POSITIVE, "of the tiny Llama; also its kv heads")
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """Supervised fine-tuning: one run makes the warm-up model (an early epoch) and the best checkpoint."""
+
+    epochs: int = setting(40, POSITIVE, "length of the run and of its schedule")
+    stop_epoch: int = setting(
+        0, at_least(0), "stop after this epoch although the schedule runs to `epochs`; 0: at its end"
+    )
+    warmup_epoch: int = setting(2, POSITIVE, "ReFT, its reference and the reranker's samples start from this epoch")
+    batch_size: int = setting(48, POSITIVE, "rows per update")
+    micro_batch: int = setting(48, POSITIVE, "rows in memory at once; gradients are summed over micro-batches")
+    learning_rate: float = setting(1e-5, POSITIVE, "peak")
+    lr_warmup: float = setting(0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0")
+    weight_decay: float = setting(0.0, at_least(0), "AdamW")
+    clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
+    max_len: int = setting(1024, POSITIVE, "tokens of prompt and target; longer rows are dropped")
+    eval_every: int = setting(1, POSITIVE, "epochs between greedy evaluations")
+
+
+@dataclass(frozen=True)
+class RlSettings:
+    """Reinforcement learning."""
+
+    algorithm: str = setting("ppo", ANY, "ppo; or path.py:NAME (algo/algorithms.py)")
+    iterations: int = setting(0, at_least(0), "0: as many as `epochs` passes over the training questions")
+    epochs: int = setting(300, POSITIVE, "passes over the training questions, when iterations is 0")
+    questions: int = setting(32, POSITIVE, "questions per iteration")
+    micro_batch: int = setting(32, POSITIVE, "rows in memory at once in scoring and updates")
+    minibatches: int = setting(1, POSITIVE, "updates per PPO epoch")
+    ppo_epochs: int = setting(2, POSITIVE, "passes over the rows of an iteration")
+    learning_rate: float = setting(3e-7, POSITIVE, "constant after lr_warmup")
+    lr_warmup: int = setting(0, at_least(0), "updates of linear warm-up")
+    weight_decay: float = setting(0.0, at_least(0), "AdamW")
+    clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
+    kl_coef: float = setting(
+        0.01, at_least(0), "β of the KL reward; the paper: 0.05 for nl, but 0.01 for MathQA-numeric"
+    )
+    gamma: float = setting(1.0, between(0, 1), "discount")
+    lam: float = setting(0.95, between(0, 1), "λ of GAE")
+    vf_coef: float = setting(5.0, at_least(0), "weight of the value loss")
+    value_init: float = setting(1.0, at_least(0), "scale of the value head's initial weights; 0 starts with V = 0")
+    clip: float = setting(0.2, POSITIVE, "policy ratio")
+    value_clip: float = setting(0.2, POSITIVE, "value change")
+    temperature: float = setting(1.0, POSITIVE, "of sampling and of every log-probability")
+    max_prompt: int = setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped")
+    max_len: int = setting(700, POSITIVE, "tokens of prompt and response")
+    eval_every: int = setting(
+        0, at_least(0), "iterations between greedy evaluations; 0: once per pass over the questions"
+    )
+    save_every: int = setting(0, at_least(0), "iterations between resumable checkpoints; 0: once per pass")
+
+
+@dataclass(frozen=True)
+class SelfTrainSettings:
+    """Self-training, the paper's two baselines. All else is as in `sft` (offline) and `rl` (online)."""
+
+    samples: int = setting(10, POSITIVE, "offline: distinct correct samples per question, besides its solution")
+    epochs: int = setting(20, POSITIVE, "offline: length of the run and of its schedule")
+    updates: int = setting(2, POSITIVE, "online: updates on each batch")
+    learning_rate: float = setting(3e-7, POSITIVE, "online: constant after rl.lr_warmup")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Sampling for voting, reranking and offline self-training."""
+
+    n: int = setting(100, POSITIVE, "completions per test question")
+    train_n: int = setting(100, POSITIVE, "completions per training question, for the reranker and self-training")
+    train_limit: int = setting(0, at_least(0), "training questions sampled for these; 0: all")
+    temperature: float = setting(1.0, POSITIVE, "of sampling for voting and reranking")
+    top_k: int = setting(50, at_least(0), "0: the whole vocabulary")
+    max_len: int = setting(1024, POSITIVE, "tokens of prompt and response, also of greedy evaluation")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The rollout engine."""
+
+    slots: int = setting(128, POSITIVE, "completions decoded at once, in rollouts, evaluation and sampling")
+
+
+@dataclass(frozen=True)
+class RerankSettings:
+    """The reranker."""
+
+    epochs: int = setting(3, POSITIVE, "passes over the deduplicated samples")
+    batch_size: int = setting(24, POSITIVE, "rows per update")
+    micro_batch: int = setting(24, POSITIVE, "rows in memory at once")
+    learning_rate: float = setting(1e-6, POSITIVE, "peak")
+    lr_warmup: float = setting(0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0")
+    weight_decay: float = setting(0.0, at_least(0), "AdamW")
+    clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
+    max_len: int = setting(700, POSITIVE, "tokens of prompt and completion; longer rows are dropped")
+
+
+@dataclass(frozen=True)
+class ExecutorSettings:
+    """The executor, which runs the models' programs."""
+
+    timeout_s: float = setting(10.0, POSITIVE, "wall-clock seconds per program")
+    workers: int = setting(2, POSITIVE, "programs run at once")
+    memory_mb: int = setting(1024, at_least(64), "address space of a program, MiB")
+    program_kb: int = setting(64, POSITIVE, "size of a program, KiB; a longer one is not run")
+    allow_unsandboxed: bool = setting(False, ANY, "run programs even if they can read this machine's files")
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """The mesh of devices."""
+
+    data: int = setting(-1, at_least(-1), "replicas; -1: as many as the other two axes leave devices for")
+    fsdp: int = setting(1, at_least(1), "shards of parameters and rows")
+    tensor: int = setting(1, at_least(1), "shards of heads, mlp and vocabulary")
+    cpu_devices: int = setting(0, at_least(0), "split the CPU into this many virtual devices; 0: do not split it")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    name: str = setting("reft", ANY, "title of the report")
+    seed: int = setting(42, at_least(0), "initial heads, data order and sampling are functions of it")
+    compiled: str = setting("", ANY, "folder that keeps compiled functions; empty: compiled/ in the work directory")
+    keep_steps: int = setting(2, POSITIVE, "saved steps of a running stage to keep; with 2, one may be damaged")
+    watchdog_minutes: float = setting(
+        60.0, at_least(0), "end the process if no decode chunk, program or update ends for this long; 0: never"
+    )
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    toy: ToySettings = field(default_factory=ToySettings)
+    sft: SftSettings = field(default_factory=SftSettings)
+    rl: RlSettings = field(default_factory=RlSettings)
+    self_train: SelfTrainSettings = field(default_factory=SelfTrainSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    rerank: RerankSettings = field(default_factory=RerankSettings)
+    executor: ExecutorSettings = field(default_factory=ExecutorSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+
+
+def _settings(kind: type, prefix: str = "") -> dict[str, Setting]:
+    found = {}
+    for one in fields(kind):
+        name = prefix + one.name
+        found |= {name: one.metadata["setting"]} if one.metadata else _settings(one.type, f"{name}.")
+    return found
+
+
+SETTINGS = _settings(Config)  # {"rl.kl_coef": …}

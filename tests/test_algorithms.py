@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -47,14 +46,14 @@ def rloo(tmp_path) -> str:
     return f"{tmp_path / 'rloo.py'}:RLOO"
 
 
-def settings(algorithm: str):
+def config_of(algorithm: str):
     config = load_config("configs/quickstart.py")
     config.rl.algorithm = algorithm
-    return check_config(config).rl
+    return check_config(config)
 
 
 def test_advantages_of_rloo_by_hand(rloo):
-    algorithm = make_algorithm(settings(rloo))
+    algorithm = make_algorithm(config_of(rloo))
     assert isinstance(algorithm, Algorithm) and algorithm.samples == 4 and not algorithm.critic
     score, mask = np.array([1.0, 0, 0, 1, 1, 0, 0, 0], np.float32), np.tile([True, False], (8, 1))
     zeros = np.zeros((8, 2), np.float32)
@@ -67,11 +66,11 @@ def test_advantages_of_rloo_by_hand(rloo):
 
 
 def test_ppo_is_the_default_with_the_settings_of_the_section():
-    rl = settings("ppo")
-    algorithm = make_algorithm(rl)
+    config = config_of("ppo")
+    algorithm, rl = make_algorithm(config), config.rl
     assert type(algorithm) is PPO and algorithm.samples == 1 and algorithm.critic
     assert (algorithm.kl_coef, algorithm.clip, algorithm.vf_coef) == (rl.kl_coef, rl.clip, rl.vf_coef)
-    assert hash(algorithm) == hash(make_algorithm(rl))  # so that what is compiled for it is found again
+    assert hash(algorithm) == hash(make_algorithm(config))  # so that what is compiled for it is found again
 
 
 @pytest.mark.parametrize(
@@ -84,11 +83,11 @@ def test_ppo_is_the_default_with_the_settings_of_the_section():
 )
 def test_a_wrong_algorithm_is_refused(rloo, name, message):
     with pytest.raises(InputError, match=message):
-        make_algorithm(SimpleNamespace(algorithm=name.format(file=rloo.removesuffix(":RLOO"))))
+        make_algorithm(config_of(name.format(file=rloo.removesuffix(":RLOO"))))
 
 
 def test_without_a_critic_an_update_moves_the_policy_and_not_the_value_head(rloo):
-    algorithm = dataclasses.replace(make_algorithm(settings(rloo)), kl_coef=0.0)
+    algorithm = dataclasses.replace(make_algorithm(config_of(rloo)), kl_coef=0.0)
     model, params = tiny_policy()
     optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
     mesh = make_mesh(1, 1, 1)

@@ -3,7 +3,7 @@
 To add one, subclass `Algorithm` in a file of your own and name it in the settings: `rl.algorithm = "path.py:NAME"`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -92,9 +92,18 @@ class PPO(Algorithm):
 ALGORITHMS = {"ppo": PPO}
 
 
-def make_algorithm(rl) -> Algorithm:
-    """The algorithm that `rl.algorithm` names, with the settings of section `rl`. InputError if there is none."""
+def make_algorithm(config) -> Algorithm:
+    """The algorithm that `rl.algorithm` names, with its settings. Raises InputError if there is none."""
+    rl = config.rl
     made = ALGORITHMS.get(rl.algorithm) or load(rl.algorithm, "rl.algorithm")
     if not (isinstance(made, type) and issubclass(made, Algorithm)):
         raise InputError(f"rl.algorithm={rl.algorithm}: is not a subclass of reft_jax.algo.algorithms.Algorithm")
-    return made(**{field.name: getattr(rl, field.name) for field in fields(Algorithm)})
+    return made(
+        kl_coef=rl.kl_coef,
+        gamma=rl.gamma,
+        lam=rl.lam,
+        clip=rl.clip,
+        value_clip=rl.value_clip,
+        vf_coef=rl.vf_coef,
+        temperature=rl.temperature,
+    )

@@ -221,7 +221,7 @@ def check_iteration(
 ) -> Iterator[Finding]:
     """Scores the rollout as a run does, then makes one PPO update, which takes `policy` over."""
     rl, dtype, rows = inputs.config.rl, inputs.config.model.dtype, len(asked)
-    algorithm = make_algorithm(rl)
+    algorithm = make_algorithm(inputs.config)
     optimizer = make_optimizer(
         optax.constant_schedule(rl.learning_rate), weight_decay=rl.weight_decay, clip_norm=rl.clip_norm
     )

@@ -58,7 +58,7 @@ class RunFunctions:
         self.reranker = abstract_params(model, RerankHead(), "rerank_head")
         self.optimizer = make_optimizer(constant_schedule(1e-6, 0), weight_decay=0.0, clip_norm=1.0)
         self.state = abstract_arrays(mesh, abstract_state(self.optimizer, self.policy))
-        self.algorithm, rl = make_algorithm(config.rl), config.rl
+        self.algorithm, rl = make_algorithm(config), config.rl
         where = state_shardings(mesh, self.optimizer, self.policy)
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
         self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, where, **size)

@@ -27,7 +27,7 @@ def run_reft(run: Run) -> dict:
     """Trains from models/warmup, saves models/reft (best on dev). Returns {'best': iteration, 'best_dev_top1', …}."""
     if result := finished(run, "reft"):
         return result
-    rl, questions, algorithm = run.config.rl, run.inputs.questions, make_algorithm(run.config.rl)
+    rl, questions, algorithm = run.config.rl, run.inputs.questions, make_algorithm(run.config)
     schedule = constant_schedule(rl.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
     reference = load_model(run, "warmup")["lm"]

@@ -1,4 +1,4 @@
-"""What the README promises can be typed as it stands."""
+"""Every command in the README works exactly as written."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""People's everyday acts on a run whose models are fakes: answers are a function of a model's checksum.
+"""Simulates what people do with a run, with fake models: a fake's answers depend only on its checksum.
 
-`World` does the acts through the program's own functions; only what needs a real model is replaced (`install`). Every
+`World` performs the acts with the package's own functions; only what needs a real model is replaced (`install`). Every
 printed share is compared with the truth, which is computed from scratch and knows nothing of files.
 """
 

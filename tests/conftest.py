@@ -1,8 +1,8 @@
 """Settings and fixtures of the whole suite.
 
 JAX reads its settings from the environment when it is first imported, so they are set here, before any test module
-is; the tests that need no JAX then never import it. The suite sees one CPU device: a test that needs more starts a
-program of its own with `JAX_NUM_CPU_DEVICES` set.
+is. Tests that do not need JAX then never import it. The suite sees one CPU device: a test that needs more starts its
+own process with `JAX_NUM_CPU_DEVICES` set.
 """
 
 import fcntl

@@ -1,7 +1,7 @@
-"""A kernel that lacks some system calls: `python denied.py NAMES [--user=ID] -- COMMAND` runs the command so.
+"""Imitates a kernel without some system calls: `python denied.py NAMES [--user=ID] -- COMMAND` runs a command there.
 
-NAMES: families of DENIED with commas between them, or "none". A filter makes each call of a family fail as a kernel
-or a container without it would; it stays for all that the command starts. Options that change the host:
+NAMES: families of DENIED, separated by commas, or "none". A filter makes each call of a family fail as it would on a
+kernel or in a container without it, also in all processes that the command starts. Options that change the host:
 --user=ID               become this user
 --ignore=SIGCHLD        ignore this signal
 --close=0,1,2           close these descriptors

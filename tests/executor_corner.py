@@ -1,5 +1,5 @@
-"""What programs can do to a trainer, and what becomes of honest ones, where this runs (tests/denied.py takes away what
-the kernel offers): `python executor_corner.py HONEST ANSWER_FILE` with SECRET in its environment prints a JSON object.
+"""Tries what programs can do to a trainer, and how honest ones end, on this machine (tests/denied.py removes what
+its kernel offers): `python executor_corner.py HONEST ANSWER_FILE` with SECRET in its environment prints a JSON object.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
-"""A trainer that forks: `python executor_fork.py during_a_call|holds_no_socket`. Exit code 0: all went as it should.
+"""A trainer that forks: `python executor_fork.py during_a_call|holds_no_socket`. Exit code 0 means success.
 
-A process of its own, because JAX, which other tests load, warns of every fork.
+It is a separate process, because JAX, which other tests load, warns about every fork.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from reft_jax import executor
 
 
 def during_a_call() -> None:
-    """The fork has an executor of its own and cannot use the stream; the call continues."""
+    """The fork has its own executor and cannot use the stream; the call continues."""
     executor.start(1, 352)
     with executor.stream(workers=1, memory_mb=352) as batch:
         future = batch.submit(body("import time", "time.sleep(0.5)", "return 7"))

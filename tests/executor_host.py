@@ -1,6 +1,6 @@
-"""A trainer on an odd host: `python executor_host.py [lose]` prints what it was told and what became of programs.
+"""A trainer on an unusual host: `python executor_host.py [lose]` prints its messages and the results of its programs.
 
-With "lose" a zygote is killed in the middle. The last line says how many dead children nobody has collected.
+With "lose" a zygote is killed in the middle. The last line gives the number of zombies.
 """
 
 import contextlib

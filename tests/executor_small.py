@@ -1,4 +1,4 @@
-"""Calls on a machine that has little: `python executor_small.py COUNT WORKERS MEMORY_MB` prints a JSON object each."""
+"""Calls on a small machine: `python executor_small.py COUNT WORKERS MEMORY_MB` prints one JSON object per call."""
 
 import json
 import sys

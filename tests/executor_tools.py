@@ -1,4 +1,4 @@
-"""What the tests of the executor share: programs, the processes they leave, and zygotes with parts taken out."""
+"""Shared by the tests of the executor: programs, the processes they leave, and zygotes with some parts removed."""
 
 import os
 import sys

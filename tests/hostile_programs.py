@@ -1,4 +1,4 @@
-"""Programs that try what a sampled program may try, by accident or not, and the statuses that they may end with."""
+"""Programs that do what a sampled program might do, by accident or not, and the statuses that they may end with."""
 
 from executor_tools import body
 
@@ -86,7 +86,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "half a report": (body("import os", """os.write(3, b'["ok", "0x1p')""", "os._exit(0)"), "killed"),
     "another json": ("import json\njson.dumps = lambda *a, **k: 'true'\n" + body("return 1"), "killed"),
     "a class with a name too long": ("E = type('E' * 10**6, (Exception,), {})\n" + body("raise E"), "exception"),
-    "a float that is none": (
+    "a float that converts to text": (
         CLASS.format(bases="(float)", method="__float__", does="return 'x'") + body("return Thing(1)"), "wrong_type"
     ),
     "a number that becomes infinite": (

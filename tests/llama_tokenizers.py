@@ -1,4 +1,4 @@
-"""Tokenizer folders of Llama's kind, made on the spot with the fields that the published ones have."""
+"""Makes tokenizer folders of Llama's kind, with the fields of the published ones."""
 
 import io
 import json

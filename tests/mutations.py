@@ -1,12 +1,12 @@
-"""Would the tests notice? Plants one-line mistakes, one at a time, and shows that a test fails for each.
+"""Would the tests notice a mistake? Plants one-line mistakes, one at a time, and shows that a test fails for each.
 
-    python tests/mutations.py                   all of them; exit code 1 if one is not noticed
+    python tests/mutations.py                   all mistakes; exit code 1 if one is not noticed
     python tests/mutations.py gae               those whose name contains "gae"
-    python tests/mutations.py --tests-passed    do not first show that the tests pass without a mistake
+    python tests/mutations.py --tests-passed    skip the first step, which shows that the tests pass without a mistake
     python tests/mutations.py --jobs=1          one process (default: 2)
 
-Nothing here is written: a mutated module exists only in one process, which imports the package again for every
-mutation. The executor's modules are read by processes of their own: they are mutated in a copy of the repository.
+No file is changed: a mutated module exists only in one process, which imports the package again for every
+mutation. Separate processes read the executor's modules: these are mutated in a copy of the repository.
 """
 
 import argparse
@@ -32,7 +32,7 @@ REPO = TESTS.parent
 
 
 class Mutation(NamedTuple):
-    """A mistake: `old` stands once in `module` and becomes `new`; one of `tests` must fail."""
+    """A mistake: `old`, which occurs once in `module`, becomes `new`; one of `tests` must fail."""
 
     name: str
     module: str
@@ -63,7 +63,7 @@ class Planted(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 def forget() -> None:
-    """The next import of the package or of a test reads it anew. The heavy libraries stay."""
+    """Makes the next import of the package or of a test read it again. Large libraries stay imported."""
     for name in list(sys.modules):
         path = getattr(sys.modules[name], "__file__", None) or ""
         of_tests = TESTS in Path(path).parents and Path(path) != Path(__file__).resolve()
@@ -81,7 +81,7 @@ def failing(tests) -> tuple[int, str]:
 
 
 def failing_in_copy(tests, name: Path, mutated: str) -> tuple[int, str]:
-    """`failing` in a copy of the repository where this file is another."""
+    """`failing` in a copy of the repository in which this file has the text `mutated`."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # tests run programs as another user
         copy = Path(folder)
@@ -96,7 +96,7 @@ def failing_in_copy(tests, name: Path, mutated: str) -> tuple[int, str]:
 
 
 def survives(mutation: Mutation) -> str:
-    """'' if a test failed, else what happened instead."""
+    """Returns '' if a test failed, else what happened instead."""
     path = REPO / (mutation.module.replace(".", "/") + ".py")
     source = path.read_text()
     if source.count(mutation.old) != 1:
@@ -117,7 +117,7 @@ def survives(mutation: Mutation) -> str:
 
 
 def timed(mutation: Mutation) -> tuple[Mutation, float, str]:
-    """A mutation, the seconds that it took, and what `survives` says of it."""
+    """Returns a mutation, the seconds that it took, and the result of `survives`."""
     sys.dont_write_bytecode = True
     started = time.monotonic()
     problem = survives(mutation)

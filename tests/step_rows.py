@@ -1,4 +1,4 @@
-"""Eight rows, packed in several ways, and a tiny policy that test_steps.py and test_rerank_steps.py train on them."""
+"""Eight rows, packed in several ways, and the tiny policy that test_steps.py and test_rerank_steps.py train on them."""
 
 import functools
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Which text counts as which answer, and what it is worth."""
+"""How text is read as an answer, and which reward it gets."""
 
 import ast
 import json

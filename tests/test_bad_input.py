@@ -1,7 +1,8 @@
 """Bad input ends in seconds: exit code 2, one line that says what is wrong and what to do, and nothing written.
 
-Every kind goes through `main` in this process, twice (with a new work directory and with a used one), with the
-executor's start made an error: it comes before devices, weights and compiles. The main kinds are run as commands too.
+Each kind is tried through `main` in this process, twice (with a new work directory and with a used one). Starting the
+executor is made an error there, because it comes before devices, weights and compiling. The main kinds are also run as
+commands.
 """
 
 import json
@@ -364,7 +365,7 @@ def test_a_work_directory_with_a_broken_record(write, run_main, tmp_path, text):
 
 
 def test_a_read_only_work_directory(write, tmp_path):
-    """For root, whom no file mode stops, a read-only mount in a namespace of its own."""
+    """File modes do not stop root, so root gets a read-only mount in its own namespace."""
     fixed = tmp_path / "fixed"
     fixed.mkdir(mode=0o555)
     mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none "$0" && exec "$@"', str(fixed)]

@@ -1,4 +1,4 @@
-"""Commands on folders that are no base model end as all bad input does: exit code 2, one line, nothing written."""
+"""Commands on folders that are not a base model end like all bad input: exit code 2, one line, nothing written."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is saved comes back, bit for bit, and what cannot be saved says so."""
+"""Checkpoints are restored bit for bit, and a failed save is reported."""
 
 import errno
 import os
@@ -99,7 +99,7 @@ def test_a_step_that_is_not_the_newest_is_not_saved(tmp_path, step):
 
 
 def test_a_state_may_be_taken_over_while_it_is_written(tmp_path):
-    """`save` returns before the files are there; what becomes of the arrays afterwards does not reach them."""
+    """`save` returns before the files exist; later changes of the arrays do not affect them."""
     state, x = some_state(1), jax.device_put(np.arange(1 << 20, dtype=np.float32), by_row(make_mesh(1, 1, 1)))
     state = state._replace(params={"x": x})
     shapes = abstract(state)

@@ -1,4 +1,4 @@
-"""Settings: the paper's defaults, what is refused with which words, and that each of them does something."""
+"""Settings: the paper's defaults, the messages for bad values, and that each setting has an effect."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""`convert` as a command: the files it writes, what it rejects, what it says, and what it refuses to begin with."""
+"""The command `convert`: the files that it writes, the rows that it rejects, its messages, and the input it refuses."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Reading questions: what is accepted, and what is refused with which words."""
+"""Reading data files: what is accepted, and the messages for what is refused."""
 
 import json
 from collections import Counter

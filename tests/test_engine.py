@@ -1,4 +1,4 @@
-"""The engine: what it draws, and that nothing but the model, the seed and the row's identity has a say in it."""
+"""The engine: what it draws, and that this depends only on the model, the seed and the row's identity."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""The audit log: what is in it, that a crash costs its last batch at most, and that its verdicts can be checked."""
+"""The audit log: its content, that a crash costs at most its last batch, and that its verdicts can be checked."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The executor: exact answers from good programs, a typed status from every other, and no outage taken for a score."""
+"""The executor: exact answers from good programs, a status for all others, and no failure of ours as a score."""
 
 import math
 import threading
@@ -231,7 +231,7 @@ def test_nothing_waits_behind_a_slow_program(fresh, handed_back):
 
 
 def test_a_program_sent_ahead_can_be_cancelled(fresh):
-    """Its zygote runs it all the same, and its answer is nobody's."""
+    """Its zygote still runs it, but its answer is dropped."""
     fresh.setattr(process, "COMMAND", patched_zygote("zygote.PATIENCE_S = 60"))
     programs = [body("import time", "time.sleep(0.5)", f"return {i}") for i in range(4)]
     with executor.stream(workers=1, memory_mb=339) as batch:

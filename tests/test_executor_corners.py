@@ -1,4 +1,4 @@
-"""The executor where the kernel denies what it is asked for: every set of protections, as root and as another user."""
+"""The executor where the kernel denies some protections: every set of them, as root and as another user."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""A program finds what a script of its own would find: CPython's answers, and nothing of other programs."""
+"""A program gets what it would get as a script: CPython's answers, and nothing from other programs."""
 
 import random
 import subprocess

@@ -1,4 +1,4 @@
-"""The executor's own mishaps: zygotes that are killed, hang or cannot start, and a trainer that dies or forks."""
+"""Failures of the executor itself: zygotes that are killed, hang or cannot start, and a trainer that dies or forks."""
 
 import contextlib
 import gc

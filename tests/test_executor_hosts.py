@@ -1,4 +1,4 @@
-"""The executor on odd hosts: each starts, or ends in one clear line."""
+"""The executor on unusual hosts: it starts, or it ends with one clear line."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_process_1_collects_what_a_lost_zygote_leaves(families):
 
 
 def test_a_zygote_with_another_python_is_refused(fresh):
-    """It is told where this Python's library is; what it then runs with is compared."""
+    """It is told where this Python's library is; then the library that it really uses is compared."""
     fresh.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
     change = "zygote.sys.version = 'another ' + zygote.os.environ.get('LD_LIBRARY_PATH', '')"
     fresh.setattr(process, "COMMAND", patched_zygote(change))

@@ -1,4 +1,4 @@
-"""The machine's failures are never a program's: killed children, and little memory, processes and descriptors."""
+"""A failure of the machine never counts against a program: killed children; little memory, processes, descriptors."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What the kernel keeps a program from, each protection alone and all together, and that nothing is left behind."""
+"""What the kernel forbids to a program, with each protection alone and with all, and that nothing is left behind."""
 
 import functools
 import gc

@@ -1,4 +1,4 @@
-"""Big and strange calls: sizes, timeouts, numbers and callbacks that nobody expects."""
+"""Large and unusual calls: unexpected sizes, timeouts, numbers and callbacks."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""The card beside an exported model says what it is, where it comes from and what was measured."""
+"""The card of an exported model says what the model is, where it comes from and what was measured."""
 
 import json
 

@@ -1,6 +1,6 @@
 """Complete PPO iterations and a rerank evaluation of the authors' own code, replayed entry by entry.
 
-Their rows are padded on the left, ours never: row b of theirs, its padding taken away, is row b of ours.
+Their rows are padded on the left, ours are not: row b of theirs without its padding is row b of ours.
 """
 
 import json

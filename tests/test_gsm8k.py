@@ -1,4 +1,4 @@
-"""Official GSM8K rows: numbers, equations and unknowns as they are read, and the programs that come of them."""
+"""Official GSM8K rows: how numbers, equations and unknowns are read, and the programs made from them."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def row(question: str, answer: str) -> Official:
 
 
 def body(question: str, answer: str) -> list[str]:
-    """The lines of a row's program behind its docstring, without `return result`."""
+    """The lines of a row's program after its docstring, without `return result`."""
     conversion = convert_row(row(question, answer))
     assert conversion.reason == ""
     head, docstring, *lines, last = conversion.program.split("\n")

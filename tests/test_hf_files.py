@@ -1,4 +1,4 @@
-"""Files of model folders: links, pointers, folders and damage are named for what they are, in one line."""
+"""Files of model folders: for links, pointers, folders and damage, one line says what the file is."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Weights as people have them: read as transformers reads them, or named for what they are, in one line."""
+"""Weights in the forms that people have: read as transformers reads them, or refused in one line that names it."""
 
 import json
 import shutil

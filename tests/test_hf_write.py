@@ -1,4 +1,4 @@
-"""What a written folder has beside its weights: the base's files, ids and types; and where none can be written."""
+"""What a written folder has in addition to its weights: the base's files, ids and types; and failed writes."""
 
 import json
 import os

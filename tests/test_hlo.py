@@ -1,4 +1,4 @@
-"""The counter of compiled programs: on programs whose FLOPs are worked out by hand, and on text of a TPU's compiler."""
+"""The counter of compiled functions: on functions whose FLOPs are known by hand, and on text of the TPU compiler."""
 
 import functools
 import re

@@ -1,6 +1,6 @@
-"""Two processes over loopback, four CPU devices each, do what one process with eight does, and end together.
+"""Two processes over loopback with four CPU devices each do the same as one process with eight, and end together.
 
-Run as a program, this file is one of two hosts that only talk.
+Run as a script, this file is one of two hosts that only exchange messages.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Intervals: published values, slow twins, and how often they cover the truth."""
+"""Intervals: published values, slow reference versions, and how often they cover the truth."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def test_mcnemar_is_the_binomial_test_of_the_questions_on_which_two_systems_diff
 
 
 def test_wilson_of_a_mean_of_shares_covers_the_truth_in_at_least_95_percent():
-    """50 questions, each with a share of its own; the truth is the mean over all questions there could be."""
+    """50 questions, each with its own share; the truth is the mean over all possible questions."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(2000):
         shares = rng.beta(0.6, 0.4, 50)

@@ -1,4 +1,4 @@
-"""The launch scripts: checked by shellcheck, and run against stand-ins for gcloud, srun and the program itself."""
+"""The launch scripts: checked by shellcheck, and run with fake versions of gcloud, srun and `reft`."""
 
 import os
 import re

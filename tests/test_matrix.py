@@ -1,6 +1,6 @@
 """Every dataset, with both engines, through every stage of the method, shortened: one process, one tiny model.
 
-The model is small enough to learn its twelve questions by heart, so that samples with an answer, right and wrong ones,
+The model learns its twelve questions by heart, so that samples with an answer, both correct and wrong ones,
 reach rewards, votes and rerankers in every cell.
 """
 

@@ -1,4 +1,4 @@
-"""Eight devices compute what one does. The suite sees one; this file, run as a program, is told of eight."""
+"""Eight devices compute the same as one. The suite sees one device; this file, run as a script, sees eight."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Rows in lines: where everything lies, how little of it is padding, and that a row does not notice its neighbours."""
+"""Rows packed into lines: their places, the small share of padding, and that rows do not affect their neighbours."""
 
 from types import SimpleNamespace
 

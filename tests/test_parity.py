@@ -1,4 +1,4 @@
-"""The same numbers as transformers: logits, losses, greedy text; and folders that each side reads from the other."""
+"""The same numbers as transformers: logits, losses, greedy text; and each side reads the other's folders."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The planner: its arithmetic by hand, its shapes beside those of a run, and a tiny model planned by the command."""
+"""The planner: its arithmetic by hand, its shapes compared with those of a run, and the command on a tiny model."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def test_costs_on_paper_of_a_7b_model():
 
 
 def test_the_roofline_by_hand():
-    """A ring of 5 + 5 bytes a second: 80 bytes to 4 chips take 6 s, summed up twice that; a hop takes a microsecond."""
+    """A ring of 5 + 5 bytes per second: 80 bytes over 4 chips take 6 s, a sum twice that; a hop takes a microsecond."""
     gather, total = {("all-gather", 4): (1, 80)}, {("all-reduce", 4): (1, 80)}
     assert chips.network_seconds(CHIP, gather) == pytest.approx(6)
     assert chips.network_seconds(CHIP, total) == pytest.approx(12)
@@ -82,7 +82,7 @@ def test_what_lies_beside_a_program_counts_and_a_tenth_must_be_to_spare():
 
 
 def test_an_iteration_is_its_parts_and_mfu_is_against_the_peak_of_all_chips():
-    """Twice 5 s of memory, four times 5 s; of 2 · 100 and 4 · 100 FLOPs on two chips of 100 a second."""
+    """2 · 5 s and 4 · 5 s, limited by memory, for 2 · 100 and 4 · 100 FLOPs on two chips of 100 FLOPs per second."""
     plan = plan_of(made_up(), made_up("score, policy", calls=4), made_up("SFT update", calls=0))
     assert plan.iteration == {"PPO update": 10, "score, policy": 20}
     assert plan.seconds == 30 and plan.cost == 60

@@ -75,7 +75,7 @@ def test_a_constant_needs_its_words():
 
 
 def test_a_number_in_a_mark_alone_is_no_statement():
-    """5 stands in the solution only as a result, in a mark and in the text."""
+    """In the solution 5 occurs only as a result, in a mark and in the text."""
     answer = ANSWER.replace("In 60 minutes", "She had 3+2 = <<3+2=5>>5 plums, and")
     assert "5 is a result, and the question does not state it" in broken_rules(
         GOOD.replace("apples_left * 2", "apples_left * (5 / 5) * 2"), QUESTION, answer

@@ -1,4 +1,4 @@
-"""The prompt strings, character by character, and that a row's text can be taken apart again."""
+"""The prompt strings, character by character, and that a row's text can be split again."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Whose answers are these? Stored answers are used again only for the model, the question and the settings of then."""
+"""Stored answers are used again only for the same model, the same question and the same settings."""
 
 import json
 import os

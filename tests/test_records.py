@@ -1,4 +1,4 @@
-"""Sample files: graded again from their stored answers or by running the programs, and turned into a table."""
+"""Sample files: regraded from their stored answers or by running the programs, and turned into a table."""
 
 import json
 import math
@@ -206,7 +206,7 @@ def test_an_id_that_stands_twice_is_refused(tmp_path):
 
 
 def write_rerank(folder: Path, scores: list, **more) -> Path:
-    """m.jsonl with two questions of two distinct samples each, and scores beside it."""
+    """m.jsonl with two questions of two distinct samples each, and their scores in a second file."""
     records = [GOOD, GOOD | {"item_id": "svamp_1"}]
     path = folder / "m.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in records))

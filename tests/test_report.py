@@ -1,4 +1,4 @@
-"""The result table in its three forms, and the picture of the curves."""
+"""The report in its three forms, and the picture of the curves."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The reranker's update and its scores against a slow twin written apart from them."""
+"""The reranker's update and its scores against a slow version that shares no code with them."""
 
 import jax
 import numpy as np

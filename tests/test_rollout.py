@@ -26,7 +26,7 @@ PROMPTS = [Prompt(example.item_id, 0, np.zeros(1, np.int32)) for example in EXAM
 
 
 class FakeEngine:
-    """Yields the completions in an order of its own; `wait` is called before the last."""
+    """Yields the completions in another order; `wait` is called before the last."""
 
     def __init__(self, wait=lambda: None):
         self.wait = wait

@@ -1,4 +1,4 @@
-"""Who sits in which slot: nobody twice, nobody forgotten, and every host decides alike."""
+"""Which request gets which slot: none twice, none forgotten, and every host takes the same decisions."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from reft_jax.types import Prompt
 
 
 def prompts_of(samples, seed: int = 0) -> list[Prompt]:
-    """For every number of samples a prompt of its own, shuffled."""
+    """One prompt per number of samples, shuffled."""
     rng = np.random.default_rng(seed)
     asked = []
     for item, count in enumerate(samples):
@@ -141,7 +141,7 @@ def test_a_prefill_is_kept_until_its_last_sample_is_seated():
 
 
 def test_a_prefill_is_kept_for_the_shard_that_is_slow():
-    """Both shards hold a prompt of prefill 0; one has no slot for its second sample, the other goes on to prefill 1."""
+    """Both shards hold a prompt of prefill 0; one has no slot for its second sample, the other goes to prefill 1."""
     _, groups = groups_of([2, 1, 1, 1])
     schedule = Schedule(sorted(groups, key=lambda group: -len(group.requests)), shards=2, slots=1, rows=1)
     assert schedule.next_prefill()[0] == 0

@@ -1,4 +1,4 @@
-"""Self-training: which rows it trains on, its loss against a slow twin, and that a killed run goes on where it was."""
+"""Self-training: the rows that it trains on, its loss against a slow version, and that a killed run resumes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The real sizes, by shape only: no weight exists, and nothing takes longer than seconds."""
+"""The real model sizes, as shapes only: no weights exist, and everything takes seconds."""
 
 import json
 

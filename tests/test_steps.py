@@ -1,4 +1,4 @@
-"""SFT and PPO updates and the PPO batch against slow twins written apart from them."""
+"""SFT and PPO updates and the PPO batch against slow versions that share no code with them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What k of n samples are worth: against the mean over every subset, taken one by one with the rules of voting.py."""
+"""Estimates for k of n samples, compared with the mean over all subsets, each judged by the rules of voting.py."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Sweeps as commands: interrupted ones end with the same table, files alone give it again, released names are found."""
+"""The command `sweep`: interrupted sweeps end with the same table, files alone give it, released names are found."""
 
 import json
 import os

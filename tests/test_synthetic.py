@@ -1,6 +1,6 @@
-"""The toy word problems: always the same, right by a second calculation, and their annotations as asked for.
+"""The toy word problems: always the same, correct by a second calculation, with annotations as requested.
 
-Not covered: whether a model learns anything from them, and how natural the wording is; look at some for that.
+Not covered: whether a model learns from them, and how natural the wording is; read some to judge that.
 """
 
 import hashlib

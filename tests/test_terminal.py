@@ -1,4 +1,4 @@
-"""Pipes whose reader goes away, terminals that lack a character, Ctrl-C, and a disk that is full behind a `>`."""
+"""Pipes whose reader has ended, terminals without some characters, Ctrl-C, and `>` to a full disk."""
 
 import json
 import os

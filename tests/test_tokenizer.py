@@ -1,4 +1,4 @@
-"""Text to ids and back, for a byte-level tokenizer of ours and for one of the sentencepiece kind (Llama's)."""
+"""Text to ids and back, for our byte-level tokenizer and for one of the sentencepiece kind (Llama's)."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def test_words_are_merged_and_the_size_is_kept(bpe):
 
 
 def test_a_saved_folder_loads_to_the_same_ids(bpe, folder):
-    # a model's config.json beside it must not make transformers build a Llama tokenizer from our vocabulary
+    # a model's config.json in the same folder must not make transformers build a Llama tokenizer from our vocabulary
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 400}')
     loaded = load_tokenizer(folder)
     for text in (*TEXTS, "  naïve\r\n\ttabs 🦆 <eos>", ""):

@@ -1,4 +1,4 @@
-"""Tokenizer folders as people have them: CodeLlama as published, other classes, other files, files that are none."""
+"""Tokenizer folders in the forms that people have: CodeLlama as published, other classes, other files, broken files."""
 
 import builtins
 import json

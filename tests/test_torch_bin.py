@@ -1,4 +1,4 @@
-"""pytorch_model*.bin files without PyTorch: the same tensors, and nothing of a file is ever run."""
+"""pytorch_model*.bin files are read without PyTorch: the same tensors, and no code of a file ever runs."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Exports in transformers 4.57, PEFT, and a reader as vLLM's, in an environment of their own: they pin another version.
+"""Exports in transformers 4.57, PEFT and a reader like vLLM's, in a separate environment with the versions they need.
 
 The environment is made once, in pytest's cache, from a package index; or REFT_TRANSFORMERS4 names its Python.
 """
@@ -39,7 +39,7 @@ for folder in sys.argv[1:]:
         logits = model.eval()(ids).logits.float()
         policy = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=True))
         assert torch.equal(policy(ids).logits.float(), logits)
-    # vLLM's DefaultModelLoader: every tensor of every *.safetensors beside config.json is the model's
+    # vLLM's DefaultModelLoader: every tensor of every *.safetensors in the model's folder belongs to the model
     tensors = [name for path in glob.glob(folder + "/*.safetensors") for name in load_file(path)]
     text = open(sys.argv[0] + ".txt").read()
     found[folder] = {

@@ -1,4 +1,4 @@
-"""Whatever people do between two looks: every printed share is that of the models, files and settings of now."""
+"""Whatever people change in between, every printed share belongs to the current models, files and settings."""
 
 import numpy as np
 import pytest

@@ -88,7 +88,7 @@ def test_evaluation_equals_that_of_the_authors_exactly(golden):
     # Their reranker evaluation deduplicates each question's predictions by text, in order, and runs the model on each
     # (`rows`). cls_acc: share of all rows whose argmax of the two logits equals the correctness flag. rerank_acc: flag
     # of the row with the highest softmax probability of class 1 among those with a value. upper_bound: any flag true.
-    # vote_acc: not voted anew over the distinct rows; it is the sampling script's `is_correct` of each question.
+    # vote_acc: not voted again over the distinct rows; it is the sampling script's `is_correct` of each question.
     logits = defaultdict(list)
     for row in golden["rows"]:
         logits[row["item_id"]].append(row["logits"])

@@ -1,4 +1,4 @@
-"""What a run is warned of: no answers at all, and a policy that is ruined."""
+"""Warnings of a run: no answers at all, and a ruined policy."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A work directory from another folder, what is left over in it, and what is damaged in it."""
+"""A work directory that was moved, and leftover and damaged files in it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""One run that nothing disturbs, for all tests of this folder to compare with."""
+"""One undisturbed run, with which all tests of this folder compare."""
 
 from pathlib import Path
 

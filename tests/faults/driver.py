@@ -1,7 +1,7 @@
-"""A run that is hit at a chosen moment: python driver.py POINT NUMBER SIGNAL COMMAND --config=…
+"""A run that gets a signal at a chosen moment: python driver.py POINT NUMBER SIGNAL COMMAND --config=…
 
-When the run passes the point for the NUMBER-th time this process gets the signal, and says when on stderr. POINT "none"
-never comes. The run is otherwise the real one; it keeps every compiled program, so that a restart compiles nothing.
+When the run passes POINT for the NUMBER-th time, this process gets the signal and says so on stderr. POINT "none"
+never comes. Otherwise the run is a real one. It keeps every compiled function, so that a restart compiles nothing.
 """
 
 import errno

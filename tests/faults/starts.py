@@ -1,4 +1,4 @@
-"""Small runs, started as a user starts them, and what must be equal afterwards."""
+"""Small runs, started as a user starts them, and comparisons of their results."""
 
 import json
 import os

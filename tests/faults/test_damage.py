@@ -1,4 +1,4 @@
-"""Whatever happens to the files of the newest step is noticed, and the step before it is used."""
+"""Any damage to the files of the newest step is noticed, and the step before it is used."""
 
 import json
 import random
@@ -90,7 +90,7 @@ def test_twenty_bits_flipped_anywhere(saved, tmp_path, capsys):
 
 
 def test_every_bit_of_the_manifest(saved, tmp_path):
-    """The list of checksums has one of its own: no flipped bit makes another list of it."""
+    """The list of checksums has its own checksum, so that a flipped bit in it is noticed."""
     path = Path(shutil.copytree(saved / "2", tmp_path / "2")) / "manifest.json"
     content = path.read_bytes()
     rng = random.Random(1)

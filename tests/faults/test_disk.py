@@ -1,4 +1,4 @@
-"""A disk that fills up while a step is saved: a clear end, and the older step is used."""
+"""The disk becomes full while a step is saved: a clear message, and the older step is used."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ import starts
 
 
 def test_the_disk_fills_up_during_a_save(reference, cache, tmp_path):
-    """64 MiB in a mount namespace of its own; where that is not allowed, Orbax is told that there is no space."""
+    """A disk of 64 MiB in a new mount namespace; where that is not allowed, Orbax gets an error as if it were full."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=64m none {disk} && exec "$@"', "sh"]

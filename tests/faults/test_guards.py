@@ -1,4 +1,4 @@
-"""What a run does about numbers that are none, steps that never end, and settings or data that changed."""
+"""What a run does about NaN and infinite numbers, steps that never end, and changed settings or data."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end as the one that nothing disturbed, bit for bit."""
+"""Runs that are killed and started again end like an undisturbed run, bit for bit."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A step that was saved on one mesh goes on on others. This file, run as a program, is told of eight devices."""
+"""A run resumes on another mesh than the one its step was saved on. Run as a script, this file sees eight devices."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so soon, saves what is done, leaves no process and gives no verdict for it."""
+"""A run that is asked to stop does so soon, saves its work, leaves no process, and grades no interrupted program."""
 
 import re
 import signal

@@ -163,6 +163,7 @@ def test_some_values_can_be_replaced():
     changed = replaced(config, {"mesh.fsdp": 4, "seed": 7})
     assert (changed.mesh.fsdp, changed.seed) == (4, 7) and config.mesh.fsdp == 1
     assert flatten(changed) == flatten(config) | {"mesh.fsdp": 4, "seed": 7}
+    assert type(replaced(config, {"rl.kl_coef": 1}).rl.kl_coef) is float
     assert replaced(small(), {}) == config and hash(replaced(config, {})) == hash(config)
 
 

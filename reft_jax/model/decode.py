@@ -1,16 +1,18 @@
 """Prefill and one decode step, as plain functions of the rollout weights (rollout_weights.py).
 
-A decode step has two forms, because CPUs and TPUs read memory differently. Both unroll the layers: a product cannot
-read a slice of a larger array in place, so with stacked weights and a stacked cache every layer of every step would
-copy both (SmolLM2-135M, 64 rows, two CPU cores: 200 ms per step, unrolled 142).
+A step has two forms, because CPUs and TPUs want different layouts of the same arrays. Both unroll the layers: a product
+cannot read a slice of a larger array in place, so with stacked weights and a stacked cache every layer of every step
+would copy both (SmolLM2-135M, 64 rows, two CPU cores: 200 ms per step; unrolled 142).
 
-`step_in_place`, off TPUs: a row's position is a column, x [D,B], so each matrix [out, in] stands on the left of its
-product and nothing is transposed but queries, keys and values for the attention; on a CPU the step takes 0.8 of the
-time. Each row writes its key and value into the cache at its own position. `step_beside`, on a TPU: that write is a
-scatter, for which the TPU compiler would copy the whole cache into another layout before the steps and back after them
-(a second cache in memory, and a quarter of its bytes more per step). So up to 16 steps write beside the cache, all rows
-at one place, and `cache.join` adds them afterwards; on a CPU attention to two parts takes 31 ms of a step of 94, to one
-23. Rows stay rows there: 64 columns would fill half of a register.
+`step_in_place`, off TPUs: each row is a column, x [D,B]. So each matrix [out, in] is the left side of its product, and
+only queries, keys and values are transposed, for the attention. On a CPU the step takes 0.8 of the time of rows. Each
+row writes its key and value into the cache, at its own position.
+
+`step_beside`, on a TPU: that write is a scatter. For it the TPU compiler would copy the whole cache into another layout
+before the steps and back after them: a second cache in memory, and per step a quarter of its bytes more to move. So up
+to 16 steps write beside the cache, all rows at one place, and `cache.join` adds them afterwards. On a CPU that would be
+slower: attention to two parts takes 31 ms of a step of 94 ms, to one part 23. Rows stay rows, because 64 columns would
+fill half of a TPU's register.
 """
 
 from functools import partial

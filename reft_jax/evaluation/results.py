@@ -37,13 +37,13 @@ def read_answers(model: str, path: Path) -> Answers:
     those files are about other questions or completions than the samples.
     """
     samples, answers = by_item(read_records(path)), Answers(model, {}, {}, {})
-    if (beside := path.with_suffix(GREEDY)).exists():
-        answers = answers._replace(greedy=by_item(read_records(beside, GREEDY_KIND)))
-        check_same(f"{beside}", answers.greedy, f"{path}", samples)
-    if (beside := path.with_suffix(RERANK)).exists():
-        scores = by_item(read_records(beside, RERANK_KIND))
+    if (greedy_file := path.with_suffix(GREEDY)).exists():
+        answers = answers._replace(greedy=by_item(read_records(greedy_file, GREEDY_KIND)))
+        check_same(f"{greedy_file}", answers.greedy, f"{path}", samples)
+    if (scores_file := path.with_suffix(RERANK)).exists():
+        scores = by_item(read_records(scores_file, RERANK_KIND))
         answers = answers._replace(probabilities={item_id: one["probabilities"] for item_id, one in scores.items()})
-        check_scores(beside, scores, samples)
+        check_scores(scores_file, scores, samples)
     return answers._replace(samples=samples)
 
 
@@ -66,6 +66,7 @@ def check_scores(path: Path, scores: dict[str, dict], samples: dict[str, dict]) 
 
 
 def by_item(records: Sequence[dict]) -> dict[str, dict]:
+    """The records by item_id."""
     return {record["item_id"]: record for record in records}
 
 
@@ -98,6 +99,7 @@ def _reranked(predictions: list[dict], probabilities: list[float]) -> bool:
 
 
 def count(flags) -> dict:
+    """{"correct", "total"} of these flags."""
     flags = list(flags)
     return {"correct": int(sum(map(bool, flags))), "total": len(flags)}
 

@@ -76,6 +76,7 @@ def load(folders: str, kind: str, library: list[str]) -> tuple[dict, list[str]]:
     namespace, packages = {"math": math}, []
     if kind == "sympy":
         sys.path[:] = [*library, *folders.split(os.pathsep)]
+        # Imported here: only now are the packages on the path, and a plain zygote starts faster without them.
         import mpmath
         import sympy
 

@@ -11,6 +11,7 @@ import sys
 import types
 
 TEXT_CHARS, DETAIL_CHARS = 256, 80
+# What `compile` raises for a program that Python cannot compile.
 UNCOMPILABLE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
 # A waiting child runs this before it has a program. It then already owns the pages that compiling and running write to.
 WARM_UP = '''def solution():

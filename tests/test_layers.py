@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "reft_jax"
 # A part is a folder or a single module right under reft_jax/; the package itself is "__init__".
 LEVELS = {
     "__init__": 0,
-    **dict.fromkeys(["types", "config", "store", "terminal", "model_folder"], 1),
+    **dict.fromkeys(["types", "config", "store", "plugins", "terminal", "model_folder"], 1),
     **dict.fromkeys(["algo", "executor", "gsm8k_programs"], 2),
     **dict.fromkeys(["model", "parallel", "tasks"], 3),
     **dict.fromkeys(["train", "engine", "evaluation", "toy"], 4),
@@ -25,7 +25,13 @@ LEVELS = {
     "__main__": 8,
 }
 # The vocabulary of the package; they raise its errors.
-SIDEWAYS = {("config", "types"), ("store", "types"), ("model_folder", "types"), ("terminal", "store")}
+SIDEWAYS = {
+    ("config", "types"),
+    ("store", "types"),
+    ("plugins", "types"),
+    ("model_folder", "types"),
+    ("terminal", "store"),
+}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Rooms that may not import JAX. The executor's workers start before JAX does; the others are text and numbers only.
 WITHOUT_JAX = {"types", "executor", "tasks", "evaluation", "gsm8k_programs"}

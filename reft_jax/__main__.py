@@ -257,7 +257,7 @@ def solve(argv: list[str]) -> None:
     run_solve(
         Path(values.model),
         questions[0],
-        engine=values.engine,
+        answer_format=values.engine,
         max_len=values.max_len,
         allow_unsandboxed=values.allow_unsandboxed,
     )
@@ -267,6 +267,7 @@ def regrade(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("samples", None, "sample files, or folders of them, with commas between", flag_values=values)
     flags.DEFINE_bool("execute", False, "run every program again", flag_values=values)
+    flags.DEFINE_string("task", "", "as task of a config", flag_values=values)
     flags.DEFINE_string("out-dir", None, "folder for sweep.md and sweep.json", flag_values=values)
     flags.DEFINE_integer("seed", 42, "of subsets and intervals", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("allow_unsandboxed", False, "as executor.allow_unsandboxed of a config", flag_values=values)
@@ -283,6 +284,7 @@ def regrade(argv: list[str]) -> None:
         out_dir=Path(values["out-dir"].value) if values["out-dir"].value else None,
         seed=values.seed,
         allow_unsandboxed=values.allow_unsandboxed,
+        task=values.task,
     )
 
 

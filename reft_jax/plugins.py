@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +17,11 @@ def is_plugin(name: str) -> bool:
     """Whether a setting's value has the form `path.py:NAME`, and is not one of the names the package knows."""
     path, colon, _ = name.rpartition(":")
     return bool(colon) and path.endswith(".py")
+
+
+def absolute(name: str) -> str:
+    """A plugin's name with the absolute path of its file; any other name unchanged."""
+    return os.path.abspath(name) if is_plugin(name) else name
 
 
 def load(path_and_name: str, what: str) -> Any:

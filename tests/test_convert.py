@@ -100,7 +100,7 @@ def test_gsm8k(convert, train, tmp_path):
     questions = json.loads((out / "gsm8k_questions.json").read_text())
     assert [row["item_id"] for row in questions] == [f"gsm8k_{index}" for index in range(4)]
     assert all(row.keys() == {"item_id", "question", "answer_value"} for row in questions)
-    assert [(row["item_id"], row["engine"], row["reason"]) for row in lines(out / "rejected.jsonl")] == [
+    assert [(row["item_id"], row["format"], row["reason"]) for row in lines(out / "rejected.jsonl")] == [
         ("gsm8k_1", "python", "a number from nowhere"),
         ("gsm8k_3", "python", "no equation in the solution"),
         ("gsm8k_3", "nl", "no solution before '####'"),
@@ -123,7 +123,7 @@ def test_a_program_that_returns_another_answer_is_rejected(convert, train, tmp_p
     monkeypatch.setattr(conversion, "convert_row", lambda row: wrong)
     convert("gsm8k", f"--in={train}", f"--out-dir={tmp_path}/out")
     assert json.loads((tmp_path / "out" / "gsm8k_python_sdp.json").read_text()) == []
-    reasons = [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl") if row["engine"] == "python"]
+    reasons = [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl") if row["format"] == "python"]
     assert reasons == ["the program returns another answer (ok)"] * 4
 
 

@@ -54,7 +54,9 @@ def run_check(folder: Path, config) -> bool:
     cannot be loaded at all.
     """
     started = time.monotonic()
-    examples = synthetic.make_split(config.seed, "train", QUESTIONS, engine=config.data.format, skipped_share=0.0)
+    examples = synthetic.make_split(
+        config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0
+    )
     run = Run(config, folder, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     passed = True
@@ -98,9 +100,9 @@ def findings(run: Run) -> Iterator[Finding]:
 
 
 def check_tokenizer(run: Run) -> Finding:
-    engine, examples = run.config.data.format, run.data.train
-    texts = [prompts.rollout_prompt(example.question, engine) for example in examples]
-    texts += [prompts.sft_target(example, engine) for example in examples]
+    answer_format, examples = run.config.data.format, run.data.train
+    texts = [prompts.rollout_prompt(example.question, answer_format) for example in examples]
+    texts += [prompts.sft_target(example, answer_format) for example in examples]
     changed = [text for text in texts if decode(run.tokenizer, encode(run.tokenizer, text)) != text]
     figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"
     return Finding("tokenizer round trip", not changed, figure + (f"; not {changed[0][:60]!r}" if changed else ""))
@@ -118,9 +120,9 @@ def check_executor(run: Run) -> Finding:
 
 def check_grading(run: Run) -> Finding:
     """A worked solution earns 1 where it is right, 0.1 where the answer is another number; no solution earns 0."""
-    engine, examples, limits = run.config.data.format, run.data.train, run.config.executor
+    answer_format, examples, limits = run.config.data.format, run.data.train, run.config.executor
     run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
-    right = [prompts.sft_target(example, engine) for example in examples]
+    right = [prompts.sft_target(example, answer_format) for example in examples]
     others = [example._replace(answer_value=str(float(example.answer_value) + 1)) for example in examples]
     wrong, total = 0, 0
     for texts, asked, reward in (
@@ -128,7 +130,7 @@ def check_grading(run: Run) -> Finding:
         (right, others, 0.1),
         (["I do not know."] * len(examples), examples, 0.0),
     ):
-        verdicts = answers.grade(texts, asked, engine, run_programs=run_programs)
+        verdicts = answers.grade(texts, asked, answer_format, run_programs=run_programs)
         wrong += sum(verdict.reward != reward for verdict in verdicts)
         total += len(verdicts)
     return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded rightly")

@@ -21,7 +21,8 @@ from reft_jax.store import writing
 from reft_jax.tasks import answers
 from reft_jax.tasks.datasets import load_examples, read_rows
 from reft_jax.tasks.gsm8k import read_official
-from reft_jax.tasks.prompts import PROGRAM_HEAD, plain_answer, sft_target
+from reft_jax.tasks.prompts import PROGRAM_HEAD, sft_target
+from reft_jax.tasks.registry import PAPER, TASKS, plain_answer
 from reft_jax.types import Example, InputError
 
 HUB_GSM8K = "openai/gsm8k"
@@ -29,7 +30,7 @@ FILES = {"python": "python_sdp", "nl": "nl"}  # the authors' names: gsm8k_python
 MEMORY_MB = 1024
 PROGRESS = 2000  # rows between two lines
 CLOSING = re.compile(r"Therefore, the answer is:? <?(-?[\d.,]+|[a-e])>?\.?\s*$")
-Rejected = tuple[str, str, str]  # item id, engine, reason
+Rejected = tuple[str, str, str]  # item id, answer format, reason
 
 
 def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: int, allow_unsandboxed: bool) -> None:
@@ -53,7 +54,7 @@ def run_convert(dataset: str, source: str, out_dir: Path, *, show: int, seed: in
         made, rejected = _convert(rows, workers) if official else _check(rows, workers)
     finally:
         executor.shutdown()
-    files = {f"{dataset}_{FILES[engine]}.json": kept for engine, kept in made.items() if kept or official}
+    files = {f"{dataset}_{FILES[answer_format]}.json": kept for answer_format, kept in made.items() if kept or official}
     files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
     _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
     print(_summary(source, len(rows), made, rejected, time.monotonic() - began))
@@ -71,13 +72,13 @@ def _examples(dataset: str, source: str) -> list[Example]:
     """The rows of a file in our format, stripped, numbers without commas, letters in lower case. InputError."""
     examples = []
     for index, example in enumerate(load_examples(source, need_cot=False)):
-        if answers.dataset_of(example.item_id) != dataset:
+        if PAPER.of(example.item_id).name != dataset:
             raise InputError(
                 f"{source}: row {index}, field 'item_id': {example.item_id!r} is no row of {dataset}; convert the file "
                 "as the dataset that its ids begin with"
             )
         value = example.answer_value.strip()
-        value = value.lower() if dataset == answers.CHOICE_DATASET else plain_answer(value)
+        value = value.lower() if TASKS[dataset].want == "text" else plain_answer(value)
         cot = example.answer_cot and example.answer_cot.strip()
         examples.append(Example(example.item_id, example.question.strip(), value, cot))
     return examples
@@ -96,8 +97,8 @@ def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, l
         reason = converted.reason
         if future:
             outcome = future.result()
-            value = answers.read_answer("gsm8k", outcome.value)
-            if not answers.is_correct("gsm8k", value, row.answer_value):
+            value, _ = TASKS["gsm8k"].returned(outcome)
+            if not TASKS["gsm8k"].is_correct(value, row.answer_value):
                 reason = f"the program returns another answer ({outcome.status})"
         if reason:
             rejected.append((row.item_id, "python", reason))
@@ -140,8 +141,8 @@ def _text_problem(row: Example) -> str:
     if not verdict.correct:
         return "the answer phrase does not give the answer"
     closing = CLOSING.search(row.answer_cot)
-    dataset = answers.dataset_of(row.item_id)
-    if closing and not answers.is_correct(dataset, answers.read_target(dataset, closing[1]), row.answer_value):
+    task = PAPER.of(row.item_id)
+    if closing and not task.is_correct(task.target(closing[1]), row.answer_value):
         return f"the text ends in {closing[1]}, the answer is {row.answer_value}"
     return ""
 
@@ -155,8 +156,8 @@ def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: 
     """All files or none: each is written beside its place and moved there when the last one is complete. SaveError."""
     questions = {row.item_id: row.question for row in rows}
     lines = [
-        {"item_id": item_id, "engine": engine, "reason": reason, "question": questions[item_id]}
-        for item_id, engine, reason in rejected
+        {"item_id": item_id, "format": answer_format, "reason": reason, "question": questions[item_id]}
+        for item_id, answer_format, reason in rejected
     ]
     files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     parts = {name: folder / f".{name}.part" for name in files}
@@ -175,10 +176,10 @@ def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: 
 
 def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Rejected], seconds: float) -> str:
     text = [f"{source}: {rows} rows"]
-    text += [f"{len(kept)} verified {engine} ({len(kept) / rows:.2%})" for engine, kept in made.items() if kept]
+    text += [f"{len(kept)} verified {name} ({len(kept) / rows:.2%})" for name, kept in made.items() if kept]
     lines = [", ".join([*text, f"{seconds:.0f} s"])]
     # rules and answers name single values: counted without them
-    reasons = Counter((engine, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, engine, reason in rejected)
+    reasons = Counter((name, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, name, reason in rejected)
     return "\n".join(
-        lines + [f"{count:6d} {engine} rejected: {reason}" for (engine, reason), count in reasons.most_common()]
+        lines + [f"{count:6d} {name} rejected: {reason}" for (name, reason), count in reasons.most_common()]
     )

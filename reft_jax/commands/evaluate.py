@@ -30,6 +30,7 @@ from reft_jax.stages.models import (
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, made_by, samples_path
 from reft_jax.tasks.answerable import wrong_anyway
+from reft_jax.tasks.registry import load_task
 from reft_jax.train.metrics import read_metrics
 
 
@@ -79,7 +80,7 @@ def run_evaluate(run: Run) -> dict:
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     names = [name for name in POLICIES if model_folder(run, name).exists()]
     models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
-    found = table(models, run.config.seed)
+    found = table(models, run.config.seed, load_task(run.config.task))
     report = {
         "title": run.config.name,
         "about": about(run),
@@ -123,7 +124,8 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
     """What a reader of the table must know."""
     lines = []
     data, max_len = run.config.data, run.config.sample.max_len
-    if wrong := wrong_anyway(run.tokenizer, run.data.test, data.format, max_len, "test"):
+    task = load_task(run.config.task)
+    if wrong := wrong_anyway(run.tokenizer, run.data.test, data.format, max_len, "test", task):
         lines.append(f"{wrong}.")
     if run.config.model.path == "toy":
         lines.append(

@@ -8,21 +8,24 @@ from reft_jax import executor
 from reft_jax.commands.sweep import Source, find
 from reft_jax.run.open import checked_tokenizer, completed_text, start_executor
 from reft_jax.tasks import answers
+from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import all_end_ids, encode_rollout
 from reft_jax.types import Example, InputError, Prompt
 
 
-def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, allow_unsandboxed: bool) -> None:
+def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len: int, allow_unsandboxed: bool) -> None:
     """Decodes greedily in float32, prints the completion and its executed answer.
 
-    `folder` is in Hugging Face format or RUN/models/NAME of a work directory, whose engine is then the default.
+    `folder` is in Hugging Face format or RUN/models/NAME of a work directory. That one's task is taken, and its answer
+    format is the default; for a folder from elsewhere they are the paper's numbers and `python`.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):
         raise InputError(f"{folder}: is a reranker and answers nothing; give the model that it ranks for")
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
-    engine = engine or trained_engine(source)
+    settings = trained_with(source)
+    answer_format, task = answer_format or settings.get("data.format", "python"), load_task(settings.get("task", ""))
     tokenizer = checked_tokenizer(source.base)
-    prompt = encode_rollout(tokenizer, question, engine)
+    prompt = encode_rollout(tokenizer, question, answer_format, task)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
     start_executor(1, 1024, allow_unsandboxed)
@@ -40,20 +43,21 @@ def run_solve(folder: Path, question: str, *, engine: str | None, max_len: int, 
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
-        text = completed_text(tokenizer, prompt, completion)
-        # The right answer is not known here; 0 only stands where grading wants one.
-        [verdict] = answers.grade([text], [Example("toy_0", question, "0")], engine, run_programs=executor.run_programs)
+        text = completed_text(tokenizer, prompt, completion, task)
+        # The correct answer is not known here; grading gets 0 instead.
+        asked = [Example("toy_0", question, "0")]
+        [verdict] = answers.grade([text], asked, answer_format, task, run_programs=executor.run_programs)
         print(text)
         print(f"\nanswer: {verdict.value if verdict.value is not None else f'none ({verdict.status})'}")
     finally:
         executor.shutdown()
 
 
-def trained_engine(source: Source) -> str:
-    """The engine that a work directory trains for; a folder from elsewhere does not say."""
+def trained_with(source: Source) -> dict:
+    """The settings of the work directory that a model is in; none for a folder from elsewhere."""
     if not source.is_stage:
-        return "python"
-    return json.loads((source.folder.parent.parent / "config.json").read_text())["data.format"]
+        return {}
+    return json.loads((source.folder.parent.parent / "config.json").read_text())
 
 
 def load_policy(source: Source, mesh):

@@ -11,7 +11,7 @@ from reft_jax.evaluation.intervals import mcnemar, paired_bootstrap
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, RERANK, RERANK_KIND, read_records, text_hash
 from reft_jax.evaluation.subsets import rerank_at, sizes, upper_bound_at, voting_at
 from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound
-from reft_jax.tasks.answers import dataset_of, read_target
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
 COLUMNS = ("top1", "voting", "rerank", "upper_bound")
@@ -30,16 +30,16 @@ class Answers(NamedTuple):
     probabilities: dict[str, list[float]]
 
 
-def read_answers(model: str, path: Path) -> Answers:
+def read_answers(model: str, path: Path, task: Task = PAPER) -> Answers:
     """What lies at `path` (NAME.jsonl) and beside it (see evaluation/records.py), as far as it is there.
 
     Raises InputError, naming file and item, where something is malformed, or where what lies beside the samples is
     about other questions or other completions.
     """
-    samples, answers = by_item(read_records(path)), Answers(model, {}, {}, {})
+    samples, answers = by_item(read_records(path, task=task)), Answers(model, {}, {}, {})
     if (beside := path.with_suffix(GREEDY)).exists():
-        answers = answers._replace(greedy=by_item(read_records(beside, GREEDY_KIND)))
-        check_same(f"{beside}", answers.greedy, f"{path}", samples)
+        answers = answers._replace(greedy=by_item(read_records(beside, GREEDY_KIND, task)))
+        check_same(f"{beside}", answers.greedy, f"{path}", samples, task)
     if (beside := path.with_suffix(RERANK)).exists():
         scores = by_item(read_records(beside, RERANK_KIND))
         answers = answers._replace(probabilities={item_id: one["probabilities"] for item_id, one in scores.items()})
@@ -180,7 +180,7 @@ def samples_each(answers: Answers) -> int:
     return next((len(record["predictions"]) for record in answers.samples.values()), 0)
 
 
-def table(models: list[Answers], seed: int) -> dict:
+def table(models: list[Answers], seed: int, task: Task = PAPER) -> dict:
     """{"test_questions", "n", "rows", "comparisons"} of models that answered the same questions.
 
     Raises InputError, naming a model and an item, where the answers of one are to other questions, or not to all.
@@ -189,7 +189,7 @@ def table(models: list[Answers], seed: int) -> dict:
     for one in models:
         for answered in (one.greedy, one.samples):
             if answered:
-                check_same(one.model, answered, models[0].model, asked)
+                check_same(one.model, answered, models[0].model, asked, task)
         if one.probabilities and one.probabilities.keys() != one.samples.keys():
             have = f"{len(one.probabilities)} of {len(one.samples)} questions"
             raise InputError(f"{one.model}: the reranker has judged {have}; finish it first")
@@ -198,7 +198,7 @@ def table(models: list[Answers], seed: int) -> dict:
     return {"test_questions": len(asked), "n": n, "rows": rows, "comparisons": comparisons(models, seed)}
 
 
-def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict]) -> None:
+def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict], task: Task = PAPER) -> None:
     """InputError, naming an item, unless both are answers to the same questions with the same targets."""
     if different := answered.keys() ^ asked.keys():
         item = min(different)
@@ -211,8 +211,7 @@ def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str
         before = asked[item]
         if record is before or all(record[key] == before[key] for key in ("question", "answer_value")):
             continue
-        dataset = dataset_of(item)
-        targets = [read_target(dataset, one["answer_value"]) for one in (record, before)]
+        targets = [task.of(item).target(one["answer_value"]) for one in (record, before)]
         if record["question"] != before["question"] or targets[0] != targets[1]:
             field = "question" if record["question"] != before["question"] else "answer_value"
             raise InputError(

@@ -30,6 +30,7 @@ from reft_jax.run.watch import Silence
 from reft_jax.run.workdir import MACHINE, check_workdir, create_workdir, with_absolute_paths
 from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
+from reft_jax.tasks.registry import PAPER, Task, load_task
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
@@ -77,15 +78,15 @@ class Run:
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts of each example, the forced prefix included."""
-        made = []
+        made, how = [], (self.config.data.format, load_task(self.config.task))
         for example in examples:
-            tokens = np.array(encode_rollout(self.tokenizer, example.question, self.config.data.format), np.int32)
+            tokens = np.array(encode_rollout(self.tokenizer, example.question, *how), np.int32)
             made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
         return made
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
         """The completion as text, see `completed_text`."""
-        return completed_text(self.tokenizer, prompt.tokens, completion)
+        return completed_text(self.tokenizer, prompt.tokens, completion, load_task(self.config.task))
 
     @cached_property
     def data_made(self) -> dict:
@@ -105,13 +106,13 @@ class Run:
         }
 
 
-def completed_text(tokenizer, prompt: Sequence[int], completion: Completion) -> str:
+def completed_text(tokenizer, prompt: Sequence[int], completion: Completion, task: Task = PAPER) -> str:
     """A completion as text, without the id that ended it, which is not always a special token.
 
     Prompt and response are decoded together (see prompts.completion_text).
     """
     response = completion.tokens[:-1] if completion.finished else completion.tokens
-    return prompts.completion_text(decode(tokenizer, [*prompt, *response]))
+    return prompts.completion_text(decode(tokenizer, [*prompt, *response]), task)
 
 
 def _hash(text: str) -> str:
@@ -120,13 +121,13 @@ def _hash(text: str) -> str:
 
 def load_data(config, paths: dict[str, str]) -> Data:
     """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
-    data = config.data
-    train = shorten(datasets.load_examples(paths["train"], need_cot=True), data.train_limit, config.seed)
-    test = shorten(datasets.load_examples(paths["test"], need_cot=False), data.test_limit, config.seed)
+    data, task = config.data, load_task(config.task)
+    train = shorten(datasets.load_examples(paths["train"], task, need_cot=True), data.train_limit, config.seed)
+    test = shorten(datasets.load_examples(paths["test"], task, need_cot=False), data.test_limit, config.seed)
     if shared := datasets.shared_questions(train, test):
         print(f"{shared} training questions are test questions too", flush=True)
     if paths["dev"]:
-        return Data(train, datasets.load_examples(paths["dev"], need_cot=False), test, "a third split")
+        return Data(train, datasets.load_examples(paths["dev"], task, need_cot=False), test, "a third split")
     if data.dev_rows:
         if data.dev_rows >= len(train):
             raise InputError(f"config: data.dev_rows={data.dev_rows} leaves none of {len(train)} training rows")
@@ -144,15 +145,15 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
 
 def sft_rows(run: Run) -> list[Row]:
     """Training rows that fit, of `supervised_row`."""
-    config = run.config
-    rows = [supervised_row(run, example, prompts.sft_target(example, config.data.format)) for example in run.data.train]
+    config, how = run.config, (run.config.data.format, load_task(run.config.task))
+    rows = [supervised_row(run, example, prompts.sft_target(example, *how)) for example in run.data.train]
     lengths = [len(ids) for ids, _, _ in rows]
     return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
 
 
 def supervised_row(run: Run, example: Example, target: str) -> Row:
     """Prompt and target are tokenized apart, as the authors do."""
-    prompt = encode(run.tokenizer, prompts.prompt_text(example.question))
+    prompt = encode(run.tokenizer, prompts.prompt_text(example.question, load_task(run.config.task)))
     return prompt + encode(run.tokenizer, target) + [run.tokenizer.eos_token_id], len(prompt), example.item_id
 
 
@@ -168,13 +169,13 @@ def tokenized(run: Run) -> Run:
     A limit that drops too many rows ends the run here, not after an hour of SFT. Rows of dev and test stay, and are
     named if no completion can answer them.
     """
-    config, data, tok = run.config, run.data, run.tokenizer
+    config, data, tok, task = run.config, run.data, run.tokenizer, load_task(run.config.task)
     where = f"data.train={config.data.train}"
-    data.train = trainable(tok, data.train, config.data.format, config.data.max_dropped, where)
+    data.train = trainable(tok, data.train, config.data.format, config.data.max_dropped, where, task)
     run.sft, run.questions = sft_rows(run), ppo_examples(run)
     splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
     for split, examples in splits.items():
-        if told := wrong_anyway(tok, examples, config.data.format, config.sample.max_len, split):
+        if told := wrong_anyway(tok, examples, config.data.format, config.sample.max_len, split, task):
             print(told, flush=True)
     return run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from reft_jax import plugins
 from reft_jax.config import flatten, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
@@ -36,7 +37,7 @@ def with_absolute_paths(config, workdir: Path):
             print(f"{key}: {path} is {known}, as before", flush=True)
             paths[key] = known
     changed = ConfigDict(config, type_safe=False)
-    changed.update_from_flattened_dict(paths)
+    changed.update_from_flattened_dict(paths | {"task": plugins.absolute(flat["task"])})
     return FrozenConfigDict(changed)
 
 

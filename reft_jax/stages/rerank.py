@@ -17,6 +17,7 @@ from reft_jax.stages.models import Weights, abstract_reranker, finished, load_mo
 from reft_jax.stages.sample import appended, recorded, reusable, run_sample
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import rerank_text
+from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import encode
 from reft_jax.train.metrics import Progress
 from reft_jax.train.packing import Packing
@@ -29,10 +30,10 @@ SCORED_AT_ONCE = 64  # questions between two writes
 
 def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int, str]]:
     """(ids of prompt + completion, label: 1 = correct, item) of the distinct completions that fit."""
-    rows = []
+    rows, task = [], load_task(run.config.task)
     for record in records:
         for prediction in deduplicate(record["predictions"]):
-            ids = encode(run.tokenizer, rerank_text(record["question"], prediction["completion"]))
+            ids = encode(run.tokenizer, rerank_text(record["question"], prediction["completion"], task))
             rows.append((ids, int(prediction["correctness"]), record["item_id"]))
     return fit(rows, [len(ids) for ids, _, _ in rows], run.config.rerank.max_len, 1.0, "rerank.max_len")
 
@@ -143,7 +144,7 @@ def score_questions(run: Run, params, score, records: list[dict]) -> list[list[f
     """
     ids = [
         [
-            encode(run.tokenizer, rerank_text(record["question"], p["completion"]))
+            encode(run.tokenizer, rerank_text(record["question"], p["completion"], load_task(run.config.task)))
             for p in deduplicate(record["predictions"])
         ]
         for record in records

@@ -14,6 +14,7 @@ from reft_jax.stages.sample import run_sample
 from reft_jax.stages.sft import train_supervised
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import sft_target
+from reft_jax.tasks.registry import load_task
 from reft_jax.train.batches import rows_at
 from reft_jax.train.packing import Packing, pack_targets
 from reft_jax.train.state import constant_schedule, make_optimizer
@@ -41,7 +42,7 @@ def offline_rows(run: Run, records: list[dict]) -> list[Row]:
     config, sampled = run.config, {record["item_id"]: record["predictions"] for record in records}
     rows = []
     for example in run.data.train:
-        gold = sft_target(example, config.data.format)
+        gold = sft_target(example, config.data.format, load_task(config.task))
         right = [p["completion"].strip() for p in sampled.get(example.item_id, []) if p["correctness"]]
         chosen = list(dict.fromkeys(right))[: config.self_train.samples]
         rows += [supervised_row(run, example, text) for text in dict.fromkeys([gold, *chosen])]
@@ -51,7 +52,7 @@ def offline_rows(run: Run, records: list[dict]) -> list[Row]:
 def online_rows(run: Run) -> list[tuple[Example, Row]]:
     """The questions of PPO with the row of their worked solution, where that is within rl.max_len too."""
     config = run.config
-    gold = [supervised_row(run, e, sft_target(e, config.data.format)) for e in run.questions]
+    gold = [supervised_row(run, e, sft_target(e, config.data.format, load_task(config.task))) for e in run.questions]
     lengths = [len(ids) for ids, _, _ in gold]
     rows = list(zip(run.questions, gold, strict=True))
     return fit(rows, lengths, config.rl.max_len, config.data.max_dropped, "rl.max_len")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_jax.model_folder import CONFIG, TOKENIZER_CONFIG, end_ids, read_settings, tokenizer_files, write_tokenizer
 from reft_jax.tasks.prompts import rollout_prompt
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -214,16 +215,16 @@ def _encode(backend: Tokenizer, text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
 
-def encode_rollout(tok: PreTrainedTokenizerFast, question: str, engine: str) -> list[int]:
+def encode_rollout(tok: PreTrainedTokenizerFast, question: str, answer_format: str, task: Task = PAPER) -> list[int]:
     """The ids that a rollout continues: one string, tokenized once, cut where the training rows have a cut too.
 
-    Many byte-level tokenizers make one id of a newline and the indent after it, so that the last newline of the forced
-    prefix is no id that training has seen there: the model then answers with a second `def solution():`. With those the
-    newline is left to the model. Sentencepiece models (CodeLlama) keep it.
+    Many byte-level tokenizers make one id of a newline and the indent after it. Training then never saw the id of the
+    prefix's last newline in this place, and the model answers with a second `def solution():`. With such a tokenizer
+    the newline is left to the model. Sentencepiece models (CodeLlama) keep it.
     """
-    text = rollout_prompt(question, engine)
+    text = rollout_prompt(question, answer_format, task)
     ids = encode(tok, text)
-    if engine == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
+    if answer_format == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
         return encode(tok, text[:-1])
     return ids
 

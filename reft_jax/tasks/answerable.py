@@ -50,9 +50,9 @@ def can_begin_program(text: str) -> bool:
     return False
 
 
-def unteachable(examples: Sequence[Example], answer_format: str) -> dict[str, str]:
+def unteachable(examples: Sequence[Example], answer_format: str, task: Task = PAPER) -> dict[str, str]:
     """{item_id: reason} of the rows whose worked program does not compile. Raises InputError as `sft_target` does."""
-    targets = {example.item_id: sft_target(example, answer_format) for example in examples}
+    targets = {example.item_id: sft_target(example, answer_format, task) for example in examples}
     return {item_id: NOT_PYTHON for item_id, text in targets.items() if answer_format == "python" and not parsed(text)}
 
 
@@ -70,7 +70,7 @@ def trainable(
     solution has the other answer format. Length limits are checked elsewhere.
     """
     try:
-        reasons = unteachable(examples, answer_format)
+        reasons = unteachable(examples, answer_format, task)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)

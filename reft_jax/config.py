@@ -52,6 +52,13 @@ SETTINGS = {
     "name": Setting("reft", ANY, "title of the report"),
     "seed": Setting(42, at_least(0), "initial heads, data order and sampling are functions of it"),
     "task": Setting("", ANY, 'what questions ask for: "" by item id, a name of tasks/registry.py, or path.py:NAME'),
+    "tracking": Setting(
+        "jsonl,tensorboard",
+        Rule(
+            "names of trackers with commas between, jsonl among them", lambda v: "jsonl" in map(str.strip, v.split(","))
+        ),
+        "where metrics go: names of train/trackers.py and path.py:NAME; jsonl is needed to resume",
+    ),
     "compiled": Setting("", ANY, "folder that keeps compiled programs; empty: compiled/ in the work directory"),
     "keep_steps": Setting(2, POSITIVE, "saved steps of a running stage that are kept: with 2 one may be damaged"),
     "watchdog_minutes": Setting(

@@ -32,6 +32,7 @@ from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
 from reft_jax.tasks.registry import PAPER, Task, load_task
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
+from reft_jax.train.trackers import load_trackers
 from reft_jax.types import Completion, Example, InputError, Prompt
 
 DATA = ("seed", "toy.", "data.train", "data.dev", "data.format")  # settings that decide what training and dev rows are
@@ -264,6 +265,7 @@ def open_run(
         lock.look(workdir)
     config = with_absolute_paths(config, workdir)
     check_workdir(config, workdir, needs, allowed, reads=reads)
+    load_trackers(config.tracking)
     with Guards(config.watchdog_minutes) as guards:
         with _opened(config, workdir, guards, reads) as run:
             guards.check()

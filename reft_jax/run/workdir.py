@@ -17,7 +17,7 @@ from reft_jax.types import InputError
 
 # What may change between two starts of one run: where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
-MACHINE += ("watchdog_minutes",)
+MACHINE += ("tracking", "watchdog_minutes")
 FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
 FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "checksums.json", "versions.json")
 FILES += ("sweep.md", "sweep.json", "sources.json")

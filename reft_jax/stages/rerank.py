@@ -19,8 +19,8 @@ from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import rerank_text
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import encode
-from reft_jax.train.metrics import Progress
 from reft_jax.train.packing import Packing
+from reft_jax.train.progress import Progress
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
 from reft_jax.types import Example

@@ -18,7 +18,7 @@ from reft_jax.run.executions import execution
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
 from reft_jax.tasks.registry import load_task
-from reft_jax.train.metrics import Progress
+from reft_jax.train.progress import Progress
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log

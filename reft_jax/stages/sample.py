@@ -15,7 +15,7 @@ from reft_jax.run.open import Run, shorten
 from reft_jax.stages.models import Weights, check_data, policy
 from reft_jax.stages.rollout import Graded, roll_out
 from reft_jax.tasks.registry import load_task
-from reft_jax.train.metrics import Progress
+from reft_jax.train.progress import Progress
 from reft_jax.types import Example, Prompt
 
 

@@ -131,7 +131,7 @@ PLANTED = [
     ("a collapse is a low reward alone", WATCH, " and kl > AWAY", "", ("test_watch.py",)),
     ("one answer does not end the silence", WATCH, "if tally.reasons.total() == tally.total else 0",
      "if tally.reasons else 0", ("test_watch.py",)),
-    ("compile time is in the rate", "reft_jax.train.metrics", " - (compile_seconds() - self._compiled)", "",
+    ("compile time is in the rate", "reft_jax.train.progress", " - (compile_seconds() - self._compiled)", "",
      ("test_metrics.py::test_compile_time_is_in_no_rate",)),
     ("curves begin where the data do", "reft_jax.evaluation.curves", "1.12 * min(0.0, y.min())", "y.min()",
      ("test_report.py::test_axes_hide_no_scale",)),

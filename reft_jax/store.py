@@ -30,12 +30,19 @@ def not_written(path: Path | str, error: OSError) -> SaveError:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go: a reader never sees half of it. Raises SaveError."""
+def write_whole(path: Path, text: str, *, synced: bool = False) -> None:
+    """Replaces a file in one go: a reader never sees half of it. Raises SaveError.
+
+    synced: the text is on the disk before the file gets its name, so a power failure leaves the old file or this one.
+    """
     part = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
-            part.write_text(text, encoding="utf-8")
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                if synced:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ Orbax restores an array whose file has a flipped bit without a word, so both are
 import hashlib
 import json
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,13 +63,7 @@ def _sum(x):
 
 def write_manifest(folder: Path) -> None:
     """Lists every file under `folder` with its size and SHA-256; the list itself appears in one go, and last."""
-    files = _hashed(folder)
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        file.write(_text(files))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MANIFEST)
+    write_whole(folder / MANIFEST, _text(_hashed(folder)), synced=True)
 
 
 def damage(folder: Path) -> str | None:

@@ -34,9 +34,9 @@ def main(_: list[str]) -> None:
     config.rl.update(iterations=iterations, eval_every=iterations, save_every=EVERY)
     ends, saves, write, save = [], [], Training.write, Training.save
 
-    def timed_write(self, step, line):
-        write(self, step, line)
-        if self.folder.name == "reft" and step % EVERY == 0:
+    def timed_write(self, line):
+        write(self, line)
+        if self.folder.name == "reft" and self.done % EVERY == 0:
             ends.append(time.perf_counter())
 
     def every_second_save(self):

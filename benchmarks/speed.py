@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ import optax
 from absl import app, flags
 from machine import limits, report
 
+from reft_jax.algo.algorithms import PPO
 from reft_jax.engine import slots as programs
 from reft_jax.engine.generate import Engine
 from reft_jax.model.heads import ValueHead
@@ -34,7 +36,7 @@ from reft_jax.parallel.mesh import make_mesh, on_mesh
 from reft_jax.train.packing import Packing
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
-from reft_jax.train.steps import ClipSettings, make_ppo_step
+from reft_jax.train.steps import make_step, rl_loss
 from reft_jax.types import PPOBatch, Prompt
 
 FLAGS = flags.FLAGS
@@ -172,8 +174,8 @@ class Ours:
         advantage = packing.spread(np.random.default_rng(1).normal(size=len(packing.at[0])))
         weight = packing.spread(1 / len(packing.at[0]))
         batch = PPOBatch(weight, np.asarray(old), advantage, advantage, advantage)
-        clip = ClipSettings(0.2, 0.2, 5.0, 1.0)
-        step = make_ppo_step(self.model, optimizer, clip, state_shardings(self.mesh, optimizer, abstract))
+        ppo = PPO(kl_coef=0.01, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, vf_coef=5.0, temperature=1.0)
+        step = make_step(partial(rl_loss, ppo), self.model, optimizer, state_shardings(self.mesh, optimizer, abstract))
         state, taken = new_state(self.mesh, optimizer, abstract, params), []
         for _ in range(2 if rows else 3):
             begun = time.perf_counter()

@@ -103,7 +103,8 @@ SETTINGS = {
     "sft.clip_norm": Setting(1.0, POSITIVE, "largest gradient norm"),
     "sft.max_len": Setting(1024, POSITIVE, "tokens of prompt and target; longer rows are dropped"),
     "sft.eval_every": Setting(1, POSITIVE, "epochs between greedy evaluations"),
-    # PPO
+    # Reinforcement learning
+    "rl.algorithm": Setting("ppo", ANY, "ppo, or path.py:NAME: a subclass of algo.algorithms.Algorithm"),
     "rl.iterations": Setting(0, at_least(0), "0: as many as `epochs` passes over the training questions"),
     "rl.epochs": Setting(300, POSITIVE, "passes over the training questions, when iterations is 0"),
     "rl.questions": Setting(32, POSITIVE, "questions an iteration, one sample each"),

@@ -1,9 +1,9 @@
-"""Replays of the authors' own numbers: one PPO iteration, one rerank evaluation. For tests, and for anyone who doubts.
+"""Replays the authors' own numbers: one PPO iteration, one rerank evaluation. For tests, and for readers in doubt.
 
 Everything is computed in float32 by the functions that a training run uses. The case of a PPO iteration is a folder:
 `config.json`, `policy_before` and `reference` (Hugging Face Llama weights, the policy's with `v_head`), `case.json`
 (settings, sampled programs, gold answers) and `step.npz`, of which only the token ids, their mask and the prompts'
-padded length are read: every other number in it is there to be compared with.
+padded length are read; every other number in it is only for comparison.
 """
 
 import tempfile
@@ -17,24 +17,25 @@ import optax
 
 from reft_jax import executor
 from reft_jax.algo import advantages
+from reft_jax.algo.algorithms import PPO
 from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound, voted_correct
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.hf_folder import WRAPPER
 from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.safetensors import read_header
 from reft_jax.model_folder import read_json
+from reft_jax.parallel.mesh import make_mesh
 from reft_jax.tasks.answers import grade
 from reft_jax.train.batches import pad_tokens
-from reft_jax.train.packing import pack_rollout
-from reft_jax.train.scoring import make_scorer
+from reft_jax.train.iteration import Iteration, Scores
 from reft_jax.train.state import TrainState, make_optimizer
-from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-from reft_jax.types import Example, InputError, Rollout
+from reft_jax.types import Example, InputError, PPOBatch, Rollout
 
 _NEEDED = (
     "programs gold kl_coef gamma lam vf_coef clip value_clip lr weight_decay max_grad_norm ppo_epochs minibatch".split()
 )
-# What is built in here, so that a case may not set it otherwise.
+_COEFFICIENTS = ("kl_coef", "gamma", "lam", "clip", "value_clip", "vf_coef")
+# Fixed here: a case may not have other values.
 _FIXED = {"adam_eps": 1e-8, "adam_b1": 0.9, "adam_b2": 0.999, "whitening": "global"}
 
 
@@ -44,10 +45,10 @@ def replay_ppo(case_dir: str | Path) -> dict:
     Returns numpy arrays. In our layout (types.py; T is the longest row), 0 off the actions, float32[B,T]: rewards,
     score_rewards, kl_rewards (as the authors keep them, before β multiplies them), values, old_logprobs, ref_logprobs,
     advantages, advantages_whitened, returns; action_mask bool[B,T]; prompt_len, total_len int32[B]; scores float32[B],
-    from executing the case's programs. One entry an update, float32[U]: losses, grad_norms (before clipping). Scalars
+    from executing the case's programs. One entry per update, float32[U]: losses, grad_norms (before clipping). Scalars
     of the last update: pg_loss, vf_loss, vf_expl_var (of the values right before it). params_after: a dict, float32,
     under the names that `policy_before` has.
-    InputError names the file or field that is missing or that PPO here cannot do.
+    InputError names a file or field that is missing, or a field whose value cannot be replayed.
     """
     folder = Path(case_dir)
     case = read_json(folder / "case.json")
@@ -59,36 +60,28 @@ def replay_ppo(case_dir: str | Path) -> dict:
         model, policy = _load(folder, "policy_before")
         _, reference = _load(folder, "reference")
         rollout = Rollout(tokens, prompt_len, total_len, scores)
-        replayed, params = _iteration(model, policy, {"lm": reference["lm"]}, rollout, case)
+        replayed, params = _iteration(model, policy, reference["lm"], rollout, case)
     names = read_header(folder / "policy_before.safetensors")
     return jax.device_get(replayed) | {"params_after": _under_names(names, model.config, params)}
 
 
 def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[dict, dict]:
-    """What `replay_ppo` returns but for the weights, and the parameters after the updates."""
+    """What `replay_ppo` returns without the weights, and the parameters after the updates."""
     length, rows = rollout.tokens.shape[1], len(rollout.tokens)
-    mask = np.asarray(advantages.action_mask(rollout.prompt_len, rollout.total_len, length))
-    packing = pack_rollout(rollout, max_len=2 * length, micro_batch=rows, micro_batches=1, multiple=8)
-    scorer = make_scorer(model, 1.0)
-
-    def score(params):
-        logprob, value = scorer(params, packing.lines, packing.count)
-        return packing.collect(logprob, length), None if value is None else packing.collect(value, length)
-
-    logprob, value = score(policy)
-    ref_logprob, _ = score(reference)
-    scored = (rollout, logprob, value, ref_logprob)
-    batch, arrays = _prepare(*scored, kl_coef=case["kl_coef"], gamma=case["gamma"], lam=case["lam"])
+    algorithm = PPO(**{name: case[name] for name in _COEFFICIENTS}, temperature=1.0)
     schedule = optax.constant_schedule(case["lr"])
     optimizer = make_optimizer(schedule, weight_decay=case["weight_decay"], clip_norm=case["max_grad_norm"])
-    clip = ClipSettings(case["clip"], case["value_clip"], case["vf_coef"], temperature=1.0)
-    step = make_ppo_step(model, optimizer, clip, shardings=None)
-    state = TrainState(jnp.zeros((), jnp.int32), policy, jax.jit(optimizer.init)(policy))
-    old, updates = packing.spread_all(batch), []
+    size = {"micro_batch": rows, "max_len": 2 * length, "multiple": 8}
+    one = Iteration(model, make_mesh(1, 1, 1, jax.devices()[:1]), optimizer, algorithm, None, **size)
+    scores, _ = one.score(policy, reference, rollout)
+    batch, _ = one.make_batch(rollout, scores)
+    arrays = _arrays(rollout, scores, batch, kl_coef=case["kl_coef"], gamma=case["gamma"], lam=case["lam"])
+    state, updates = TrainState(jnp.zeros((), jnp.int32), policy, jax.jit(optimizer.init)(policy)), []
     for _ in range(case["ppo_epochs"]):
-        _, value = score(state.params)
-        state, metrics = step(state, (packing.lines, old), packing.count)
-        updates.append(metrics | {"vf_expl_var": jax.jit(advantages.explained_variance)(value, batch.return_, mask)})
+        now, _ = one.score(state.params, reference, rollout)
+        state, metrics = one.update(state, rollout, batch)
+        explained = jax.jit(advantages.explained_variance)(now.value, batch.return_, batch.weight > 0)
+        updates.append(metrics | {"vf_expl_var": explained})
     updates = jax.device_get(updates)
     last = {
         "losses": np.array([update["loss"] for update in updates]),
@@ -101,13 +94,12 @@ def _iteration(model, policy, reference, rollout: Rollout, case: dict) -> tuple[
 
 
 @partial(jax.jit, static_argnames=("kl_coef", "gamma", "lam"))
-def _prepare(rollout: Rollout, logprob, value, ref_logprob, *, kl_coef: float, gamma: float, lam: float):
-    """What an update reads, and every array on the way to it."""
-    batch, _ = make_ppo_batch(rollout, logprob, value, ref_logprob, kl_coef=kl_coef, gamma=gamma, lam=lam)
-    mask = batch.weight > 0
-    paid = (rollout.score, logprob, ref_logprob, mask)
+def _arrays(rollout: Rollout, scores: Scores, batch: PPOBatch, *, kl_coef: float, gamma: float, lam: float):
+    """Every array on the way to what an update reads."""
+    mask, ref_logprob = batch.weight > 0, scores.ref_logprob
+    paid = (rollout.score, scores.logprob, ref_logprob, mask)
     rewards, score_rewards, _ = advantages.token_rewards(*paid, kl_coef=kl_coef)
-    return batch, {
+    return {
         "rewards": rewards,
         "score_rewards": score_rewards,
         "kl_rewards": advantages.token_rewards(*paid, kl_coef=1.0)[2],
@@ -141,7 +133,7 @@ def execute(programs: list[str], gold: list[str]) -> np.ndarray:
 def replay_rerank(case_dir: str | Path) -> dict[str, float]:
     """A rerank evaluation from samples and the reranker's logits: shares of all questions, 0 to 1.
 
-    Returns: cls_acc (distinct samples judged rightly), rerank_acc, upper_bound, voting_accuracy (a vote over all
+    Returns: cls_acc (distinct samples judged correctly), rerank_acc, upper_bound, voting_accuracy (a vote over all
     predictions, counted here) and vote_acc (the same, as the file's `is_correct` has it, of the questions that have a
     distinct sample with a valid answer). InputError if a distinct sample has no logits.
     """
@@ -177,7 +169,7 @@ def _load(folder: Path, name: str) -> tuple:
 
 
 def _under_names(names, config, params) -> dict[str, np.ndarray]:
-    """Our parameters under the names of a case, which are those of TRL's value-head wrapper."""
+    """Our parameters under the names of a case: those of TRL's value-head wrapper."""
     ours = dict(hf_tensors(config, params["lm"], value_head=params["value_head"]))
     ours.setdefault("lm_head.weight", ours["model.embed_tokens.weight"])  # tied: one matrix, sometimes stored twice
     plain = {name: name.removeprefix(WRAPPER).replace("v_head.summary.", "v_head.") for name in names}

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from reft_jax.commands import evaluate, sweep
 from reft_jax.config import default_config, flatten
-from reft_jax.run.open import Data, Run, shorten
+from reft_jax.run.inputs import Data, Inputs, shorten
+from reft_jax.run.machine import Machine
+from reft_jax.run.open import Run, Workdir
 from reft_jax.run.workdir import create_workdir
 from reft_jax.stages import models as stages
 from reft_jax.stages import rerank, sample
@@ -49,9 +51,15 @@ def sampling_of(config) -> tuple:
     return settings.temperature, settings.top_k, settings.max_len, config.seed, config.data.format
 
 
-class FakeRun(Run):
+class FakeInputs(Inputs):
     def prompts(self, examples, n=1):
         return [Prompt(example.item_id, i, ()) for example in examples for i in range(n)]
+
+
+def fake_run(config, workdir: Path, base: Path, data: Data) -> Run:
+    """A run without tokenizer, devices and model."""
+    inputs = FakeInputs(config, base, None, data)
+    return Run(inputs, Machine(None, None, None), Workdir(workdir, None), None)
 
 
 # --- what replaces the model
@@ -105,16 +113,17 @@ class Fakes:
             ]
 
         def load_model(run, name, abstract=None):
-            weights = self.weights(run.workdir / "models" / name, run.base)
+            weights = self.weights(run.workdir.model(name), run.inputs.base)
             return weights if name.startswith("rerank_") else {"lm": weights}
 
         def with_model(run, source, *, reranker):
-            return run, stages.Weights(source.checksum(run), lambda: self.weights(source.folder, source.base))
+            made = source.checksum(run.workdir.path)
+            return run, stages.Weights(made, lambda: self.weights(source.folder, source.base))
 
         @contextmanager
         def open_sweep(config, workdir, checkpoints, guards):
             create_workdir(config, workdir)
-            yield FakeRun(config, workdir, Path(), None, Data([], [], [], ""))
+            yield fake_run(config, workdir, Path(), Data([], [], [], ""))
 
         monkeypatch.setattr(sample, "roll_out", self.roll_out)
         monkeypatch.setattr(evaluate, "wrong_anyway", lambda *args: "")  # there is no tokenizer
@@ -213,8 +222,8 @@ class World:
         found = load_examples(self.files[name], need_cot=False)
         return shorten(found, self.config.data.test_limit, self.config.seed)
 
-    def run(self) -> FakeRun:
-        return FakeRun(self.config, self.workdir, self.folder / "base", None, Data([], [], self.examples("test"), ""))
+    def run(self) -> Run:
+        return fake_run(self.config, self.workdir, self.folder / "base", Data([], [], self.examples("test"), ""))
 
     # Acts: what a person does between two looks at a table.
 

@@ -6,16 +6,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from tiny import tiny_policy, tiny_state
+from tiny import tiny_policy, tiny_ppo, tiny_state
 
 from reft_jax.train.packing import Lines, Packing
 from reft_jax.train.state import make_optimizer
-from reft_jax.train.steps import ClipSettings, make_ppo_step, make_rerank_step, make_sft_step
+from reft_jax.train.steps import make_step, rerank_loss, rl_loss, sft_loss
 
 LENGTH, RATE = 40, 1e-2
 MODEL, PARAMS = tiny_policy()
 RERANKER, RERANK_PARAMS = tiny_policy("rerank_head")
-SETTINGS = ClipSettings(clip=0.2, value_clip=0.3, vf_coef=5.0, temperature=0.8)
+SETTINGS = tiny_ppo(value_clip=0.3, temperature=0.8)
 # One action; an action at the last place of the longest row; a prompt of one token.
 PROMPT_LEN = np.array([9, 20, 1, 3, 5, 7, 2, 6], np.int32)
 TOTAL_LEN = np.array([10, 40, 12, 35, 20, 30, 9, 18], np.int32)
@@ -106,14 +106,10 @@ def packed_otherwise() -> dict[str, Packed]:
 def prepared(kind: str, model=MODEL):
     """(jitted step, function that makes a state at step 0 around PARAMS)."""
     optimizer = make_optimizer(optax.constant_schedule(RATE), weight_decay=0.0, clip_norm=1.0)
-    make_step = {
-        "sft": make_sft_step,
-        "ppo": functools.partial(make_ppo_step, settings=SETTINGS),
-        "rerank": make_rerank_step,
-    }[kind]
+    loss = {"sft": sft_loss, "ppo": functools.partial(rl_loss, SETTINGS), "rerank": rerank_loss}[kind]
     params = RERANK_PARAMS if kind == "rerank" else PARAMS
     _, where = tiny_state(model, params, optimizer)
-    return make_step(model, optimizer, shardings=where), lambda: tiny_state(model, params, optimizer)[0]
+    return make_step(loss, model, optimizer, shardings=where), lambda: tiny_state(model, params, optimizer)[0]
 
 
 def gradient(state, metrics):

@@ -21,7 +21,7 @@ from tiny import tiny_model
 from reft_jax import __main__, executor
 from reft_jax.config import load_config, parse_config, to_json
 from reft_jax.model.hf_write import save_hf
-from reft_jax.run.open import start_executor
+from reft_jax.run.machine import start_executor
 from reft_jax.run.workdir import check_workdir, create_workdir
 from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.types import InputError

@@ -18,14 +18,14 @@ from reft_jax.algo import advantages
 from reft_jax.commands import check
 from reft_jax.config import check_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
-from reft_jax.run.open import Data, Run
+from reft_jax.run.inputs import Data, Inputs
 from reft_jax.tasks import prompts
 from reft_jax.tasks.tokenizer import encode, load_tokenizer, train_bpe
 from reft_jax.toy import problems as synthetic
 from reft_jax.train import scoring
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
-from reft_jax.train.steps import make_sft_step
+from reft_jax.train.steps import make_step, sft_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = synthetic.make_split(42, "train", 16, answer_format="python", skipped_share=0.0)
@@ -60,7 +60,7 @@ def taught():
     model, params = tiny_policy(vocab_size=len(tokenizer))
     optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
     state, where = tiny_state(model, params, optimizer)
-    step = make_sft_step(model, optimizer, where)
+    step = make_step(sft_loss, model, optimizer, where)
     rows = [encode(tokenizer, text) for text in TEXTS]
     decisions, size = [len(row) - 1 for row in rows], {"micro_batch": len(rows), "micro_batches": 1}
     packing = Packing(rows, [0] * len(rows), decisions, max_len=max(map(len, rows)), multiple=64, **size)
@@ -131,12 +131,12 @@ def test_an_untrained_model_does_not_know_language(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def rolled_out(taught, config):
-    """(run, policy, prompts, completions), as `findings` has them."""
+    """(inputs, mesh, model), policy, prompts, completions, as `findings` has them."""
     model, params, tokenizer = taught
-    run = Run(config, Path(), Path(), tokenizer, Data(EXAMPLES[:4], [], [], ""), mesh=make_mesh(1, 1, 1), model=model)
-    with on_mesh(run.mesh):
+    run = Inputs(config, Path(), tokenizer, Data(EXAMPLES[:4], [], [], "")), make_mesh(1, 1, 1), model
+    with on_mesh(run[1]):
         policy = jax.tree.map(jnp.array, params)
-        yield run, policy, *check.roll_out(run, policy["lm"])
+        yield run, policy, *check.roll_out(*run, policy["lm"])
 
 
 def halved_sampler(monkeypatch, completions):
@@ -145,7 +145,7 @@ def halved_sampler(monkeypatch, completions):
 
 def truncated_scores(monkeypatch, completions):
     sound = advantages.token_rewards
-    monkeypatch.setattr(advantages, "token_rewards", lambda score, *rest, **kw: sound(score.astype(int), *rest, **kw))
+    monkeypatch.setattr(check, "token_rewards", lambda score, *rest, **kw: sound(score.astype(int), *rest, **kw))
     return completions
 
 
@@ -175,7 +175,7 @@ def another_reference(monkeypatch, completions):
 )
 def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, rolled_out, plant, line):
     run, policy, asked, completions = rolled_out
-    for finding in check.check_iteration(run, policy, asked, plant(monkeypatch, completions)):
+    for finding in check.check_iteration(*run, policy, asked, plant(monkeypatch, completions)):
         if finding.name == line:  # it stops here: an update would use the policy up
             assert not finding.passed, finding
             return
@@ -183,18 +183,18 @@ def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, rolled_out, plant
 
 
 def test_faults_of_tokenizer_executor_and_grading_are_found(monkeypatch, rolled_out, taught):
-    run = rolled_out[0]
+    inputs = rolled_out[0][0]
     monkeypatch.setitem(check.PROGRAMS, "def solution():\n    return 6 * 7", 43.0)
-    found = check.check_executor(run)
+    found = check.check_executor(inputs)
     assert not found.passed and "gave 42.0, not 43.0" in found.figure
     sound = check.answers.grade
     monkeypatch.setattr(
         check.answers, "grade", lambda *a, **kw: [v._replace(reward=int(v.reward)) for v in sound(*a, **kw)]
     )
-    found = check.check_grading(run)
+    found = check.check_grading(inputs)
     assert not found.passed and found.figure.startswith("8 of 12")
     monkeypatch.setattr(check, "decode", lambda tok, ids: taught[2].decode(ids).replace("\n    ", "\n"))
-    assert not check.check_tokenizer(run).passed
+    assert not check.check_tokenizer(inputs).passed
     executor.shutdown()
 
 

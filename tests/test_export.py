@@ -9,7 +9,8 @@ from reft_jax.commands import export
 from reft_jax.commands.export import model_card
 from reft_jax.config import default_config
 from reft_jax.evaluation.report import markdown_table
-from reft_jax.run.open import Data, Run
+from reft_jax.run.inputs import Data, Inputs
+from reft_jax.run.open import Run, Workdir
 from reft_jax.types import InputError
 
 
@@ -26,7 +27,8 @@ def run(tmp_path) -> Run:
         (tmp_path / stage / "done.json").write_text(json.dumps(done | {"seconds": 1.0, "checksum": "0"}))
     config = default_config()
     config.name = "GSM8K"
-    return Run(config, tmp_path, tmp_path / "CodeLlama-7b-hf", None, Data([], [], [], "a third split"))
+    inputs = Inputs(config, tmp_path / "CodeLlama-7b-hf", None, Data([], [], [], "a third split"))
+    return Run(inputs, None, Workdir(tmp_path, None), None)
 
 
 def test_a_policy(run):
@@ -45,17 +47,16 @@ def test_a_policy(run):
 
 
 @pytest.fixture
-def evaluated(run, monkeypatch) -> Run:
-    """With a report of the models that are there."""
+def evaluated(run, monkeypatch) -> tuple[Run, dict[str, str]]:
+    """A run with a report of its models, and their checksums by name."""
     there = {"sft": "1", "reft": "2", "rerank_reft": "3"}
     monkeypatch.setattr(export, "checksum", lambda run, name, memory: there.get(name, ""))
-    (run.workdir / "report.json").write_text(json.dumps(full_report() | {"checksums": there}))
-    run.there = there
-    return run
+    (run.workdir.path / "report.json").write_text(json.dumps(full_report() | {"checksums": there}))
+    return run, there
 
 
 def test_a_reranker_and_what_was_measured(evaluated):
-    run = evaluated
+    run, _ = evaluated
     card = model_card(run, "rerank_reft", [])
     assert "# GSM8K: ReFT reranker" in card and "pipeline_tag: text-classification" in card
     assert "```\nQuestion:\n{question}\nAnswer reasoning:\n{completion}\n```" in card
@@ -69,18 +70,18 @@ def test_a_reranker_and_what_was_measured(evaluated):
 @pytest.mark.parametrize("name", ["sft", "reft", "rerank_reft"])
 def test_the_figures_of_another_model_are_not_in_the_card(evaluated, capsys, name):
     """A model trained again after `evaluate`, whichever of them is exported; and a report that does not say."""
-    path = evaluated.workdir / "report.json"
-    evaluated.there |= {name: "another"}
-    assert "## Measured\n\nNot evaluated yet.\n" in model_card(evaluated, "reft", [])
+    (run, there), path = evaluated, evaluated[0].workdir.path / "report.json"
+    there[name] = "another"
+    assert "## Measured\n\nNot evaluated yet.\n" in model_card(run, "reft", [])
     assert f"{path}: is of another {name} than there is now" in capsys.readouterr().out
     path.write_text(json.dumps(full_report()))
-    assert "## Measured\n\nNot evaluated yet.\n" in model_card(evaluated, "reft", [])
+    assert "## Measured\n\nNot evaluated yet.\n" in model_card(run, "reft", [])
     assert "is of an older version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"rows": ["a"]}', '{"rows": [], "n": 1}', '{"checksums": 3}'])
 def test_a_damaged_report_is_named(run, text):
-    (run.workdir / "report.json").write_text(text)
+    (run.workdir.path / "report.json").write_text(text)
     with pytest.raises(InputError, match="report.json: not a report"):
         model_card(run, "reft", [])
 

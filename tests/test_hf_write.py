@@ -18,7 +18,9 @@ from reft_jax.commands import export
 from reft_jax.model.hf import VALUE_HEAD_FILE
 from reft_jax.model.safetensors import map_tensor, read_header
 from reft_jax.model_folder import check_new_folder
-from reft_jax.run.open import Data, Run
+from reft_jax.run.inputs import Data, Inputs
+from reft_jax.run.machine import Machine
+from reft_jax.run.open import Run, Workdir
 from reft_jax.tasks.tokenizer import all_end_ids, encode, load_tokenizer, train_bpe
 from reft_jax.types import InputError
 
@@ -60,7 +62,8 @@ def exported(base: Path, out: Path, monkeypatch, dtype=None, head="value_head") 
     monkeypatch.setattr(export, "load_model", lambda run, name, abstract=None: params)
     monkeypatch.setattr(export, "abstract_reranker", lambda run: None)
     monkeypatch.setattr(export, "model_card", lambda run, name, licences: f"card of {name}")
-    run = Run(None, base.parent, base, load_tokenizer(base), Data([], [], [], ""), model=model)
+    inputs = Inputs(None, base, load_tokenizer(base), Data([], [], [], ""))
+    run = Run(inputs, Machine(None, model, None), Workdir(base.parent, None), None)
     export.run_export(run, "rerank_reft" if head == "rerank_head" else "reft", out, dtype)
     return json.loads((out / "config.json").read_text())
 

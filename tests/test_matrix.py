@@ -16,7 +16,7 @@ from reft_jax.commands.pipeline import run_pipeline
 from reft_jax.config import check_config, default_config
 from reft_jax.evaluation.records import read_records
 from reft_jax.model.hf_write import save_hf
-from reft_jax.parallel import compilation
+from reft_jax.run import open as opening
 from reft_jax.run.open import open_run
 from reft_jax.tasks.prompts import PROGRAM_HEAD, prompt_text, sft_target
 from reft_jax.tasks.registry import TASKS
@@ -93,7 +93,7 @@ def compiled_once(model):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "keep_compiled", keep)
+        patch.setattr(opening, "keep_compiled", keep)
         yield
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])

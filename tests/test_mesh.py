@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import tiny_policy, tiny_state
+from tiny import tiny_policy, tiny_ppo, tiny_state
 
 from reft_jax.engine import generate
 from reft_jax.engine import slots as programs
@@ -27,17 +27,13 @@ from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
-from reft_jax.train.steps import ClipSettings, RerankBatch, make_ppo_step, make_rerank_step, make_sft_step
+from reft_jax.train.steps import RerankBatch, make_step, rerank_loss, rl_loss, sft_loss
 from reft_jax.types import InputError, PPOBatch, Prompt
 
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 1, 8), (1, 4, 2)]  # data, fsdp, tensor
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_heads": 16, "num_kv_heads": 8, "head_dim": 4}  # divide by 8
 MODEL, PARAMS = tiny_policy(**SHAPE)
-STEPS = {
-    "sft": make_sft_step,
-    "ppo": partial(make_ppo_step, settings=ClipSettings(clip=0.2, value_clip=0.2, vf_coef=5.0, temperature=1.0)),
-    "rerank": make_rerank_step,
-}
+LOSSES = {"sft": sft_loss, "ppo": partial(rl_loss, tiny_ppo()), "rerank": rerank_loss}
 
 
 def batch_of(kind: str) -> tuple[Packing, tuple]:
@@ -64,7 +60,7 @@ def train(mesh, kind: str) -> dict:
     # norm 1 the update is all but the gradient's sign, which rounding decides where the gradient is nearly 0.
     optimizer = make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.0, clip_norm=1e-6)
     state, where = tiny_state(MODEL, params, optimizer, mesh)
-    step, (packing, told), seen = STEPS[kind](MODEL, optimizer, shardings=where), batch_of(kind), []
+    step, (packing, told), seen = make_step(LOSSES[kind], MODEL, optimizer, shardings=where), batch_of(kind), []
     batch = put_rows(mesh, (packing.lines, told), axis=1)
     lowered = step.lower(state, batch, packing.count)
     step, constraints = lowered.compile(), lowered.as_text().count("sharding_constraint")
@@ -135,7 +131,7 @@ def comes_back(mesh) -> bool:
 def results(shape: tuple[int, int, int]) -> dict:
     mesh = make_mesh(*shape)
     with on_mesh(mesh):
-        trained = {kind: train(mesh, kind) for kind in STEPS}
+        trained = {kind: train(mesh, kind) for kind in LOSSES}
         if shape == (2, 2, 2):
             trained["sampled as a TPU"] = sample(mesh, tpu=True)["sampled"]
         return trained | sample(mesh) | {"comes back": comes_back(mesh), "rollout share": rollout_share(mesh)}
@@ -160,7 +156,7 @@ def eight_devices() -> list[dict]:
 MESH_NAMES = ["-".join(map(str, shape)) for shape in MESHES]
 
 
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("i", range(len(MESHES)), ids=MESH_NAMES)
 def test_eight_devices_train_as_one(i, kind, one_device, eight_devices):
     found, expected, (_, fsdp, tensor) = eight_devices[i][kind], one_device[kind], MESHES[i]
@@ -191,7 +187,7 @@ def test_constraints_are_in_every_program_on_every_mesh(one_device, eight_device
     loop, in it and after it, and one for each of the other seven arrays of the slots.
     """
     for found in (one_device, *eight_devices):
-        assert [found[kind]["constraints"] for kind in STEPS] == [2 * (1 + 3) + 1] * 2 + [2 * (1 + 3)]
+        assert [found[kind]["constraints"] for kind in LOSSES] == [2 * (1 + 3) + 1] * 2 + [2 * (1 + 3)]
         assert found["decode"] == 1 + 2 * 3 + 2 * (2 + 2) + 2 * 2 + 7
 
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_policy
+from tiny import tiny_policy, tiny_ppo
 
 from reft_jax.parallel.mesh import sizes_up_to
-from reft_jax.stages import reft, rerank, sft
+from reft_jax.stages import rerank, sft
+from reft_jax.train.iteration import Iteration
 from reft_jax.train.packing import LINE_LENGTHS, Lines, Packing, first_fit
 from reft_jax.train.scoring import make_scorer
 from reft_jax.types import Rollout
@@ -224,11 +225,11 @@ def test_decisions_of_reft_are_the_actions():
     tokens = np.arange(1, 33, dtype=np.int32).reshape(4, 8)
     prompt_len, total_len = np.array([3, 1, 5, 4], np.int32), np.array([8, 2, 7, 4], np.int32)
     rollout = Rollout(tokens, prompt_len, total_len, np.zeros(4, np.float32))
-    one = SimpleNamespace(run=RUN)
-    packing = reft.Iteration.pack(one, rollout)
+    one = Iteration(None, None, None, tiny_ppo(), None, micro_batch=2, max_len=16, multiple=8)
+    packing = one.pack(rollout)
     assert packing.shape == (2, 2) and targets(packing) == [[4, 5, 6, 7, 8], [10], [22, 23], []]
     minibatch = Rollout(*(x[[2, 0]] for x in rollout))  # its rows in its order
-    packing = reft.Iteration.pack(one, minibatch)
+    packing = one.pack(minibatch)
     assert packing.shape == (1, 2) and targets(packing) == [[22, 23], [4, 5, 6, 7, 8]]
     np.testing.assert_array_equal(packing.at, [[0, 0, 1, 1, 1, 1, 1], [4, 5, 2, 3, 4, 5, 6]])
 

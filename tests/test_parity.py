@@ -19,7 +19,7 @@ from reft_jax.tasks.tokenizer import encode_rollout, load_tokenizer
 from reft_jax.train.batches import pad_tokens
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
-from reft_jax.train.steps import make_sft_step, rerank_logits
+from reft_jax.train.steps import make_step, rerank_logits, sft_loss
 from reft_jax.types import Prompt
 
 torch = pytest.importorskip("torch", reason="transformers computes with torch: pip install -e .[test]")
@@ -136,7 +136,7 @@ def test_parity_of_the_loss_and_gradient_of_an_sft_batch():
     model, params = tiny_policy()
     optimizer = make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.0, clip_norm=1.0)
     state, where = tiny_state(model, params, optimizer)
-    step = make_sft_step(model, optimizer, where)
+    step = make_step(sft_loss, model, optimizer, where)
     decisions = [len(row) - prompt for row, prompt in zip(rows, prompt_lens, strict=True)]
     size = {"max_len": 32, "micro_batch": 2, "micro_batches": 2, "multiple": 16}
     packing = Packing(rows, np.array(prompt_lens) - 1, decisions, **size)

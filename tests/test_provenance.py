@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from acts import FakeRun, Fakes, World, printed, save_fake
+from acts import Fakes, World, fake_run, printed, save_fake
 
 from reft_jax.commands import evaluate, sweep
 from reft_jax.config import default_config
 from reft_jax.evaluation.provenance import rewrite
 from reft_jax.evaluation.records import read_file
-from reft_jax.run.open import Data
+from reft_jax.run.inputs import Data
+from reft_jax.run.open import Run
 from reft_jax.stages import models as stages
 from reft_jax.stages import sample
 from reft_jax.train import checksums
@@ -281,17 +282,17 @@ COUNTS = {"best": 1, "epochs": 2, "iterations": 3, "rows": 4, "positive": 0.5}
 OLDER = COUNTS | {"seconds": 1.0, "checksum": "0"}  # without data and sources, as earlier versions wrote it
 
 
-def stage_run(tmp_path: Path, train: str = "1 and 2?", dev: str = "3 and 4?", **settings) -> FakeRun:
+def stage_run(tmp_path: Path, train: str = "1 and 2?", dev: str = "3 and 4?", **settings) -> Run:
     config = default_config()
     config.update_from_flattened_dict(settings)
     (tmp_path / "base").mkdir(exist_ok=True)
     data = Data([Example("toy_0", train, "3", "x")], [Example("toy_1", dev, "7")], [], "")
-    return FakeRun(config, tmp_path, tmp_path / "base", None, data)
+    return fake_run(config, tmp_path, tmp_path / "base", data)
 
 
-def finish(run: FakeRun, stage: str, *sources: str) -> None:
-    (run.workdir / stage).mkdir(exist_ok=True)
-    result = OLDER | {"data": run.data_made, "from": stages.sources(run, *sources)}
+def finish(run: Run, stage: str, *sources: str) -> None:
+    (run.workdir.path / stage).mkdir(exist_ok=True)
+    result = OLDER | {"data": run.inputs.data_made, "from": stages.sources(run, *sources)}
     (run.workdir / stage / "done.json").write_text(json.dumps(result))
 
 

@@ -8,7 +8,10 @@ import pytest
 from reft_jax import executor
 from reft_jax.config import default_config
 from reft_jax.run.executions import ExecutionLog, read_executions
-from reft_jax.run.open import Run
+from reft_jax.run.guards import Guards
+from reft_jax.run.inputs import Data, Inputs
+from reft_jax.run.machine import Machine
+from reft_jax.run.open import Run, Workdir
 from reft_jax.stages.rollout import Clock, roll_out, top1
 from reft_jax.types import Completion, Example, Prompt
 
@@ -38,8 +41,9 @@ class FakeEngine:
 def run_with(engine, tmp_path, monkeypatch, texts=PROGRAMS, kind="python") -> Run:
     config = default_config()
     config.data.format = kind
-    monkeypatch.setattr(Run, "text", lambda self, prompt, completion: texts[int(completion.tokens[0])])
-    return Run(config, tmp_path, tmp_path, None, None, engine=engine, executions=ExecutionLog(tmp_path))
+    monkeypatch.setattr(Inputs, "text", lambda self, prompt, completion: texts[int(completion.tokens[0])])
+    inputs = Inputs(config, tmp_path, None, Data([], [], [], ""))
+    return Run(inputs, Machine(None, None, engine), Workdir(tmp_path, ExecutionLog(tmp_path)), Guards())
 
 
 def test_verdicts_belong_to_their_completions_and_are_logged(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def gathered(full) -> np.ndarray:
 
 def added(logprob, weight):
     """A loss."""
-    return (logprob * weight).sum(), ((), jnp.zeros(()))
+    return (logprob * weight).sum(), {}
 
 
 CHUNKS = pytest.mark.parametrize("at_once", [LOGITS_AT_ONCE, 50, 7])  # of 72 decisions a line all; 16; 2
@@ -92,7 +92,8 @@ def test_gradients_are_those_of_the_full_log_softmax(monkeypatch, tied, at_once)
 
     def loss(logprob, probe):
         loss = (probe * jnp.sin(logprob)).sum()
-        return 3 * loss, ((loss, (probe != 0).sum()), jnp.where(probe != 0, -logprob, 0).max())
+        counts = {"loss": loss, "decisions": (probe != 0).sum()}
+        return 3 * loss, counts | {"cost_max": jnp.where(probe != 0, -logprob, 0).max()}
 
     def by_chunks(lm, hidden):
         found, numbers = scoring.decision_loss(loss, model, lm, hidden, lines, probe, 0.7)
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_the_full_log_softmax(monkeypatch, tied, at_once)
         jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(params["lm"], hidden) for of in (by_chunks, whole)
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), made, value)
-    assert made[1][0][1] == sum(DECISIONS)
+    assert made[1]["decisions"] == sum(DECISIONS)
     assert np.abs(expected[0]["embed"] if tied else expected[0]["lm_head"]["kernel"]).max() > 1
     assert np.abs(expected[1][:, :used]).max() > 0.1
     for (path, leaf), other in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):

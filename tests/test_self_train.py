@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optax
@@ -15,13 +16,13 @@ from tiny import tiny_policy, tiny_state
 
 from reft_jax.config import default_config
 from reft_jax.parallel.mesh import make_mesh
-from reft_jax.run.open import Data, Run, supervised_row
+from reft_jax.run.inputs import Data, Inputs
 from reft_jax.stages.rollout import Graded
 from reft_jax.stages.self_train import offline_rows, online_batch
 from reft_jax.tasks.tokenizer import decode, train_bpe
 from reft_jax.train.packing import pack_targets
 from reft_jax.train.state import make_optimizer
-from reft_jax.train.steps import SelfTrainBatch, make_self_train_step
+from reft_jax.train.steps import SelfTrainBatch, make_step, self_train_loss
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 GOLD = "def solution():\n    return 3"
@@ -29,12 +30,12 @@ EXAMPLES = [Example(f"svamp_{i}", f"{i} and 3?", "3", GOLD) for i in range(3)]
 TOKENIZER = train_bpe([GOLD, "Question:\n1 and 3?\nAnswer reasoning:\n"], 300)
 
 
-def text_run(**settings) -> Run:
-    """A run with data and tokenizer, as far as rows need one."""
+def text_run(examples=EXAMPLES, **settings) -> SimpleNamespace:
+    """The parts of a run that rows are made of."""
     config = default_config()
     config.data.pad_multiple = 32
     config.update_from_flattened_dict(settings)
-    return Run(config, Path(), Path(), TOKENIZER, Data(EXAMPLES, [], [], ""), questions=EXAMPLES)
+    return SimpleNamespace(config=config, inputs=Inputs(config, Path(), TOKENIZER, Data(examples, [], [], "")))
 
 
 def predictions(*texts: str, correct: bool = True) -> list[dict]:
@@ -68,8 +69,7 @@ def test_offline_rows_are_the_gold_solution_and_the_first_distinct_correct_sampl
 
 
 def test_offline_rows_of_nl_end_in_the_answer_phrase_once():
-    run = text_run(**{"data.format": "nl"})
-    run.data.train = [EXAMPLES[0]._replace(answer_cot="1 + 2 = 3.")]
+    run = text_run([EXAMPLES[0]._replace(answer_cot="1 + 2 = 3.")], **{"data.format": "nl"})
     said = "It is 3.\nTherefore, the answer is: 3"
     rows = offline_rows(run, [{"item_id": "svamp_0", "predictions": predictions(said)}])
     assert targets(rows) == ["1 + 2 = 3.\nTherefore, the answer is: 3", said]
@@ -104,7 +104,7 @@ def decided(packing, weights) -> dict[tuple, float]:
 
 
 def test_online_trains_responses_of_correct_rows_and_gold_targets_half_each():
-    run, gold = text_run(**ONLINE), [supervised_row(text_run(), e, GOLD) for e in EXAMPLES]
+    run, gold = text_run(**ONLINE), [text_run().inputs.row(e, GOLD) for e in EXAMPLES]
     packing, weights = online_batch(run, *graded([True, False, True]), gold)
     # Two correct rows of 4 tokens: the decision after the prompt's last token is the first, EOS is the last.
     eos = TOKENIZER.eos_token_id
@@ -118,7 +118,7 @@ def test_online_trains_responses_of_correct_rows_and_gold_targets_half_each():
 
 
 def test_online_without_a_correct_row_is_half_of_the_gold_loss():
-    run, gold = text_run(**ONLINE), [supervised_row(text_run(), e, GOLD) for e in EXAMPLES]
+    run, gold = text_run(**ONLINE), [text_run().inputs.row(e, GOLD) for e in EXAMPLES]
     packing, weights = online_batch(run, *graded([False] * 3), gold)
     assert not np.any(weights.sampled)
     assert weights.gold.sum() == pytest.approx(0.5)
@@ -145,7 +145,7 @@ def numpy_cross_entropy(rows) -> float:
 def step(quick_compiles):
     optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
     _, where = tiny_state(MODEL, PARAMS, optimizer, make_mesh(1, 1, 1))
-    jitted = make_self_train_step(MODEL, optimizer, where)
+    jitted = make_step(self_train_loss, MODEL, optimizer, where)
     return lambda batch, count: jitted(tiny_state(MODEL, PARAMS, optimizer)[0], batch, count)
 
 

@@ -10,8 +10,8 @@ from tiny import tiny_policy
 from reft_jax import save_hf
 from reft_jax.config import check_config, default_config, load_config
 from reft_jax.parallel.mesh import make_mesh, on_mesh
-from reft_jax.run.open import Run
-from reft_jax.stages import loop as training
+from reft_jax.run.inputs import Data, Inputs
+from reft_jax.stages import loop
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import base_policy
 from reft_jax.train.metrics import read_metrics
@@ -28,7 +28,7 @@ def test_a_run_goes_on_with_the_value_head_of_an_exported_folder(tmp_path, capsy
     mesh = make_mesh(1, 1, 1)
     with on_mesh(mesh):
         found = {
-            name: base_policy(Run(config, tmp_path, tmp_path / name, None, None, mesh=mesh, model=model))
+            name: base_policy(Inputs(config, tmp_path / name, None, Data([], [], [], "")), mesh, model)
             for name in ("exported", "bare")
         }
     jax.tree.map(np.testing.assert_array_equal, found["exported"], params)
@@ -42,16 +42,14 @@ class Begun(Training):
     def __init__(self, tmp_path, monkeypatch, dev_top1: dict[int, float], **rl):
         config = default_config()
         config.rl.update({"questions": 64, "iterations": max(dev_top1), "eval_every": 1, "save_every": 1} | rl)
-        self.run, self.folder = SimpleNamespace(config=config, data=SimpleNamespace(dev=[])), tmp_path / "reft"
+        inputs = Inputs(config, tmp_path, None, Data([], [], [], ""))
+        self.run, self.folder = SimpleNamespace(config=config, inputs=inputs), tmp_path / "reft"
         self.done, self.state, self.pending = 0, SimpleNamespace(params={"lm": 0}), {}
         self.info, self.metrics = {"best": 0, "best_dev_top1": -1.0}, MetricsWriter(self.folder)
         self.kept, self.evaluated = [], []
-        monkeypatch.setattr(training, "save_params", lambda folder, params: self.kept.append(folder.name))
-        monkeypatch.setattr(training, "greedy", lambda run, lm, *_: self.evaluated.append(lm) or [dev_top1[lm]])
-        monkeypatch.setattr(training, "top1", lambda graded: graded[0])
-
-    def updated(self, done, state, numbers, pending, item_ids, inputs):
-        self.done, self.state, self.pending = done, state, pending
+        monkeypatch.setattr(loop, "save_params", lambda folder, params: self.kept.append(folder.name))
+        monkeypatch.setattr(loop, "greedy", lambda run, lm, *_: self.evaluated.append(lm) or [dev_top1[lm]])
+        monkeypatch.setattr(loop, "top1", lambda graded: graded[0])
 
     def check_finite(self):
         pass
@@ -60,12 +58,10 @@ class Begun(Training):
         pass
 
     def train(self, rewards: dict[int, float], kl: float = 0.1) -> None:
-        def iterate(state, iteration):
-            line = {"reward": rewards.get(iteration, 0.4), "kl": kl * iteration}
-            return SimpleNamespace(params={"lm": iteration}), line, [], {}
-
         with self.metrics:
-            training.train_iterations(self, iterate, questions=64, shown=("reward", "kl"))
+            for iteration, _ in self.iterations(64, shown=("reward", "kl")):
+                line = {"reward": rewards.get(iteration, 0.4), "kl": kl * iteration}
+                self.done, self.state, self.pending = iteration, SimpleNamespace(params={"lm": iteration}), line
 
 
 def test_iteration_0_is_evaluated_and_wins_if_no_other_is_better(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """SFT and PPO updates and the PPO batch against slow twins written apart from them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,9 @@ from step_rows import (
 )
 
 from reft_jax.algo import losses
+from reft_jax.train.iteration import Scores, make_batch
 from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import constant_schedule, linear_schedule
-from reft_jax.train.steps import make_ppo_batch
 from reft_jax.types import PPOBatch, Rollout
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -167,7 +169,7 @@ def slow_ppo(params, batch: PPOBatch):
         critic = (weight * jnp.maximum((value - return_) ** 2, (old_value + moved - return_) ** 2)).sum() / 2
         parts = {"policy_loss": policy, "value_loss": critic, "loss": policy + SETTINGS.vf_coef * critic}
         outside = (ratio > 1 + SETTINGS.clip) | (ratio < 1 - SETTINGS.clip)
-        return parts["loss"], parts | {"clip_share": outside.mean(), "ratio_max_error": jnp.abs(ratio - 1).max()}
+        return parts["loss"], parts | {"clip_share": outside.mean(), "ratio_error_max": jnp.abs(ratio - 1).max()}
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -216,24 +218,25 @@ def test_a_step_is_adam_donates_its_state_and_compiles_once():
 
 
 def whole_iteration(ref_noise: float, **settings):
-    """Rollout, its scores under policy and reference, and what make_ppo_batch makes of them."""
+    """Rollout, its scores under policy and reference, and what make_batch makes of them."""
     logprob, value = scores()
     value = value / 10  # a critic too poor has an explained variance of -1, whatever it is
     ref_logprob = logprob - ref_noise * rng(8).normal(size=logprob.shape).astype(np.float32)
     rollout = Rollout(TOKENS, PROMPT_LEN, TOTAL_LEN, np.array([1, 0, 0.1, 1, 0, 0, 0.1, 1], np.float32))
-    settings = {"kl_coef": 0.05, "gamma": 0.97, "lam": 0.95} | settings
-    batch, metrics = ppo_batch_of(rollout, logprob, value, ref_logprob, **settings)
+    minibatches = settings.pop("minibatches", 1)
+    algorithm = dataclasses.replace(SETTINGS, **{"kl_coef": 0.05, "gamma": 0.97, "lam": 0.95} | settings)
+    batch, metrics = batch_of(algorithm, rollout, Scores(logprob, ref_logprob, value), minibatches=minibatches)
     return rollout, (logprob, value, ref_logprob), jax.device_get(batch), numbers(metrics)
 
 
-ppo_batch_of = jax.jit(make_ppo_batch, static_argnames=("kl_coef", "gamma", "lam", "minibatches"))
+batch_of = jax.jit(make_batch, static_argnums=0, static_argnames="minibatches")
 
 
 def test_on_the_first_pass_the_ratio_is_1_and_the_loss_minus_the_mean_advantage():
     _, _, batch, _ = whole_iteration(ref_noise=0.5)
     _, metrics = run_ppo(batch)
     means = [batch.advantage[b, actions].mean() for b, actions in enumerate(ACTIONS)]
-    assert metrics["ratio_max_error"] < 1e-5 and metrics["clip_share"] == 0
+    assert metrics["ratio_error_max"] < 1e-5 and metrics["clip_share"] == 0
     assert metrics["policy_loss"] == pytest.approx(-np.mean(means), abs=1e-6)
 
 

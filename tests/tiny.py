@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.algo.algorithms import PPO
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
@@ -61,3 +62,9 @@ def tiny_state(model, params, optimizer, mesh=None) -> tuple[TrainState, TrainSt
     where = state_shardings(mesh, optimizer, abstract)
     params = jax.tree.map(lambda x, at: jax.device_put(np.array(x), at), params, where.params)
     return new_state(mesh, optimizer, abstract, params), where
+
+
+def tiny_ppo(**settings) -> PPO:
+    """The paper's coefficients, with some changed."""
+    paper = {"kl_coef": 0.01, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "vf_coef": 5.0}
+    return PPO(**paper | {"temperature": 1.0} | settings)

@@ -16,7 +16,7 @@ def action_mask(prompt_len, total_len, length: int):
 def token_rewards(score, old_logprob, ref_logprob, mask, *, kl_coef: float):
     """`r_t = score·[t is the last action] − β (log π_old − log π_ref)` on actions, 0 elsewhere.
 
-    Args: score float32[B]; old_logprob, ref_logprob float32[B,T]; mask bool[B,T] with at least one action a row.
+    Args: score float32[B]; old_logprob, ref_logprob float32[B,T]; mask bool[B,T] with at least one action per row.
     Returns: rewards, score_rewards, kl_rewards, each float32[B,T]; the first is the sum of the others.
     """
     kl_rewards = jnp.where(mask, -kl_coef * (old_logprob - ref_logprob), 0.0)

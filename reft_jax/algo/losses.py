@@ -1,7 +1,7 @@
 """The losses as pure functions of arrays, float32: sums over decisions, each times its weight.
 
 The weights make the sum a mean over the whole batch, so that sums and gradients of micro-batches add up to those of the
-whole. A decision of weight 0 does not count, whatever stands there.
+whole. A decision with weight 0 does not count, whatever its values are.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def row_weights(mask):
-    """What a decision weighs in the mean over each row's decisions, then over rows: float32[B,T] of mask bool[B,T]."""
+    """The weight of each decision in a mean over a row's decisions, then over rows: mask bool[B,T] -> float32[B,T]."""
     return mask / jnp.maximum(mask.sum(1, keepdims=True), 1) / mask.shape[0]
 
 

@@ -1,7 +1,7 @@
 """Is this checkpoint, on this machine, ready for a run? What a run relies on, each part with its figure.
 
-Nothing is needed beside the model: the questions are generated. Sizes are small and do not depend on the config's
-batches; types, mesh, PPO coefficients and the executor's limits are the config's.
+Only the model is needed: the questions are generated. Sizes are small and do not depend on the config's batches.
+Types, mesh, PPO coefficients and the executor's limits come from the config.
 """
 
 import time
@@ -10,23 +10,43 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from reft_jax import executor
-from reft_jax.run.open import Data, Run, checked_tokenizer, open_mesh, start_executor
+from reft_jax.algo.advantages import action_mask, token_rewards
+from reft_jax.algo.algorithms import make_algorithm
+from reft_jax.algo.losses import token_loss
+from reft_jax.engine.generate import Engine
+from reft_jax.model.heads import ValueHead
+from reft_jax.model.hf import checked, read_config
+from reft_jax.model.hf_write import hf_tensors
+from reft_jax.model.llama import Llama
+from reft_jax.model.safetensors import map_tensor
+from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
+from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
+from reft_jax.run.machine import open_mesh, start_executor
+from reft_jax.stages.models import base_policy
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
-from reft_jax.toy import problems as synthetic
+from reft_jax.toy import problems
+from reft_jax.train.batches import rollout_rows
+from reft_jax.train.iteration import Iteration
+from reft_jax.train.packing import Packing
+from reft_jax.train.scoring import score_lines
+from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
 from reft_jax.types import Completion, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on
 RESPONSE = 32  # tokens sampled for each
 PAD_MULTIPLE = 64
-# Differences that rounding alone makes between two compiled programs, in nats.
+# Differences that rounding alone makes between two compiled functions, in nats.
 MEAN_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 MAX_GAP = {"float32": 2e-3, "bfloat16": 1.0}
-HARM = 0.15  # nats a token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
-PROGRAMS = {  # program: what must become of it
+HARM = 0.15  # nats per token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
+PROGRAMS = {  # program: its expected value or outcome
     "def solution():\n    return 6 * 7": 42.0,
     "def solution():\n    return '1e3'": 1000.0,
     "def solution():\n    return math.sqrt(2)": 2**0.5,
@@ -50,25 +70,22 @@ class Finding(NamedTuple):
 
 
 def run_check(folder: Path, config) -> bool:
-    """Prints what guards programs here, then the table as it grows; whether everything passed. InputError if the folder
-    cannot be loaded at all.
+    """Prints what guards programs here, then the findings as they come; whether everything passed.
+
+    InputError if the folder cannot be loaded at all.
     """
     started = time.monotonic()
-    examples = synthetic.make_split(
-        config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0
-    )
-    run = Run(config, folder, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
+    examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
+    inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     passed = True
     try:
-        from reft_jax.parallel.mesh import on_mesh
-
-        run.mesh = open_mesh(config)
-        print(f"check {folder}: {config.model.dtype}, mesh {dict(run.mesh.shape)}\n")
+        mesh = open_mesh(config)
+        print(f"check {folder}: {config.model.dtype}, mesh {dict(mesh.shape)}\n")
         for guard in executor.guarding():
             print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
-        with on_mesh(run.mesh):
-            for finding in findings(run):
+        with on_mesh(mesh):
+            for finding in findings(inputs, mesh):
                 passed &= finding.passed
                 mark = "pass" if finding.passed else "FAIL"
                 print(f"{mark}  {finding.name:<32}  {finding.figure}", flush=True)
@@ -79,37 +96,30 @@ def run_check(folder: Path, config) -> bool:
     return passed
 
 
-def findings(run: Run) -> Iterator[Finding]:
-    """From the cheapest to the dearest."""
-    yield check_tokenizer(run)
-    yield check_executor(run)
-    yield check_grading(run)
-
-    import jax.numpy as jnp
-
-    from reft_jax.model.hf import read_config
-    from reft_jax.model.llama import Llama
-    from reft_jax.stages.models import base_policy
-
-    dtype, remat = run.config.model.dtype, run.config.model.remat
-    run.model = Llama(read_config(run.base), dtype=jnp.dtype(dtype), remat=remat)
-    policy = base_policy(run)
-    yield from check_weights(run, policy["lm"])
-    yield from check_layers(run, policy["lm"])
-    yield from check_iteration(run, policy, *roll_out(run, policy["lm"]))
+def findings(inputs: Inputs, mesh) -> Iterator[Finding]:
+    """From the cheapest to the most expensive."""
+    yield check_tokenizer(inputs)
+    yield check_executor(inputs)
+    yield check_grading(inputs)
+    dtype, remat = inputs.config.model.dtype, inputs.config.model.remat
+    model = Llama(read_config(inputs.base), dtype=jnp.dtype(dtype), remat=remat)
+    policy = base_policy(inputs, mesh, model)
+    yield from check_weights(inputs, model, policy["lm"])
+    yield from check_layers(inputs, mesh, model, policy["lm"])
+    yield from check_iteration(inputs, mesh, model, policy, *roll_out(inputs, mesh, model, policy["lm"]))
 
 
-def check_tokenizer(run: Run) -> Finding:
-    answer_format, examples = run.config.data.format, run.data.train
+def check_tokenizer(inputs: Inputs) -> Finding:
+    answer_format, examples = inputs.config.data.format, inputs.data.train
     texts = [prompts.rollout_prompt(example.question, answer_format) for example in examples]
     texts += [prompts.sft_target(example, answer_format) for example in examples]
-    changed = [text for text in texts if decode(run.tokenizer, encode(run.tokenizer, text)) != text]
+    changed = [text for text in texts if decode(inputs.tokenizer, encode(inputs.tokenizer, text)) != text]
     figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"
     return Finding("tokenizer round trip", not changed, figure + (f"; not {changed[0][:60]!r}" if changed else ""))
 
 
-def check_executor(run: Run) -> Finding:
-    limits, started = run.config.executor, time.monotonic()
+def check_executor(inputs: Inputs) -> Finding:
+    limits, started = inputs.config.executor, time.monotonic()
     results = executor.run_programs(list(PROGRAMS), timeout_s=2.0, workers=limits.workers, memory_mb=limits.memory_mb)
     got = [result.value if result.status == "ok" else result.status for result in results]
     checked = zip(PROGRAMS.items(), got, strict=True)
@@ -118,9 +128,9 @@ def check_executor(run: Run) -> Finding:
     return Finding("executor", not wrong, "; ".join([figure, *wrong]))
 
 
-def check_grading(run: Run) -> Finding:
-    """A worked solution earns 1 where it is right, 0.1 where the answer is another number; no solution earns 0."""
-    answer_format, examples, limits = run.config.data.format, run.data.train, run.config.executor
+def check_grading(inputs: Inputs) -> Finding:
+    """A worked solution earns 1; with another number as the right answer it earns 0.1; no solution earns 0."""
+    answer_format, examples, limits = inputs.config.data.format, inputs.data.train, inputs.config.executor
     run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
     right = [prompts.sft_target(example, answer_format) for example in examples]
     others = [example._replace(answer_value=str(float(example.answer_value) + 1)) for example in examples]
@@ -133,18 +143,14 @@ def check_grading(run: Run) -> Finding:
         verdicts = answers.grade(texts, asked, answer_format, run_programs=run_programs)
         wrong += sum(verdict.reward != reward for verdict in verdicts)
         total += len(verdicts)
-    return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded rightly")
+    return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded correctly")
 
 
-def check_weights(run: Run, lm) -> Iterator[Finding]:
-    """Tensor by tensor: file -> ours -> their layout gives the file's numbers; all are finite and not all the same."""
-    from reft_jax.model.hf import checked
-    from reft_jax.model.hf_write import hf_tensors
-    from reft_jax.model.safetensors import map_tensor
-
-    _, stored, _ = checked(run.base)
+def check_weights(inputs: Inputs, model: Llama, lm) -> Iterator[Finding]:
+    """Per tensor: file -> our layout -> their layout gives the file's numbers; all are finite, and not all equal."""
+    _, stored, _ = checked(inputs.base)
     changed, broken, count = [], [], 0
-    for name, ours in hf_tensors(run.model.config, lm):
+    for name, ours in hf_tensors(model.config, lm):
         if not np.array_equal(map_tensor(stored[name]).astype(np.float32), ours, equal_nan=True):
             changed.append(name)
         if bad := np.size(ours) - np.isfinite(ours).sum():
@@ -158,19 +164,11 @@ def check_weights(run: Run, lm) -> Iterator[Finding]:
     yield Finding("weights are numbers", not broken, "; ".join([figure, *broken[:3]]))
 
 
-def check_layers(run: Run, lm) -> Iterator[Finding]:
-    """The loss on worked solutions, with every layer and with each one taken out: a damaged one is better away."""
-    import jax
-    import jax.numpy as jnp
-
-    from reft_jax.algo.losses import token_loss
-    from reft_jax.parallel.mesh import put_rows, row_shards
-    from reft_jax.train.packing import Packing
-    from reft_jax.train.scoring import score_lines
-
-    mesh, model = run.mesh, run.model
-    texts = [prompts.prompt_text(e.question) + prompts.sft_target(e, run.config.data.format) for e in run.data.train]
-    ids = [encode(run.tokenizer, text) for text in texts]
+def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
+    """The loss on worked solutions, with all layers and without each one: a damaged layer makes the model worse."""
+    kind = inputs.config.data.format
+    texts = [prompts.prompt_text(e.question) + prompts.sft_target(e, kind) for e in inputs.data.train]
+    ids = [encode(inputs.tokenizer, text) for text in texts]
     ids = sorted(ids, key=len)[:2]
     decisions, size = [len(row) - 1 for row in ids], {"micro_batch": row_shards(mesh), "micro_batches": 2}
     packing = Packing(ids, [0] * len(ids), decisions, max_len=len(ids[-1]), multiple=PAD_MULTIPLE, **size)
@@ -190,7 +188,7 @@ def check_layers(run: Run, lm) -> Iterator[Finding]:
         return token_loss(logprob, weight)
 
     whole, uniform = float(loss(lm, lines, weight, -1)), np.log(model.config.vocab_size)
-    figure = f"{whole:.2f} nats a token on worked solutions; guessing costs {uniform:.2f}"
+    figure = f"{whole:.2f} nats per token on worked solutions; guessing costs {uniform:.2f}"
     yield Finding("the model knows language", whole < uniform, figure)
     if not np.isfinite(whole):
         yield Finding("every layer does no harm", False, "not tried: the loss is not a number")
@@ -205,65 +203,49 @@ def check_layers(run: Run, lm) -> Iterator[Finding]:
     yield Finding("every layer does no harm", helped == len(gains), figure)
 
 
-def roll_out(run: Run, lm) -> tuple[list[Prompt], list[Completion]]:
-    """One short sampled response a question; more samples of them where the mesh wants more rows."""
-    from reft_jax.engine.generate import Engine
-    from reft_jax.parallel.mesh import round_up, row_shards
-
-    count = round_up(QUESTIONS, row_shards(run.mesh))
-    asked = run.prompts(run.data.train, -(-count // QUESTIONS))[:count]
-    ends, seed = all_end_ids(run.tokenizer, run.base), run.config.seed
-    engine = Engine(run.model, run.mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
+def roll_out(inputs: Inputs, mesh, model: Llama, lm) -> tuple[list[Prompt], list[Completion]]:
+    """One short sampled response per question, or more if the mesh needs more rows."""
+    count = round_up(QUESTIONS, row_shards(mesh))
+    asked = inputs.prompts(inputs.data.train, -(-count // QUESTIONS))[:count]
+    ends, seed = all_end_ids(inputs.tokenizer, inputs.base), inputs.config.seed
+    engine = Engine(model, mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
     max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
-    found = dict(engine.generate(lm, asked, max_len=max_len, temperature=run.config.rl.temperature))
+    found = dict(engine.generate(lm, asked, max_len=max_len, temperature=inputs.config.rl.temperature))
     return asked, [found[i] for i in range(count)]
 
 
-def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Completion]) -> Iterator[Finding]:
-    """Scores the rollout as a run does, then takes one PPO update, which uses `policy` up."""
-    import optax
-
-    from reft_jax.algo.advantages import action_mask, token_rewards
-    from reft_jax.model.heads import ValueHead
-    from reft_jax.parallel.mesh import put_rows
-    from reft_jax.train.batches import rollout_rows
-    from reft_jax.train.packing import pack_rollout
-    from reft_jax.train.scoring import make_scorer
-    from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
-    from reft_jax.train.steps import ClipSettings, make_ppo_batch, make_ppo_step
-
-    rl, model, mesh, rows, dtype = run.config.rl, run.model, run.mesh, len(asked), run.config.model.dtype
-    scores = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
-    rollout = rollout_rows(asked, completions, scores, PAD_MULTIPLE)
-    mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-    size = {"max_len": int(rollout.total_len.max()), "micro_batch": rows, "micro_batches": 1}
-    packing = pack_rollout(rollout, multiple=PAD_MULTIPLE, **size)
-    score, lines = make_scorer(model, rl.temperature), put_rows(mesh, packing.lines, axis=1)
-    scored = *score(policy, lines, packing.count), score({"lm": policy["lm"]}, lines, packing.count)[0]
-    logprob, value, reference = (packing.collect(x, rollout.tokens.shape[1]) for x in scored)
+def check_iteration(
+    inputs: Inputs, mesh, model: Llama, policy, asked: list[Prompt], completions: list[Completion]
+) -> Iterator[Finding]:
+    """Scores the rollout as a run does, then makes one PPO update, which takes `policy` over."""
+    rl, dtype, rows = inputs.config.rl, inputs.config.model.dtype, len(asked)
+    algorithm = make_algorithm(rl)
+    optimizer = make_optimizer(
+        optax.constant_schedule(rl.learning_rate), weight_decay=rl.weight_decay, clip_norm=rl.clip_norm
+    )
+    abstract = abstract_params(model, ValueHead(), "value_head")
+    shardings = state_shardings(mesh, optimizer, abstract)
+    rewards = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
+    rollout = rollout_rows(asked, completions, rewards, PAD_MULTIPLE)
+    size = {"max_len": int(rollout.total_len.max()), "micro_batch": rows, "multiple": PAD_MULTIPLE}
+    one = Iteration(model, mesh, optimizer, algorithm, shardings, **size)
+    scores, packing = one.score(policy, policy["lm"], rollout)
 
     sampled = np.concatenate([completion.logprobs for completion in completions])
-    yield gap("sampler and trainer agree", sampled - logprob[mask], dtype)
-    yield gap("KL to the reference is 0", logprob[mask] - reference[mask], dtype)
+    yield gap("sampler and trainer agree", sampled - scores.logprob[packing.at], dtype)
+    yield gap("KL to the reference is 0", scores.logprob[packing.at] - scores.ref_logprob[packing.at], dtype)
 
-    other = reference + np.random.default_rng(0).normal(size=reference.shape).astype(np.float32)
-    paid, _, _ = token_rewards(scores, logprob, other, mask, kl_coef=rl.kl_coef)
-    kl = np.where(mask, logprob - other, 0.0).sum(1)
-    error = np.abs(np.asarray(paid).sum(1) - (scores - rl.kl_coef * kl)).max()
+    mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
+    other = scores.ref_logprob + np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
+    paid, _, _ = token_rewards(rewards, scores.logprob, other, mask, kl_coef=rl.kl_coef)
+    kl = np.where(mask, scores.logprob - other, 0.0).sum(1)
+    error = np.abs(np.asarray(paid).sum(1) - (rewards - rl.kl_coef * kl)).max()
     figure = f"token rewards sum to score − β·KL within {error:.1e} (KL up to {np.abs(kl).max():.1f} nats)"
     yield Finding("rewards are conserved", bool(error < 1e-5), figure)
 
-    coefficients = {"kl_coef": rl.kl_coef, "gamma": rl.gamma, "lam": rl.lam}
-    batch, _ = make_ppo_batch(rollout, logprob, value, reference, **coefficients)
-    schedule = optax.constant_schedule(rl.learning_rate)
-    optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
-    abstract = abstract_params(model, ValueHead(), "value_head")
-    clip = ClipSettings(rl.clip, rl.value_clip, rl.vf_coef, rl.temperature)
-    step = make_ppo_step(model, optimizer, clip, state_shardings(mesh, optimizer, abstract))
-    state = new_state(mesh, optimizer, abstract, policy)
-    old = put_rows(mesh, packing.spread_all(batch), axis=1)
-    _, metrics = step(state, (lines, old), packing.count)
-    error, norm = float(metrics["ratio_max_error"]), float(metrics["grad_norm"])
+    batch, _ = one.make_batch(rollout, scores)
+    _, metrics = one.update(new_state(mesh, optimizer, abstract, policy), rollout, batch)
+    error, norm = float(metrics["ratio_error_max"]), float(metrics["grad_norm"])
     figure = f"|ρ − 1| at most {error:.1e}"
     yield Finding("ratio 1 on the first pass", error <= np.expm1(MAX_GAP[dtype]), figure)
     figure = f"loss {float(metrics['loss']):.3f}, gradient norm {norm:.3f}"
@@ -271,7 +253,7 @@ def check_iteration(run: Run, policy, asked: list[Prompt], completions: list[Com
 
 
 def gap(name: str, difference: np.ndarray, dtype: str) -> Finding:
-    """Log-probabilities of the same tokens, computed twice."""
+    """Compares log-probabilities of the same tokens that were computed twice."""
     mean, largest = np.abs(difference).mean(), np.abs(difference).max()
     passed = bool(mean <= MEAN_GAP[dtype] and largest <= MAX_GAP[dtype])
     return Finding(name, passed, f"mean {mean:.1e}, largest {largest:.1e} nats over {difference.size} tokens")

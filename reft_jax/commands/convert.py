@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.gsm8k_programs import conversion
-from reft_jax.run.open import start_executor
+from reft_jax.run.machine import start_executor
 from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.tasks import answers

@@ -22,26 +22,25 @@ from reft_jax.stages.models import (
     changed_data,
     checksum,
     done,
-    model_folder,
     other_sources,
     policy,
     reranker,
 )
 from reft_jax.stages.rerank import rerank_scores
-from reft_jax.stages.sample import greedy_answers, made_by, samples_path
+from reft_jax.stages.sample import greedy_answers, made_by
 from reft_jax.tasks.answerable import wrong_anyway
-from reft_jax.tasks.registry import load_task
 from reft_jax.train.metrics import read_metrics
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
-    """What one model answered to the test questions, and what a reader must know about it; greedy answers and
-    reranker's scores are made if they are missing.
+    """The answers of one model to the test questions, and notes for the reader.
 
-    Samples are used as far as `sample` has made them, with this model, these settings and these questions: the first n
-    of each question that all of them have. They are left out where a question has none.
+    Makes greedy answers and reranker scores that are missing. Uses the samples that `sample` has made with this model,
+    these settings and these questions: the first n of each question, n being what all of them have. If a question has
+    none, all samples are left out.
     """
-    path, title, test, wanted = samples_path(run, name, "test"), TITLES[name], run.data.test, run.config.sample.n
+    path, title = run.workdir.samples(name, "test"), TITLES[name]
+    test, wanted = run.inputs.data.test, run.config.sample.n
     weights = policy(run, name)
     greedy = by_item(greedy_answers(run, path, test, weights, f"{name} top-1 on test"))
     found = stored(path, made_by(run, weights, test, wanted), test)
@@ -55,21 +54,21 @@ def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
     notes = [f"{title}: {n} of {wanted} samples are drawn of every question; {again}."] if n < wanted else []
     samples = [first_samples(records[example.item_id], n) for example in test]
     scores, judge = {}, f"rerank_{name}"
-    if model_folder(run, judge).exists():
+    if run.workdir.model(judge).exists():
         scores = rerank_scores(run, path, samples, reranker(run, judge), f"{judge} on test")
     return Answers(title, greedy, by_item(samples), scores), notes
 
 
 def expected(run: Run, name: str) -> bool:
-    """Whether the samples of a model are missing beside those of others; the warm-up model's are optional."""
-    return name != "warmup" and any(samples_path(run, other, "test").exists() for other in POLICIES)
+    """Whether samples of this model are expected: others have theirs. The warm-up model's are optional."""
+    return name != "warmup" and any(run.workdir.samples(other, "test").exists() for other in POLICIES)
 
 
 def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
-    """The lines of a stage, with one for iteration 0, the model that it began with, if its `result` has that."""
+    """The metrics of a stage. Adds a line for iteration 0, the start model, if `result` has its accuracy."""
     start = result.get("start_dev_top1")
     first = [] if start is None else [{"step": 0, "dev_top1": start}]
-    return first + read_metrics(run.workdir / stage)
+    return first + read_metrics(run.workdir.path / stage)
 
 
 def run_evaluate(run: Run) -> dict:
@@ -78,13 +77,13 @@ def run_evaluate(run: Run) -> dict:
         stage: result for stage in STAGES if (result := done(run, stage))
     }  # damage ends it before the first answer
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
-    names = [name for name in POLICIES if model_folder(run, name).exists()]
+    names = [name for name in POLICIES if run.workdir.model(name).exists()]
     models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
-    found = table(models, run.config.seed, load_task(run.config.task))
+    found = table(models, run.config.seed, run.inputs.task)
     report = {
         "title": run.config.name,
         "about": about(run),
-        "chosen_on": run.data.chosen_on,
+        "chosen_on": run.inputs.data.chosen_on,
         "notes": [*chain(*remarks), *others(run, stages), *notes(run, stages, found["rows"])],
         "settings": flatten(run.config),
         "checksums": {name: made for one in names for name in (one, f"rerank_{one}") if (made := checksum(run, name))},
@@ -92,16 +91,16 @@ def run_evaluate(run: Run) -> dict:
         "stages": stages,
     } | found
     if hosts.is_first():
-        write_report(run.workdir, report)
+        write_report(run.workdir.path, report)
         if any(lines):
-            plot_curves(run.workdir, *lines, run.workdir / "curves.png")
+            plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         print_report(report)
     return report
 
 
 def about(run: Run) -> dict[str, str]:
     """The report's first lines."""
-    config, data = run.config, run.data
+    config, data = run.config, run.inputs.data
     model = f"toy, made from seed {config.seed}" if config.model.path == "toy" else config.model.path
     dev = config.data.dev or data.chosen_on
     files = (("train", config.data.train, data.train), ("dev", dev, data.dev), ("test", config.data.test, data.test))
@@ -110,7 +109,7 @@ def about(run: Run) -> dict[str, str]:
 
 
 def others(run: Run, stages: dict) -> list[str]:
-    """Stages that were trained on other data or from other models than there are now."""
+    """Lines about stages that were trained on data or from models that have changed since."""
     lines = []
     for stage, result in stages.items():
         if changed := changed_data(run, result):
@@ -121,11 +120,10 @@ def others(run: Run, stages: dict) -> list[str]:
 
 
 def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
-    """What a reader of the table must know."""
+    """Notes that a reader of the table needs."""
     lines = []
     data, max_len = run.config.data, run.config.sample.max_len
-    task = load_task(run.config.task)
-    if wrong := wrong_anyway(run.tokenizer, run.data.test, data.format, max_len, "test", task):
+    if wrong := wrong_anyway(run.inputs.tokenizer, run.inputs.data.test, data.format, max_len, "test", run.inputs.task):
         lines.append(f"{wrong}.")
     if run.config.model.path == "toy":
         lines.append(

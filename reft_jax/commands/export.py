@@ -17,44 +17,44 @@ from reft_jax.run.open import Run
 from reft_jax.stages.models import TITLES, abstract_reranker, checksum, done, load_model
 from reft_jax.store import writing
 from reft_jax.tasks.prompts import rerank_text, rollout_prompt
-from reft_jax.tasks.registry import Task, load_task
+from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
 
 
 def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
-    """`name`: a policy (the value head goes into a folder of its own inside) or the reranker of one.
+    """Writes the folder. name: a policy (its value head goes into a subfolder), or a reranker.
 
-    `dtype`: of the weights, if not the base's. Raises SaveError.
+    dtype: of the weights; None: the base's. Raises SaveError.
     """
-    licences = sorted({path for pattern in LICENCES for path in run.base.glob(pattern) if path.is_file()})
+    licences = sorted({path for pattern in LICENCES for path in run.inputs.base.glob(pattern) if path.is_file()})
     card = model_card(run, name, [path.name for path in licences])
     params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
     head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
-    base = DTYPES[stored_in(run.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    base = DTYPES[stored_in(run.inputs.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
     dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
     with writing(out):
-        save_hf(out, run.model, params["lm"], tokenizer=run.tokenizer, dtype=dtype, **head)
+        save_hf(out, run.machine.model, params["lm"], tokenizer=run.inputs.tokenizer, dtype=dtype, **head)
         try:
             if hosts.is_first():
                 for path in licences:
                     shutil.copy(path, out / path.name)
                 (out / "README.md").write_text(card, encoding="utf-8")
         except BaseException:
-            shutil.rmtree(out)  # so that the same command may be given again
+            shutil.rmtree(out)  # so that the same command can run again
             raise
     print(f"{name} -> {out}")
 
 
 def model_card(run: Run, name: str, licences: list[str]) -> str:
     """Base, licence notice, prompt format, stages and, if `evaluate` has seen these models, its table, as Markdown."""
-    base, policy = run.base.name, name.removeprefix("rerank_")
+    base, policy = run.inputs.base.name, name.removeprefix("rerank_")
     title = f"{TITLES[policy]} reranker" if name != policy else TITLES[policy]
     notice = (
         f"Copied from there: {', '.join(licences)}." if licences else "Its folder held no licence file; look it up."
     )
-    report = run.workdir / "report.json"
+    report = run.workdir.path / "report.json"
     return "\n".join(
         [
             "---",
@@ -72,7 +72,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
             "",
             "## Prompt",
             "",
-            *prompt_format(run.config.data.format, load_task(run.config.task), is_reranker=name != policy),
+            *prompt_format(run.config.data.format, run.inputs.task, is_reranker=name != policy),
             "",
             "## Stages",
             "",
@@ -87,7 +87,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
 
 
 def prompt_format(answer_format: str, task: Task, *, is_reranker: bool) -> list[str]:
-    """What the model reads, and what becomes of its answer."""
+    """What the model reads, and how its answer is graded."""
     if is_reranker:
         text, then = (
             rerank_text("{question}", "{completion}", task),
@@ -101,7 +101,7 @@ def prompt_format(answer_format: str, task: Task, *, is_reranker: bool) -> list[
 
 
 def stages(run: Run, name: str, base: str) -> list[str]:
-    """How the model came about, one line a stage."""
+    """How the model was made, one line per stage."""
     config, policy = run.config, name.removeprefix("rerank_")
     sft = done(run, "sft") or {}
     first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.format})"
@@ -120,11 +120,11 @@ def stages(run: Run, name: str, base: str) -> list[str]:
     if name != policy:
         rows = (done(run, name) or {}).get("rows", "?")
         lines.append(f"A classifier on {rows} distinct samples of the warm-up model, from that model.")
-    return [*lines, f"Checkpoints chosen on: {run.data.chosen_on}."]
+    return [*lines, f"Checkpoints chosen on: {run.inputs.data.chosen_on}."]
 
 
 def measured(run: Run, path: Path) -> list[str]:
-    """The table of a report.json, if its models are those that are there now. InputError if it cannot be read."""
+    """The table of report.json, if its models have not changed since. InputError if it cannot be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         before = dict(report.get("checksums", {}))
@@ -132,7 +132,7 @@ def measured(run: Run, path: Path) -> list[str]:
         subject = f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets."
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a report ({error!r}); run evaluate again, or remove it") from error
-    with tempfile.TemporaryDirectory() as folder:  # a reader leaves nothing in the work directory
+    with tempfile.TemporaryDirectory() as folder:  # this command writes nothing in the work directory
         changed = [name for name in before if checksum(run, name, Path(folder) / "checksums.json") != before[name]]
     if changed or not before:
         why = f"of another {' and '.join(changed)} than there is now" if changed else "of an older version"

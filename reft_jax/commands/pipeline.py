@@ -1,4 +1,4 @@
-"""The whole chain in one work directory. What is done already is not done again."""
+"""The whole chain in one work directory. Finished stages are skipped."""
 
 import time
 from functools import partial
@@ -30,12 +30,12 @@ def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
     ]
     stages += [(f"reranker for {TITLES[name]}", partial(run_rerank, run, name)) for name in names]
     for stage in [*names, *(f"rerank_{name}" for name in names)]:
-        check_sources(run, stage)  # one that is done but may not be used is found now, not after hours
+        check_sources(run, stage)  # a finished stage that may not be used is found now, not after hours
     started = time.monotonic()
     for i, (title, stage) in enumerate(stages, start=1):
         print(f"[{i}/{len(stages) + 1}] {title}", flush=True)
         stage()
     print(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation", flush=True)
     report = run_evaluate(run)
-    print(f"\nreport.md, report.json, curves.png: {run.workdir}\nthis run took {time.monotonic() - started:.0f} s")
+    print(f"\nreport.md, report.json, curves.png: {run.workdir.path}\nthis run took {time.monotonic() - started:.0f} s")
     return report

@@ -11,7 +11,7 @@ from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.records import GREEDY, RERANK, regrade
 from reft_jax.evaluation.report import print_report, write_sweep
 from reft_jax.evaluation.results import Answers, by_item, read_answers, table
-from reft_jax.run.open import start_executor
+from reft_jax.run.machine import start_executor
 from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.tasks.registry import PAPER, Task, load_task

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.commands.sweep import Source, find
-from reft_jax.run.open import checked_tokenizer, completed_text, start_executor
+from reft_jax.run.inputs import checked_tokenizer, completed_text
+from reft_jax.run.machine import start_executor
 from reft_jax.tasks import answers
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import all_end_ids, encode_rollout

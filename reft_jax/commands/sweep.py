@@ -1,17 +1,17 @@
-"""Many checkpoints on many data files in one command: answers into sample files, then a table a data file.
+"""Evaluates many checkpoints on many data files: writes their answers to sample files, then a table per data file.
 
     WORKDIR/samples/DATA/MODEL.jsonl      and beside it .greedy.jsonl, .rerank.jsonl (evaluation/records.py)
     WORKDIR/sweep.md, sweep.json, sources.json
 
-What the same model has answered is not asked again, so an interrupted sweep resumes where it was, to the question.
+Questions that the same model has answered are not asked again, so an interrupted sweep resumes at its next question.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from reft_jax import executor
 from reft_jax.commands import paths
@@ -19,31 +19,32 @@ from reft_jax.config import flatten
 from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.report import print_report, write_sweep
 from reft_jax.evaluation.results import Answers, by_item, table
+from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.hf import load_hf, load_rerank_head, read_config
+from reft_jax.model.llama import Llama
 from reft_jax.parallel import hosts
+from reft_jax.parallel.compilation import keep_compiled
+from reft_jax.parallel.mesh import abstract_arrays, on_mesh, put, shardings
 from reft_jax.run import lock
 from reft_jax.run.about import versions
 from reft_jax.run.executions import ExecutionLog
 from reft_jax.run.guards import Guards
-from reft_jax.run.open import (
-    Data,
-    Run,
-    check_rows,
-    checked_tokenizer,
-    make_engine,
-    open_mesh,
-    shorten,
-    start_executor,
-)
+from reft_jax.run.inputs import Data, Inputs, checked_tokenizer, shorten
+from reft_jax.run.machine import check_rows, make_machine, open_mesh, start_executor
+from reft_jax.run.open import Run, Workdir
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.stages.models import Weights, abstract_policy, abstract_reranker
+from reft_jax.stages.rerank import rerank_scores
+from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import load_tokenizer
+from reft_jax.train.checkpoints import check_shapes, load_params
+from reft_jax.train.checksums import MEMORY, model_checksum
+from reft_jax.train.state import abstract_params
 from reft_jax.types import Example, InputError
-
-if TYPE_CHECKING:
-    from reft_jax.stages.models import Weights
 
 SOURCES = "sources.json"
 RESERVED = (".greedy", ".rerank", ".jsonl")  # of the files themselves
@@ -51,8 +52,9 @@ LONGEST_NAME = 200
 
 
 class Source(NamedTuple):
-    """Weights: a Hugging Face folder, or the folder that a stage made (RUN/models/NAME); `base` has its config.json
-    and tokenizer."""
+    """The weights of a model: a Hugging Face folder, or the folder that a stage made (RUN/models/NAME).
+
+    base: the folder with its config.json and tokenizer."""
 
     folder: Path
     base: Path
@@ -61,11 +63,9 @@ class Source(NamedTuple):
     def is_stage(self) -> bool:
         return self.folder != self.base
 
-    def checksum(self, run: Run) -> str:
-        """Of weights, config and tokenizer, wherever they lie."""
-        from reft_jax.train.checksums import MEMORY, model_checksum
-
-        memory = run.workdir / MEMORY
+    def checksum(self, workdir: Path) -> str:
+        """The checksum of weights, config and tokenizer; `workdir` remembers those of unchanged files."""
+        memory = workdir / MEMORY
         return hosts.from_first(f"checksum of {self.folder}", lambda: model_checksum(self.folder, self.base, memory))
 
 
@@ -77,8 +77,17 @@ class Checkpoint(NamedTuple):
     reranker: Source | None
 
 
+class Sweep(NamedTuple):
+    """What all models of a sweep share."""
+
+    config: Any
+    workdir: Workdir
+    mesh: Any
+    guards: Guards
+
+
 def parse_checkpoints(text: str) -> list[Checkpoint]:
-    """Of `[NAME=]FOLDER[+RERANKER],…`; without NAME it is that of the folder. Raises InputError."""
+    """Parses `[NAME=]FOLDER[+RERANKER],…`; NAME is the folder's name if left out. Raises InputError."""
     checkpoints = []
     for entry in paths.listed(text, paths.is_checkpoint):
         name, folders = paths.named(entry)
@@ -89,7 +98,7 @@ def parse_checkpoints(text: str) -> list[Checkpoint]:
 
 
 def parse_data(text: str) -> dict[str, str]:
-    """{name: file} of `[NAME=]FILE,…`; without NAME it is the file's, without its suffix."""
+    """Parses `[NAME=]FILE,…` to {name: file}; NAME is the file's name without suffix if left out."""
     pairs = [paths.named(entry) for entry in paths.listed(text, paths.is_data)]
     names = [name or Path(file).stem for name, file in pairs]
     check_names("--data", names)
@@ -97,7 +106,7 @@ def parse_data(text: str) -> dict[str, str]:
 
 
 def check_names(flag: str, names: list[str]) -> None:
-    """InputError unless every name can be that of a file or folder of its own."""
+    """InputError unless every name is a valid file name and no two are equal."""
     distinct = len({name.casefold() for name in names}) == len(names)  # some file systems ignore case
     if not distinct or not all(names) or any("/" in name or name.startswith(".") for name in names):
         raise InputError(
@@ -112,9 +121,9 @@ def check_names(flag: str, names: list[str]) -> None:
 
 
 def find(folder: str, *, reranker: bool = False) -> Source:
-    """Raises InputError unless there is a model in the folder, of either kind.
+    """The model in the folder. Raises InputError if there is none.
 
-    What a Hugging Face folder holds is looked at later; of a stage's model the name says whether it is a reranker.
+    The contents of a Hugging Face folder are checked later. The name of a stage's model says whether it is a reranker.
     """
     path = Path(folder).absolute()
     workdir = path.parent.parent
@@ -133,7 +142,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
 def run_sweep(
     config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str], allowed: Sequence[str] = ()
 ) -> list[dict]:
-    """Answers what is not answered yet, writes and prints the tables. Returns the reports, one a data file.
+    """Answers the questions that are left, writes and prints the tables. Returns the reports, one per data file.
 
     `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
     """
@@ -154,12 +163,12 @@ def run_sweep(
 def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str, list[Example]]) -> list[dict]:
     with (
         Guards(config.watchdog_minutes) as guards,
-        open_sweep(config, workdir, checkpoints, guards) as run,
+        open_sweep(config, workdir, checkpoints, guards) as sweep,
     ):
-        sources = {f"model {one.name}": one.model.checksum(run) for one in checkpoints}
-        sources |= {f"reranker {one.name}": one.reranker.checksum(run) for one in checkpoints if one.reranker}
+        sources = {f"model {one.name}": one.model.checksum(workdir) for one in checkpoints}
+        sources |= {f"reranker {one.name}": one.reranker.checksum(workdir) for one in checkpoints if one.reranker}
         hosts.from_first("the models", lambda: keep_sources(workdir, sources))
-        found = [answer(run, checkpoint, data) for checkpoint in checkpoints]
+        found = [answer(sweep, checkpoint, data) for checkpoint in checkpoints]
     reports = []
     for name in data:
         answers = [of_model[name] for of_model in found]
@@ -176,7 +185,7 @@ def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str,
 
 
 def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]) -> list[str]:
-    """A line a model: the questions that it cannot answer, whatever it writes. Models of one tokenizer say the same."""
+    """A line per tokenizer: the questions that its models cannot answer, whatever they write."""
     lines: dict[str, list[str]] = {}
     for one in checkpoints:
         tok, limits = load_tokenizer(one.model.base), (config.data.format, config.sample.max_len)
@@ -190,8 +199,9 @@ def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
 
 
 def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
-    """Records the checksum of every model and reranker by its name. InputError if a name stood for another one before:
-    it has answers already."""
+    """Records the checksum of every model and reranker by its name.
+
+    InputError if a name belonged to another model before: that one has answers already."""
     path = workdir / SOURCES
     try:
         before = json.loads(path.read_text()) if path.exists() else {}
@@ -209,17 +219,14 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
 
 
 @contextmanager
-def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Guards) -> Iterator[Run]:
-    """A run without model, tokenizer and training data, as far as that can be made ready."""
+def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Guards) -> Iterator[Sweep]:
+    """Checks every model, then makes ready what all of them share."""
     for checkpoint in checkpoints:
         checked_tokenizer(checkpoint.model.base)
         if checkpoint.reranker:
             checked_tokenizer(checkpoint.reranker.base, reranker=not checkpoint.reranker.is_stage)
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
-        from reft_jax.parallel.compilation import keep_compiled
-        from reft_jax.parallel.mesh import on_mesh
-
         mesh = open_mesh(config)
         check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
         for checkpoint in checkpoints:
@@ -230,43 +237,32 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Gua
         hosts.log_to(workdir / "logs")
         keep_compiled(Path(config.compiled or workdir / "compiled"))
         with on_mesh(mesh):
-            run = Run(config, workdir, Path(), None, Data([], [], [], ""), mesh=mesh, executions=ExecutionLog(workdir))
-            run.guards = guards
-            yield run
+            yield Sweep(config, Workdir(workdir, ExecutionLog(workdir)), mesh, guards)
     finally:
         executor.shutdown()
 
 
 def check_stage(source: Source, *, reranker: bool) -> None:
-    """Reads no weights. InputError unless what a stage made is a policy, or a reranker, with its base's shapes."""
-    from reft_jax.model.heads import RerankHead, ValueHead
-    from reft_jax.model.hf import read_config
-    from reft_jax.model.llama import Llama
-    from reft_jax.train.checkpoints import check_shapes
-    from reft_jax.train.state import abstract_params
-
+    """InputError unless a stage's model is a policy (or a reranker) with the shapes of its base. Reads no weights."""
     head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
     check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
 
 
-def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
-    """Greedy answers, samples and the reranker's scores of one model to every data file, by the file's name; made as
-    far as they are missing."""
-    from reft_jax.stages.rerank import rerank_scores
-    from reft_jax.stages.sample import greedy_answers, sampled
-
-    paths = {name: samples_file(run.workdir, checkpoint, name) for name in data}
-    run, weights = with_model(run, checkpoint.model, reranker=False)
+def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
+    """The greedy answers, samples and reranker scores of one model, by data file; makes those that are missing."""
+    workdir = sweep.workdir.path
+    paths = {name: samples_file(workdir, checkpoint, name) for name in data}
+    run, weights = with_model(sweep, checkpoint.model, reranker=False)
     found = {}
     for name, examples in data.items():
-        if (older := run.workdir / "samples" / f"{checkpoint.name}_{name}.jsonl").exists():
+        if (older := workdir / "samples" / f"{checkpoint.name}_{name}.jsonl").exists():
             print(f"{older}: is not used, the answers of this sweep are in {paths[name]}", flush=True)
         what = f"{checkpoint.name} on {name}"
         greedy = greedy_answers(run, paths[name], examples, weights, f"{what}, greedy")
         records = sampled(run, paths[name], examples, run.config.sample.n, weights, f"{what}, samples")
         found[name] = Answers(checkpoint.name, by_item(greedy), by_item(records), {})
     if checkpoint.reranker:
-        run, weights = with_model(run, checkpoint.reranker, reranker=True)
+        run, weights = with_model(sweep, checkpoint.reranker, reranker=True)
         for name, answers in found.items():
             what = f"{checkpoint.name} on {name}, rerank"
             scores = rerank_scores(run, paths[name], list(answers.samples.values()), weights, what)
@@ -274,32 +270,21 @@ def answer(run: Run, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> 
     return found
 
 
-def with_model(run: Run, source: Source, *, reranker: bool) -> "tuple[Run, Weights]":
-    """The run with this model's shape, tokenizer and engine, and its weights, read when they are first needed."""
-    import functools
-
-    import jax.numpy as jnp
-
-    from reft_jax.model.hf import load_hf, load_rerank_head, read_config
-    from reft_jax.model.llama import Llama
-    from reft_jax.parallel.mesh import abstract_arrays, put, shardings
-    from reft_jax.stages.models import Weights, abstract_policy, abstract_reranker
-    from reft_jax.train.checkpoints import load_params
-
-    config = run.config
-    model = Llama(read_config(source.base), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+def with_model(sweep: Sweep, source: Source, *, reranker: bool) -> tuple[Run, Weights]:
+    """A run with this model's shape, tokenizer and engine, and its weights, which are read when first needed."""
+    config, mesh, guards = sweep.config, sweep.mesh, sweep.guards
     tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
-    run = replace(run, base=source.base, tokenizer=tokenizer, model=model)
-    run.engine = make_engine(run)
+    inputs = Inputs(config, source.base, tokenizer, Data([], [], [], ""))
+    run = Run(inputs, make_machine(config, source.base, tokenizer, mesh, guards.step), sweep.workdir, guards)
     abstract = abstract_reranker(run) if reranker else abstract_policy(run)
 
     @functools.cache
     def load() -> dict:
         if source.is_stage:
-            params = load_params(source.folder, abstract_arrays(run.mesh, abstract))
+            params = load_params(source.folder, abstract_arrays(mesh, abstract))
             return params if reranker else params["lm"]
-        where = shardings(run.mesh, abstract)
-        _, lm = load_hf(source.folder, dtype=model.dtype, shardings=where["lm"], reranker=reranker)
+        where = shardings(mesh, abstract)
+        _, lm = load_hf(source.folder, dtype=run.machine.model.dtype, shardings=where["lm"], reranker=reranker)
         return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])} if reranker else lm
 
-    return run, Weights(source.checksum(run), load)
+    return run, Weights(source.checksum(sweep.workdir.path), load)

@@ -1,8 +1,7 @@
-"""Every jitted function of a run with the arguments it is compiled for, as abstract arrays; made by the functions that
-the run itself calls.
+"""Every compiled function of a run, with abstract arrays as arguments; made by the code that the run itself calls.
 
-Of the few sizes that one comes in, the largest that the config allows: all lines full, all slots taken, the cache
-at its limit. Nothing here touches a device, so the mesh may be of devices that are not there.
+Each function is described at the largest of its few sizes: all lines full, all slots taken, the cache at its limit.
+Nothing here touches a device, so the mesh may consist of devices that do not exist here.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.engine import slots as rollout
 from reft_jax.engine.generate import Engine
 from reft_jax.model.heads import RerankHead, ValueHead
@@ -19,22 +19,23 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES, abstract_arrays, by_row, on_mesh, round_up, row_shards, with_axes
 from reft_jax.plan import flops as cost
+from reft_jax.train.iteration import Iteration
 from reft_jax.train.packing import Lines
-from reft_jax.train.scoring import decisions_at_once, make_scorer
+from reft_jax.train.scoring import decisions_at_once
 from reft_jax.train.state import abstract_params, abstract_state, constant_schedule, make_optimizer, state_shardings
-from reft_jax.train.steps import ClipSettings, RerankBatch, make_ppo_step, make_rerank_step, make_sft_step
+from reft_jax.train.steps import RerankBatch, make_step, rerank_loss, sft_loss
 from reft_jax.types import PPOBatch
 
-EOS = 2  # any: the id that ends a row is part of the compiled program, but changes nothing about it
+EOS = 2  # any id: the id that ends a row is a constant of the compiled function, and changes nothing else in it
 
 
 class Jitted(NamedTuple):
-    """name; shape: in words; lower: makes the jax.stages.Lowered, under `on_mesh`.
+    """A compiled function; `shape` describes its arguments in words.
 
-    trips: how often its loops of a named scope run (plan/hlo.py). once: what one call does so many times over
-    (decode steps). calls: times an iteration of PPO does it. flops: of the mathematics, of all devices, and least:
-    bytes that a device cannot but move, both for doing it once. beside: what else a device holds meanwhile
-    (`residents`).
+    lower: makes the jax.stages.Lowered, under `on_mesh`. trips: how often its loops of a named scope run (plan/hlo.py).
+    once: how many repetitions one call makes (decode steps). calls: repetitions per iteration of PPO. Per repetition:
+    flops of the mathematics, summed over devices, and least, the minimum bytes that each device must move. beside: what
+    else a device holds in memory during the call (names of `residents`).
     """
 
     name: str
@@ -49,7 +50,7 @@ class Jitted(NamedTuple):
 
 
 class RunFunctions:
-    """`all`: those of a run with `config`; `residents`: bytes a device of what lies in memory between them."""
+    """`all`: the compiled functions of a run with `config`; `residents`: bytes per device of what stays in memory."""
 
     def __init__(self, config, model: Llama, mesh):
         self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
@@ -57,6 +58,10 @@ class RunFunctions:
         self.reranker = abstract_params(model, RerankHead(), "rerank_head")
         self.optimizer = make_optimizer(constant_schedule(1e-6, 0), weight_decay=0.0, clip_norm=1.0)
         self.state = abstract_arrays(mesh, abstract_state(self.optimizer, self.policy))
+        self.algorithm, rl = make_algorithm(config.rl), config.rl
+        where = state_shardings(mesh, self.optimizer, self.policy)
+        size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
+        self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, where, **size)
         self.engine = Engine(
             model, mesh, slots=config.engine.slots, pad_multiple=config.data.pad_multiple, eos_id=EOS, seed=config.seed
         )
@@ -93,7 +98,7 @@ class RunFunctions:
     # Training
 
     def lines(self, settings, rows: int) -> tuple[Lines, tuple[int, int, int], str]:
-        """Lines for so many rows, their shape [M,b,T], and that in words."""
+        """Lines for `rows` rows, their shape [M,b,T], and the shape in words."""
         length = round_up(settings.max_len, self.config.data.pad_multiple)
         shape = (rows // settings.micro_batch, settings.micro_batch, length)
         return Lines(*[self.rows(shape)] * 4), shape, f"{shape[0]} × {shape[1]} lines of {length}"
@@ -102,7 +107,7 @@ class RunFunctions:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(self.mesh, axis))
 
     def training(self, name: str, step, state, settings, rows: int, old, **fields) -> Jitted:
-        """An update of full lines: three forward passes' FLOPs; `old`: what it reads beside the lines, from [M,b,T]."""
+        """An update of full lines: the FLOPs of three forward passes. `old` makes its other input from [M,b,T]."""
         lines, shape, words = self.lines(settings, rows)
         batch = (lines, old(shape))
         forward = cost.forward_flops if "value_head" in state.params else cost.trunk_flops
@@ -116,26 +121,26 @@ class RunFunctions:
 
     def sft(self) -> Jitted:
         where, settings = state_shardings(self.mesh, self.optimizer, self.policy), self.config.sft
-        step = make_sft_step(self.model, self.optimizer, where)
+        step = make_step(sft_loss, self.model, self.optimizer, where)
         return self.training(
             "SFT update", step, self.state, settings, settings.batch_size, lambda shape: self.rows(shape, jnp.float32)
         )
 
     def ppo(self) -> Jitted:
-        where, rl = state_shardings(self.mesh, self.optimizer, self.policy), self.config.rl
-        clip = ClipSettings(rl.clip, rl.value_clip, rl.vf_coef, rl.temperature)
-        step = make_ppo_step(self.model, self.optimizer, clip, where)
+        rl = self.config.rl
 
         def old(shape):
             return PPOBatch(*[self.rows(shape, jnp.float32)] * len(PPOBatch._fields))
 
         calls = {"calls": rl.ppo_epochs * rl.minibatches, "beside": ("reference",)}
-        return self.training("PPO update", step, self.state, rl, rl.questions // rl.minibatches, old, **calls)
+        rows = rl.questions * self.algorithm.samples // rl.minibatches
+        return self.training("PPO update", self.iteration.step, self.state, rl, rows, old, **calls)
 
     def rerank(self) -> Jitted:
         settings = self.config.rerank
         state = abstract_arrays(self.mesh, abstract_state(self.optimizer, self.reranker))
-        step = make_rerank_step(self.model, self.optimizer, state_shardings(self.mesh, self.optimizer, self.reranker))
+        where = state_shardings(self.mesh, self.optimizer, self.reranker)
+        step = make_step(rerank_loss, self.model, self.optimizer, where)
 
         def judged(shape):
             return RerankBatch(self.rows(shape), self.rows(shape, jnp.float32))
@@ -143,16 +148,16 @@ class RunFunctions:
         return self.training("reranker update", step, state, settings, settings.batch_size, judged)
 
     def score(self, name: str, params, beside: tuple[str, ...]) -> Jitted:
-        rl, scorer = self.config.rl, make_scorer(self.model, self.config.rl.temperature)
-        lines, shape, words = self.lines(rl, rl.questions)
+        rl = self.config.rl
+        lines, shape, words = self.lines(rl, rl.questions * self.algorithm.samples)
         return Jitted(
             name,
             words,
-            lambda: scorer.lower(params, lines, shape[0]),
+            lambda: self.iteration.score_lines.lower(params, lines, shape[0]),
             {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))},
             once=1,
             calls=1,
-            flops=cost.forward_flops(self.model.config, rl.questions, shape[2]),
+            flops=cost.forward_flops(self.model.config, shape[0] * shape[1], shape[2]),
             least=device_bytes((params, lines)),
             beside=beside,
         )
@@ -160,12 +165,12 @@ class RunFunctions:
     # Rollouts
 
     def abstract(self, made, *args):
-        """What a function of the model makes of arrays, boxed, on the mesh."""
+        """The abstract result of a function of the model, on the mesh."""
         shapes = jax.eval_shape(lambda *xs: made(self.engine.model, *xs), *args)
         return abstract_arrays(self.mesh, shapes, ROLLOUT_RULES)
 
     def slots(self, requests: int | None, settings) -> rollout.Slots:
-        """Full-length slots for so many requests, or as many as there are."""
+        """Full-length slots for `requests` requests (None: as many as the engine has slots)."""
         shapes = self.engine.shapes(requests or self.config.engine.slots, settings.max_len)
         rows = shapes.slots * row_shards(self.mesh)
         slots = jax.eval_shape(lambda: rollout.empty_slots(self.engine.model, rows, shapes.width, shapes.lengths[-1]))
@@ -227,7 +232,7 @@ class RunFunctions:
         )
 
     def decode(self, name: str, slots: rollout.Slots, settings, top_k: int) -> Jitted:
-        """Counted by the step; a call does CHUNK of them."""
+        """Counted per decode step; a call makes CHUNK of them."""
         rows, length = slots.tokens.shape
         key = jax.eval_shape(lambda: jax.random.key(0))
         options = {"eos_ids": (EOS,), "temperature": settings.temperature, "top_k": top_k}
@@ -249,7 +254,7 @@ class RunFunctions:
 
 
 def device_bytes(tree) -> int:
-    """Of a tree of abstract arrays, without the padding of tiles."""
+    """Bytes per device of a tree of abstract arrays, without the padding of tiles."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize if x.sharding else x.size * x.dtype.itemsize
         for x in jax.tree.leaves(tree)

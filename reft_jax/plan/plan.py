@@ -27,7 +27,7 @@ from reft_jax.parallel.mesh import check_divides, make_mesh, on_mesh
 from reft_jax.plan import chips
 from reft_jax.plan.functions import Jitted, RunFunctions
 from reft_jax.plan.hlo import Cost, count
-from reft_jax.run.open import check_rows
+from reft_jax.run.machine import check_rows
 from reft_jax.types import InputError
 
 SPARE = 0.1  # of a chip's memory, for what no program knows of: the runtime, fragments, the next batch

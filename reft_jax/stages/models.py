@@ -1,4 +1,4 @@
-"""The models of a work directory by name: where they come from, where they are, and what a finished stage said."""
+"""The models of a work directory by name: their weights, their checksums, and what a finished stage recorded."""
 
 import json
 from collections.abc import Callable
@@ -10,8 +10,10 @@ import jax
 
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
+from reft_jax.model.llama import Llama
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
+from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
@@ -27,7 +29,7 @@ TITLES = {
 }
 POLICIES = tuple(TITLES)
 STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
-COUNTS = {  # what done.json of a stage must have, beside `seconds`; rerankers have RERANKED
+COUNTS = {  # fields that a stage's done.json must have besides `seconds`; rerankers: RERANKED
     "sft": ("best", "epochs"),
     "self_train_offline": ("best", "epochs", "rows"),
     "self_train_online": ("best", "iterations"),
@@ -37,53 +39,48 @@ RERANKED = ("rows", "positive")
 
 
 class Weights(NamedTuple):
-    """A model that answers: the checksum that its answers are stored under, and what reads its parameters."""
+    """A model: the checksum that its answers are stored under, and the function that loads its parameters."""
 
     checksum: str
     load: Callable[[], Any]
 
 
 def abstract_policy(run: Run):
-    return abstract_params(run.model, ValueHead(), "value_head")
+    return abstract_params(run.machine.model, ValueHead(), "value_head")
 
 
 def abstract_reranker(run: Run):
-    return abstract_params(run.model, RerankHead(), "rerank_head")
+    return abstract_params(run.machine.model, RerankHead(), "rerank_head")
 
 
-def base_policy(run: Run):
+def base_policy(inputs: Inputs, mesh, model: Llama):
     """The base model's weights, float32, on the mesh, with the value head of its folder or a new one."""
-    where = shardings(run.mesh, abstract_policy(run))
-    _, lm = load_hf(run.base, shardings=where["lm"])
-    if head := load_value_head(run.base):
-        print(f"the value head is that of {run.base}", flush=True)
+    where, config = shardings(mesh, abstract_params(model, ValueHead(), "value_head")), inputs.config
+    _, lm = load_hf(inputs.base, shardings=where["lm"])
+    if head := load_value_head(inputs.base):
+        print(f"the value head is that of {inputs.base}", flush=True)
         return {"lm": lm, "value_head": put(head, where["value_head"])}
-    head = init_head(run.mesh, ValueHead(), run.model.config.hidden_size, run.config.seed)
-    return {"lm": lm, "value_head": jax.tree.map(lambda x: run.config.rl.value_init * x, head)}
-
-
-def model_folder(run: Run, name: str) -> Path:
-    """Where a finished stage puts its model; the warm-up model is there as soon as its epoch is over."""
-    return run.workdir / "models" / name
+    head = init_head(mesh, ValueHead(), model.config.hidden_size, config.seed)
+    return {"lm": lm, "value_head": jax.tree.map(lambda x: config.rl.value_init * x, head)}
 
 
 def load_model(run: Run, name: str, abstract=None):
     """The parameters that a stage saved under `name`; InputError if it has not run in this work directory."""
-    folder = model_folder(run, name)
+    folder = run.workdir.model(name)
     if not folder.exists():
         raise InputError(f"{folder}: no such model; run the stage that makes it with this --workdir first")
-    return load_params(folder, abstract_arrays(run.mesh, abstract or abstract_policy(run)))
+    return load_params(folder, abstract_arrays(run.machine.mesh, abstract or abstract_policy(run)))
 
 
 def checksum(run: Run, name: str, memory: Path | None = None) -> str:
-    """That of models/NAME with the base's config and tokenizer; "" if it is not there. InputError if it is damaged.
+    """The checksum of models/NAME with the base's config and tokenizer; "" if there is none. InputError if damaged.
 
-    memory: of `model_checksum`; the work directory's if left out.
+    memory: the file that remembers checksums (see `model_checksum`); default: the one in the work directory.
     """
-    folder = model_folder(run, name)
+    folder = run.workdir.model(name)
 
     def look() -> str:
-        return model_checksum(folder, run.base, memory or run.workdir / MEMORY) if folder.exists() else ""
+        return model_checksum(folder, run.inputs.base, memory or run.workdir.path / MEMORY) if folder.exists() else ""
 
     return hosts.from_first(f"checksum of {name}", look)
 
@@ -101,8 +98,8 @@ def reranker(run: Run, name: str) -> Weights:
 
 
 def done(run: Run, stage: str) -> dict | None:
-    """What `Training.finish` wrote for this stage, or None if it has not ended. InputError if that is damaged."""
-    return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir / stage / "done.json"))
+    """What `Training.finish` wrote for this stage; None if the stage has not ended. InputError if damaged."""
+    return hosts.from_first(f"is {stage} done?", lambda: read_result(run.workdir.path / stage / "done.json"))
 
 
 def read_result(path: Path) -> dict | None:
@@ -122,7 +119,7 @@ def read_result(path: Path) -> dict | None:
 
 
 def _problem(stage: str, result: dict) -> str:
-    """What is wrong with a result; "" if nothing is. What older versions did not record may be absent."""
+    """What is wrong with a result; "" if nothing. Fields that older versions did not record may be absent."""
     numbers = ("seconds", *COUNTS.get(stage, RERANKED))
     if absent := [name for name in (*numbers, "checksum") if name not in result]:
         return f"no {', '.join(absent)}"
@@ -135,49 +132,52 @@ def _problem(stage: str, result: dict) -> str:
 
 
 def finished(run: Run, stage: str) -> dict | None:
-    """As `done`, for a command that trains; a line says that it will not. InputError if a finished stage was trained on
-    other data than there is now, or this one from other models; a line if this one's checkpoint was chosen on other
-    questions."""
+    """The result of the stage if it is done, for a command that would train it; prints a line that says so.
+
+    InputError if a finished stage was trained on data that has changed since, or this one from models that have. Prints
+    a line if this one's checkpoint was chosen on other dev questions."""
     check_data(run)
     check_sources(run, stage)
     result = done(run, stage)
     if result:
-        print(f"{stage}: done already, {run.workdir / stage / 'done.json'}", flush=True)
+        print(f"{stage}: done already, {run.workdir.path / stage / 'done.json'}", flush=True)
         if "best" in result and "dev" in changed_data(run, result):
             print(f"{stage}: its checkpoint was chosen on other dev questions than there are now", flush=True)
     return result
 
 
 def check_sources(run: Run, stage: str) -> None:
-    """InputError if the stage is done but was trained from other models than there are now."""
+    """InputError if the stage is done but was trained from models that have changed since."""
     if (result := done(run, stage)) and (told := other_sources(run, result)):
         raise InputError(
-            f"{run.workdir / stage}: this stage is done, but was trained from another model ({told}); bring that back, "
-            f"or remove {stage}/ and models/{stage} to train again"
+            f"{run.workdir.path / stage}: this stage is done, but was trained from another model ({told}); "
+            f"restore that, or remove {stage}/ and models/{stage} to train again"
         )
 
 
 def check_data(run: Run) -> None:
-    """InputError if a finished stage was trained on other data than there is now, under the same settings of data."""
+    """InputError if a finished stage was trained on data that has changed since, under the same data settings."""
     for stage in STAGES:
         if (result := done(run, stage)) and "train" in changed_data(run, result):
             raise InputError(
-                f"{run.workdir / stage}: this stage was trained on other rows than the training data has now; bring "
-                f"them back, choose another --workdir, or remove {stage}/ and its models to train again"
+                f"{run.workdir.path / stage}: this stage was trained on other rows than the training data has "
+                f"now; bring them back, choose another --workdir, or remove {stage}/ and its models to train again"
             )
 
 
 def changed_data(run: Run, result: dict) -> list[str]:
-    """Which of "train" and "dev" a finished stage knew with other rows; none if the settings of data were changed too:
-    that was allowed. An older version recorded nothing."""
-    before, now = result.get("data") or run.data_made, run.data_made
+    """Which of "train" and "dev" has other rows now than when the stage was trained.
+
+    Nothing if the data settings changed too, for the user allowed that, and nothing where an older version recorded no
+    data."""
+    before, now = result.get("data") or run.inputs.data_made, run.inputs.data_made
     if before["settings"] != now["settings"]:
         return []
     return [split for split in ("train", "dev") if before[split] != now[split]]
 
 
 def other_sources(run: Run, result: dict) -> str:
-    """The models that a finished stage was trained from and that are others now, in words; "" if there are none."""
+    """In words, the models that a finished stage was trained from and that have changed since; "" if none."""
     now = {name: checksum(run, name) for name in result.get("from", {})}
     return ", ".join(
         f"models/{name} was {before}, is {now[name] or 'not there'}"
@@ -187,5 +187,5 @@ def other_sources(run: Run, result: dict) -> str:
 
 
 def sources(run: Run, *names: str) -> dict[str, str]:
-    """Checksums of the models that a stage is trained from: what its `from` records."""
+    """Checksums of the models that a stage is trained from, as its `from` records them."""
     return {name: checksum(run, name) for name in names}

@@ -12,17 +12,16 @@ from reft_jax.model.heads import RerankHead
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.run.open import Run
-from reft_jax.stages.loop import Training, train_epochs
-from reft_jax.stages.models import Weights, abstract_reranker, finished, load_model, model_folder, sources
+from reft_jax.stages.loop import Training
+from reft_jax.stages.models import Weights, abstract_reranker, finished, load_model, sources
 from reft_jax.stages.sample import appended, recorded, reusable, run_sample
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import rerank_text
-from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import encode
 from reft_jax.train.packing import Packing
 from reft_jax.train.progress import Progress
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
-from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_rerank_step
+from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_step, rerank_loss
 from reft_jax.types import Example
 
 SCORED_AT_ONCE = 64  # questions between two writes
@@ -30,10 +29,10 @@ SCORED_AT_ONCE = 64  # questions between two writes
 
 def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int, str]]:
     """(ids of prompt + completion, label: 1 = correct, item) of the distinct completions that fit."""
-    rows, task = [], load_task(run.config.task)
+    rows, inputs = [], run.inputs
     for record in records:
         for prediction in deduplicate(record["predictions"]):
-            ids = encode(run.tokenizer, rerank_text(record["question"], prediction["completion"], task))
+            ids = encode(inputs.tokenizer, rerank_text(record["question"], prediction["completion"], inputs.task))
             rows.append((ids, int(prediction["correctness"]), record["item_id"]))
     return fit(rows, [len(ids) for ids, _, _ in rows], run.config.rerank.max_len, 1.0, "rerank.max_len")
 
@@ -49,35 +48,34 @@ def run_rerank(run: Run, name: str) -> dict:
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, settings.epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
 
-    def begin():
-        head = init_head(run.mesh, RerankHead(), run.model.config.hidden_size, run.config.seed)
+    def start():
+        head = init_head(run.machine.mesh, RerankHead(), run.machine.model.config.hidden_size, run.config.seed)
         return {"lm": load_model(run, name)["lm"], "rerank_head": head}
 
     made_from = sources(run, name, "warmup")
     positive = float(np.mean([label for _, label, _ in rows]))
-    with Training(run, stage, abstract_reranker(run), optimizer, begin, {}, made_from) as training:
-        step_fn = make_rerank_step(run.model, optimizer, training.shardings)
-
-        def make_batch(chosen):
-            ids, labels, item_ids = zip(*(rows[i] for i in chosen), strict=True)
-            packing = pack(run, ids)
-            judged = RerankBatch(
-                packing.spread(np.array(labels)[packing.at[0]], np.int32), packing.spread(1 / len(labels))
-            )
-            batch, inputs = (packing.lines, judged), packing.lines._asdict() | judged._asdict()
-            return put_rows(run.mesh, batch, axis=1), packing.count, {"padding": packing.padding}, item_ids, inputs
-
-        def end_epoch(epoch, step, means):
+    policy = abstract_reranker(run), optimizer, start
+    with Training(run, stage, *policy, {}, made_from) as training:
+        update = make_step(rerank_loss, run.machine.model, optimizer, training.shardings)
+        for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=settings.epochs):
+            for chosen in epoch:
+                ids, labels, item_ids = zip(*(rows[i] for i in chosen), strict=True)
+                packing = pack(run, ids)
+                labels = packing.spread(np.array(labels)[packing.at[0]], np.int32)
+                judged = RerankBatch(labels, packing.spread(1 / len(chosen)))
+                batch = put_rows(run.machine.mesh, (packing.lines, judged), axis=1)
+                state, numbers = update(training.state, batch, packing.count)
+                inputs = packing.lines._asdict() | judged._asdict()
+                epoch.updated(state, numbers, item_ids, inputs, padding=packing.padding)
+            means = epoch.means()
             training.info["train_accuracy"] = means["accuracy"]
-            training.write(step, {"epoch": epoch} | means)
-
-        size = {"rows": len(rows), "batch_size": settings.batch_size, "epochs": settings.epochs}
-        train_epochs(training, step_fn, make_batch, end_epoch, **size)
-        return training.finish(model_folder(run, stage), {"rows": len(rows), "positive": positive, "from": made_from})
+            training.write({"epoch": epoch.number} | means)
+        result = {"rows": len(rows), "positive": positive, "from": made_from}
+        return training.finish(run.workdir.model(stage), result)
 
 
 def pack(run: Run, rows: list[list[int]]) -> Packing:
-    """At most a batch of rows in lines; the one decision of a row is its last token, where it is judged."""
+    """At most a batch of rows in lines. A row has one decision, its last token, where it is judged."""
     settings, lengths = run.config.rerank, np.array([len(row) for row in rows])
     return Packing(
         rows,
@@ -103,8 +101,8 @@ def asked_in(records: list[dict]) -> list[Example]:
 def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, what: str) -> dict[str, list[float]]:
     """Probabilities of "correct" of the distinct completions of `records`, by item_id, in the order of `deduplicate`.
 
-    They are kept beside the samples at `path`, each with the hash of its completion; what is missing, or was given by
-    another reranker or to other completions, is made now and appended.
+    They are stored next to the samples at `path`, each with the hash of its completion. Scores that are missing, or
+    that belong to another reranker or to other completions, are computed now and appended.
     """
     beside, made, examples = path.with_suffix(RERANK), scores_made_by(run, weights, records), asked_in(records)
     texts = {r["item_id"]: [text_hash(p["completion"]) for p in deduplicate(r["predictions"])] for r in records}
@@ -119,7 +117,7 @@ def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, w
     if not left:
         print(f"{what}: done already, {beside}", flush=True)
     else:
-        params, score = weights.load(), make_rerank_scorer(run.model)
+        params, score = weights.load(), make_rerank_scorer(run.machine.model)
         progress = Progress(what, len(records), "question", done0=len(scores))
         progress.say("compiling")
         with appended(beside) as file:
@@ -144,7 +142,7 @@ def score_questions(run: Run, params, score, records: list[dict]) -> list[list[f
     """
     ids = [
         [
-            encode(run.tokenizer, rerank_text(record["question"], p["completion"], load_task(run.config.task)))
+            encode(run.inputs.tokenizer, rerank_text(record["question"], p["completion"], run.inputs.task))
             for p in deduplicate(record["predictions"])
         ]
         for record in records
@@ -156,7 +154,7 @@ def score_questions(run: Run, params, score, records: list[dict]) -> list[list[f
     for start in range(0, len(flat), batch):
         chosen = flat[start : start + batch]
         packing = pack(run, [ids[q][i] for q, i in chosen])
-        probabilities = score(params, put_rows(run.mesh, packing.lines, axis=1), packing.count)
+        probabilities = score(params, put_rows(run.machine.mesh, packing.lines, axis=1), packing.count)
         probabilities = packing.collect(probabilities, run.config.rerank.max_len)[packing.at]
         for (q, i), probability in zip(chosen, probabilities, strict=True):
             scores[q][i] = float(probability)

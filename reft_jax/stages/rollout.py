@@ -1,6 +1,6 @@
-"""Completions and their verdicts: programs run while the engine decodes on, so that only the last are waited for.
+"""Completions and their verdicts. Programs run while the engine decodes; only the last ones are waited for.
 
-Every host has all completions, runs the programs of its share, and learns the others' verdicts at the end.
+Every host has all completions. It runs its share of the programs and gets the other verdicts at the end.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from reft_jax.train.progress import Progress
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
-POLL_S = 0.2  # between two looks at whether to stop, while a program runs
+POLL_S = 0.2  # how often to check whether to stop, while a program runs
 
 
 class Graded(NamedTuple):
@@ -34,9 +34,9 @@ class Graded(NamedTuple):
 
 
 class Clock:
-    """Where the time of a rollout goes, in seconds: decoding (with what hides behind it), then waiting for verdicts.
+    """Seconds of a rollout: decoding (with the programs that run meanwhile), then waiting for the last verdicts.
 
-    programs: the run time of each program, counted once if it came twice to the same host.
+    programs: the run time of each distinct program of a host.
     """
 
     def __init__(self):
@@ -116,10 +116,10 @@ class Grading:
 def roll_out(
     run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
 ) -> Iterator[tuple[int, Graded]]:
-    """Yields (index of the prompt, what became of it) as verdicts come or, with several hosts, once all have come;
-    `examples[i]` is what prompts[i] asks.
+    """Yields (index of the prompt, graded completion) as verdicts come; with several hosts, after all have come.
 
-    `sampling` is the engine's: max_len, temperature, top_k, iteration. `purpose` names the rollout in the audit log.
+    examples[i] is the question of prompts[i]. purpose: the name of the rollout in the audit log. sampling: arguments of
+    `Engine.generate` (max_len, temperature, top_k, iteration).
     """
     clock, owners, alone, tally = clock or Clock(), shares(prompts), hosts.count() == 1, Tally()
     ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
@@ -134,8 +134,8 @@ def roll_out(
                 yield i, Graded(completion, text, verdict)
 
         begun = time.monotonic()
-        for i, completion in run.engine.generate(lm, prompts, **sampling):
-            ended[i] = completion, run.text(prompts[i], completion)
+        for i, completion in run.machine.engine.generate(lm, prompts, **sampling):
+            ended[i] = completion, run.inputs.text(prompts[i], completion)
             if owners[i] == hosts.number():
                 grading.submit(i, examples[i], ended[i][1])
             if alone:
@@ -159,10 +159,10 @@ def roll_out(
 
 
 class Log:
-    """Lines on their way to the audit log, a batch at a time."""
+    """Lines on their way to the audit log, written in batches."""
 
     def __init__(self, run: Run):
-        self.executions, self.lines = run.executions, []
+        self.executions, self.lines = run.workdir.executions, []
 
     def add(self, line: dict) -> None:
         self.lines.append(line)
@@ -175,19 +175,51 @@ class Log:
 
 
 def shares(prompts: list[Prompt]) -> list[int]:
-    """The host that runs the program of each prompt: questions in turn, so that equal answers to one meet on a host."""
+    """The host that runs the program of each prompt. Hosts take questions in turn, so equal programs share a host."""
     turn: dict[str, int] = {}
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
-def one_each(run: Run, examples: list[Example]) -> list[Prompt]:
-    """A prompt of each example for one iteration; one that comes twice is sampled under another number, or both rows
-    would be the same."""
+def one_prompt_each(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
+    """`samples` prompts per example for one iteration, those of an example together.
+
+    An example that comes twice is sampled under other sample numbers, or its rows would be equal.
+    """
     seen, prompts = Counter(), []
-    for prompt in run.prompts(examples):
+    for prompt in run.inputs.prompts(examples, samples):
         prompts.append(prompt._replace(sample=seen[prompt.item_id]))
         seen[prompt.item_id] += 1
     return prompts
+
+
+def roll_out_once(
+    run: Run, lm, examples: list[Example], purpose: str, iteration: int, samples: int = 1
+) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
+    """The rollout of one training iteration: prompts, the graded response to each, and metrics."""
+    rl, clock, before = run.config.rl, Clock(), Counter(run.machine.engine.counts)
+    prompts = one_prompt_each(run, examples, samples)
+    asked = [example for example in examples for _ in range(samples)]
+    sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
+    found = dict(roll_out(run, lm, prompts, asked, purpose, clock, **sampling))
+    graded = [found[i] for i in range(len(prompts))]
+    decoded = run.machine.engine.counts - before
+    return (
+        prompts,
+        graded,
+        {
+            "train_correct": top1(graded),
+            "no_answer": np.mean([one.verdict.value is None for one in graded]),
+            "finished": np.mean([one.completion.finished for one in graded]),
+            "seconds_program_p50": np.percentile(clock.programs or [0.0], 50),
+            "seconds_program_p99": np.percentile(clock.programs or [0.0], 99),
+            "seconds_programs": sum(clock.programs),
+            "executor_retries": executor.counts()["retries"],
+            "seconds_rollout": clock.decoding,
+            "seconds_reward": clock.waiting,
+            "prompt_tokens": decoded["prompt_tokens"],
+            "slots_busy": decoded["tokens"] / decoded["slot_steps"],
+        },
+    )
 
 
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
@@ -195,7 +227,7 @@ def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
     sampling, found = {"max_len": run.config.sample.max_len, "temperature": 0.0}, {}
     progress = Progress(purpose, len(examples), "completion")
     progress.say("evaluating")
-    for i, graded in roll_out(run, lm, run.prompts(examples), examples, purpose, **sampling):
+    for i, graded in roll_out(run, lm, run.inputs.prompts(examples), examples, purpose, **sampling):
         found[i] = graded
         progress.update(len(found))
     progress.close()

@@ -1,4 +1,4 @@
-"""n completions a question from one model, executed and graded, one question a line in samples/NAME_SPLIT.jsonl."""
+"""Samples n completions per question from one model; one line per question in samples/NAME_SPLIT.jsonl."""
 
 import json
 import os
@@ -11,30 +11,26 @@ from reft_jax.evaluation.provenance import MadeBy, Stored, appending, examples_c
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
 from reft_jax.parallel import hosts
 from reft_jax.run.about import commit, versions
-from reft_jax.run.open import Run, shorten
+from reft_jax.run.inputs import shorten
+from reft_jax.run.open import Run
 from reft_jax.stages.models import Weights, check_data, policy
 from reft_jax.stages.rollout import Graded, roll_out
-from reft_jax.tasks.registry import load_task
 from reft_jax.train.progress import Progress
 from reft_jax.types import Example, Prompt
 
 
-def samples_path(run: Run, name: str, split: str) -> Path:
-    return run.workdir / "samples" / f"{name}_{split}.jsonl"
-
-
 def run_sample(run: Run, name: str, split: str) -> list[dict]:
-    """Question records (see task.voting) of model `name` on "test", or on "train" for the rerankers; resumes.
+    """Question records (evaluation/voting.py) of model `name` on "test", or on "train" for the rerankers; resumes.
 
-    InputError if a finished stage was trained on other training questions than there are now.
+    InputError if a finished stage was trained on questions that have changed since.
     """
     settings = run.config.sample
     if split == "test":
-        examples, n = run.data.test, settings.n
+        examples, n = run.inputs.data.test, settings.n
     else:
         check_data(run)
-        examples, n = shorten(run.data.train, settings.train_limit, run.config.seed), settings.train_n
-    return sampled(run, samples_path(run, name, split), examples, n, policy(run, name), f"{name} samples on {split}")
+        examples, n = shorten(run.inputs.data.train, settings.train_limit, run.config.seed), settings.train_n
+    return sampled(run, run.workdir.samples(name, split), examples, n, policy(run, name), f"{name} samples on {split}")
 
 
 def greedy_answers(run: Run, path: Path, examples: list[Example], weights: Weights, what: str) -> list[dict]:
@@ -46,7 +42,7 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     """The header of a file of answers; `sampling` replaces settings of config.sample."""
     settings, limits = run.config.sample, run.config.executor
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "max_len": settings.max_len} | sampling
-    task = load_task(run.config.task)
+    task = run.inputs.task
     identity = {
         "model": weights.checksum,
         "format": run.config.data.format,
@@ -60,7 +56,7 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
 
 
 def recorded(examples: list[Example], **more) -> dict:
-    """What every header records beside what decides about the answers."""
+    """What every header records besides the settings that decide the answers."""
     data = {"rows": len(examples), "data": examples_checksum(examples)}
     return data | more | {"versions": versions() | {"commit": commit()}}
 
@@ -68,7 +64,7 @@ def recorded(examples: list[Example], **more) -> dict:
 def reusable(
     path: Path, made: MadeBy, examples: list[Example], fits: Callable[[dict], bool] = lambda record: True
 ) -> Stored:
-    """What the file at `path` has of the examples; what may not be used is taken out of it, by the first host."""
+    """What the file at `path` holds of the examples. The first host moves out of the file what may not be used."""
     found = make_ready(path, made, examples, fits) if hosts.is_first() else None
     hosts.gather(f"{path} is ready", None)
     return found or stored(path, made, examples, fits)
@@ -77,11 +73,11 @@ def reusable(
 def sampled(
     run: Run, path: Path, examples: list[Example], n: int, weights: Weights, what: str, **sampling
 ) -> list[dict]:
-    """The records of `examples` with n predictions, in their order; what the file at `path` lacks is made and appended.
+    """The records of `examples` with n predictions, in order. Samples what the file at `path` lacks and appends it.
 
-    What it holds of another model, other settings or another question or answer moves aside (evaluation/provenance.py).
-    A question is on the disk once its last completion is graded; with several hosts, once those of its group are.
-    `what` names the completions in the audit log; `sampling` replaces settings of config.sample.
+    Records of another model, other settings, or another question or answer move aside (evaluation/provenance.py). A
+    question is written when its last completion is graded; with several hosts, when its group is graded.
+    what: the name of the completions in the audit log. sampling: replaces settings of config.sample.
     """
     made = made_by(run, weights, examples, n, **sampling)
     found = reusable(path, made, examples)
@@ -104,7 +100,7 @@ def sampled(
         with appended(path) as file:
             for header in headers[len(found.headers) :]:
                 file.write(json.dumps(header) + "\n")
-            group = max(1, 16 * run.config.engine.slots // n)  # questions; in between the last rows leave slots empty
+            group = max(1, 16 * run.config.engine.slots // n)  # questions; the last rows of a group leave slots empty
             sampling = {key: made.identity[key] for key in ("max_len", "temperature", "top_k")}
             for start in range(0, len(left), group):
                 wanted = [(example, there[example.item_id]) for example in left[start : start + group]]
@@ -116,24 +112,25 @@ def sampled(
                     progress.update(done, correct=right / ended)
         progress.close()
         if more and hosts.is_first():
-            rewrite(path, headers, [*records.values(), *found.others])  # a line a question again
+            rewrite(path, headers, [*records.values(), *found.others])  # one line per question again
         hosts.gather(f"{path} is written", None)
     return [first_samples(records[example.item_id], n) for example in examples]
 
 
 def appended(path: Path) -> AbstractContextManager[TextIO]:
-    """The file, open for new lines, on the first host; those of the others go nowhere."""
+    """The file, open for appending, on the first host; other hosts write nothing."""
     return appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
 
 
 def sample_questions(
     run: Run, lm, left: list[tuple[Example, list[dict]]], n: int, purpose: str, sampling: dict
 ) -> Iterator[dict]:
-    """The record of each question, as its last completion is graded; `left` has the predictions that are there."""
+    """Yields the record of each question when its last completion is graded. `left`: the questions and the predictions
+    that exist already."""
     prompts: list[Prompt] = []
     owners: list[int] = []  # of each prompt, in `left`
     for q, (example, there) in enumerate(left):
-        more = run.prompts([example], n)[len(there) :]
+        more = run.inputs.prompts([example], n)[len(there) :]
         prompts += more
         owners += [q] * len(more)
     found: list[dict[int, Graded]] = [{} for _ in left]  # by sample

@@ -1,24 +1,23 @@
 """The paper's baselines: a model trained on its own correct samples, drawn once (offline) or as it learns (online)."""
 
 import time
+from functools import partial
 
 import jax
-import numpy as np
 
 from reft_jax.parallel.mesh import put_rows
-from reft_jax.run.open import Row, Run, supervised_row
-from reft_jax.stages.loop import Training, train_iterations
-from reft_jax.stages.models import abstract_policy, finished, load_model, model_folder, sources
-from reft_jax.stages.rollout import Clock, Graded, one_each, roll_out, top1
+from reft_jax.run.inputs import Row
+from reft_jax.run.open import Run
+from reft_jax.stages.loop import Training
+from reft_jax.stages.models import abstract_policy, finished, load_model, sources
+from reft_jax.stages.rollout import Graded, roll_out_once
 from reft_jax.stages.sample import run_sample
 from reft_jax.stages.sft import train_supervised
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import sft_target
-from reft_jax.tasks.registry import load_task
-from reft_jax.train.batches import rows_at
 from reft_jax.train.packing import Packing, pack_targets
 from reft_jax.train.state import constant_schedule, make_optimizer
-from reft_jax.train.steps import SelfTrainBatch, make_self_train_step
+from reft_jax.train.steps import SelfTrainBatch, make_step, self_train_loss
 from reft_jax.types import Example, Prompt
 
 OFFLINE, ONLINE = "self_train_offline", "self_train_online"
@@ -36,30 +35,30 @@ def run_offline(run: Run) -> dict:
 def offline_rows(run: Run, records: list[dict]) -> list[Row]:
     """Rows of each training question: its own solution and the first `self_train.samples` distinct correct samples.
 
-    records: what `run_sample` gives. Samples are told apart by their stripped text; one that is the worked solution
-    stands once. Rows over sft.max_len are left out.
+    records: what `run_sample` returns. Two samples are equal if their stripped texts are; a sample equal to the worked
+    solution is left out. Rows over sft.max_len are left out too.
     """
     config, sampled = run.config, {record["item_id"]: record["predictions"] for record in records}
     rows = []
-    for example in run.data.train:
-        gold = sft_target(example, config.data.format, load_task(config.task))
+    for example in run.inputs.data.train:
+        gold = sft_target(example, config.data.format, run.inputs.task)
         right = [p["completion"].strip() for p in sampled.get(example.item_id, []) if p["correctness"]]
         chosen = list(dict.fromkeys(right))[: config.self_train.samples]
-        rows += [supervised_row(run, example, text) for text in dict.fromkeys([gold, *chosen])]
+        rows += [run.inputs.row(example, text) for text in dict.fromkeys([gold, *chosen])]
     return fit(rows, [len(ids) for ids, _, _ in rows], config.sft.max_len, config.data.max_dropped, "sft.max_len")
 
 
 def online_rows(run: Run) -> list[tuple[Example, Row]]:
-    """The questions of PPO with the row of their worked solution, where that is within rl.max_len too."""
-    config = run.config
-    gold = [supervised_row(run, e, sft_target(e, config.data.format, load_task(config.task))) for e in run.questions]
+    """The questions of PPO, each with the row of its worked solution, as far as that fits in rl.max_len too."""
+    config, questions = run.config, run.inputs.questions
+    gold = [run.inputs.row(e, sft_target(e, config.data.format, run.inputs.task)) for e in questions]
     lengths = [len(ids) for ids, _, _ in gold]
-    rows = list(zip(run.questions, gold, strict=True))
+    rows = list(zip(questions, gold, strict=True))
     return fit(rows, lengths, config.rl.max_len, config.data.max_dropped, "rl.max_len")
 
 
 def run_online(run: Run) -> dict:
-    """From models/warmup: rolls out as PPO does and trains on what is correct, beside the worked solutions.
+    """From models/warmup: rolls out as PPO does and trains on the correct samples and the worked solutions.
 
     Saves models/ONLINE (best on dev). Returns {'best': iteration, 'best_dev_top1', …}.
     """
@@ -68,54 +67,32 @@ def run_online(run: Run) -> dict:
     rl, settings, rows = run.config.rl, run.config.self_train, online_rows(run)
     schedule = constant_schedule(settings.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
-    begin = {"best": 0, "best_dev_top1": -1.0}
-    made_from = sources(run, "warmup")
-    where = run, ONLINE, abstract_policy(run), optimizer
-    with Training(*where, lambda: load_model(run, "warmup"), begin, made_from) as training:
-        step_fn = make_self_train_step(run.model, optimizer, training.shardings)
-
-        def iterate(state, iteration):
-            begun = time.monotonic()
-            chosen = rows_at(run.config.seed, (iteration - 1) * rl.questions, rl.questions, len(rows))
-            examples, gold = zip(*(rows[i] for i in chosen), strict=True)
-            prompts, graded, line = roll_out_once(run, state.params["lm"], list(examples), iteration)
+    start, made_from = {"best": 0, "best_dev_top1": -1.0}, sources(run, "warmup")
+    policy = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
+    with Training(run, ONLINE, *policy, start, made_from) as training:
+        update = make_step(self_train_loss, run.machine.model, optimizer, training.shardings)
+        for number, drawn in training.iterations(len(rows), shown=("loss", "train_correct")):
+            started, state = time.monotonic(), training.state
+            examples, gold = zip(*(rows[i] for i in drawn), strict=True)
+            prompts, graded, line = roll_out_once(run, state.params["lm"], list(examples), f"{ONLINE} rollout", number)
             packing, weights = online_batch(run, prompts, graded, gold)
-            batch = put_rows(run.mesh, (packing.lines, weights), axis=1)
+            batch = put_rows(run.machine.mesh, (packing.lines, weights), axis=1)
             for _ in range(settings.updates):
-                state, numbers = step_fn(state, batch, packing.count)
-            line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - begun}
-            return state, line, [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
-
-        iterations = train_iterations(training, iterate, questions=len(rows), shown=("loss", "train_correct"))
-        result = {"iterations": iterations, "questions": len(rows), "from": made_from}
-        return training.finish(model_folder(run, ONLINE), result)
-
-
-def roll_out_once(
-    run: Run, lm, examples: list[Example], iteration: int
-) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
-    """One graded response a question, and metrics."""
-    rl, clock, prompts = run.config.rl, Clock(), one_each(run, examples)
-    sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
-    found = dict(roll_out(run, lm, prompts, examples, f"{ONLINE} rollout", clock, **sampling))
-    graded = [found[i] for i in range(len(examples))]
-    metrics = {
-        "train_correct": top1(graded),
-        "no_answer": np.mean([one.verdict.value is None for one in graded]),
-        "finished": np.mean([one.completion.finished for one in graded]),
-        "seconds_rollout": clock.decoding,
-        "seconds_reward": clock.waiting,
-    }
-    return prompts, graded, metrics
+                state, numbers = update(state, batch, packing.count)
+            line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - started}
+            item_ids, inputs = [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
+            training.updated(state, line, line, item_ids, inputs)
+        result = {"iterations": training.done, "questions": len(rows), "from": made_from}
+        return training.finish(run.workdir.model(ONLINE), result)
 
 
 def online_batch(
     run: Run, prompts: list[Prompt], graded: list[Graded], gold: list[Row]
 ) -> tuple[Packing, SelfTrainBatch]:
-    """The rows of one batch in lines, and what their decisions weigh.
+    """The rows of one batch in lines, and the weights of their decisions.
 
-    A correct sample decides at its response (EOS included, the forced prefix not), a worked solution at its target.
-    Without a correct sample the gold half stands alone, still one half.
+    The decisions of a correct sample are its response (with EOS, without the forced prefix); those of a worked solution
+    are its target. Without a correct sample the gold half is alone and still weighs one half.
     """
     rl = run.config.rl
     sampled = [

@@ -1,5 +1,7 @@
 """Host side: token lists into padded numpy rows, and the order in which rows are visited."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from reft_jax.parallel.mesh import round_up
@@ -7,15 +9,21 @@ from reft_jax.types import Completion, Prompt, Rollout
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """A permutation that is a pure function of (seed, epoch): nothing about position needs saving."""
+    """A permutation of the rows, a pure function of (seed, epoch), so that no position needs saving."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def rows_at(seed: int, start: int, count: int, rows: int) -> np.ndarray:
-    """Rows `start … start+count-1` of the endless sequence of epochs."""
+    """Rows `start … start+count-1` of the endless sequence of shuffled epochs."""
     epochs = range(start // rows, (start + count - 1) // rows + 1)
     order = np.concatenate([epoch_order(seed, epoch, rows) for epoch in epochs])
     return order[start - epochs[0] * rows :][:count]
+
+
+def minibatches(seed: int, iteration: int, rows: int, passes: int, parts: int) -> Iterator[np.ndarray]:
+    """Row numbers of each update of an iteration: every pass shuffles the rows and divides them into `parts`."""
+    for one_pass in range(passes):
+        yield from np.random.default_rng([seed, iteration, one_pass]).permutation(rows).reshape(parts, -1)
 
 
 def pad_tokens(rows, pad_multiple: int) -> tuple[np.ndarray, np.ndarray]:

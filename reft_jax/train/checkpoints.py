@@ -1,9 +1,9 @@
-"""Orbax, in one place: parameters that a stage hands on, and the steps that a running stage resumes from.
+"""All use of Orbax: the parameters that a stage saves, and the steps that a running stage resumes from.
 
-A step is a folder, `checkpoints/120/`, that counts from the moment when its manifest is there:
+A step is a folder, `checkpoints/120/`. It is valid once its manifest exists:
 
     state/          params, heads, optimizer and step, sharded (Orbax)
-    step.json       what belongs to the state: {"step", "info", "made_by", "arrays": {place: checksum}}
+    step.json       about the state: {"step", "info", "made_by", "arrays": {place: checksum}}
     manifest.json   every file's size and SHA-256, written last
 """
 
@@ -24,12 +24,12 @@ from reft_jax.store import DISK, writing
 from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, write_manifest
 from reft_jax.types import InputError, SaveError
 
-# What Orbax logs as an error, with the stacks of its threads, it also raises: one line of ours says it.
+# Orbax also raises what it logs as an error with the stacks of its threads; our one line is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
 
 
 def save_params(folder: Path, params) -> None:
-    """Writes a parameter tree; an older one goes only once this is complete (Orbax's own `force` deletes first).
+    """Writes a parameter tree. An older one is removed only when this one is complete (Orbax's `force` deletes first).
 
     Raises SaveError.
     """
@@ -38,7 +38,7 @@ def save_params(folder: Path, params) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(whole, params, force=True)
-    except Exception as error:  # Orbax has its own kind for every file system
+    except Exception as error:  # Orbax raises a different class per file system
         if hosts.is_first():
             for part in whole.parent.glob(f"{whole.name}*"):  # they may be what fills the disk
                 shutil.rmtree(part, ignore_errors=True)
@@ -68,7 +68,7 @@ def check_shapes(folder: Path, abstract) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             found = shapes(checkpointer.metadata(folder.absolute()).item_metadata.tree)
-    except Exception as error:  # Orbax has its own kind for every sort of damage
+    except Exception as error:  # Orbax raises a different class per kind of damage
         raise InputError(
             f"{folder}: no model can be read there ({first_line(error)}); restore it from a copy"
         ) from error
@@ -82,7 +82,7 @@ def check_shapes(folder: Path, abstract) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong; of a disk that refuses only its reason, for Orbax says in kilobytes where that was."""
+    """What went wrong, in one line. Of a disk error only the reason: Orbax adds kilobytes of context."""
     line = next(iter(str(error).splitlines()), type(error).__name__)
     return next((reason for reason in map(os.strerror, DISK) if reason in line), line)
 
@@ -90,7 +90,7 @@ def first_line(error: BaseException) -> str:
 def load_params(folder: Path, abstract):
     """Reads a tree into the shapes, dtypes and shardings of `abstract` (see parallel.mesh.abstract_arrays).
 
-    InputError if a file of it, or an array once it is read, is not what was saved.
+    InputError if a file, or an array after reading, differs from what was saved.
     """
     problem = hosts.from_first(f"damage of {folder}", lambda: damage(folder))
     if not problem:
@@ -103,7 +103,7 @@ def load_params(folder: Path, abstract):
 
 
 class Restored(NamedTuple):
-    """A step that was read: its number, the state on the mesh, `info` and `made_by` as they were saved."""
+    """A step that was read: its number, the state on the mesh, and `info` and `made_by` as saved."""
 
     step: int
     state: Any
@@ -112,7 +112,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The last `keep` steps of a running stage; saving goes on in the background, one step at a time."""
+    """The last `keep` steps of a running stage. Saving runs in the background, one step at a time."""
 
     def __init__(self, folder: Path, keep: int, made_by: dict):
         """`made_by` is JSON that every step records: the config, data, versions and reference that made it."""
@@ -123,9 +123,9 @@ class Checkpoints:
         self._newest = max(self._steps(), default=-1)
 
     def save(self, step: int, state, info: dict) -> None:
-        """Begins to write a step and returns when `state` may be donated; waits for the step before.
+        """Starts to write a step, and returns when `state` may be donated. Waits for the step before.
 
-        Raises SaveError if that one could not be written, or this one cannot; ValueError unless it is the newest.
+        Raises SaveError if that one or this one cannot be written; ValueError unless it is the newest.
         """
         self.wait()
         if step <= self._newest:
@@ -139,14 +139,14 @@ class Checkpoints:
                 (folder / "step.json").write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
             hosts.gather(f"{folder} is there", None)
             self._checkpointer.save(folder / "state", state)
-        except Exception as error:  # Orbax has its own kind for every file system
+        except Exception as error:  # Orbax raises a different class per file system
             self._failed(folder, error)
         self._commit = threading.Thread(target=self._finish, args=(folder,), name="reft-save")
         self._commit.start()
         self._newest = step
 
     def wait(self) -> None:
-        """Until the step that is being written is whole. Raises SaveError if it could not be written."""
+        """Waits until the step that is being written is complete. Raises SaveError if it could not be written."""
         if self._commit:
             self._commit.join()
         self.check()
@@ -160,14 +160,14 @@ class Checkpoints:
                 self._failed(self.folder / str(self._newest), error)
 
     def infos(self) -> list[dict]:
-        """The `info` of every whole step that is kept, oldest first."""
+        """The `info` of every complete step that is kept, oldest first."""
         return [json.loads((self.folder / str(step) / "step.json").read_text())["info"] for step in self._whole()]
 
     def restore(self, abstract_state) -> Restored | None:
-        """The newest step that is as it was written; None if there was never a whole one.
+        """The newest undamaged step; None if no step was ever complete.
 
-        Newer ones that are damaged or half written go to quarantine/, with the reason. InputError if there are whole
-        steps and none is good: a run never begins again unless its owner removes them.
+        Newer steps that are damaged or incomplete move to quarantine/, with the reason. InputError if there are
+        complete steps and all are damaged: a run never starts over unless its owner removes them.
         """
         bad: dict[int, str] = {}
         for step in hosts.from_first(f"steps in {self.folder}", lambda: self._steps()[::-1]):
@@ -198,7 +198,7 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _read(self, step: int, abstract_state) -> Restored | str:
-        """The step, or what is wrong with it."""
+        """The step, or in words what is wrong with it."""
         folder = self.folder / str(step)
         if reason := hosts.from_first(f"damage of {folder}", lambda: damage(folder)):
             return reason
@@ -209,13 +209,13 @@ class Checkpoints:
         return Restored(step, state, about["info"], about["made_by"])
 
     def _finish(self, folder: Path) -> None:
-        """In the background: the manifest once everything else is on the disk, then older steps go."""
+        """In the background: writes the manifest when everything else is on the disk, then removes older steps."""
         try:
             self._checkpointer.wait_until_finished()
             if hosts.is_first():
                 write_manifest(folder)
                 for step in self._whole()[: -self.keep]:
-                    (self.folder / str(step) / MANIFEST).unlink()  # from here on it is no step any more
+                    (self.folder / str(step) / MANIFEST).unlink()  # from here on it is not a step
                 for step in set(self._steps()) - set(self._whole()):
                     shutil.rmtree(self.folder / str(step))
         except BaseException as error:
@@ -232,7 +232,7 @@ class Checkpoints:
         ) from error
 
     def _quarantine(self, step: int, reason: str) -> None:
-        """Moves a step out of the way. Only the last one is kept whole, for each is as large as three models."""
+        """Moves a damaged step to quarantine/. Only the last one keeps its arrays: each is as large as three models."""
         place = self.folder / "quarantine"
         for older in place.glob("[0-9]*"):
             shutil.rmtree(older)
@@ -246,7 +246,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
     def _whole(self) -> list[int]:
-        """Steps whose writing was finished, whatever has become of them since."""
+        """Steps that were written completely, damaged since or not."""
         return [step for step in self._steps() if (self.folder / str(step) / MANIFEST).exists()]
 
 

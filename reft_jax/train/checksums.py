@@ -1,6 +1,6 @@
-"""Is what is read what was written? Checksums of arrays, whatever mesh they lie on, and of the files of a folder.
+"""Checksums that show whether what is read is what was written: of arrays on any mesh, and of files.
 
-Orbax restores an array whose file has a flipped bit without a word, so both are looked at.
+Orbax restores an array from a file with a flipped bit and reports nothing, so both are checked.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from reft_jax.types import InputError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
 MEMORY = "checksums.json"  # in a work directory: what was hashed before
-# Of a Hugging Face folder: what decides which tokens a model reads and what it computes.
+# The files of a Hugging Face folder that decide which tokens a model reads and what it computes.
 SMALL, WEIGHTS = (
     ("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "*.model"),
     ("*.safetensors",),
@@ -30,10 +30,10 @@ SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 
 
 def array_checksums(tree) -> dict[str, str]:
-    """{place in the tree: 8 hex digits} of arrays of at most 32 bits an element.
+    """{place in the tree: 8 hex digits} for arrays of at most 32 bits per element.
 
-    Each is a sum modulo 2^32 of the elements' bits times an odd factor that depends on the index: it does not depend on
-    the sharding or on the order of adding, every process gets the same, and any change of one element changes it.
+    Each is the sum modulo 2^32 of the elements' bits times an odd factor that depends on the index. It does not
+    depend on sharding or order of summation, is the same in every process, and changes if any one element does.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     sums = jax.device_get(_sums(leaves))
@@ -41,7 +41,7 @@ def array_checksums(tree) -> dict[str, str]:
 
 
 def digest(checksums: dict[str, str]) -> str:
-    """16 hex digits for all of them."""
+    """One checksum of all of them, 16 hex digits."""
     return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -57,7 +57,7 @@ def _sum(x):
     for axis in range(x.ndim):
         stride = np.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-    index *= np.uint32(0x9E3779B1)  # 2^32 over the golden ratio: neighbours get factors far apart
+    index *= np.uint32(0x9E3779B1)  # 2^32 / golden ratio: neighbouring indices get very different factors
     return (bits * ((index ^ (index >> 15)) | 1)).sum(dtype=jnp.uint32)
 
 
@@ -67,7 +67,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_manifest` finished; None if every file is there and as it was."""
+    """What is wrong with a folder that has a manifest; None if every file exists and is unchanged."""
     path = folder / MANIFEST
     if not path.is_file():
         return f"no {MANIFEST}: it was only half written"
@@ -90,10 +90,10 @@ def damage(folder: Path) -> str | None:
 
 
 def model_checksum(weights: Path, base: Path, memory: Path) -> str:
-    """16 hex digits of a model: its weights, and config.json and tokenizer of `base`, wherever the folders lie.
+    """A checksum of a model, 16 hex digits: its weights, and config.json and tokenizer of `base`. Paths do not matter.
 
-    Saved parameters count by the checksums of their arrays, so nothing large is read. A Hugging Face folder's files are
-    hashed whole, once: `memory` is a JSON file that keeps their hashes as long as inode, size and times of a file stay.
+    For saved parameters it uses the checksums of their arrays and reads nothing large. Files of a Hugging Face folder
+    are hashed whole, once: `memory` is a JSON file that keeps a hash while inode, size and times of its file stay.
 
     Raises InputError if files of saved parameters are missing, too many or of another size.
     """
@@ -121,7 +121,7 @@ def _saved_arrays(folder: Path) -> dict[str, str]:
 
 
 def _remembered(paths: list[Path], memory: Path) -> dict[str, str]:
-    """{file name: SHA-256}; hashed only if a file is not the one that was hashed before."""
+    """{file name: SHA-256}; a file is hashed only if it has changed since it was hashed before."""
     try:
         known = {key: tuple(entry) for key, entry in json.loads(memory.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -136,7 +136,8 @@ def _remembered(paths: list[Path], memory: Path) -> dict[str, str]:
 
 
 def _mark(path: Path) -> str | None:
-    """It changes when the file does: nothing sets a ctime back. None for a file so new that two writes may share it."""
+    """A mark that changes when the file does: nothing can set a ctime back. None if the file is so new that two writes
+    may share a mark."""
     at = path.stat()
     if time.time_ns() - at.st_ctime_ns < SETTLED_NS:
         return None
@@ -144,7 +145,7 @@ def _mark(path: Path) -> str | None:
 
 
 def _text(files: dict[str, tuple[int, str]]) -> str:
-    """With a checksum of its own: a flipped bit in this file is damage too."""
+    """The text of the file, which has its own checksum: a flipped bit in it is damage too."""
     listed = json.dumps(files, indent=1, sort_keys=True)
     return f'{{"files": {listed},\n"sha256": "{hashlib.sha256(listed.encode()).hexdigest()}"}}\n'
 

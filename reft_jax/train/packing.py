@@ -1,7 +1,7 @@
-"""Rows of many lengths in arrays of few shapes: laid end to end in lines, so that little is padding (host side).
+"""Packs rows of many lengths into arrays of few shapes: several rows per line, with little padding (host side).
 
-What is trained or scored of a row are its *decisions*: places t whose next token was a choice (types.py). A line has an
-array of the decisions of all its rows, and everything about decisions is kept in that form, [M,b,W], instead of [B,T].
+Training and scoring look at the *decisions* of a row: the places t whose next token was a choice (types.py). A line has
+an array with the decisions of all its rows, and everything about decisions has that form, [M,b,W], instead of [B,T].
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import sizes_up_to
 from reft_jax.types import Array, Rollout
 
-LINE_LENGTHS = 4  # in quarters of the longest there may be: few, for each is compiled
+LINE_LENGTHS = 4  # line lengths are quarters of the longest: few, because each one is compiled
 
 
 class Lines(NamedTuple):
     """M micro-batches of b lines of T places with W = T decisions at most, all int32.
 
-    tokens, positions [M,b,T]; segments [M,b,T]: the number of the row in its line, from 1, and 0 for padding; decisions
-    [M,b,W]: places in the line, those that there are first, then −1.
+    tokens, positions [M,b,T]. segments [M,b,T]: the number of the row in its line, from 1; 0 for padding. decisions
+    [M,b,W]: places in the line, then −1 where a line has fewer than W.
     """
 
     tokens: Array
@@ -30,7 +30,7 @@ class Lines(NamedTuple):
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Line and offset of each row, int[B]: the longest placed first, each in the first line that has room."""
+    """Line and offset of each row, int[B]. The longest row comes first; each goes to the first line that has room."""
     line, offset, used = np.zeros(len(lengths), int), np.zeros(len(lengths), int), []
     for row in np.argsort(-lengths, kind="stable"):
         at = next((at for at, there in enumerate(used) if there + lengths[row] <= capacity), len(used))
@@ -42,17 +42,17 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 
 
 class Packing:
-    """Where each row of a batch lies, and where its decisions do.
+    """Where each row of a batch is, and where its decisions are.
 
     at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. count:
-    micro-batches that hold rows. padding: share of the places of these that hold none.
+    the number of micro-batches that hold rows. padding: the share of their places that is padding.
     """
 
     def __init__(self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int):
-        """rows: token ids, at most max_len each; row i decides at its `decisions[i]` places from first[i] on.
+        """rows: token ids, at most max_len each; row i has `decisions[i]` decisions, from place first[i] on.
 
-        The arrays have room for `micro_batches` of `micro_batch` lines, enough for a row a line, whatever they hold;
-        lines have the shortest of few lengths that holds the longest row. No other shape depends on the rows.
+        The arrays always have room for `micro_batches` of `micro_batch` lines, enough for one row per line. The length
+        of a line is the shortest of a few lengths that holds the longest row. No other shape depends on the rows.
         """
         lengths = np.array([len(row) for row in rows])
         lines = sizes_up_to(max_len, LINE_LENGTHS, multiple)
@@ -82,7 +82,7 @@ class Packing:
         self.lines = Lines(*shaped, self.spread(offset[self.at[0]] + self.at[1] + 1, np.int32) - 1)
 
     def spread(self, values, dtype=np.float32) -> np.ndarray:
-        """dtype[M,b,W], 0 where no decision is, of values [N]."""
+        """Values [N] of the decisions as dtype[M,b,W], 0 where there is no decision."""
         out = np.zeros((np.prod(self.shape), self.length), dtype)
         out[self.slot] = values
         return out.reshape(*self.shape, self.length)
@@ -92,7 +92,7 @@ class Packing:
         return jax.tree.map(lambda x: self.spread(np.asarray(x)[self.at]), tree)
 
     def collect(self, values, length: int) -> np.ndarray:
-        """float32[B,length], 0 where no decision is, of values [M,b,W] on the mesh: the way back from
+        """Values [M,b,W] on the mesh as float32[B,length], 0 where there is no decision: the inverse of
         `spread(x[packing.at])`."""
         out = np.zeros((len(self.line), length), np.float32)
         out[self.at] = fetch(values).reshape(-1, self.length)[self.slot]
@@ -114,5 +114,5 @@ def pack_targets(rows: list[tuple], **size) -> Packing:
 
 
 def _ranges(first, count) -> np.ndarray:
-    """first[i] … first[i]+count[i]-1 of every i, one after another."""
+    """first[i] … first[i]+count[i]-1 for every i, concatenated."""
     return np.concatenate([np.arange(begin, begin + n) for begin, n in zip(first, count, strict=True)])

@@ -13,11 +13,11 @@ from reft_jax.model.heads import ValueHead
 from reft_jax.parallel.mesh import rows_per_device
 from reft_jax.train.packing import Lines
 
-LOGITS_AT_ONCE = 256  # decisions a device whose logits exist at one time
+LOGITS_AT_ONCE = 256  # decisions per device whose logits exist at one time
 
 
 def at_decisions(x, decisions):
-    """x [b,T,…] at the places int32[b,W]: [b,W,…]; where there is no decision, something."""
+    """x [b,T,…] at the places int32[b,W]: [b,W,…]. Where there is no decision the value means nothing."""
     places = jnp.clip(decisions, 0, x.shape[1] - 1)
     return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), 1)
 
@@ -29,13 +29,15 @@ def hidden_states(model, lm, lines: Lines):
 
 
 def decisions_at_once(rows: int, width: int) -> int:
-    """Of each of `rows` lines with at most `width` decisions, how many are scored together."""
+    """How many decisions per line are scored together, for `rows` lines with at most `width` decisions each."""
     return min(width, max(1, LOGITS_AT_ONCE // rows_per_device(rows)))
 
 
 class Chunks:
-    """Decisions [b,W] a few at a time, in every row shard by itself, and no more of them than the first `used` int32[]
-    of W need: that may differ between batches without another compile."""
+    """Takes decisions [b,W] a few at a time, separately in every row shard.
+
+    Only the first `used` int32[] of W are visited; it may differ between batches without compiling again.
+    """
 
     def __init__(self, rows: int, width: int, used):
         self.size, self.shards = decisions_at_once(rows, width), rows // rows_per_device(rows)
@@ -62,13 +64,13 @@ def _every_shard(one_shard, *axes):
 
 
 def _output_matrix(model, lm):
-    """(The output matrix, what else `unembed` takes)."""
+    """The output matrix, and the other parameters that `unembed` takes."""
     head = {name: lm[name] for name in (["embed"] if model.config.tie_embeddings else ["lm_head"])}
     return head, {name: lm[name] for name in ("embed", "final_norm") if name not in head}
 
 
 def _gathered(model, head):
-    """In the compute dtype, and once for all chunks."""
+    """The output matrix in the compute dtype, gathered once for all chunks."""
     axes = {"embed": ("vocab", "act_embed"), "lm_head": {"kernel": ("act_embed", "vocab")}}
     axes = {name: axes[name] for name in head}
     return jax.tree.map(lambda x, axes: nn.with_logical_constraint(x.astype(model.dtype), axes), head, axes)
@@ -82,7 +84,7 @@ def _logprobs(model, params, hidden, targets, temperature):
 def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
     """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D], of the first `used` of W.
 
-    What lies beyond `used` means nothing. `decision_loss` is what has a gradient.
+    Values beyond `used` mean nothing. This has no gradient; `decision_loss` has one.
     """
     chunks, (head, rest) = Chunks(*targets.shape, used), _output_matrix(model, lm)
 
@@ -104,20 +106,21 @@ def zeros_of(function, *args):
 
 
 def add_up(total, new):
-    """Of two (loss, (sums, largest)): sums, and the larger of `largest`, a scalar that is never negative."""
-    (loss, (sums, largest)), (more, (others, larger)) = total, new
-    return loss + more, (jax.tree.map(jnp.add, sums, others), jnp.maximum(largest, larger))
+    """The sum of two (loss, metrics); a metric whose name ends in "_max" is the larger of the two instead."""
+    (loss, metrics), (more, others) = total, new
+    joined = {name: (jnp.maximum if name.endswith("_max") else jnp.add)(x, others[name]) for name, x in metrics.items()}
+    return loss + more, joined
 
 
 def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: float = 1.0):
-    """What `loss(logprob float32[b,w], about [b,w]) -> (loss, (sums, largest))` adds up to over all decisions.
+    """Adds up `loss(logprob float32[b,w], about [b,w]) -> (loss, metrics)` over all decisions, see `add_up`.
 
-    `about` [b,W] belongs to hidden dtype[b,W,D]; where there is no decision it must make the loss 0. A few decisions at
-    a time, with their gradient while their logits are there: a backward pass would have to compute those again. (So
-    does the fused linear cross-entropy of Liger Kernel, arXiv 2410.10989, for one loss.)
+    `about` [b,W] belongs to hidden dtype[b,W,D]; where there is no decision it must make the loss 0. Only the logits of
+    a few decisions exist at a time, and their gradient is computed while they do: a backward pass would have to compute
+    them again. (Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, does this for one loss.)
 
-    Each row shard adds up its own part of the output matrix's gradient, which is summed over shards once, after the
-    last chunk; and the matrix is gathered once, before the first.
+    Each row shard adds up its own part of the output matrix's gradient; the parts are summed once, after the last
+    chunk. The matrix is gathered once, before the first chunk.
     """
     targets, used = next_tokens(lines)
     chunks = Chunks(*targets.shape, used)
@@ -153,19 +156,19 @@ def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: flo
     one_shard.defvjp(with_gradients, backward)
     split = jax.tree.map(chunks.split, (hidden, targets, about))
     every_shard = _every_shard(one_shard, None, None, 0, 0, 0)
-    total, (sums, largest) = every_shard(*_output_matrix(model, lm), *split)
-    return total.sum(), (jax.tree.map(jnp.sum, sums), largest.max())
+    total, metrics = every_shard(*_output_matrix(model, lm), *split)
+    return total.sum(), {name: x.max() if name.endswith("_max") else x.sum() for name, x in metrics.items()}
 
 
 def next_tokens(lines: Lines):
-    """The targets int32[b,W] of the decisions, and how many of W hold all there are."""
+    """The targets int32[b,W] of the decisions, and how many places of W are used in the fullest line."""
     return at_decisions(lines.tokens, lines.decisions + 1), (lines.decisions >= 0).sum(1).max()
 
 
 def score_lines(model, params, lines: Lines, temperature: float = 1.0):
     """Log-probabilities and, where `params` has a value head, values of the decisions: float32[b,W] each (or None).
 
-    Without a gradient: updates take `decision_loss`.
+    This has no gradient; updates use `decision_loss`.
     """
     hidden = hidden_states(model, params["lm"], lines)
     logprob = next_token_logprobs(model, params["lm"], hidden, *next_tokens(lines), temperature)
@@ -176,7 +179,7 @@ def score_lines(model, params, lines: Lines, temperature: float = 1.0):
 
 def for_micro_batches(score, lines: Lines, count, zeros):
     """Arrays [M,b,…] like `zeros` with `score` of each of the first `count` micro-batches of lines [M,b,…]."""
-    if len(lines.tokens) == 1:  # no loop: XLA would move what never changes in it out of it, and keep it in there too
+    if len(lines.tokens) == 1:  # no loop: XLA would hoist its constants out of it and then hold them twice
         return jax.tree.map(lambda x: x[None], score(jax.tree.map(lambda x: x[0], lines)))
 
     def one(i, scored):

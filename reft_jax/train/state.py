@@ -39,7 +39,7 @@ def make_optimizer(schedule, *, weight_decay: float, clip_norm: float) -> optax.
 
 
 def abstract_params(model, head: ValueHead | RerankHead, name: str):
-    """Shapes of {'lm', name} with their logical axes, without making an array."""
+    """Shapes of {'lm', name} with their logical axes; makes no array."""
 
     def init():
         tokens, hidden = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, model.config.hidden_size))
@@ -66,7 +66,7 @@ def abstract_state(optimizer, abstract) -> TrainState:
 
 
 def state_shardings(mesh, optimizer, abstract) -> TrainState:
-    """Where every array of a state lies; the moments lie with their parameters."""
+    """The sharding of every array of a state; moments are sharded as their parameters."""
     return shardings(mesh, abstract_state(optimizer, abstract))
 
 

@@ -1,6 +1,8 @@
-"""The jitted, donated updates: SFT, online self-training, PPO, reranker.
+"""The updates: SFT, online self-training, reinforcement learning, reranker. One maker, and a loss for each.
 
-Micro-batches [M,b,…] one after another, gradients summed.
+A loss is `loss(model, params, lines, batch) -> (loss, metrics)` of one micro-batch [b,…]. Losses and metrics are summed
+over micro-batches, gradients too. Two endings of a metric's name mean something: "_max" is a maximum instead of a sum,
+"_share" is divided by the number of decisions at the end.
 """
 
 from typing import Any, NamedTuple
@@ -8,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from reft_jax.algo import advantages, losses
+from reft_jax.algo import losses
+from reft_jax.algo.algorithms import Algorithm
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.train.packing import Lines
 from reft_jax.train.scoring import add_up, decision_loss, for_micro_batches, hidden_states, zeros_of
@@ -16,54 +19,53 @@ from reft_jax.train.state import TrainState, apply_gradients
 from reft_jax.types import PPOBatch
 
 
-class ClipSettings(NamedTuple):
-    """The numbers of the PPO loss (the paper: clip 0.2, value_clip 0.2, vf_coef 5, temperature 1)."""
+def make_step(loss, model, optimizer, shardings):
+    """Jitted `step(state, (Lines, batch) [M,b,…], count) -> (state, metrics)`; the state is donated.
 
-    clip: float
-    value_clip: float
-    vf_coef: float
-    temperature: float
+    `count` micro-batches of M hold rows. metrics: "loss", "grad_norm" (before clipping) and those of the loss.
+    """
+
+    def step(state: TrainState, rows, count):
+        def of_rows(params, rows):
+            return loss(model, params, *rows)
+
+        grads, total, metrics = over_micro_batches(of_rows, state.params, rows, count)
+        decisions = (rows[0].decisions >= 0).sum()
+        metrics = {name: x / decisions if name.endswith("_share") else x for name, x in metrics.items()}
+        state, grad_norm = apply_gradients(state, optimizer, grads)
+        return state, {"loss": total} | metrics | {"grad_norm": grad_norm}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def over_micro_batches(loss_fn, params, batch, count):
-    """Gradient, loss, sums and largest of `loss_fn(params, micro_batch) -> (loss, (sums, largest))` over the first
-    `count` micro-batches of the leading axis M: added up, `largest` (a scalar) by its maximum."""
+def over_micro_batches(loss_fn, params, rows, count):
+    """Gradient, loss and metrics of `loss_fn(params, micro_batch) -> (loss, metrics)`, added up over the first `count`
+    micro-batches of the leading axis M."""
 
     def one(i):
-        return jax.value_and_grad(loss_fn, has_aux=True)(params, jax.tree.map(lambda x: x[i], batch))
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, jax.tree.map(lambda x: x[i], rows))
 
-    if len(jax.tree.leaves(batch)[0]) == 1:  # no loop, as in `for_micro_batches`
-        (loss, (sums, largest)), grads = one(0)
-        return grads, loss, sums, largest
+    if len(jax.tree.leaves(rows)[0]) == 1:  # no loop, as in `for_micro_batches`
+        (loss, metrics), grads = one(0)
+        return grads, loss, metrics
 
     def step(i, total):
         (sums, grads), (more, new) = total, one(i)
         return add_up(sums, more), jax.tree.map(jnp.add, grads, new)
 
     with jax.named_scope("micro_batches"):
-        (loss, (sums, largest)), grads = jax.lax.fori_loop(0, count, step, zeros_of(one, 0))
-    return grads, loss, sums, largest
+        (loss, metrics), grads = jax.lax.fori_loop(0, count, step, zeros_of(one, 0))
+    return grads, loss, metrics
 
 
-def make_sft_step(model, optimizer, shardings):
-    """`step(state, (Lines, weight float32[M,b,W]), count) -> (state, {'loss', 'grad_norm'})`: cross-entropy of the
-    decisions, each times its weight; `count` micro-batches hold rows."""
+def sft_loss(model, params, lines: Lines, weight):
+    """Cross-entropy of the decisions, each times its weight float32[b,W]."""
 
-    def step(state: TrainState, batch, count):
-        def loss_fn(params, rows):
-            lines, weight = rows
+    def cross_entropy(logprob, weight):
+        return losses.token_loss(logprob, weight), {}
 
-            def cross_entropy(logprob, weight):
-                return losses.token_loss(logprob, weight), ((), jnp.zeros(()))
-
-            hidden = hidden_states(model, params["lm"], lines)
-            return decision_loss(cross_entropy, model, params["lm"], hidden, lines, weight)
-
-        grads, loss, _, _ = over_micro_batches(loss_fn, state.params, batch, count)
-        state, grad_norm = apply_gradients(state, optimizer, grads)
-        return state, {"loss": loss, "grad_norm": grad_norm}
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    hidden = hidden_states(model, params["lm"], lines)
+    return decision_loss(cross_entropy, model, params["lm"], hidden, lines, weight)
 
 
 class SelfTrainBatch(NamedTuple):
@@ -74,92 +76,33 @@ class SelfTrainBatch(NamedTuple):
     gold: Any
 
 
-def make_self_train_step(model, optimizer, shardings):
-    """`step(state, (Lines, SelfTrainBatch), count) -> (state, {'loss', 'sampled_loss', 'gold_loss', 'grad_norm'})`.
+def self_train_loss(model, params, lines: Lines, weight: SelfTrainBatch):
+    """Online self-training: ½ cross-entropy of the correct samples + ½ that of the worked solutions.
 
-    Online self-training: ½ cross-entropy of the correct samples + ½ that of the worked solutions, each a mean over its
-    tokens in the global batch. The two losses in the metrics are their halves of `loss`.
+    Each is a mean over its tokens in the global batch. Metrics: the two halves, sampled_loss and gold_loss.
     """
 
-    def step(state: TrainState, batch, count):
-        def loss_fn(params, rows):
-            lines, weight = rows
+    def halves(logprob, weight):
+        sampled, gold = losses.token_loss(logprob, weight.sampled), losses.token_loss(logprob, weight.gold)
+        return sampled + gold, {"sampled_loss": sampled, "gold_loss": gold}
 
-            def halves(logprob, weight):
-                sampled, gold = losses.token_loss(logprob, weight.sampled), losses.token_loss(logprob, weight.gold)
-                return sampled + gold, ((sampled, gold), jnp.zeros(()))
-
-            hidden = hidden_states(model, params["lm"], lines)
-            return decision_loss(halves, model, params["lm"], hidden, lines, weight)
-
-        grads, loss, (sampled, gold), _ = over_micro_batches(loss_fn, state.params, batch, count)
-        state, grad_norm = apply_gradients(state, optimizer, grads)
-        return state, {"loss": loss, "sampled_loss": sampled, "gold_loss": gold, "grad_norm": grad_norm}
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    hidden = hidden_states(model, params["lm"], lines)
+    return decision_loss(halves, model, params["lm"], hidden, lines, weight)
 
 
-def make_ppo_step(model, optimizer, settings: ClipSettings, shardings):
-    """`step(state, (Lines, PPOBatch [M,b,W]), count) -> (state, metrics)`: loss = policy + vf_coef · value.
-
-    Metrics, float32 scalars: loss, policy_loss, value_loss, grad_norm, clip_share (actions whose ratio left the clip
-    range), ratio_max_error (largest |ρ−1|; 0 on the first pass up to rounding).
-    """
-
-    def step(state: TrainState, batch, count):
-        def loss_fn(params, rows):
-            lines, old = rows
-
-            def surrogate(logprob, old):
-                loss = losses.policy_loss(logprob, old.old_logprob, old.advantage, old.weight, clip=settings.clip)
-                error = jnp.abs(jnp.exp(jnp.where(old.weight > 0, logprob - old.old_logprob, 0.0)) - 1)
-                return loss, ((error > settings.clip).sum(), error.max())
-
-            hidden = hidden_states(model, params["lm"], lines)
-            policy, (clipped, error) = decision_loss(
-                surrogate, model, params["lm"], hidden, lines, old, settings.temperature
-            )
-            value = ValueHead().apply({"params": params["value_head"]}, hidden)
-            critic = losses.value_loss(value, old.old_value, old.return_, old.weight, clip=settings.value_clip)
-            return policy + settings.vf_coef * critic, ((policy, critic, clipped), error)
-
-        grads, loss, (policy, critic, clipped), error = over_micro_batches(loss_fn, state.params, batch, count)
-        actions = (batch[1].weight > 0).sum()
-        state, grad_norm = apply_gradients(state, optimizer, grads)
-        metrics = {"loss": loss, "policy_loss": policy, "value_loss": critic, "grad_norm": grad_norm}
-        return state, metrics | {"clip_share": clipped / actions, "ratio_max_error": error}
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def make_ppo_batch(
-    rollout, logprob, value, ref_logprob, *, kl_coef: float, gamma: float, lam: float, minibatches: int = 1
-):
-    """What the updates read, and the iteration's metrics, from a Rollout [B,T] and its scores float32[B,T].
-
-    Metrics: reward (mean score), kl (log π − log π_ref summed over a row's actions, mean over rows, nats),
-    response_length (tokens), vf_expl_var, advantage_std (before whitening), return_mean.
-    """
-    mask = advantages.action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1])
-    rewards, _, _ = advantages.token_rewards(rollout.score, logprob, ref_logprob, mask, kl_coef=kl_coef)
-    value = jnp.where(mask, value, 0.0)
-    advantage, return_ = advantages.gae(rewards, value, mask, gamma=gamma, lam=lam)
-    _, variance = advantages.masked_moments(advantage, mask)
-    metrics = {
-        "reward": rollout.score.mean(),
-        "kl": jnp.where(mask, logprob - ref_logprob, 0.0).sum(1).mean(),
-        "response_length": mask.sum(1).mean(dtype=jnp.float32),
-        "vf_expl_var": advantages.explained_variance(value, return_, mask),
-        "advantage_std": jnp.sqrt(variance),
-        "return_mean": advantages.masked_moments(return_, mask)[0],
-    }
-    logprob = jnp.where(mask, logprob, 0.0)
-    weight = losses.row_weights(mask) * minibatches
-    return PPOBatch(weight, logprob, value, advantages.whiten(advantage, mask), return_), metrics
+def rl_loss(algorithm: Algorithm, model, params, lines: Lines, old: PPOBatch):
+    """The algorithm's policy loss + vf_coef · its value loss. Metrics: those two, and the algorithm's own."""
+    hidden = hidden_states(model, params["lm"], lines)
+    policy, metrics = decision_loss(algorithm.loss, model, params["lm"], hidden, lines, old, algorithm.temperature)
+    metrics = metrics | {"policy_loss": policy}
+    if not algorithm.critic:
+        return policy, metrics
+    critic = algorithm.value_loss(ValueHead().apply({"params": params["value_head"]}, hidden), old)
+    return policy + algorithm.vf_coef * critic, metrics | {"value_loss": critic}
 
 
 class RerankBatch(NamedTuple):
-    """Of each row, at its last token: labels (1 = correct) int32[M,b,W]; weight float32[M,b,W], 1 / rows."""
+    """At the last token of each row: labels (1 = correct) int32[M,b,W]; weight float32[M,b,W], 1 / rows."""
 
     labels: Any
     weight: Any
@@ -170,21 +113,11 @@ def rerank_logits(model, params, lines: Lines):
     return RerankHead().apply({"params": params["rerank_head"]}, hidden_states(model, params["lm"], lines))
 
 
-def make_rerank_step(model, optimizer, shardings):
-    """`step(state, (Lines, RerankBatch), count) -> (state, {'loss', 'accuracy', 'grad_norm'})`, means over the rows."""
-
-    def step(state: TrainState, batch, count):
-        def loss_fn(params, rows):
-            lines, judged = rows
-            logits = rerank_logits(model, params, lines)
-            right = ((logits.argmax(-1) == judged.labels) * judged.weight).sum()
-            return losses.class_loss(logits, judged.labels, judged.weight), (right, jnp.zeros(()))
-
-        grads, loss, accuracy, _ = over_micro_batches(loss_fn, state.params, batch, count)
-        state, grad_norm = apply_gradients(state, optimizer, grads)
-        return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+def rerank_loss(model, params, lines: Lines, judged: RerankBatch):
+    """Cross-entropy of the two classes, a mean over the rows. Metric: accuracy."""
+    logits = rerank_logits(model, params, lines)
+    right = ((logits.argmax(-1) == judged.labels) * judged.weight).sum()
+    return losses.class_loss(logits, judged.labels, judged.weight), {"accuracy": right}
 
 
 def make_rerank_scorer(model):

@@ -20,8 +20,9 @@ import reft_jax.train.checkpoints as checkpoints
 from reft_jax import executor
 from reft_jax.__main__ import main
 from reft_jax.engine import slots
-from reft_jax.parallel import compilation
+from reft_jax.run import open as opening
 from reft_jax.stages import reft, rerank, sample, sft
+from reft_jax.train import iteration
 
 ENDLESS = "def solution():\n    while True:\n        pass"
 
@@ -41,16 +42,16 @@ def before(owner, name: str, act, wanted=lambda *args: True) -> None:
 
 def in_rollout() -> list:
     """Not empty while an iteration of PPO samples and runs programs."""
-    inside, rollout = [], reft.Iteration.rollout
+    inside, rollout = [], reft.roll_out_once
 
-    def marked(*args):
+    def marked(*args, **kwargs):
         inside.append(True)
         try:
-            return rollout(*args)
+            return rollout(*args, **kwargs)
         finally:
             inside.clear()
 
-    reft.Iteration.rollout = marked
+    reft.roll_out_once = marked
     return inside
 
 
@@ -70,17 +71,17 @@ def program(passed) -> None:
     executor.Stream.submit = replaced
 
 
-def update_of(module, maker: str):
-    """An update begins; `maker` makes the step."""
+def update_of(module):
+    """An update begins; the module's `make_step` makes it."""
 
     def point(passed):
-        make = getattr(module, maker)
+        make = module.make_step
 
         def made(*args):
             step = make(*args)
             return lambda *batch: (passed(), step(*batch))[1]
 
-        setattr(module, maker, made)
+        module.make_step = made
 
     return point
 
@@ -116,7 +117,7 @@ def record(passed) -> None:
 
 def moment(passed) -> None:
     """The first rollout begins; here NUMBER is milliseconds from then on."""
-    before(reft.Iteration, "rollout", passed)
+    before(reft, "roll_out_once", passed)
 
 
 def full_disk(passed) -> None:
@@ -128,9 +129,9 @@ POINTS = {
     "none": lambda passed: None,
     "chunk": chunk,
     "program": program,
-    "sft update": update_of(sft, "make_sft_step"),
-    "update": update_of(reft, "make_ppo_step"),
-    "rerank update": update_of(rerank, "make_rerank_step"),
+    "sft update": update_of(sft),
+    "update": update_of(iteration),
+    "rerank update": update_of(rerank),
     "saving": saving,
     "manifest": manifest,
     "record": record,
@@ -187,13 +188,13 @@ def run(point: str, number: str, signal_name: str, *arguments: str) -> None:
         return True
 
     POINTS[point](passed)
-    keep = compilation.keep_compiled
+    keep = opening.keep_compiled
 
     def keep_all(folder):
         keep(folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-    compilation.keep_compiled = keep_all
+    opening.keep_compiled = keep_all
     sys.argv = ["reft", *arguments]
     main()
 

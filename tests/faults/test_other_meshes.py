@@ -17,7 +17,7 @@ from reft_jax.train.checkpoints import Checkpoints
 from reft_jax.train.checksums import array_checksums
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import abstract_params, abstract_state, make_optimizer
-from reft_jax.train.steps import make_sft_step
+from reft_jax.train.steps import make_step, sft_loss
 
 SAVED_ON = (1, 4, 2)  # data, fsdp, tensor
 RESUMED_ON = [(1, 2, 4), (1, 8, 1)]
@@ -32,7 +32,7 @@ def trained(mesh, state, where, steps: int) -> tuple:
     lengths = np.array([len(row) for row in rows])
     packing = Packing(rows, 2 + 0 * lengths, lengths - 3, max_len=32, micro_batch=8, micro_batches=2, multiple=8)
     batch = put_rows(mesh, (packing.lines, packing.spread(1 / len(packing.at[0]))), axis=1)
-    step, losses = make_sft_step(MODEL, OPTIMIZER, where), []
+    step, losses = make_step(sft_loss, MODEL, OPTIMIZER, where), []
     for _ in range(steps):
         state, numbers = step(state, batch, packing.count)
         losses.append(float(numbers["loss"]))

@@ -4,6 +4,8 @@ ALGO = ("test_advantages.py", "test_losses.py")
 A = "reft_jax.algo.advantages"
 L = "reft_jax.algo.losses"
 S = "reft_jax.train.steps"
+ALGORITHMS = "reft_jax.algo.algorithms"
+ITERATION = "reft_jax.train.iteration"
 P = "reft_jax.train.packing"
 C = "reft_jax.train.scoring"
 SLOTS = "reft_jax.engine.slots"
@@ -71,21 +73,21 @@ PLANTED = [
     ("rows without actions are no rows", L, "/ mask.shape[0]", "/ mask.any(1).sum()", ALGO),
     ("weights are a mask", L, "jnp.where(weight > 0, x * weight, 0.0)", "jnp.where(weight > 0, x, 0.0)", ALGO),
     ("garbage times weight 0", L, "jnp.where(weight > 0, x * weight, 0.0)", "(x * weight)", ALGO),
-    ("returns from whitened advantages", S,
-     "advantages.whiten(advantage, mask), return_), metrics",
-     "advantages.whiten(advantage, mask), advantages.whiten(advantage, mask) + value), metrics", BATCH),
-    ("advantages not whitened", S, "value, advantages.whiten(advantage, mask), return_), metrics",
-     "value, advantage, return_), metrics", BATCH),
-    ("reference and policy swapped", S, "token_rewards(rollout.score, logprob, ref_logprob, mask",
-     "token_rewards(rollout.score, ref_logprob, logprob, mask", BATCH),
-    ("KL of the metrics with the wrong sign", S, "jnp.where(mask, logprob - ref_logprob, 0.0).sum(1).mean()",
-     "jnp.where(mask, ref_logprob - logprob, 0.0).sum(1).mean()", BATCH),
-    ("a minibatch weighs what a batch does", S, "losses.row_weights(mask) * minibatches",
-     "losses.row_weights(mask)", ("test_steps.py::test_weights_of_a_minibatch_make_a_mean_over_its_rows",)),
+    ("returns from whitened advantages", ALGORITHMS,
+     "advantages.whiten(advantage, mask), return_, metrics",
+     "advantages.whiten(advantage, mask), advantages.whiten(advantage, mask) + value, metrics", BATCH),
+    ("advantages not whitened", ALGORITHMS, "(advantages.whiten(advantage, mask), return_, metrics",
+     "(advantage, return_, metrics", BATCH),
+    ("reference and policy swapped", ALGORITHMS, "scored.score, scored.logprob, scored.ref_logprob, mask",
+     "scored.score, scored.ref_logprob, scored.logprob, mask", BATCH),
+    ("KL of the metrics with the wrong sign", ITERATION, "scores.logprob - scores.ref_logprob, 0.0",
+     "scores.ref_logprob - scores.logprob, 0.0", BATCH),
+    ("a minibatch weighs what a batch does", ITERATION, "row_weights(mask) * minibatches",
+     "row_weights(mask)", ("test_steps.py::test_weights_of_a_minibatch_make_a_mean_over_its_rows",)),
     ("the last micro-batch left out", S, "jax.lax.fori_loop(0, count, step, zeros_of(one, 0))",
      "jax.lax.fori_loop(0, count - 1, step, zeros_of(one, 0))",
      ("test_steps.py::test_micro_batches_without_rows_change_nothing_run_or_not",)),
-    ("ratio errors of micro-batches added", C, "jnp.maximum(largest, larger)", "largest + larger",
+    ("ratio errors of micro-batches added", C, '(jnp.maximum if name.endswith("_max") else jnp.add)', "jnp.add",
      ("test_steps.py::test_a_ppo_step_equals_its_slow_twin",)),
     ("temperature on the sampler's side only", C, 'method="unembed") / temperature', 'method="unembed")',
      SCORES),

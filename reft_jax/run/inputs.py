@@ -1,0 +1,181 @@
+"""What a run reads: settings, the base model's folder and tokenizer, the examples, and the rows made of them.
+
+Everything here is looked at before a device is taken or a file is written.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from reft_jax.config import flatten
+from reft_jax.evaluation.provenance import examples_checksum
+from reft_jax.model.hf import check_folder
+from reft_jax.model_folder import check_ids
+from reft_jax.run.about import versions
+from reft_jax.run.workdir import MACHINE
+from reft_jax.tasks import datasets, prompts
+from reft_jax.tasks.answerable import trainable, wrong_anyway
+from reft_jax.tasks.registry import PAPER, Task, load_task
+from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
+from reft_jax.types import Completion, Example, InputError, Prompt
+
+DATA = ("seed", "toy.", "data.train", "data.dev", "data.format")  # settings that decide what training and dev rows are
+Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run; `chosen_on` says in words what `dev` is."""
+
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    chosen_on: str
+
+    def checksum(self) -> str:
+        """16 hex digits of every example of every split."""
+        return _hash(json.dumps([self.train, self.dev, self.test]))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads. `base` is the folder of the base model."""
+
+    config: object
+    base: Path
+    tokenizer: object
+    data: Data
+
+    @property
+    def task(self) -> Task:
+        """What the questions ask for."""
+        return load_task(self.config.task)
+
+    @cached_property
+    def sft_rows(self) -> list[Row]:
+        """The worked solutions as rows, those that fit in sft.max_len. InputError if too many do not."""
+        config, how = self.config, (self.config.data.format, self.task)
+        rows = [self.row(example, prompts.sft_target(example, *how)) for example in self.data.train]
+        lengths = [len(ids) for ids, _, _ in rows]
+        return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
+
+    @cached_property
+    def questions(self) -> list[Example]:
+        """Training questions whose prompt fits in rl.max_prompt; a cut one is never trained on. InputError as above."""
+        lengths, config = [len(prompt.tokens) for prompt in self.prompts(self.data.train)], self.config
+        return datasets.fit(self.data.train, lengths, config.rl.max_prompt, config.data.max_dropped, "rl.max_prompt")
+
+    def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
+        """n prompts per example, the forced prefix included."""
+        made, how = [], (self.config.data.format, self.task)
+        for example in examples:
+            tokens = np.array(encode_rollout(self.tokenizer, example.question, *how), np.int32)
+            made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
+        return made
+
+    def row(self, example: Example, target: str) -> Row:
+        """A supervised row. Prompt and target are tokenized separately, as the authors do."""
+        prompt = encode(self.tokenizer, prompts.prompt_text(example.question, self.task))
+        return prompt + encode(self.tokenizer, target) + [self.tokenizer.eos_token_id], len(prompt), example.item_id
+
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """The completion as text, see `completed_text`."""
+        return completed_text(self.tokenizer, prompt.tokens, completion, self.task)
+
+    @cached_property
+    def data_made(self) -> dict:
+        """What a finished stage records about its data: checksums of the rows, and of the settings that chose them."""
+        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA)}
+        checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
+        return {"settings": _hash(json.dumps(settings, sort_keys=True))} | checksums
+
+    def made_by(self) -> dict:
+        """What a saved step records about its run: JSON."""
+        settings = {key: value for key, value in flatten(self.config).items() if key not in MACHINE}
+        return {
+            "config": _hash(json.dumps(settings, sort_keys=True)),
+            "data": self.data.checksum(),
+            "seed": self.config.seed,
+            "versions": versions(),
+        }
+
+    def facts(self) -> dict:
+        """What must be the same on all hosts: numbers of rows, and digests of them."""
+        rows = {f"{name} rows": len(getattr(self.data, name)) for name in ("train", "dev", "test")}
+        rows |= {"SFT rows": len(self.sft_rows), "PPO questions": len(self.questions)}
+        return rows | {"examples' sha256": self.data.checksum(), "SFT rows' sha256": _hash(json.dumps(self.sft_rows))}
+
+
+def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
+    """The inputs, checked. Training rows that cannot earn a reward are left out.
+
+    A length limit that drops too many rows ends the run here, not after an hour of SFT. Rows of dev and test stay; a
+    line names those that no completion can answer.
+    """
+    where, limits = f"data.train={config.data.train}", (config.data.format, config.sample.max_len)
+    train = trainable(tokenizer, data.train, config.data.format, config.data.max_dropped, where, load_task(config.task))
+    inputs = Inputs(config, base, tokenizer, Data(train, data.dev, data.test, data.chosen_on))
+    _ = inputs.sft_rows, inputs.questions
+    splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
+    for split, examples in splits.items():
+        if told := wrong_anyway(tokenizer, examples, *limits, split, inputs.task):
+            print(told, flush=True)
+    return inputs
+
+
+def completed_text(tokenizer, prompt: Sequence[int], completion: Completion, task: Task = PAPER) -> str:
+    """A completion as text, without the id that ended it, which is not always a special token.
+
+    Prompt and response are decoded together (see prompts.completion_text).
+    """
+    response = completion.tokens[:-1] if completion.finished else completion.tokens
+    return prompts.completion_text(decode(tokenizer, [*prompt, *response]), task)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_data(config, paths: dict[str, str]) -> Data:
+    """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
+    data, task = config.data, load_task(config.task)
+    train = shorten(datasets.load_examples(paths["train"], task, need_cot=True), data.train_limit, config.seed)
+    test = shorten(datasets.load_examples(paths["test"], task, need_cot=False), data.test_limit, config.seed)
+    if shared := datasets.shared_questions(train, test):
+        print(f"{shared} training questions are test questions too", flush=True)
+    if paths["dev"]:
+        return Data(train, datasets.load_examples(paths["dev"], task, need_cot=False), test, "a third split")
+    if data.dev_rows:
+        if data.dev_rows >= len(train):
+            raise InputError(f"config: data.dev_rows={data.dev_rows} leaves none of {len(train)} training rows")
+        train, dev = datasets.split_off(train, data.dev_rows, config.seed)
+        return Data(train, dev, test, "a third split, held out of the training file")
+    return Data(train, test, test, "the test file, as the paper did")
+
+
+def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
+    """The first `limit` of a seeded shuffle, in file order; all if limit is 0."""
+    if not limit or limit >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])]
+
+
+def checked_tokenizer(folder: Path, *, reranker: bool = False):
+    """The tokenizer of a model folder, after checks of the tensors' headers, the vocabulary and the end ids.
+
+    Raises InputError. `reranker`: the folder must hold a classifier with 2 classes, else a language model.
+    """
+    vocab_size = check_folder(folder, reranker=reranker).vocab_size
+    check_ids(folder, vocab_size)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size, folder)
+    if others := [index for index in all_end_ids(tokenizer, folder) if index != tokenizer.eos_token_id]:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(others)))
+        print(f"{folder}: by its eos_token_id a rollout also ends at {names}", file=sys.stderr, flush=True)
+    return tokenizer

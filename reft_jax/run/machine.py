@@ -1,0 +1,72 @@
+"""What a run computes with: the executor's processes, the devices, the model and the rollout engine."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from reft_jax import executor
+from reft_jax.config import flatten
+from reft_jax.engine.generate import Engine
+from reft_jax.model.hf import read_config
+from reft_jax.model.llama import Llama
+from reft_jax.parallel.mesh import make_mesh, row_shards
+from reft_jax.tasks.tokenizer import all_end_ids
+from reft_jax.types import InputError
+
+BY_ROW = ("sft.micro_batch", "rl.micro_batch", "rerank.micro_batch", "engine.slots")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, the model's shape (no weights), and the engine that samples from it."""
+
+    mesh: Mesh
+    model: Llama
+    engine: Engine
+
+
+def make_machine(config, base: Path, tokenizer, mesh, after_chunk: Callable[[], None]) -> Machine:
+    """The model of folder `base` on `mesh`, and its engine. `after_chunk` is called between chunks of decode steps.
+
+    Reads config.json and no weights.
+    """
+    model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
+    engine = Engine(
+        model,
+        mesh,
+        slots=config.engine.slots,
+        pad_multiple=config.data.pad_multiple,
+        eos_id=all_end_ids(tokenizer, base),
+        seed=config.seed,
+        after_chunk=after_chunk,
+    )
+    return Machine(mesh, model, engine)
+
+
+def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
+    """Starts the executor's processes and prints on stderr what guards a program.
+
+    InputError if too little guards it and that is not allowed, or if this machine has no room for it.
+    """
+    try:
+        print(executor.start(workers, memory_mb, allow_unsandboxed), file=sys.stderr, flush=True)
+    except executor.InfrastructureError as error:
+        raise InputError(str(error)) from error
+
+
+def open_mesh(config):
+    """The config's mesh over this process's devices; JAX takes them here. InputError."""
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def check_rows(config, mesh, keys: Sequence[str] = BY_ROW) -> None:
+    """InputError unless what is spread by row divides evenly among the mesh's row shards."""
+    for key in keys:
+        if flatten(config)[key] % row_shards(mesh):
+            raise InputError(f"config: {key} must be a multiple of the {row_shards(mesh)} row shards of the mesh")

@@ -1,0 +1,84 @@
+"""One iteration of reinforcement learning on one rollout: score it, make the batch, update."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from reft_jax.algo.advantages import action_mask
+from reft_jax.algo.algorithms import Algorithm, Scored
+from reft_jax.algo.losses import row_weights
+from reft_jax.parallel.mesh import put_rows
+from reft_jax.train.packing import Packing, pack_rollout
+from reft_jax.train.scoring import make_scorer
+from reft_jax.train.state import TrainState
+from reft_jax.train.steps import make_step, rl_loss
+from reft_jax.types import PPOBatch, Rollout
+
+
+class Scores(NamedTuple):
+    """What scoring gives, float32[B,T] each, 0 off the actions: log-probabilities under the policy that sampled and
+    under the reference, and the policy's values (None without a critic)."""
+
+    logprob: np.ndarray
+    ref_logprob: np.ndarray
+    value: np.ndarray | None
+
+
+class Iteration:
+    """The compiled functions of an iteration, and how its rows are packed."""
+
+    def __init__(
+        self, model, mesh, optimizer, algorithm: Algorithm, shardings, *, micro_batch: int, max_len: int, multiple: int
+    ):
+        """shardings: of the TrainState. micro_batch, max_len (tokens per row), multiple: of Packing."""
+        self.mesh, self.algorithm = mesh, algorithm
+        self.size = {"micro_batch": micro_batch, "max_len": max_len, "multiple": multiple}
+        self.score_lines = make_scorer(model, algorithm.temperature)
+        self.make_batch = jax.jit(partial(make_batch, algorithm), static_argnames="minibatches")
+        self.step = make_step(partial(rl_loss, algorithm), model, optimizer, shardings)
+
+    def pack(self, rollout: Rollout) -> Packing:
+        """The rows in lines, with room for as many lines as there are rows."""
+        return pack_rollout(rollout, micro_batches=len(rollout.tokens) // self.size["micro_batch"], **self.size)
+
+    def score(self, params, reference, rollout: Rollout) -> tuple[Scores, Packing]:
+        """Scores every row under the policy `params` and under the parameters `reference` of a language model."""
+        packing, length = self.pack(rollout), rollout.tokens.shape[1]
+        lines = put_rows(self.mesh, packing.lines, axis=1)
+        policy = params if self.algorithm.critic else {"lm": params["lm"]}
+        logprob, value = self.score_lines(policy, lines, packing.count)
+        ref_logprob, _ = self.score_lines({"lm": reference}, lines, packing.count)
+        return Scores(
+            packing.collect(logprob, length),
+            packing.collect(ref_logprob, length),
+            None if value is None else packing.collect(value, length),
+        ), packing
+
+    def update(self, state: TrainState, rollout: Rollout, batch: PPOBatch, rows=slice(None)) -> tuple[TrainState, dict]:
+        """One update on the chosen `rows`; the metrics stay on the device. The state is donated."""
+        rollout, batch = jax.tree.map(lambda x: x[rows], (rollout, batch))
+        packing = self.pack(rollout)
+        lines = put_rows(self.mesh, (packing.lines, packing.spread_all(batch)), axis=1)
+        return self.step(state, lines, packing.count)
+
+
+def make_batch(algorithm: Algorithm, rollout: Rollout, scores: Scores, *, minibatches: int = 1):
+    """What the updates read, a PPOBatch [B,T], and the metrics of the iteration.
+
+    Metrics: reward (mean score), kl (log π − log π_ref summed over a row's actions, mean over rows, nats),
+    response_length (tokens), and those of the algorithm's advantages.
+    """
+    mask = action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1])
+    scored = Scored(rollout.score, scores.logprob, scores.ref_logprob, scores.value, mask)
+    advantage, return_, metrics = algorithm.advantages(scored)
+    metrics |= {
+        "reward": rollout.score.mean(),
+        "kl": jnp.where(mask, scores.logprob - scores.ref_logprob, 0.0).sum(1).mean(),
+        "response_length": mask.sum(1).mean(dtype=jnp.float32),
+    }
+    value = jnp.zeros_like(advantage) if scores.value is None else jnp.where(mask, scores.value, 0.0)
+    weight, logprob = row_weights(mask) * minibatches, jnp.where(mask, scores.logprob, 0.0)
+    return PPOBatch(weight, logprob, value, advantage, return_), metrics

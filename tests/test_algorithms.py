@@ -1,0 +1,132 @@
+"""The seam for algorithms: RLOO, written as a user would, in a file outside the package, trains a policy."""
+
+import dataclasses
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from faults.starts import run
+from tiny import tiny_policy, tiny_ppo, tiny_state
+
+from reft_jax.algo.algorithms import PPO, Algorithm, Scored, make_algorithm
+from reft_jax.config import check_config, load_config
+from reft_jax.parallel.mesh import make_mesh
+from reft_jax.run.executions import read_executions
+from reft_jax.train.iteration import Iteration
+from reft_jax.train.state import make_optimizer
+from reft_jax.types import InputError, Rollout
+
+RLOO = '''
+"""REINFORCE leave-one-out (arXiv 2402.14740): the baseline of a sample is the mean reward of the others."""
+
+import jax.numpy as jnp
+
+from reft_jax.algo.algorithms import Advantages, Algorithm
+
+
+class RLOO(Algorithm):
+    samples = 4
+    critic = False
+
+    def advantages(self, scored):
+        kl = jnp.where(scored.mask, scored.logprob - scored.ref_logprob, 0.0).sum(1)
+        reward = (scored.score - self.kl_coef * kl).reshape(-1, self.samples)
+        baseline = (reward.sum(1, keepdims=True) - reward) / (self.samples - 1)
+        advantage = jnp.where(scored.mask, (reward - baseline).reshape(-1, 1), 0.0)
+        return Advantages(advantage, advantage, {"question_sum_max": jnp.abs((reward - baseline).sum(1)).max()})
+'''
+
+
+@pytest.fixture
+def rloo(tmp_path) -> str:
+    (tmp_path / "rloo.py").write_text(RLOO)
+    return f"{tmp_path / 'rloo.py'}:RLOO"
+
+
+def settings(algorithm: str):
+    config = load_config("configs/quickstart.py")
+    config.rl.algorithm = algorithm
+    return check_config(config).rl
+
+
+def test_advantages_of_rloo_by_hand(rloo):
+    algorithm = make_algorithm(settings(rloo))
+    assert isinstance(algorithm, Algorithm) and algorithm.samples == 4 and not algorithm.critic
+    score, mask = np.array([1.0, 0, 0, 1, 1, 0, 0, 0], np.float32), np.tile([True, False], (8, 1))
+    zeros = np.zeros((8, 2), np.float32)
+    advantage, _, metrics = algorithm.advantages(Scored(score, zeros, zeros, None, mask))
+    # A right one of two right: 1 - (0 + 0 + 1) / 3; a wrong one: 0 - 2/3. Of one right: 1 - 0, and 0 - 1/3.
+    third = 1 / 3
+    expected = [2 * third, -2 * third, -2 * third, 2 * third, 1, -third, -third, -third]
+    np.testing.assert_allclose(advantage[:, 0], expected, rtol=1e-6)
+    assert not np.any(advantage[:, 1]) and metrics["question_sum_max"] < 1e-6
+
+
+def test_ppo_is_the_default_with_the_settings_of_the_section():
+    rl = settings("ppo")
+    algorithm = make_algorithm(rl)
+    assert type(algorithm) is PPO and algorithm.samples == 1 and algorithm.critic
+    assert (algorithm.kl_coef, algorithm.clip, algorithm.vf_coef) == (rl.kl_coef, rl.clip, rl.vf_coef)
+    assert hash(algorithm) == hash(make_algorithm(rl))  # so that what is compiled for it is found again
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grpo", "rl.algorithm='grpo' must be path.py:NAME"),
+        ("nowhere.py:X", "there is no file nowhere.py"),
+        ("{file}:jnp", "is not a subclass of reft_jax.algo.algorithms.Algorithm"),
+    ],
+)
+def test_a_wrong_algorithm_is_refused(rloo, name, message):
+    with pytest.raises(InputError, match=message):
+        make_algorithm(SimpleNamespace(algorithm=name.format(file=rloo.removesuffix(":RLOO"))))
+
+
+def test_without_a_critic_an_update_moves_the_policy_and_not_the_value_head(rloo):
+    algorithm = dataclasses.replace(make_algorithm(settings(rloo)), kl_coef=0.0)
+    model, params = tiny_policy()
+    optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
+    mesh = make_mesh(1, 1, 1)
+    state, where = tiny_state(model, params, optimizer, mesh)
+    one = Iteration(model, mesh, optimizer, algorithm, where, micro_batch=4, max_len=16, multiple=8)
+    tokens = np.random.default_rng(0).integers(0, 61, (8, 16)).astype(np.int32)
+    score = np.array([1, 0, 0, 0, 0, 1, 1, 0], np.float32)
+    rollout = Rollout(tokens, np.full(8, 3, np.int32), np.arange(8, 16, dtype=np.int32), score)
+    before = jax.device_get(state.params)
+    scores, _ = one.score(state.params, state.params["lm"], rollout)
+    assert scores.value is None
+    batch, metrics = one.make_batch(rollout, scores)
+    assert metrics["reward"] == pytest.approx(3 / 8) and metrics["kl"] == 0
+    state, numbers = one.update(state, rollout, batch)
+    assert numbers["clip_share"] == 0 and numbers["ratio_error_max"] < 1e-5
+    # On the first pass the loss is minus the mean advantage, which is 0 over the samples of a question.
+    assert numbers["loss"] == pytest.approx(0, abs=1e-6) and numbers["grad_norm"] > 1e-3
+    after = jax.device_get(state.params)
+    assert np.abs(after["lm"]["embed"] - before["lm"]["embed"]).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, after["value_head"], before["value_head"])
+
+
+def test_an_algorithm_is_a_constant_of_a_compiled_function():
+    """A frozen dataclass is a constant of what is compiled, not an argument."""
+    ratio = jax.jit(lambda x, algorithm: x * algorithm.clip, static_argnums=1)
+    assert ratio(1.0, tiny_ppo(clip=0.5)) == 0.5 and ratio(1.0, tiny_ppo(clip=0.25)) == 0.25
+
+
+def test_rloo_of_ones_own_trains_a_policy(rloo, tmp_path):
+    workdir, cache = tmp_path / "run", tmp_path / "compiled"
+    chosen = [f"--config.rl.algorithm={rloo}", "--config.rl.iterations=2", "--config.rl.eval_every=2"]
+    for command in ("sft", "reft"):
+        done = run(command, workdir, cache, *chosen)
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (workdir / "reft" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["question_sum_max"] < 1e-5 for line in lines)
+    assert all("value_loss" not in line and np.isfinite(line["loss"]) for line in lines)
+    asked = [
+        line["item_id"] for line in read_executions(workdir / "executions.jsonl.gz") if "rollout" in line["purpose"]
+    ]
+    assert len(asked) == 2 * 16 * 4 and set(Counter(asked).values()) <= {4, 8}

@@ -210,6 +210,12 @@ class Config:
 
     name: str = setting("reft", ANY, "title of the report")
     seed: int = setting(42, at_least(0), "initial heads, data order and sampling are functions of it")
+    task: str = setting("", ANY, "empty: by item id; or a name in tasks/registry.py, or path.py:NAME")
+    tracking: str = setting(
+        "jsonl,tensorboard",
+        Rule("names of trackers with commas, jsonl among them", lambda v: "jsonl" in map(str.strip, v.split(","))),
+        "where metrics go: names of train/trackers.py, path.py:NAME; resuming needs jsonl",
+    )
     compiled: str = setting("", ANY, "folder that keeps compiled functions; empty: compiled/ in the work directory")
     keep_steps: int = setting(2, POSITIVE, "saved steps of a running stage to keep; with 2, one may be damaged")
     watchdog_minutes: float = setting(

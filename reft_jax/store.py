@@ -31,12 +31,20 @@ def not_written(path: Path | str, error: OSError) -> SaveError:
     )
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one go, so that a reader never sees half of it. Text becomes UTF-8. Raises SaveError."""
+def write_whole(path: Path, content: str | bytes, *, synced: bool = False) -> None:
+    """Replaces a file in one go, so that a reader never sees half of it. Text becomes UTF-8. Raises SaveError.
+
+    synced: the content is on the disk before the file gets its name, so that a power failure leaves the old file or the
+    new one.
+    """
     part = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            with part.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                if synced:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)

@@ -21,8 +21,8 @@ from reft_jax.run.workdir import create_workdir
 from reft_jax.stages import models as stages
 from reft_jax.stages import rerank, sample
 from reft_jax.stages.rollout import Graded
-from reft_jax.tasks import answers
 from reft_jax.tasks.datasets import load_examples
+from reft_jax.tasks.registry import PAPER
 from reft_jax.train.checksums import ARRAYS, write_manifest
 from reft_jax.types import Example, InputError, Prompt
 
@@ -100,7 +100,7 @@ class Fakes:
                 raise Killed
             self.drawn += 1
             text, value = answered[i]
-            yield i, Graded(None, text, answers.judge(value, "ok", examples[i]))
+            yield i, Graded(None, text, PAPER.of(examples[i].item_id).judge(value, "ok", examples[i]))
 
     def install(self, monkeypatch) -> None:
         def scores(run, params, score, records):

@@ -6,9 +6,10 @@ import pytest
 
 from reft_jax import executor
 from reft_jax.tasks.answerable import can_begin_program, trainable, unanswerable, unteachable, wrong_anyway
-from reft_jax.tasks.answers import grade, stated
+from reft_jax.tasks.answers import grade
 from reft_jax.tasks.datasets import named
 from reft_jax.tasks.prompts import docstring, forced_prefix, sft_target
+from reft_jax.tasks.registry import PAPER
 from reft_jax.tasks.tokenizer import decode, encode_rollout, train_bpe
 from reft_jax.types import Example, InputError
 
@@ -136,7 +137,7 @@ def test_rows_that_teach_nothing_are_left_out_of_training_and_named(tokenizer, c
         trainable(tokenizer, rows, "python", 0.1, "data.train=x.json")
 
 
-def test_a_file_of_the_other_engine_is_named_with_its_file(tokenizer):
+def test_a_file_of_the_other_answer_format_is_named_with_its_file(tokenizer):
     rows = [Example("svamp_0", "3?", "3", "It is 3.")]
     with pytest.raises(InputError, match=r"^data\.train=x\.json: svamp_0: answer_cot is not a program"):
         trainable(tokenizer, rows, "python", 0.2, "data.train=x.json")
@@ -158,4 +159,4 @@ def test_an_nl_target_is_taught_as_it_is_graded(item_id, value):
     """The last line of what SFT teaches, read by the function that rewards it."""
     example = Example(item_id, "q", value, "Some steps.")
     [verdict] = grade([sft_target(example, "nl")], [example], "nl", run_programs=None)
-    assert verdict.reward == 1.0 and stated(sft_target(example, "nl"), example)[1] == "ok"
+    assert verdict.reward == 1.0 and PAPER.of(example.item_id).stated(sft_target(example, "nl"))[1] == "ok"

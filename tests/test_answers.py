@@ -8,13 +8,14 @@ import operator
 import pytest
 
 from reft_jax.executor import ExecResult, run_programs, shutdown
-from reft_jax.tasks.answers import dataset_of, grade, is_correct, read_target
+from reft_jax.tasks.answers import grade
 from reft_jax.tasks.prompts import sft_target
+from reft_jax.tasks.registry import PAPER, TASKS
 from reft_jax.types import Example, InputError, Verdict
 
 
 def must_not_run(programs, *, want):
-    raise AssertionError("the nl engine runs no programs")
+    raise AssertionError("the answer format nl runs no programs")
 
 
 class Lookup:
@@ -39,11 +40,11 @@ def grade_program(result: ExecResult, item_id: str, answer_value: str) -> Verdic
 
 
 def test_the_dataset_is_the_prefix_up_to_the_first_underscore():
-    assert dataset_of("gsm8k_12") == "gsm8k"
-    assert dataset_of("mathqa-numeric_12_b") == "mathqa-numeric"
-    assert dataset_of("mathqa_12") == "mathqa"
+    assert PAPER.of("gsm8k_12").name == "gsm8k"
+    assert PAPER.of("mathqa-numeric_12_b").name == "mathqa-numeric"
+    assert PAPER.of("mathqa_12").name == "mathqa"
     with pytest.raises(InputError, match="'mathqanumeric_1' names no known dataset; start it with one of gsm8k, svamp"):
-        dataset_of("mathqanumeric_1")
+        PAPER.of("mathqanumeric_1")
 
 
 @pytest.mark.parametrize(
@@ -58,13 +59,13 @@ def test_the_dataset_is_the_prefix_up_to_the_first_underscore():
     ],
 )
 def test_numbers_are_right_within_a_hundredth(value, answer_value, correct):
-    assert is_correct("gsm8k", value, answer_value) is correct
-    assert is_correct("mathqa-numeric", value, answer_value) is correct
+    assert TASKS["gsm8k"].is_correct(value, answer_value) is correct
+    assert TASKS["mathqa-numeric"].is_correct(value, answer_value) is correct
 
 
 def test_letters_are_right_when_equal():
-    assert is_correct("mathqa", "a", "a")
-    assert not is_correct("mathqa", "b", "a")
+    assert TASKS["mathqa"].is_correct("a", "a")
+    assert not TASKS["mathqa"].is_correct("b", "a")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_letters_are_right_when_equal():
     ],
 )
 def test_targets(dataset, answer_value, target):
-    assert read_target(dataset, answer_value) == target
+    assert TASKS[dataset].target(answer_value) == target
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = synthetic.make_split(42, "train", 16, engine="python", skipped_share=0.0)
+EXAMPLES = synthetic.make_split(42, "train", 16, answer_format="python", skipped_share=0.0)
 TEXTS = [prompts.prompt_text(example.question) + prompts.sft_target(example, "python") for example in EXAMPLES]
 LINES = (
     "tokenizer round trip",

@@ -18,8 +18,8 @@ from reft_jax.evaluation.records import read_records
 from reft_jax.model.hf_write import save_hf
 from reft_jax.run import open as opening
 from reft_jax.run.open import open_run
-from reft_jax.tasks.answers import CHOICE_DATASET
 from reft_jax.tasks.prompts import PROGRAM_HEAD, prompt_text, sft_target
+from reft_jax.tasks.registry import TASKS
 from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.types import Example
 
@@ -60,9 +60,9 @@ def examples(dataset: str, engine: str) -> list[Example]:
     """Twelve questions, whose answer is a letter in MathQA."""
     made = []
     for i in range(12):
-        value = "abcde"[i % 5] if dataset == CHOICE_DATASET else str(i % 3 + 1)
+        value = "abcde"[i % 5] if TASKS[dataset].want == "text" else str(i % 3 + 1)
         question = f"Number {i}?"
-        returned = repr(value) if dataset == CHOICE_DATASET else value
+        returned = repr(value) if TASKS[dataset].want == "text" else value
         program = f'{PROGRAM_HEAD}    """{question}"""\n    return {returned}'
         made.append(Example(f"{dataset}_{i}", question, value, program if engine == "python" else "Look."))
     return made
@@ -124,8 +124,8 @@ def test_every_stage(model, tmp_path, dataset, engine, capsys):
 
     samples = read_records(tmp_path / "run/samples/sft_test.jsonl")
     answers = [p["solving_res"] for record in samples for p in record["predictions"] if p["solving_res"] is not None]
-    assert answers and all(isinstance(value, str if dataset == CHOICE_DATASET else float) for value in answers)
-    if dataset == CHOICE_DATASET:
+    assert answers and all(isinstance(value, str if TASKS[dataset].want == "text" else float) for value in answers)
+    if TASKS[dataset].want == "text":
         assert set(answers) <= set("abcde")
     starts = {p["completion"].startswith(PROGRAM_HEAD) for record in samples for p in record["predictions"]}
     assert starts == {engine == "python"}

@@ -11,8 +11,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from reft_jax.parallel import compilation
-from reft_jax.train import metrics
-from reft_jax.train.metrics import MetricsWriter, Progress, read_metrics
+from reft_jax.train import progress as progress_module
+from reft_jax.train.metrics import read_metrics
+from reft_jax.train.progress import Progress
+from reft_jax.train.trackers import MetricsWriter
 from reft_jax.types import InputError, SaveError
 
 
@@ -109,7 +111,8 @@ def test_a_full_disk_ends_the_run_with_a_line_and_nothing_waits(tmp_path, full):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": 1.0})
     descriptor = os.open("/dev/full", os.O_WRONLY)
-    file = writer._file if full == "metrics.jsonl" else writer._tb._file._writer
+    board, lines = writer._ours
+    file = lines._file if full == "metrics.jsonl" else board._file._writer
     os.dup2(descriptor, file.fileno())
     os.close(descriptor)
     with pytest.raises(SaveError, match=rf"{full} could not be written \(No space left on device\)"):
@@ -128,7 +131,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """A list whose one entry is the time in seconds."""
     now = [1000.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -149,7 +152,7 @@ def test_the_lines_are_those_of_the_docstring(clock, capsys):
 
 def test_compile_time_is_in_no_rate(clock, capsys, monkeypatch):
     compiled = [50.0]  # by an earlier stage
-    monkeypatch.setattr(metrics, "compile_seconds", lambda: compiled[0])
+    monkeypatch.setattr(progress_module, "compile_seconds", lambda: compiled[0])
     progress = Progress("reft", total=10, unit="iteration")
     for iteration, (seconds, of_them) in enumerate([(100, 96), (4, 0), (30, 26), (4, 0)], 1):
         clock[0] += seconds
@@ -179,11 +182,11 @@ def test_what_takes_long_is_said_at_once(clock, capsys):
 
 
 def test_a_remark_takes_the_place_of_the_progress_line_on_a_terminal(capsys, monkeypatch):
-    metrics.remark("warning: x")
+    progress_module.remark("warning: x")
     assert capsys.readouterr().err == "warning: x\n"
     stderr = Terminal()
-    monkeypatch.setattr(metrics.sys, "stderr", stderr)
-    metrics.remark("warning: x")
+    monkeypatch.setattr(progress_module.sys, "stderr", stderr)
+    progress_module.remark("warning: x")
     assert stderr.getvalue() == "\r\x1b[Kwarning: x\n"
 
 
@@ -208,7 +211,7 @@ def test_a_log_gets_no_line_twice(clock, capsys):
 
 def test_a_terminal_gets_one_line_rewritten_5_times_a_second_and_cut_to_its_width(clock, monkeypatch):
     stderr = Terminal()
-    monkeypatch.setattr(metrics.sys, "stderr", stderr)
+    monkeypatch.setattr(progress_module.sys, "stderr", stderr)
     monkeypatch.setenv("COLUMNS", "100")
     progress = Progress("reft", total=400, unit="iteration", done0=120)
     for done in range(121, 151):

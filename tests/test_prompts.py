@@ -31,10 +31,10 @@ def test_braces_in_a_question_are_text():
     assert forced_prefix("{x} of {0}?", "python") == 'def solution():\n    """{x} of {0}?"""\n'
 
 
-@pytest.mark.parametrize(("example", "engine"), [(PYTHON, "nl"), (NL, "python")])
-def test_a_solution_of_the_other_engine_is_refused(example, engine):
-    with pytest.raises(InputError, match=f"svamp_0: .*the engine is {engine}"):
-        sft_target(example, engine)
+@pytest.mark.parametrize(("example", "answer_format"), [(PYTHON, "nl"), (NL, "python")])
+def test_a_solution_of_the_other_answer_format_is_refused(example, answer_format):
+    with pytest.raises(InputError, match=f"svamp_0: .*the answer format is {answer_format}"):
+        sft_target(example, answer_format)
 
 
 def test_completion_is_what_follows_the_last_reasoning_line():
@@ -45,7 +45,7 @@ def test_completion_is_what_follows_the_last_reasoning_line():
 
 
 def test_gold_rows_of_svamp_come_apart_again(shared):
-    for file, engine in (("svamp_python_sdp.json", "python"), ("svamp_nl.json", "nl")):
+    for file, answer_format in (("svamp_python_sdp.json", "python"), ("svamp_nl.json", "nl")):
         for row in json.loads((shared / "data" / file).read_text()):
-            target = sft_target(Example(**row), engine)
+            target = sft_target(Example(**row), answer_format)
             assert completion_text(prompt_text(row["question"]) + target) == target

@@ -14,7 +14,8 @@ from reft_jax.run.inputs import Data, Inputs
 from reft_jax.stages import loop
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import base_policy
-from reft_jax.train.metrics import MetricsWriter, read_metrics
+from reft_jax.train.metrics import read_metrics
+from reft_jax.train.trackers import MetricsWriter
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 

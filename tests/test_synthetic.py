@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from reft_jax.tasks import prompts
+from reft_jax.tasks.registry import PAPER
 from reft_jax.toy import problems as synthetic
 from reft_jax.toy.families import DISTRACTORS, FAMILIES
 from reft_jax.toy.problems import DISTRACTED_SHARE, SKIPPED_STYLES, STYLES, make_problems, make_split
@@ -58,13 +59,13 @@ DISTRACTOR = re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(text)) 
 
 
 @pytest.fixture(scope="module", params=["python", "nl"])
-def engine(request):
+def answer_format(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def problems(engine):
-    return make_problems(0, "train", ROWS, engine, SKIPPED_SHARE)
+def problems(answer_format):
+    return make_problems(0, "train", ROWS, answer_format, SKIPPED_SHARE)
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +93,23 @@ def numerals(text):
 
 
 @pytest.mark.parametrize(
-    ("engine", "digest"),
+    ("answer_format", "digest"),
     [
         ("python", "c0d9fa3410a186b6"),
         ("nl", "e488bdad71d5b781"),
     ],
 )
-def test_rows_are_the_same_everywhere(engine, digest):
-    rows = [problem.example for problem in make_problems(0, "train", 200, engine, SKIPPED_SHARE)]
+def test_rows_are_the_same_everywhere(answer_format, digest):
+    rows = [problem.example for problem in make_problems(0, "train", 200, answer_format, SKIPPED_SHARE)]
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest
 
 
-def test_fewer_rows_are_the_first_of_more_rows(engine, problems):
-    assert make_problems(0, "train", 50, engine, SKIPPED_SHARE) == problems[:50]
+def test_fewer_rows_are_the_first_of_more_rows(answer_format, problems):
+    assert make_problems(0, "train", 50, answer_format, SKIPPED_SHARE) == problems[:50]
     assert [problem.example.item_id for problem in problems[:3]] == ["toy_0", "toy_1", "toy_2"]
-    assert make_split(0, "train", 50, engine=engine, skipped_share=SKIPPED_SHARE) == [p.example for p in problems[:50]]
+    assert make_split(0, "train", 50, answer_format=answer_format, skipped_share=SKIPPED_SHARE) == [
+        p.example for p in problems[:50]
+    ]
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def small_world(monkeypatch):
 
 
 def questions(seed, split, rows):
-    return [example.question for example in make_split(seed, split, rows, engine="python", skipped_share=0)]
+    return [example.question for example in make_split(seed, split, rows, answer_format="python", skipped_share=0)]
 
 
 def test_splits_share_no_question_even_across_seeds(small_world):
@@ -146,9 +149,9 @@ def test_seeds_and_splits_have_their_own_questions():
 
 
 def test_only_train_has_annotations():
-    assert all(e.answer_cot for e in make_split(0, "train", 20, engine="nl", skipped_share=0))
+    assert all(e.answer_cot for e in make_split(0, "train", 20, answer_format="nl", skipped_share=0))
     for split in ("dev", "test"):
-        assert all(e.answer_cot is None for e in make_split(0, split, 20, engine="nl", skipped_share=0))
+        assert all(e.answer_cot is None for e in make_split(0, split, 20, answer_format="nl", skipped_share=0))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -194,7 +197,7 @@ def test_programs_begin_with_the_forced_prefix_and_are_assignments(programs):
 
 def test_text_solutions_reach_the_answer_and_leave_the_phrase_to_the_prompt(texts):
     for example, _, style, _ in texts:
-        assert prompts.ANSWER_PHRASE.strip() not in example.answer_cot
+        assert PAPER.phrase.strip() not in example.answer_cot
         assert prompts.sft_target(example, "nl").endswith(f"\nTherefore, the answer is: {example.answer_value}")
         lines = example.answer_cot.split("\n")
         assert all(line[0] == line[0].upper() and line.endswith(".") for line in lines)
@@ -238,25 +241,25 @@ def test_half_of_the_skipped_solutions_of_several_steps_keep_the_last_step():
     assert abs(sum(longer) / len(longer) - 0.5) < 4 * 0.5 / len(longer) ** 0.5
 
 
-def test_skipped_share_changes_nothing_but_the_skipped_annotations(engine, problems):
-    clean = make_problems(0, "train", ROWS, engine, 0.0)
-    more = make_problems(0, "train", ROWS, engine, 0.6)
+def test_skipped_share_changes_nothing_but_the_skipped_annotations(answer_format, problems):
+    clean = make_problems(0, "train", ROWS, answer_format, 0.0)
+    more = make_problems(0, "train", ROWS, answer_format, 0.6)
     for good, some, many in zip(clean, problems, more, strict=True):
         assert good.example[:3] == some.example[:3] == many.example[:3]
         assert some == (many if some.skipped else good)
 
 
-def test_engine_changes_annotations_only(programs, texts):
+def test_answer_format_changes_annotations_only(programs, texts):
     assert [p.example[:3] for p in programs] == [p.example[:3] for p in texts]
 
 
-def test_families_and_styles_all_occur_about_equally(engine, problems):
+def test_families_and_styles_all_occur_about_equally(answer_format, problems):
     families = Counter(problem.family for problem in problems)
     assert families.keys() == ANSWERS.keys()
     assert min(families.values()) > 0.6 * ROWS / len(FAMILIES)
     styles = Counter(problem.style for problem in problems if not problem.skipped)
-    assert styles.keys() == set(STYLES[engine])
-    assert min(styles.values()) > 0.8 * styles.total() / len(STYLES[engine])
+    assert styles.keys() == set(STYLES[answer_format])
+    assert min(styles.values()) > 0.8 * styles.total() / len(STYLES[answer_format])
 
 
 def test_wording_is_clean_and_compact(programs):
@@ -273,12 +276,12 @@ def test_wording_is_clean_and_compact(programs):
     ("change", "message"),
     [
         ({"split": "valid"}, "no split 'valid'; use one of train, dev, test"),
-        ({"engine": "sql"}, "no answer format 'sql'; use one of python, nl"),
+        ({"answer_format": "sql"}, "no answer format 'sql'; use one of python, nl"),
         ({"rows": -1}, "-1 rows; use 0 or more"),
         ({"skipped_share": 1.5}, "skipped_share is 1.5; use a number from 0 to 1"),
     ],
 )
 def test_bad_requests_are_refused(change, message):
-    request = {"seed": 0, "split": "train", "rows": 1, "engine": "python", "skipped_share": 0.0} | change
+    request = {"seed": 0, "split": "train", "rows": 1, "answer_format": "python", "skipped_share": 0.0} | change
     with pytest.raises(InputError, match=re.escape(message)):
         make_problems(**request)

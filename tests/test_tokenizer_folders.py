@@ -212,8 +212,11 @@ def fields(**changes):
             fields(tokenizer_class=5),
             r"tokenizer_config\.json: field 'tokenizer_class' is 5; allowed: the name of",
         ),
-        (fields(tokenizer_class="AutoModel"), r"field 'tokenizer_class' is 'AutoModel', which is no tokenizer; copy"),
-        (fields(tokenizer_class="LlamaForCausalLM"), r"'LlamaForCausalLM', which is no tokenizer; copy"),
+        (
+            fields(tokenizer_class="AutoModel"),
+            r"field 'tokenizer_class' is 'AutoModel', which is not a tokenizer; copy",
+        ),
+        (fields(tokenizer_class="LlamaForCausalLM"), r"'LlamaForCausalLM', which is not a tokenizer; copy"),
         (lambda folder: write_folder(folder, {"added_tokens.json": "{"}), r"added_tokens\.json: not JSON "),
         (lambda folder: write_folder(folder, {"special_tokens_map.json": ""}), r"special_tokens_map\.json: is empty; "),
         (

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound, vote, voted_correct
+from reft_jax.tasks.registry import TASKS
 from reft_jax.types import InputError
 
 
@@ -24,13 +25,16 @@ def prediction(completion, value, correct=False):
         ([None, None, 7.0], 7.0),  # no answer is not an answer, however frequent
         ([float("nan"), float("inf"), float("inf"), 7.0], 7.0),
         (["b", "a", "a"], "a"),
-        (["7", "7", "none", "none", "none", "c"], "c"),
-        ([None, "?"], None),
         ([], None),
     ],
 )
 def test_vote(values, expected):
     assert vote(values) == expected
+
+
+@pytest.mark.parametrize(("said", "expected"), [(["7", "7", "none", "none", "none", "c"], "c"), (["?"], None)])
+def test_what_a_task_reads_as_no_answer_has_no_vote(said, expected):
+    assert vote([TASKS["mathqa"].read(text) for text in said]) == expected
 
 
 def test_repeated_completions_vote_each_time_but_are_reranked_once():

@@ -77,7 +77,7 @@ def run_check(folder: Path, config) -> bool:
     """
     started = time.monotonic()
     families.use(config.model.family)
-    examples = problems.make_split(config.seed, "train", QUESTIONS, engine=config.data.format, skipped_share=0.0)
+    examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
     inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     passed = True
@@ -112,9 +112,9 @@ def findings(inputs: Inputs, mesh) -> Iterator[Finding]:
 
 
 def check_tokenizer(inputs: Inputs) -> Finding:
-    engine, examples = inputs.config.data.format, inputs.data.train
-    texts = [prompts.rollout_prompt(example.question, engine) for example in examples]
-    texts += [prompts.sft_target(example, engine) for example in examples]
+    answer_format, examples = inputs.config.data.format, inputs.data.train
+    texts = [prompts.rollout_prompt(example.question, answer_format) for example in examples]
+    texts += [prompts.sft_target(example, answer_format) for example in examples]
     changed = [text for text in texts if decode(inputs.tokenizer, encode(inputs.tokenizer, text)) != text]
     figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"
     return Finding("tokenizer round trip", not changed, figure + (f"; not {changed[0][:60]!r}" if changed else ""))
@@ -132,9 +132,9 @@ def check_executor(inputs: Inputs) -> Finding:
 
 def check_grading(inputs: Inputs) -> Finding:
     """A worked solution earns 1; with another number as the right answer it earns 0.1; no solution earns 0."""
-    engine, examples, limits = inputs.config.data.format, inputs.data.train, inputs.config.executor
+    answer_format, examples, limits = inputs.config.data.format, inputs.data.train, inputs.config.executor
     run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
-    right = [prompts.sft_target(example, engine) for example in examples]
+    right = [prompts.sft_target(example, answer_format) for example in examples]
     others = [example._replace(answer_value=str(float(example.answer_value) + 1)) for example in examples]
     wrong, total = 0, 0
     for texts, asked, reward in (
@@ -142,7 +142,7 @@ def check_grading(inputs: Inputs) -> Finding:
         (right, others, 0.1),
         (["I do not know."] * len(examples), examples, 0.0),
     ):
-        verdicts = answers.grade(texts, asked, engine, run_programs=run_programs)
+        verdicts = answers.grade(texts, asked, answer_format, run_programs=run_programs)
         wrong += sum(verdict.reward != reward for verdict in verdicts)
         total += len(verdicts)
     return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded correctly")

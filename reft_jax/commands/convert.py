@@ -21,7 +21,8 @@ from reft_jax.store import writing
 from reft_jax.tasks import answers
 from reft_jax.tasks.datasets import load_examples, read_rows
 from reft_jax.tasks.gsm8k import read_official
-from reft_jax.tasks.prompts import PROGRAM_HEAD, plain_answer, sft_target
+from reft_jax.tasks.prompts import PROGRAM_HEAD, sft_target
+from reft_jax.tasks.registry import PAPER, TASKS, plain_answer
 from reft_jax.types import Example, InputError
 
 HUB_GSM8K = "openai/gsm8k"
@@ -76,13 +77,13 @@ def _examples(dataset: str, source: str) -> list[Example]:
     """The rows of a file in our format: stripped, numbers without commas, letters in lower case. Raises InputError."""
     examples = []
     for index, example in enumerate(load_examples(source, need_cot=False)):
-        if answers.dataset_of(example.item_id) != dataset:
+        if PAPER.of(example.item_id).name != dataset:
             raise InputError(
                 f"{source}: row {index}, field 'item_id': {example.item_id!r} is not a row of {dataset}; convert the "
                 "file as the dataset that its ids name"
             )
         value = example.answer_value.strip()
-        value = value.lower() if dataset == answers.CHOICE_DATASET else plain_answer(value)
+        value = value.lower() if TASKS[dataset].want == "text" else plain_answer(value)
         cot = example.answer_cot and example.answer_cot.strip()
         examples.append(Example(example.item_id, example.question.strip(), value, cot))
     return examples
@@ -101,8 +102,8 @@ def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, l
         reason = converted.reason
         if future:
             outcome = future.result()
-            value = answers.read_answer("gsm8k", outcome.value)
-            if not answers.is_correct("gsm8k", value, row.answer_value):
+            value, _ = TASKS["gsm8k"].returned(outcome)
+            if not TASKS["gsm8k"].is_correct(value, row.answer_value):
                 reason = f"the program returns another answer ({outcome.status})"
         if reason:
             rejected.append((row.item_id, "python", reason))
@@ -145,8 +146,8 @@ def _text_problem(row: Example) -> str:
     if not verdict.correct:
         return "the answer phrase does not give the answer"
     closing = CLOSING.search(row.answer_cot)
-    dataset = answers.dataset_of(row.item_id)
-    if closing and not answers.is_correct(dataset, answers.read_target(dataset, closing[1]), row.answer_value):
+    task = PAPER.of(row.item_id)
+    if closing and not task.is_correct(task.target(closing[1]), row.answer_value):
         return f"the text ends in {closing[1]}, the answer is {row.answer_value}"
     return ""
 

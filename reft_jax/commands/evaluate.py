@@ -79,7 +79,7 @@ def run_evaluate(run: Run) -> dict:
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     names = [name for name in POLICIES if run.workdir.model(name).exists()]
     models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
-    found = table(models, run.config.seed)
+    found = table(models, run.config.seed, run.inputs.task)
     report = {
         "title": run.config.name,
         "about": about(run),
@@ -123,7 +123,7 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
     """Notes that a reader of the table needs."""
     lines = []
     data, max_len = run.config.data, run.config.sample.max_len
-    if wrong := wrong_anyway(run.inputs.tokenizer, run.inputs.data.test, data.format, max_len, "test"):
+    if wrong := wrong_anyway(run.inputs.tokenizer, run.inputs.data.test, data.format, max_len, "test", run.inputs.task):
         lines.append(f"{wrong}.")
     if run.config.model.path == "toy":
         lines.append(

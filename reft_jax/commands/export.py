@@ -16,7 +16,8 @@ from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
 from reft_jax.stages.models import TITLES, abstract_reranker, checksum, done, load_model
 from reft_jax.store import writing
-from reft_jax.tasks.prompts import ANSWER_PHRASE, rerank_text, rollout_prompt
+from reft_jax.tasks.prompts import rerank_text, rollout_prompt
+from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
@@ -71,7 +72,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
             "",
             "## Prompt",
             "",
-            *prompt_format(run.config.data.format, is_reranker=name != policy),
+            *prompt_format(run.config.data.format, run.inputs.task, is_reranker=name != policy),
             "",
             "## Stages",
             "",
@@ -85,17 +86,17 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
     )
 
 
-def prompt_format(engine: str, *, is_reranker: bool) -> list[str]:
+def prompt_format(answer_format: str, task: Task, *, is_reranker: bool) -> list[str]:
     """What the model reads, and how its answer is graded."""
     if is_reranker:
         text, then = (
-            rerank_text("{question}", "{completion}"),
+            rerank_text("{question}", "{completion}", task),
             "Class 1 is the probability that the completion is right.",
         )
     else:
-        text = rollout_prompt("{question}", engine)
+        text = rollout_prompt("{question}", answer_format, task)
         program = "The program, from `def solution():` on, is executed; the answer is what `solution()` returns."
-        then = program if engine == "python" else f"The answer follows the last `{ANSWER_PHRASE}`."
+        then = program if answer_format == "python" else f"The answer follows the last `{task.phrase}`."
     return ["```", *text.split("\n"), "```", "", f"Tokenized as one string, without special tokens. {then}"]
 
 

@@ -14,25 +14,29 @@ from reft_jax.evaluation.results import Answers, by_item, read_answers, table
 from reft_jax.run.machine import start_executor
 from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
+from reft_jax.tasks.registry import PAPER, Task, load_task
 from reft_jax.types import InputError
 
 MEMORY_MB, TIMEOUT_S = 1024, 10.0  # per program, the defaults of a run
 
 
-def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed: int, allow_unsandboxed: bool) -> None:
+def run_regrade(
+    sources: list[str], *, execute: bool, out_dir: Path | None, seed: int, allow_unsandboxed: bool, task: str = ""
+) -> None:
     """Grades sample files, or folders of them, again; prints one table for all files that have the same questions.
 
     execute: run every program again instead of trusting its stored value. out_dir: where to write sweep.md and
-    sweep.json, None to print only. seed: of subsets and intervals. Raises InputError before anything is executed.
+    sweep.json, None to print only. seed: of subsets and intervals. task: as the setting `task`. Raises InputError
+    before anything is executed.
     """
-    began = time.monotonic()
+    began, asked = time.monotonic(), load_task(task)
     if out_dir:
         check_writable("--out_dir", out_dir)
-    files = {path: read_answers(label, path) for path, label in labels(sample_files(sources)).items()}
+    files = {path: read_answers(label, path, asked) for path, label in labels(sample_files(sources)).items()}
     if execute:
         start_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed)
     try:
-        found = [_graded(path, answers, execute) for path, answers in files.items()]
+        found = [_graded(path, answers, execute, asked) for path, answers in files.items()]
     finally:
         executor.shutdown()
     by_questions: dict[tuple[str, ...], list[Answers]] = {}
@@ -42,7 +46,7 @@ def run_regrade(sources: list[str], *, execute: bool, out_dir: Path | None, seed
     for models in by_questions.values():
         title = ", ".join(answers.model for answers in models)
         report = {"title": title, "chosen_on": "", "notes": [], "settings": {}, "seconds": {}}
-        reports.append(report | table(models, seed))
+        reports.append(report | table(models, seed, asked))
         print_report(reports[-1])
     if out_dir:
         with writing(out_dir):
@@ -72,10 +76,10 @@ def labels(files: list[Path]) -> dict[Path, str]:
     return {path: path.stem if names[path.stem] == 1 else str(path.with_suffix("")) for path in files}
 
 
-def _graded(path: Path, answers: Answers, execute: bool) -> Answers:
+def _graded(path: Path, answers: Answers, execute: bool, task: Task = PAPER) -> Answers:
     run_programs = partial(executor.run_programs, timeout_s=TIMEOUT_S, workers=os.cpu_count() or 1, memory_mb=MEMORY_MB)
     (samples, changed), (first, more) = (
-        regrade(list(one.values()), run_programs if execute else None) if one else ([], 0)
+        regrade(list(one.values()), run_programs if execute else None, task) if one else ([], 0)
         for one in (answers.samples, answers.greedy)
     )
     total = sum(len(record["predictions"]) for record in [*samples, *first])

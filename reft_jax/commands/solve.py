@@ -9,6 +9,7 @@ from reft_jax.run.inputs import checked_tokenizer, completed_text
 from reft_jax.run.machine import start_executor
 from reft_jax.run.workdir import recorded
 from reft_jax.tasks import answers
+from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import all_end_ids, encode_rollout
 from reft_jax.types import Example, InputError, Prompt
 
@@ -16,15 +17,16 @@ from reft_jax.types import Example, InputError, Prompt
 def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len: int, allow_unsandboxed: bool) -> None:
     """Decodes greedily in float32, prints the completion and the answer that it gives.
 
-    folder: in Hugging Face format, or RUN/models/NAME of a work directory, whose answer format is then the default.
-    max_len: tokens of prompt and completion.
+    folder: in Hugging Face format, or RUN/models/NAME of a work directory. The latter gives the task and the default of
+    the answer format; without one they are the paper's numbers and `python`. max_len: tokens of prompt and completion.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):
         raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
-    answer_format = answer_format or trained_format(source)
+    settings = trained_with(source)
+    answer_format, task = answer_format or settings.get("data.format", "python"), load_task(settings.get("task", ""))
     tokenizer = checked_tokenizer(source.base)
-    prompt = encode_rollout(tokenizer, question, answer_format)
+    prompt = encode_rollout(tokenizer, question, answer_format, task)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
     start_executor(1, 1024, allow_unsandboxed)
@@ -42,19 +44,19 @@ def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
-        text = completed_text(tokenizer, prompt, completion)
-        unknown = Example("toy_0", question, "0")  # the correct answer is not known; grading needs some value
-        [verdict] = answers.grade([text], [unknown], answer_format, run_programs=executor.run_programs)
+        text = completed_text(tokenizer, prompt, completion, task)
+        # The correct answer is not known here; grading gets 0 instead.
+        asked = [Example("toy_0", question, "0")]
+        [verdict] = answers.grade([text], asked, answer_format, task, run_programs=executor.run_programs)
         print(text)
         print(f"\nanswer: {verdict.value if verdict.value is not None else f'none ({verdict.status})'}")
     finally:
         executor.shutdown()
 
 
-def trained_format(source: Source) -> str:
-    """The answer format of the work directory that a stage's model is in; a folder from elsewhere does not name one."""
-    settings = recorded(source.folder.parent.parent) if source.is_stage else None
-    return settings["data.format"] if settings else "python"
+def trained_with(source: Source) -> dict:
+    """The settings of the work directory that a stage's model is in; none for any other folder."""
+    return (recorded(source.folder.parent.parent) if source.is_stage else None) or {}
 
 
 def load_policy(source: Source, mesh):

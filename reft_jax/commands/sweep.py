@@ -40,6 +40,7 @@ from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
+from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.train.checkpoints import check_shapes, load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
@@ -158,8 +159,9 @@ def run_sweep(
     config = with_absolute_paths(config, workdir)
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
     check_workdir(config, workdir, [], allowed)
+    task = load_task(config.task)
     data = {
-        name: shorten(load_examples(file, need_cot=False), config.data.test_limit, config.seed)
+        name: shorten(load_examples(file, task, need_cot=False), config.data.test_limit, config.seed)
         for name, file in files.items()
     }
     with lock.held(workdir):
@@ -181,7 +183,7 @@ def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str,
         notes = cannot_answer(config, checkpoints, data[name])
         report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
-        reports.append(report | {"settings": settings} | table(answers, config.seed))
+        reports.append(report | {"settings": settings} | table(answers, config.seed, load_task(config.task)))
     if hosts.is_first():
         for report in reports:
             print_report(report)
@@ -195,7 +197,8 @@ def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]
     lines: dict[str, list[str]] = {}
     for one in checkpoints:
         tok, limits = load_tokenizer(one.model.base), (config.data.format, config.sample.max_len)
-        lines.setdefault(wrong_anyway(tok, examples, *limits, "test"), []).append(one.name)
+        told = wrong_anyway(tok, examples, *limits, "test", load_task(config.task))
+        lines.setdefault(told, []).append(one.name)
     return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
 
 

@@ -104,6 +104,7 @@ TABLE = (
             flags=(Flag("samples", PATHS, None, "sample files, or folders of them", required=True, to="sources"),
                    Flag("execute", bool, False, "run every program again"),
                    _out("folder for sweep.md and sweep.json"),
+                   Flag("task", str, "", "as `task` of a config"),
                    Flag("seed", int, 42, "of subsets and intervals", low=0), UNSANDBOXED)),
     Command("export", "a model as a Hugging Face folder",
             "reft_jax.commands.export:run_export", needs=("{model}",), reads=True,

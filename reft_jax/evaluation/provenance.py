@@ -17,6 +17,7 @@ from typing import NamedTuple, TextIO
 
 from reft_jax.evaluation.records import SCHEMA, read_file
 from reft_jax.store import write_whole, writing
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import Example
 
 ASIDE = "aside"
@@ -32,6 +33,7 @@ class MadeBy(NamedTuple):
     kind: str
     identity: dict
     recorded: dict
+    task: Task = PAPER
 
     def header(self) -> dict:
         return {"schema": SCHEMA, "kind": self.kind, "made_by": self.identity, "recorded": self.recorded}
@@ -69,7 +71,7 @@ def stored(
     """
     if not path.exists():
         return Stored({}, [], "", [], [], "", False)
-    file = read_file(path, made_by.kind)
+    file = read_file(path, made_by.kind, made_by.task)
     if reason := _differs(file.headers, made_by) if file.headers or file.records else "":
         return Stored({}, [], reason, [], [], "", False)
     asked = {example.item_id: (example.question, example.answer_value) for example in examples}

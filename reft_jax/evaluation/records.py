@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reft_jax.evaluation.voting import deduplicate, vote, voted_correct
-from reft_jax.tasks import answers
+from reft_jax.tasks.answers import RunPrograms, grade
 from reft_jax.tasks.prompts import PROGRAM_HEAD
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import Example, InputError, Verdict
 
 SCHEMA = 1
@@ -91,7 +92,7 @@ def read_lines(path: Path) -> list:
     return _lines(path, path.read_bytes())[0] if path.exists() else []
 
 
-def read_file(path: Path, kind: str) -> SampleFile:
+def read_file(path: Path, kind: str, task: Task = PAPER) -> SampleFile:
     """Reads a sample file of this kind (SAMPLES_KIND, …), ours or the authors' JSON list, and checks every field.
 
     Raises InputError, with file, record (from 0) and field, for anything that the schema does not allow.
@@ -114,7 +115,7 @@ def read_file(path: Path, kind: str) -> SampleFile:
     rows = [value for value in values if not _is_header(value)]
     for index, record in enumerate(rows):
         where = f"{path}: record {index}"
-        _check_record(record, where, kind)
+        _check_record(record, where, kind, task)
         before = records.get(record["item_id"])
         if before and not (headers and _extends(record, before)):
             first = next(i for i, one in enumerate(rows) if one["item_id"] == record["item_id"])
@@ -125,13 +126,13 @@ def read_file(path: Path, kind: str) -> SampleFile:
     return SampleFile(headers, list(records.values()), torn, len(rows) > len(records))
 
 
-def read_records(path: Path, kind: str = SAMPLES_KIND) -> list[dict]:
+def read_records(path: Path, kind: str = SAMPLES_KIND, task: Task = PAPER) -> list[dict]:
     """Reads the records of a finished file, ours or the authors'. `regrade` counts their votes.
 
     Raises InputError as `read_file` does, and also if the file has no records, a line is cut off, or questions have
     different numbers of predictions.
     """
-    file = read_file(path, kind)
+    file = read_file(path, kind, task)
     if file.torn:
         raise InputError(f"{path}: the last line is cut off; finish sampling, or remove that line")
     if not file.records:
@@ -200,7 +201,7 @@ def _extends(record: dict, before: dict) -> bool:
     )
 
 
-def _check_record(record: Any, where: str, kind: str) -> None:
+def _check_record(record: Any, where: str, kind: str, task: Task) -> None:
     if not isinstance(record, dict):
         raise InputError(f"{where} is {_kind(record)}, not an object; this is not a file of samples")
     scores = kind == RERANK_KIND
@@ -216,12 +217,13 @@ def _check_record(record: Any, where: str, kind: str) -> None:
         _check_scores(record, where)
         return
     try:
-        dataset = answers.dataset_of(record["item_id"])
+        task = task.of(record["item_id"])
     except InputError as error:
         raise InputError(f"{where}, field 'item_id': {error}") from error
-    if answers.read_target(dataset, record["answer_value"]) is None:
+    if task.target(record["answer_value"]) is None:
         raise InputError(
-            f"{where}, field 'answer_value': {record['answer_value']!r} is not an answer of {dataset}; correct the file"
+            f"{where}, field 'answer_value': {record['answer_value']!r} is not an answer of {task.name}; "
+            "correct the file"
         )
     for number, one in enumerate(record["predictions"]):
         if problem := _problem(one):
@@ -270,14 +272,14 @@ def _kind(value: Any) -> str:
 # --- grading again
 
 
-def regrade(records: list[dict], run_programs: answers.RunPrograms | None = None) -> tuple[list[dict], int]:
-    """Grades the records again; returns them and the number of predictions whose value or verdict has changed.
+def regrade(records: list[dict], run_programs: RunPrograms | None = None, task: Task = PAPER) -> tuple[list[dict], int]:
+    """Grade the records again: (records, number of predictions whose value or verdict changed).
 
-    Without `run_programs` it reads the stored values as answers and executes nothing. With it, it runs every program
-    and reads every text again (a completion that contains `def solution():` is a program).
+    Without `run_programs` the stored values are read again as answers, and no program runs. With it every program runs
+    again and every text is read again; a completion that contains `def solution():` is a program.
     """
     again, changed = [], 0
-    verdicts = _executed(records, run_programs) if run_programs else map(_stored, _flat(records))
+    verdicts = _executed(records, run_programs, task) if run_programs else _stored(records, task)
     for record in records:
         predictions = []
         for old in record["predictions"]:
@@ -295,19 +297,19 @@ def _flat(records: list[dict]) -> Iterator[tuple[Example, dict]]:
         yield from ((example, prediction) for prediction in record["predictions"])
 
 
-def _stored(pair: tuple[Example, dict]) -> Verdict:
-    example, prediction = pair
-    value = answers.read_answer(answers.dataset_of(example.item_id), prediction["solving_res"])
-    return answers.judge(value, "stored", example)
+def _stored(records: list[dict], task: Task) -> Iterator[Verdict]:
+    for example, prediction in _flat(records):
+        one, raw = task.of(example.item_id), prediction["solving_res"]
+        yield one.judge(None if raw is None else one.read(raw), "stored", example)
 
 
-def _executed(records: list[dict], run_programs: answers.RunPrograms) -> Iterator[Verdict]:
+def _executed(records: list[dict], run_programs: RunPrograms, task: Task) -> Iterator[Verdict]:
     """Runs all programs in one call, so that equal ones run once."""
     flat = [(example, prediction["completion"]) for example, prediction in _flat(records)]
     is_program = [PROGRAM_HEAD.strip() in text for _, text in flat]
     graded = {}
-    for engine in ("python", "nl"):
-        chosen = [i for i, program in enumerate(is_program) if program == (engine == "python")]
+    for answer_format in ("python", "nl"):
+        chosen = [i for i, program in enumerate(is_program) if program == (answer_format == "python")]
         examples, texts = [flat[i][0] for i in chosen], [flat[i][1] for i in chosen]
-        graded |= zip(chosen, answers.grade(texts, examples, engine, run_programs=run_programs), strict=True)
+        graded |= zip(chosen, grade(texts, examples, answer_format, task, run_programs=run_programs), strict=True)
     return (graded[i] for i in range(len(flat)))

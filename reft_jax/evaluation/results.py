@@ -11,7 +11,7 @@ from reft_jax.evaluation.intervals import mcnemar, paired_bootstrap
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, RERANK, RERANK_KIND, read_records, text_hash
 from reft_jax.evaluation.subsets import rerank_at, sizes, upper_bound_at, voting_at
 from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound
-from reft_jax.tasks.answers import dataset_of, read_target
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
 COLUMNS = ("top1", "voting", "rerank", "upper_bound")
@@ -30,16 +30,16 @@ class Answers(NamedTuple):
     probabilities: dict[str, list[float]]
 
 
-def read_answers(model: str, path: Path) -> Answers:
+def read_answers(model: str, path: Path, task: Task = PAPER) -> Answers:
     """Reads the samples at `path` (NAME.jsonl) and, if they exist, the greedy and rerank files next to it.
 
     See evaluation/records.py for the names. Raises InputError, with file and item, if a record is malformed, or if
     those files are about other questions or completions than the samples.
     """
-    samples, answers = by_item(read_records(path)), Answers(model, {}, {}, {})
+    samples, answers = by_item(read_records(path, task=task)), Answers(model, {}, {}, {})
     if (greedy_file := path.with_suffix(GREEDY)).exists():
-        answers = answers._replace(greedy=by_item(read_records(greedy_file, GREEDY_KIND)))
-        check_same(f"{greedy_file}", answers.greedy, f"{path}", samples)
+        answers = answers._replace(greedy=by_item(read_records(greedy_file, GREEDY_KIND, task)))
+        check_same(f"{greedy_file}", answers.greedy, f"{path}", samples, task)
     if (scores_file := path.with_suffix(RERANK)).exists():
         scores = by_item(read_records(scores_file, RERANK_KIND))
         answers = answers._replace(probabilities={item_id: one["probabilities"] for item_id, one in scores.items()})
@@ -193,7 +193,7 @@ def samples_each(answers: Answers) -> int:
     return next((len(record["predictions"]) for record in answers.samples.values()), 0)
 
 
-def table(models: list[Answers], seed: int) -> dict:
+def table(models: list[Answers], seed: int, task: Task = PAPER) -> dict:
     """{"test_questions", "n", "rows", "comparisons"} of models that answered the same questions.
 
     Raises InputError, with a model and an item, if a model answered other questions, or not all of them.
@@ -202,7 +202,7 @@ def table(models: list[Answers], seed: int) -> dict:
     for one in models:
         for answered in (one.greedy, one.samples):
             if answered:
-                check_same(one.model, answered, models[0].model, asked)
+                check_same(one.model, answered, models[0].model, asked, task)
         if one.probabilities and one.probabilities.keys() != one.samples.keys():
             have = f"{len(one.probabilities)} of {len(one.samples)} questions"
             raise InputError(f"{one.model}: the reranker has judged {have}; finish it first")
@@ -211,7 +211,7 @@ def table(models: list[Answers], seed: int) -> dict:
     return {"test_questions": len(asked), "n": n, "rows": rows, "comparisons": comparisons(models, seed)}
 
 
-def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict]) -> None:
+def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict], task: Task = PAPER) -> None:
     """Raises InputError, with an item, unless both answered the same questions with the same targets."""
     if different := answered.keys() ^ asked.keys():
         item = min(different)
@@ -224,8 +224,7 @@ def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str
         before = asked[item]
         if record is before or all(record[key] == before[key] for key in ("question", "answer_value")):
             continue
-        dataset = dataset_of(item)
-        targets = [read_target(dataset, one["answer_value"]) for one in (record, before)]
+        targets = [task.of(item).target(one["answer_value"]) for one in (record, before)]
         if record["question"] != before["question"] or targets[0] != targets[1]:
             field = "question" if record["question"] != before["question"] else "answer_value"
             raise InputError(

@@ -19,13 +19,11 @@ Value = float | str | None
 
 
 def is_valid(value: Value) -> bool:
-    """Whether a value can be voted for or chosen: a finite number, or one letter (MathQA).
+    """Whether a value can be voted for or reranked: a finite number, or text.
 
-    Our grading gives None for anything else. Files of the authors' code also hold NaN, infinity and other characters.
+    `Task.read` gives None for anything else. Numbers in files of the authors' code may also be NaN or infinite.
     """
-    if isinstance(value, str):
-        return len(value) == 1 and value.isalpha()
-    return value is not None and math.isfinite(value)
+    return value is not None and (isinstance(value, str) or math.isfinite(value))
 
 
 def deduplicate(predictions: Sequence[dict]) -> list[dict]:

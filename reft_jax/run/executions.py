@@ -1,7 +1,7 @@
-"""The audit log of a work directory: every graded completion, what became of its program, and what it earned.
+"""The audit log of a work directory: every graded completion, how its program ended, and its reward.
 
-`executions.jsonl.gz` is only ever appended to, one gzip member a batch: a crash can tear the last member, which the
-next start cuts off when it first writes. A batch that a resumed run repeats is logged again, for it was executed again.
+`executions.jsonl.gz` is only appended to, one gzip member per batch. A crash can leave the last member incomplete; the
+next start cuts it off before its first write. A resumed run executes the interrupted batch again, and logs it again.
 """
 
 import gzip
@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from reft_jax.parallel.hosts import is_first
+from reft_jax.run.workdir import recorded
 from reft_jax.store import writing
-from reft_jax.tasks.answers import judge
+from reft_jax.tasks.registry import load_task
 from reft_jax.types import Example, InputError, Verdict
 
 LOG_NAME = "executions.jsonl.gz"
@@ -30,7 +31,7 @@ def program_hash(text: str) -> str:
 
 
 def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: float) -> dict:
-    """One line of the log. `purpose` says what the completion was for ("reft rollout"), `ms` is its program's time."""
+    """One line of the log: `purpose` is what the completion was for ("reft rollout"), `ms` its program's run time."""
     return {
         "purpose": purpose,
         "item_id": example.item_id,
@@ -45,15 +46,15 @@ def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: f
 
 
 class ExecutionLog:
-    """Appends to the log of one work directory; where there are several hosts, the first one does."""
+    """Appends to the log of one work directory. With several hosts only the first one writes."""
 
     def __init__(self, workdir: Path):
-        """Raises InputError if the log is damaged in a way that no crash explains."""
+        """Raises InputError if the log is damaged in a way that a crash does not explain."""
         self.path = workdir / LOG_NAME
         self._whole = whole_bytes(self.path) if is_first() and self.path.exists() else None
 
     def append(self, executions: Iterable[dict]) -> None:
-        """Writes one batch, if there is anything in it; it is on its way to the disk when this returns. SaveError."""
+        """Writes one batch, nothing if it is empty, and hands it to the operating system. Raises SaveError."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in executions)
         if not text or not is_first():
             return
@@ -65,9 +66,9 @@ class ExecutionLog:
 
 
 def whole_bytes(path: Path) -> int:
-    """Length of the file up to the end of its last whole gzip member; another may have been begun.
+    """Bytes of the file up to the end of its last whole gzip member. An incomplete member may follow.
 
-    Raises InputError if something else follows.
+    Raises InputError if anything else follows.
     """
     whole = 0
     with path.open("rb") as file:
@@ -77,8 +78,8 @@ def whole_bytes(path: Path) -> int:
                 member.decompress(data)
             except zlib.error as error:
                 raise InputError(
-                    f"{path}: damaged after byte {whole} ({error}); restore it from a copy, or move it away and a new "
-                    "one begins"
+                    f"{path}: damaged after byte {whole} ({error}); restore it from a copy, or move it away to "
+                    "start a new one"
                 ) from error
             if not member.eof:
                 data = file.read(1 << 20)
@@ -91,7 +92,7 @@ def whole_bytes(path: Path) -> int:
 
 
 def read_executions(path: Path) -> Iterator[dict]:
-    """The lines of the log; a torn end is left out. InputError if there is no log or a line is not one."""
+    """The lines of the log, without an incomplete end. InputError if there is no log, or a line is not an execution."""
     if not path.exists():
         raise InputError(f"{path}: no such file; nothing has been executed in this work directory yet")
     with path.open("rb") as file:
@@ -110,10 +111,11 @@ def read_executions(path: Path) -> Iterator[dict]:
 
 
 def replay(workdir: Path) -> bool:
-    """Grades every logged outcome again, prints what was executed for what, and says whether the log's verdicts hold.
+    """Grade every logged outcome again, print counts and times by purpose, and return whether all verdicts are equal.
 
-    Needs the log alone: no model, no data, no program, no accelerator.
+    Reads the log and the work directory's `task` only: no model, no data, no program, no accelerator.
     """
+    task = load_task((recorded(workdir) or {}).get("task", ""))
     outcomes, times, correct = defaultdict(Counter), defaultdict(list), Counter()
     different = []
     for line in read_executions(workdir / LOG_NAME):
@@ -121,7 +123,8 @@ def replay(workdir: Path) -> bool:
         outcomes[purpose][line["outcome"]] += 1
         times[purpose].append(line["ms"])
         correct[purpose] += line["correct"]
-        again = judge(line["value"], line["outcome"], Example(line["item_id"], "", line["answer_value"]))
+        example = Example(line["item_id"], "", line["answer_value"])
+        again = task.of(example.item_id).judge(line["value"], line["outcome"], example)
         if (again.correct, again.reward) != (line["correct"], line["reward"]):
             different.append(f"{line['item_id']} ({purpose}): logged reward {line['reward']}, graded {again.reward}")
     for purpose, counted in outcomes.items():
@@ -132,7 +135,7 @@ def replay(workdir: Path) -> bool:
         )
     if not (total := sum(counted.total() for counted in outcomes.values())):
         raise InputError(
-            f"{workdir / LOG_NAME}: holds no execution, so no verdict is shown to hold; restore it from a copy"
+            f"{workdir / LOG_NAME}: holds no execution, so no verdict could be checked; restore it from a copy"
         )
     print(f"{total - len(different)} of {total} verdicts are what the log says")
     for line in different[:5]:

@@ -21,6 +21,7 @@ from reft_jax.run.about import versions
 from reft_jax.run.workdir import MACHINE
 from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
+from reft_jax.tasks.registry import PAPER, Task, load_task
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
@@ -51,11 +52,16 @@ class Inputs:
     tokenizer: object
     data: Data
 
+    @property
+    def task(self) -> Task:
+        """What the questions ask for."""
+        return load_task(self.config.task)
+
     @cached_property
     def sft_rows(self) -> list[Row]:
         """The worked solutions as rows, those that fit in sft.max_len. InputError if too many do not."""
-        config = self.config
-        rows = [self.row(example, prompts.sft_target(example, config.data.format)) for example in self.data.train]
+        config, how = self.config, (self.config.data.format, self.task)
+        rows = [self.row(example, prompts.sft_target(example, *how)) for example in self.data.train]
         lengths = [len(ids) for ids, _, _ in rows]
         return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
 
@@ -67,20 +73,20 @@ class Inputs:
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts per example, the forced prefix included."""
-        made = []
+        made, how = [], (self.config.data.format, self.task)
         for example in examples:
-            tokens = np.array(encode_rollout(self.tokenizer, example.question, self.config.data.format), np.int32)
+            tokens = np.array(encode_rollout(self.tokenizer, example.question, *how), np.int32)
             made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
         return made
 
     def row(self, example: Example, target: str) -> Row:
         """A supervised row. Prompt and target are tokenized separately, as the authors do."""
-        prompt = encode(self.tokenizer, prompts.prompt_text(example.question))
+        prompt = encode(self.tokenizer, prompts.prompt_text(example.question, self.task))
         return prompt + encode(self.tokenizer, target) + [self.tokenizer.eos_token_id], len(prompt), example.item_id
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
         """The completion as text, see `completed_text`."""
-        return completed_text(self.tokenizer, prompt.tokens, completion)
+        return completed_text(self.tokenizer, prompt.tokens, completion, self.task)
 
     @cached_property
     def data_made(self) -> dict:
@@ -113,23 +119,23 @@ def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
     line names those that no completion can answer.
     """
     where, limits = f"data.train={config.data.train}", (config.data.format, config.sample.max_len)
-    train = trainable(tokenizer, data.train, config.data.format, config.data.max_dropped, where)
+    train = trainable(tokenizer, data.train, config.data.format, config.data.max_dropped, where, load_task(config.task))
     inputs = Inputs(config, base, tokenizer, Data(train, data.dev, data.test, data.chosen_on))
     _ = inputs.sft_rows, inputs.questions
     splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
     for split, examples in splits.items():
-        if told := wrong_anyway(tokenizer, examples, *limits, split):
+        if told := wrong_anyway(tokenizer, examples, *limits, split, inputs.task):
             print(told, flush=True)
     return inputs
 
 
-def completed_text(tokenizer, prompt: Sequence[int], completion: Completion) -> str:
+def completed_text(tokenizer, prompt: Sequence[int], completion: Completion, task: Task = PAPER) -> str:
     """A completion as text, without the id that ended it, which is not always a special token.
 
     Prompt and response are decoded together (see prompts.completion_text).
     """
     response = completion.tokens[:-1] if completion.finished else completion.tokens
-    return prompts.completion_text(decode(tokenizer, [*prompt, *response]))
+    return prompts.completion_text(decode(tokenizer, [*prompt, *response]), task)
 
 
 def _hash(text: str) -> str:
@@ -138,13 +144,13 @@ def _hash(text: str) -> str:
 
 def load_data(config, paths: dict[str, str]) -> Data:
     """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
-    data = config.data
-    train = shorten(datasets.load_examples(paths["train"], need_cot=True), data.train_limit, config.seed)
-    test = shorten(datasets.load_examples(paths["test"], need_cot=False), data.test_limit, config.seed)
+    data, task = config.data, load_task(config.task)
+    train = shorten(datasets.load_examples(paths["train"], task, need_cot=True), data.train_limit, config.seed)
+    test = shorten(datasets.load_examples(paths["test"], task, need_cot=False), data.test_limit, config.seed)
     if shared := datasets.shared_questions(train, test):
         print(f"{shared} training questions are test questions too", flush=True)
     if paths["dev"]:
-        return Data(train, datasets.load_examples(paths["dev"], need_cot=False), test, "a third split")
+        return Data(train, datasets.load_examples(paths["dev"], task, need_cot=False), test, "a third split")
     if data.dev_rows:
         if data.dev_rows >= len(train):
             raise InputError(f"config: data.dev_rows={data.dev_rows} leaves none of {len(train)} training rows")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reft_jax import executor
+from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.config import flatten
 from reft_jax.model import families
 from reft_jax.model.heads import ValueHead
@@ -29,6 +30,7 @@ from reft_jax.run.workdir import check_workdir, create_workdir, with_absolute_pa
 from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.toy.model import write_data, write_model
 from reft_jax.train.state import abstract_params
+from reft_jax.train.trackers import load_trackers
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def open_run(
         lock.look(workdir)
     config = with_absolute_paths(config, workdir)
     check_workdir(config, workdir, needs, allowed, reads=reads)
+    families.use(config.model.family)
+    make_algorithm(config)  # a wrong one is found now, not after SFT
+    load_trackers(config.tracking)
     with Guards(config.watchdog_minutes) as guards:
         with _opened(config, workdir, guards, reads) as run:
             guards.check()
@@ -88,7 +93,6 @@ def open_run(
 
 @contextmanager
 def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]:
-    families.use(config.model.family)
     toy = config.model.path == "toy"
     if not toy:
         base = Path(config.model.path)

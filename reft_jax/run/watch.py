@@ -3,7 +3,7 @@
 import math
 from collections import Counter, deque
 
-from reft_jax.train.metrics import remark
+from reft_jax.train.progress import remark
 from reft_jax.types import Completion, Verdict
 
 SHOWN_CHARS = 160

@@ -16,12 +16,12 @@ from reft_jax.types import InputError
 
 # Settings that may change between two starts of one run: they decide where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
-MACHINE += ("watchdog_minutes",)
+MACHINE += ("tracking", "watchdog_minutes")
 FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
 FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "checksums.json", "versions.json")
 FILES += ("sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
-PLUGINS = ("model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
+PLUGINS = ("task", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
 
 
 def with_absolute_paths(config, workdir: Path) -> Config:

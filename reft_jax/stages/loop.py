@@ -24,8 +24,10 @@ from reft_jax.store import write_whole
 from reft_jax.train.batches import epoch_order, rows_at
 from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
-from reft_jax.train.metrics import MetricsWriter, Progress, read_metrics, remark
+from reft_jax.train.metrics import read_metrics
+from reft_jax.train.progress import Progress, remark
 from reft_jax.train.state import abstract_state, new_state, state_shardings
+from reft_jax.train.trackers import MetricsWriter
 from reft_jax.types import InputError, SaveError, Stopped
 
 
@@ -68,7 +70,7 @@ class Training:
             self.done, self.info, self.pending = 0, info | {"seconds": 0.0, "step": 0}, {}
             self.state = new_state(mesh, optimizer, abstract, make_params())
         self._saved, self._unchecked = self.done if restored else None, None
-        self.metrics = MetricsWriter(self.folder)
+        self.metrics = MetricsWriter(self.folder, run.config)
         self.metrics.truncate_after(self.info["step"])
         self._clock = time.monotonic() - self.info["seconds"]
 

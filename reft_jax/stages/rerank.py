@@ -18,8 +18,8 @@ from reft_jax.stages.sample import appended, recorded, reusable, run_sample
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import rerank_text
 from reft_jax.tasks.tokenizer import encode
-from reft_jax.train.metrics import Progress
 from reft_jax.train.packing import Packing
+from reft_jax.train.progress import Progress
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_step, rerank_loss
 from reft_jax.types import Example
@@ -29,10 +29,10 @@ SCORED_AT_ONCE = 64  # questions between two writes
 
 def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int, str]]:
     """(ids of prompt + completion, label: 1 = correct, item) of the distinct completions that fit."""
-    rows = []
+    rows, inputs = [], run.inputs
     for record in records:
         for prediction in deduplicate(record["predictions"]):
-            ids = encode(run.inputs.tokenizer, rerank_text(record["question"], prediction["completion"]))
+            ids = encode(inputs.tokenizer, rerank_text(record["question"], prediction["completion"], inputs.task))
             rows.append((ids, int(prediction["correctness"]), record["item_id"]))
     return fit(rows, [len(ids) for ids, _, _ in rows], run.config.rerank.max_len, 1.0, "rerank.max_len")
 
@@ -142,7 +142,7 @@ def score_questions(run: Run, params, score, records: list[dict]) -> list[list[f
     """
     ids = [
         [
-            encode(run.inputs.tokenizer, rerank_text(record["question"], p["completion"]))
+            encode(run.inputs.tokenizer, rerank_text(record["question"], p["completion"], run.inputs.task))
             for p in deduplicate(record["predictions"])
         ]
         for record in records

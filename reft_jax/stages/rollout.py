@@ -17,8 +17,8 @@ from reft_jax.parallel import hosts
 from reft_jax.run.executions import execution
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
-from reft_jax.tasks import answers
-from reft_jax.train.metrics import Progress
+from reft_jax.tasks.registry import load_task
+from reft_jax.train.progress import Progress
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
@@ -45,14 +45,14 @@ class Clock:
 
 
 class Grading:
-    """Takes completions as they come; a context that ends with their programs.
+    """Grades completions in the order in which they arrive; a context that ends with their programs.
 
-    An executor that fails raises InfrastructureError here: it is never a reward of 0. seconds: how long each program
-    took. outcomes: what became of the programs.
+    An executor that fails raises InfrastructureError here: that is never a reward of 0. `seconds` is the time of each
+    program, `outcomes` counts how the programs ended.
     """
 
     def __init__(self, run: Run):
-        self.config, self.guards = run.config, run.guards
+        self.config, self.guards, self.task = run.config, run.guards, load_task(run.config.task)
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
         self.seconds: dict[str, float] = {}
         self.outcomes: Counter[str] = Counter()
@@ -66,28 +66,29 @@ class Grading:
         self._stack.__exit__(*error)
 
     def submit(self, number: int, example: Example, text: str) -> None:
-        """`number` comes back with the verdict."""
+        """Starts to grade a completion; `collect` returns its verdict with this `number`."""
         future = None
         if self.config.data.format == "python":
-            future = self._stream(answers.wanted(example)).submit(text)
+            future = self._stream(self.task.of(example.item_id).want).submit(text)
         self.under_way.append((number, example, text, future))
 
     def collect(self, wait: bool = False) -> Iterator[tuple[int, Verdict]]:
-        """Verdicts by number, in the order in which they came, as far as they are known; with `wait`, all."""
+        """The verdicts that are known, by number, in the order of `submit`; with `wait`, all of them."""
         while self.under_way and (wait or self.under_way[0][3] is None or self.under_way[0][3].done()):
             number, example, text, future = self.under_way.popleft()
+            task = self.task.of(example.item_id)
             if future is None:
-                verdict = answers.judge(*answers.stated(text, example), example)
+                verdict = task.judge(*task.stated(text), example)
             else:
                 result = self._result(future)
-                verdict = answers.judge(*answers.returned(result, example), example)
+                verdict = task.judge(*task.returned(result), example)
                 self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
                 self.seconds[text] = result.ms / 1000
             self.guards.step(alone=True)
             yield number, verdict
 
     def _result(self, future: Future) -> executor.ExecResult:
-        """Waits for a program. Raises Stopped if the run is asked to stop meanwhile; then there is no verdict."""
+        """Waits for a program. Raises Stopped if the run is asked to stop meanwhile: then it has no verdict."""
         while True:
             try:
                 return future.result(timeout=POLL_S)

@@ -15,7 +15,7 @@ from reft_jax.run.inputs import shorten
 from reft_jax.run.open import Run
 from reft_jax.stages.models import Weights, check_data, policy
 from reft_jax.stages.rollout import Graded, roll_out
-from reft_jax.train.metrics import Progress
+from reft_jax.train.progress import Progress
 from reft_jax.types import Example, Prompt
 
 
@@ -42,16 +42,17 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     """The header of a file of answers; `sampling` replaces settings of config.sample."""
     settings, limits = run.config.sample, run.config.executor
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "max_len": settings.max_len} | sampling
+    task = run.inputs.task
     identity = {
         "model": weights.checksum,
         "format": run.config.data.format,
         **sampling,
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
-    }
+    } | ({"task": task.name} if task.name else {})
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
     about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}
-    return MadeBy(kind, identity, recorded(examples, **about))
+    return MadeBy(kind, identity, recorded(examples, **about), task)
 
 
 def recorded(examples: list[Example], **more) -> dict:

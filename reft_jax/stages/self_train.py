@@ -41,7 +41,7 @@ def offline_rows(run: Run, records: list[dict]) -> list[Row]:
     config, sampled = run.config, {record["item_id"]: record["predictions"] for record in records}
     rows = []
     for example in run.inputs.data.train:
-        gold = sft_target(example, config.data.format)
+        gold = sft_target(example, config.data.format, run.inputs.task)
         right = [p["completion"].strip() for p in sampled.get(example.item_id, []) if p["correctness"]]
         chosen = list(dict.fromkeys(right))[: config.self_train.samples]
         rows += [run.inputs.row(example, text) for text in dict.fromkeys([gold, *chosen])]
@@ -51,7 +51,7 @@ def offline_rows(run: Run, records: list[dict]) -> list[Row]:
 def online_rows(run: Run) -> list[tuple[Example, Row]]:
     """The questions of PPO, each with the row of its worked solution, as far as that fits in rl.max_len too."""
     config, questions = run.config, run.inputs.questions
-    gold = [run.inputs.row(e, sft_target(e, config.data.format)) for e in questions]
+    gold = [run.inputs.row(e, sft_target(e, config.data.format, run.inputs.task)) for e in questions]
     lengths = [len(ids) for ids, _, _ in gold]
     rows = list(zip(questions, gold, strict=True))
     return fit(rows, lengths, config.rl.max_len, config.data.max_dropped, "rl.max_len")

@@ -1,6 +1,6 @@
-"""Which questions no completion can answer, and which worked programs teach nothing: found before anything is trained.
+"""Finds questions that no completion can answer, and worked programs that teach nothing, before a model is trained.
 
-Training leaves them out; in an evaluation they stay and count as wrong.
+Training leaves them out. An evaluation keeps them, and they count as wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from reft_jax.tasks.datasets import leave_out, named
 from reft_jax.tasks.prompts import completion_text, is_text, parsed, sft_target
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.tasks.tokenizer import decode, encode_rollout
 from reft_jax.types import Example, InputError
 
@@ -24,56 +25,67 @@ NOT_PYTHON = "answer_cot is not Python"
 
 
 def unanswerable(
-    tok: PreTrainedTokenizerFast, examples: Sequence[Example], engine: str, max_len: int
+    tok: PreTrainedTokenizerFast, examples: Sequence[Example], answer_format: str, max_len: int, task: Task = PAPER
 ) -> dict[str, str]:
-    """{item_id: reason} of the questions whose every completion is graded as no answer.
+    """{item_id: reason} of the questions for which every completion is graded as no answer.
 
-    What is looked at is the text that grading sees: decoded from the prompt's ids, so that a tokenizer which changes
-    quotes or spaces is found too. `max_len` are tokens of prompt and response.
+    The check reads the text that grading reads: it is decoded from the prompt's ids, so a tokenizer that changes quotes
+    or spaces is found too. `max_len` counts the tokens of prompt and response.
     """
     reasons = {}
     for example in examples:
-        ids = encode_rollout(tok, example.question, engine)
+        ids = encode_rollout(tok, example.question, answer_format, task)
         if len(ids) >= max_len:
             reasons[example.item_id] = NO_ROOM
-        elif engine == "python" and not can_begin_program(completion_text(decode(tok, ids))):
+        elif answer_format == "python" and not can_begin_program(completion_text(decode(tok, ids), task)):
             reasons[example.item_id] = NO_PROGRAM
     return reasons
 
 
 def can_begin_program(text: str) -> bool:
-    """Whether `text` is the head of `solution` and a docstring, so that a program can follow."""
+    """Whether `text` is the head of `solution` with a docstring, which a program can continue."""
     match parsed(f"{text}\n    return 1"):
         case [ast.FunctionDef(name="solution", body=[first, ast.Return()])]:
             return is_text(first)
     return False
 
 
-def unteachable(examples: Sequence[Example], engine: str) -> dict[str, str]:
+def unteachable(examples: Sequence[Example], answer_format: str, task: Task = PAPER) -> dict[str, str]:
     """{item_id: reason} of the rows whose worked program does not compile. Raises InputError as `sft_target` does."""
-    targets = {example.item_id: sft_target(example, engine) for example in examples}
-    return {item_id: NOT_PYTHON for item_id, text in targets.items() if engine == "python" and not parsed(text)}
+    targets = {example.item_id: sft_target(example, answer_format, task) for example in examples}
+    return {item_id: NOT_PYTHON for item_id, text in targets.items() if answer_format == "python" and not parsed(text)}
 
 
 def trainable(
-    tok: PreTrainedTokenizerFast, examples: Sequence[Example], engine: str, max_dropped: float, source: str
+    tok: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    answer_format: str,
+    max_dropped: float,
+    source: str,
+    task: Task = PAPER,
 ) -> list[Example]:
-    """The rows that training can use: those that can earn a reward, with a worked solution that is one.
+    """The rows that training can use: they can earn a reward, and their worked solution compiles.
 
     A line names the others. Raises InputError, naming `source`, if they are a larger share than `max_dropped`, or if a
-    solution is of the other engine's kind. Length limits are looked at elsewhere.
+    solution has the other answer format. Length limits are checked elsewhere.
     """
     try:
-        reasons = unteachable(examples, engine)
+        reasons = unteachable(examples, answer_format, task)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    return leave_out(examples, reasons | unanswerable(tok, examples, engine, sys.maxsize), max_dropped, source)
+    reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)
+    return leave_out(examples, reasons, max_dropped, source)
 
 
 def wrong_anyway(
-    tok: PreTrainedTokenizerFast, examples: Sequence[Example], engine: str, max_len: int, split: str
+    tok: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    answer_format: str,
+    max_len: int,
+    split: str,
+    task: Task = PAPER,
 ) -> str:
     """One line that names the questions of an evaluation that no completion can answer; "" if there are none."""
-    reasons = unanswerable(tok, examples, engine, max_len)
+    reasons = unanswerable(tok, examples, answer_format, max_len, task)
     told = f"{len(reasons)} of {len(examples)} {split} questions cannot be answered and count as wrong"
     return f"{told}: {named(reasons)}" if reasons else ""

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from reft_jax.tasks.answers import CHOICE_DATASET, dataset_of, read_target
-from reft_jax.tasks.prompts import plain_answer
+from reft_jax.tasks.registry import PAPER, Task, plain_answer
 from reft_jax.types import Example, InputError
 
 Row = TypeVar("Row")
@@ -21,32 +20,33 @@ NAMED = 8  # items that a line names
 HUB_SOURCE = re.compile(r"hub:(?P<repo>[^/:]+/[^/:]+)(/(?P<config>[^/:]+))?:(?P<split>.+)")
 
 
-def load_examples(source: str | Path, *, need_cot: bool) -> list[Example]:
+def load_examples(source: str | Path, task: Task = PAPER, *, need_cot: bool) -> list[Example]:
     """Read and check the questions of `source`, in file order.
 
-    source: a JSON file, a JSON-lines file (`.jsonl`), or `hub:owner/name:split` (`hub:owner/name/config:split` for a
-        dataset with several configurations, `hub:openai/gsm8k/main:train`).
-    need_cot: whether every row must have a worked solution.
+    Args:
+        source: a JSON file, a JSON-lines file (`.jsonl`), or `hub:owner/name:split` (`hub:owner/name/config:split` for
+            a dataset with several configurations, `hub:openai/gsm8k/main:train`).
+        task: what the questions ask for.
+        need_cot: whether every row must have a worked solution.
 
-    Raises InputError, naming file, row (from 0) and field, for anything that is not as above: no or no readable file,
-    fields missing, blank or of the wrong type, an unknown dataset, an `answer_value` that no answer of its dataset can
-    equal, an `item_id` that stands twice.
+    Raises InputError, naming file, row (from 0) and field, if the file cannot be read, a field is missing, blank or of
+    the wrong type, a dataset is unknown, an `answer_value` is no answer of its task, or an `item_id` occurs twice.
     """
     source = str(source)
     rows = read_rows(source)
-    examples = [_example(row, index, source, need_cot) for index, row in enumerate(rows)]
+    examples = [_example(row, index, source, task, need_cot) for index, row in enumerate(rows)]
     first: dict[str, int] = {}
     for index, example in enumerate(examples):
         if first.setdefault(example.item_id, index) != index:
             raise InputError(
                 f"{source}: row {index}, field 'item_id': {example.item_id!r} already stands in row "
-                f"{first[example.item_id]}; give every row an id of its own"
+                f"{first[example.item_id]}; give every row its own id"
             )
     return examples
 
 
 def read_rows(source: str) -> list:
-    """The rows of a file or of the hub as they are, at least one; `source` as in load_examples. Raises InputError."""
+    """The rows of a file or of the hub, unchecked, at least one; `source` as in load_examples. Raises InputError."""
     rows = _hub_rows(source) if source.startswith("hub:") else _file_rows(source)
     if not isinstance(rows, list):
         raise InputError(f"{source}: holds {_json_name(rows)}, not a list; write the rows as a JSON list")
@@ -56,11 +56,11 @@ def read_rows(source: str) -> list:
 
 
 def split_off(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold out at least `rows` examples: (rest, held), each in the order given.
+    """Hold out at least `rows` examples: (rest, held), each in the given order.
 
-    Rows with the same question (case and whitespace aside) go to one side together, so `held` may be a few rows
-    larger. Which questions go is a function of their text and the seed, not of the order or of the other rows' number.
-    Raises InputError if nothing would be left.
+    Rows with the same question, apart from case and whitespace, go to the same side, so `held` may be a few rows
+    larger. The choice is a function of the questions' text and the seed, not of the order or the number of rows.
+    Raises InputError if no row would be left.
     """
     by_question: dict[str, int] = {}
     for example in examples:
@@ -80,16 +80,16 @@ def split_off(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[E
 
 
 def shared_questions(examples: Sequence[Example], others: Sequence[Example]) -> int:
-    """How many of `examples` ask a question that `others` ask too, case and whitespace aside."""
+    """How many of `examples` ask a question that `others` ask too, apart from case and whitespace."""
     theirs = {_question_key(example) for example in others}
     return sum(_question_key(example) in theirs for example in examples)
 
 
 def fit(rows: Sequence[Row], lengths: Sequence[int], limit: int, max_dropped: float, what: str) -> list[Row]:
-    """The rows whose length (tokens) is at most `limit`, with a line that counts the others; nothing is ever cut.
+    """Return the rows of at most `limit` tokens, and print a line that counts the others; no row is ever cut.
 
-    `what` is the setting that holds the limit and `max_dropped` the share of rows that may go. Raises InputError if
-    more would, or if none would stay.
+    `what` is the setting that holds the limit, `max_dropped` the share of rows that may be dropped. Raises InputError
+    if more rows are too long, or if none is left.
     """
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
     dropped = len(rows) - len(kept)
@@ -104,9 +104,9 @@ def fit(rows: Sequence[Row], lengths: Sequence[int], limit: int, max_dropped: fl
 
 
 def leave_out(examples: Sequence[Example], reasons: dict[str, str], max_dropped: float, source: str) -> list[Example]:
-    """The examples that have no reason (by item_id) to be left out of training; a line names the others.
+    """Return the examples without a reason (by item_id) to be left out of training, and print a line about the others.
 
-    Raises InputError if they are a larger share than `max_dropped`, or all.
+    Raises InputError if the others are a larger share than `max_dropped`, or all.
     """
     kept = [example for example in examples if example.item_id not in reasons]
     if not reasons:
@@ -119,7 +119,7 @@ def leave_out(examples: Sequence[Example], reasons: dict[str, str], max_dropped:
 
 
 def named(reasons: dict[str, str]) -> str:
-    """The items, by their reason: "svamp_3, svamp_8 (no program compiles after the question)"."""
+    """The items with their reason: "svamp_3, svamp_8 (no program compiles after the question)"."""
     by_reason: dict[str, list[str]] = {}
     for item_id, reason in reasons.items():
         by_reason.setdefault(reason, []).append(item_id)
@@ -141,7 +141,7 @@ def _file_rows(source: str) -> object:
     if not text.strip():
         raise InputError(f"{source}: is empty; check how the file was made")
     if source.endswith(".jsonl") and not text.lstrip().startswith("["):
-        # not splitlines(): a JSON string may hold U+2028 and the like as they are
+        # not splitlines(): a JSON string may hold U+2028 and similar characters
         return [_parse(line, source, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return _parse(text, source, 1)
 
@@ -152,10 +152,10 @@ def _parse(text: str, source: str, first_line: int) -> object:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(
-            f"{source}: not JSON at line {line}, column {error.colno} ({error.msg}); correct it, or name a file of one "
-            "JSON object a line *.jsonl"
+            f"{source}: not JSON at line {line}, column {error.colno} ({error.msg}); correct it, or name a file with "
+            "one JSON object per line *.jsonl"
         ) from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets nested too deep
         reason = str(error).partition(";")[0]
         raise InputError(
             f"{source}: cannot be read as JSON from line {first_line} on ({reason}); correct it"
@@ -166,7 +166,7 @@ def _hub_rows(source: str) -> list[dict]:
     match = HUB_SOURCE.fullmatch(source)
     if not match:
         raise InputError(f"{source}: not of the form hub:owner/name:split or hub:owner/name/config:split; correct it")
-    import datasets  # seconds of import that a local file does not need
+    import datasets  # takes seconds, and a local file does not need it
 
     try:
         return datasets.load_dataset(match["repo"], match["config"], split=match["split"]).to_list()
@@ -175,7 +175,7 @@ def _hub_rows(source: str) -> list[dict]:
         raise InputError(f"{source}: cannot be loaded ({reason}); check the name and the network") from error
 
 
-def _example(row: object, index: int, source: str, need_cot: bool) -> Example:
+def _example(row: object, index: int, source: str, task: Task, need_cot: bool) -> Example:
     if not isinstance(row, dict):
         raise InputError(f"{source}: row {index} is {_json_name(row)}; make it an object with item_id, question, ...")
     if "answer" in row and not {"item_id", "answer_value"} & row.keys():
@@ -188,21 +188,21 @@ def _example(row: object, index: int, source: str, need_cot: bool) -> Example:
     if need_cot or row.get("answer_cot"):
         check_text(row, "answer_cot", index, source)
     try:
-        dataset = dataset_of(row["item_id"])
+        task = task.of(row["item_id"])
     except InputError as error:
         raise InputError(f"{source}: row {index}, field 'item_id': {error}") from error
-    if read_target(dataset, row["answer_value"]) is None:
-        number = "a finite number" + ", commas only between groups of thousands" * ("," in row["answer_value"])
-        wanted = "one letter a-e" if dataset == CHOICE_DATASET else number
+    if task.target(row["answer_value"]) is None:
+        commas = task.want == "number" and "," in row["answer_value"]
+        allowed = task.allowed + ", commas only between groups of thousands" * commas
         raise InputError(
-            f"{source}: row {index}, field 'answer_value': {row['answer_value']!r} is not {wanted}, as {dataset} "
+            f"{source}: row {index}, field 'answer_value': {row['answer_value']!r} is not {allowed}, as {task.name} "
             "answers are; correct the value or the prefix of item_id"
         )
     return Example(row["item_id"], row["question"], row["answer_value"], row.get("answer_cot") or None)
 
 
 def _from_official(row: dict, index: int, source: str) -> dict:
-    """A row of official GSM8K in our format: the answer behind "####", the calculator marks <<48/2=24>> taken out."""
+    """A row of official GSM8K in our format: the answer after "####", the calculator marks <<48/2=24>> removed."""
     check_text(row, "answer", index, source)
     cot, marker, value = row["answer"].rpartition("####")
     if not marker:
@@ -228,7 +228,7 @@ def check_text(row: dict, field: str, index: int, source: str) -> None:
     if not value.strip():
         raise InputError(f"{where}: is blank; fill it in or leave the row out")
     if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{where}: has half a surrogate pair, which is no text; correct the escape \\ud...")
+        raise InputError(f"{where}: has half a surrogate pair, which is not text; correct the escape \\ud...")
 
 
 def _json_name(value: object) -> str:

@@ -1,8 +1,8 @@
-"""Tokenizers: a model's own, or a small one trained on the spot.
+"""Tokenizers: a model's own, or a small one trained for the toy.
 
-Text becomes ids without special tokens and without truncation; EOS is added where a row is built. Text that happens to
-spell a special token ("</s>") stays text. `transformers` is imported where it is used: it takes seconds, and a mistake
-in the settings or the data should show before that.
+Text becomes ids without special tokens and without truncation; EOS is added where a row is built. Text that spells a
+special token ("</s>") is encoded as ordinary text. `transformers` is imported inside functions: the import takes
+seconds, and a mistake in the settings or the data should be reported before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_jax.model_folder import CONFIG, TOKENIZER_CONFIG, end_ids, read_settings, tokenizer_files, write_tokenizer
 from reft_jax.tasks.prompts import rollout_prompt
+from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 EOS, PAD = "<eos>", "<pad>"
 BYTES = 256
 SPECIAL = tuple(f"{name}_token" for name in ("eos", "bos", "unk", "pad", "sep", "cls", "mask"))
-# Words, pieces of snake_case names, single digits, punctuation, whitespace; the space before a word belongs to it.
+# Words, pieces of snake_case names, single digits, punctuation, whitespace. A space belongs to the word after it.
 SPLIT = r" ?\p{L}+|_\p{L}+| ?\d| ?[^\s\p{L}\d_]+|\s+(?!\S)|\s+"
-# None begins with a space, as no text of a run does: there, and only there, Llama's classes and their files differ.
+# None begins with a space: Llama's classes and their files differ there, and only there, and no text of a run does it.
 SAMPLES = (
     rollout_prompt("If Ann has 12 Apples,\nhow  many?", "python") + "    a_1 = 12\n    return a_1",
     "1234567 is 12,345.67 + 3/4 of 50%, 1e-5 or $1000.",
@@ -37,11 +38,11 @@ SAMPLES = (
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face model folder on disk; never looks at the network, never runs the folder's code.
+    """The tokenizer of a Hugging Face model folder on disk. Never uses the network, never runs code of the folder.
 
-    Raises InputError if the folder or its tokenizer files are missing or broken, if the tokenizer needs code of its
-    own, if there is no EOS token, if transformers makes other ids of a text than the tokenizer's own file says, or if
-    a program's text does not come back as it was (some tokenizers drop newlines or indentation, some lower-case).
+    Raises InputError if the folder or its tokenizer files are missing or broken, if the tokenizer needs its own code,
+    if it has no EOS token, if transformers gives other ids than the tokenizer's own file, or if encoding and decoding
+    change a program's text (some tokenizers drop newlines or indentation, some change to lower case).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -62,7 +63,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    """What transformers makes of a folder's tokenizer files. InputError where it needs code from there, or fails."""
+    """Load a folder's tokenizer with transformers. InputError if it needs code from the folder, or if loading fails."""
     settings, config = read_settings(folder / TOKENIZER_CONFIG), read_settings(folder / CONFIG)
     import transformers
 
@@ -71,7 +72,7 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
     known = found is not None
     if known and not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)):
         raise InputError(
-            f"{folder / TOKENIZER_CONFIG}: field 'tokenizer_class' is {name!r}, which is no tokenizer; copy the "
+            f"{folder / TOKENIZER_CONFIG}: field 'tokenizer_class' is {name!r}, which is not a tokenizer; copy the "
             "model's own file"
         )
     maps = settings.get("auto_map"), config.get("auto_map")
@@ -80,12 +81,13 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
             f"{folder / TOKENIZER_CONFIG}: field 'auto_map': tokenizer {name!r} needs code from the folder, which is "
             "never run; use a model whose tokenizer transformers has, or save this one as tokenizer.json alone"
         )
-    # For a sentencepiece model alone transformers 5 guesses a tokenizer without Llama's space before the first word.
+    # If there is only a sentencepiece model, transformers 5 guesses a tokenizer that lacks Llama's space before the
+    # first word.
     only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
     kind = transformers.LlamaTokenizer if only_model and not known else transformers.AutoTokenizer
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust library raises nothing more specific for a broken file
+    except Exception as error:  # for a broken file the Rust library raises nothing more specific
         if os.path.lexists(folder / CONFIG):
             check_config(folder)
         reason, remedy = str(error).partition("\n")[0], "copy its files again"
@@ -96,25 +98,25 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of a tokenizer_config.json. InputError on names and tokens of a wrong type."""
+    """Return the settings of a tokenizer_config.json. InputError if a name or token has the wrong type."""
     for key in ("tokenizer_class", *SPECIAL):
         value = settings.get(key)
         text = value.get("content") if isinstance(value, dict) and key in SPECIAL else value
         if value is not None and not isinstance(text, str):
             allowed = "a token, as text or as an object with 'content'" if key in SPECIAL else "the name of a class"
             raise InputError(f"{path}: field {key!r} is {value!r}; allowed: {allowed}, or null")
-        if text == "" and key in ("eos_token", "unk_token"):  # transformers would take the id of unk_token for it
+        if text == "" and key in ("eos_token", "unk_token"):  # transformers would use the id of unk_token
             raise InputError(f"{path}: field {key!r} is empty; write the token or remove the field")
     return settings
 
 
 def check_config(folder: Path) -> None:
-    """InputError if transformers cannot read config.json, which it wants to see before it reads a tokenizer."""
+    """InputError if transformers cannot read config.json, which it reads before a tokenizer."""
     import transformers
 
     try:
         transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a wrong value of some field leads it to
+    except Exception as error:  # a wrong value of a field can raise anything
         reason = " ".join(str(error).split())
         raise InputError(
             f"{folder / CONFIG}: transformers cannot read it ({reason}); correct the field, or copy the model's own "
@@ -123,13 +125,13 @@ def check_config(folder: Path) -> None:
 
 
 def own_reading(folder: Path) -> tuple[Path, Callable[[str], list[int]]] | None:
-    """The file that a tokenizer was made as, and text to ids by it alone, whatever class transformers takes.
+    """The tokenizer's own file, and a function from text to ids that uses this file alone, not a transformers class.
 
-    None for vocab.json and merges.txt, which say too little. InputError if no file is one that transformers loads, or
-    if one is not what its name says.
+    None for vocab.json and merges.txt, which do not hold all of a tokenizer. InputError if transformers can load none
+    of the files, or if a file is not what its name says.
     """
     names = {path.name for path in tokenizer_files(folder)}
-    for name in ("special_tokens_map.json", "added_tokens.json"):  # which of them transformers reads, depends
+    for name in ("special_tokens_map.json", "added_tokens.json"):  # some classes read them
         read_settings(folder / name)
     if "tokenizer.json" in names:
         from tokenizers import Tokenizer
@@ -165,7 +167,7 @@ def own_reading(folder: Path) -> tuple[Path, Callable[[str], list[int]]] | None:
 
 
 def check_class(tok: PreTrainedTokenizerFast, path: Path, read: Callable[[str], list[int]]) -> None:
-    """Raise InputError unless transformers' class gives the ids of the tokenizer's own file, which `read` gives."""
+    """Raise InputError unless transformers' class gives the same ids as `read`, which uses the tokenizer's own file."""
     for text in SAMPLES:
         ours, own = encode(tok, text), read(text)
         if ours != own:
@@ -179,9 +181,9 @@ def check_class(tok: PreTrainedTokenizerFast, path: Path, read: Callable[[str], 
 
 
 def check_vocabulary(tok: PreTrainedTokenizerFast, vocab_size: int, folder: str | Path) -> None:
-    """Raise InputError if EOS, or an id that `encode` can give, has no embedding in the model.
+    """Raise InputError if EOS, or an id that `encode` can return, has no embedding in the model.
 
-    A special token that was added behind the vocabulary, as CodeLlama's `<FILL_ME>` or a `[PAD]`, is never given.
+    `encode` never returns a special token that was added after the vocabulary, as CodeLlama's `<FILL_ME>` or a `[PAD]`.
     """
     added = {index: token.content for index, token in tok.added_tokens_decoder.items()}
     given = [index for index in tok.backend_tokenizer.get_vocab(with_added_tokens=False).values() if index not in added]
@@ -195,14 +197,14 @@ def check_vocabulary(tok: PreTrainedTokenizerFast, vocab_size: int, folder: str 
 
 
 def all_end_ids(tok: PreTrainedTokenizerFast, folder: Path) -> list[int]:
-    """The ids that end a rollout: the tokenizer's EOS, which training appends, and those of the folder's settings."""
+    """The ids that end a rollout: the tokenizer's EOS, which training appends, and the ids in the folder's settings."""
     return sorted({tok.eos_token_id, *end_ids(folder)})
 
 
 def encode(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of `text`, all of it, with no special token before, after or within.
+    """The ids of the whole `text`, with no special token before, after or within it.
 
-    Past the class in transformers: CodeLlama's would cut a text that spells `<FILL_ME>` there.
+    This bypasses the class in transformers: CodeLlama's class would cut a text at the word `<FILL_ME>`.
     """
     return _encode(tok.backend_tokenizer, text)
 
@@ -214,30 +216,30 @@ def _encode(backend: Tokenizer, text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
 
-def encode_rollout(tok: PreTrainedTokenizerFast, question: str, engine: str) -> list[int]:
+def encode_rollout(tok: PreTrainedTokenizerFast, question: str, answer_format: str, task: Task = PAPER) -> list[int]:
     """The ids that a rollout continues: one string, tokenized once, cut where the training rows have a cut too.
 
-    Many byte-level tokenizers make one id of a newline and the indent after it, so that the last newline of the forced
-    prefix is no id that training has seen there: the model then answers with a second `def solution():`. With those the
-    newline is left to the model. Sentencepiece models (CodeLlama) keep it.
+    Many byte-level tokenizers make one id of a newline and the indent after it. Training then never saw the id of the
+    prefix's last newline in this place, and the model answers with a second `def solution():`. With such a tokenizer
+    the newline is left to the model. Sentencepiece models (CodeLlama) keep it.
     """
-    text = rollout_prompt(question, engine)
+    text = rollout_prompt(question, answer_format, task)
     ids = encode(tok, text)
-    if engine == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
+    if answer_format == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
         return encode(tok, text[:-1])
     return ids
 
 
 def decode(tok: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    """The text of `ids`, special tokens left out, spaces as they are."""
+    """The text of `ids`, without special tokens, with its spaces unchanged."""
     return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with at most `vocab_size` ids: `<eos>` 0, `<pad>` 1, 256 bytes, then merges.
 
-    Digits stay single, so a number's ids are its digits. Every string can be encoded and comes back unchanged. The
-    result depends on the texts alone. Raises InputError if vocab_size has no room for the bytes and the special tokens.
+    Each digit is one id. Every string can be encoded, and decoding returns it unchanged. The result depends on the
+    texts alone. Raises InputError if vocab_size is too small for the bytes and the special tokens.
     """
     special = [EOS, PAD]
     if vocab_size < BYTES + len(special):

@@ -18,6 +18,7 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.store import write_whole
 from reft_jax.tasks import prompts
+from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.toy import problems as synthetic
 from reft_jax.types import Example
@@ -35,7 +36,7 @@ def write_data(config, folder: Path) -> dict[str, str]:
         if path.exists():
             continue
         problems = synthetic.make_problems(
-            config.seed, split, rows, engine=config.data.format, skipped_share=toy.skipped_share
+            config.seed, split, rows, answer_format=config.data.format, skipped_share=toy.skipped_share
         )
         kept = [p.example for p in problems if not (split == "train" and toy.drop_skipped and p.skipped)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +68,9 @@ def write_model(config, train: list[Example], folder: Path) -> None:
     if (folder / "config.json").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    toy, engine = config.toy, config.data.format
-    tokenizer = train_bpe(
-        [prompts.prompt_text(e.question) + prompts.sft_target(e, engine) for e in train], toy.vocab_size
-    )
+    toy, answer_format, task = config.toy, config.data.format, load_task(config.task)
+    texts = [prompts.prompt_text(e.question, task) + prompts.sft_target(e, answer_format, task) for e in train]
+    tokenizer = train_bpe(texts, toy.vocab_size)
     model, rng = Llama(toy_config(config, len(tokenizer))), np.random.default_rng(config.seed)
     tokens = jnp.zeros((1, 2), jnp.int32)
     abstract = jax.eval_shape(lambda key: nn.unbox(model.init(key, tokens))["params"], jax.random.key(0))

@@ -21,7 +21,7 @@ from reft_jax.toy.families import CONTAINERS, DISTRACTORS, FAMILIES, PEOPLE, THI
 from reft_jax.types import Example, InputError
 
 Split = Literal["train", "dev", "test"]
-Engine = Literal["python", "nl"]
+AnswerFormat = Literal["python", "nl"]
 
 DISTRACTED_SHARE = 0.4
 STYLES = {
@@ -82,25 +82,29 @@ class _Dice:
         return [left.pop(self.between(0, len(left) - 1)) for _ in range(count)]
 
 
-def make_split(seed: int, split: Split, rows: int, *, engine: Engine, skipped_share: float) -> list[Example]:
+def make_split(
+    seed: int, split: Split, rows: int, *, answer_format: AnswerFormat, skipped_share: float
+) -> list[Example]:
     """Makes the same rows as `make_problems`, but returns only the examples."""
-    return [problem.example for problem in make_problems(seed, split, rows, engine, skipped_share)]
+    return [problem.example for problem in make_problems(seed, split, rows, answer_format, skipped_share)]
 
 
-def make_problems(seed: int, split: Split, rows: int, engine: Engine, skipped_share: float) -> list[ToyExample]:
+def make_problems(
+    seed: int, split: Split, rows: int, answer_format: AnswerFormat, skipped_share: float
+) -> list[ToyExample]:
     """Makes the first `rows` problems of a split, `toy_0`, `toy_1`, ..., without repeated questions.
 
-    Two splits share no question, for any seeds and numbers of rows. `engine` (the answer format) and `skipped_share`
-    change only the annotations. A row that skips arithmetic at one share skips it in the same way at every higher
-    share. A "python" annotation begins with the prefix that rollouts get; an "nl" annotation has no closing answer
-    phrase, which `prompts.sft_target` adds. Outside "train" there is no annotation: `answer_cot` is None.
+    Two splits share no question, for any seeds and numbers of rows. `answer_format` and `skipped_share` change only the
+    annotations. A row that skips arithmetic at one share skips it in the same way at every higher share. A "python"
+    annotation begins with the prefix that rollouts get; an "nl" annotation has no closing answer phrase, which
+    `prompts.sft_target` adds. Outside "train" there is no annotation: `answer_cot` is None.
 
     Raises InputError for an unknown split or answer format, negative rows, or a share outside 0 to 1.
     """
     if split not in _BUCKETS:
         raise InputError(f"toy data: no split {split!r}; use one of {', '.join(_BUCKETS)}")
-    if engine not in STYLES:
-        raise InputError(f"toy data: no answer format {engine!r}; use one of {', '.join(STYLES)}")
+    if answer_format not in STYLES:
+        raise InputError(f"toy data: no answer format {answer_format!r}; use one of {', '.join(STYLES)}")
     if rows < 0:
         raise InputError(f"toy data: {rows} rows; use 0 or more")
     if not 0 <= skipped_share <= 1:
@@ -113,7 +117,7 @@ def make_problems(seed: int, split: Split, rows: int, engine: Engine, skipped_sh
         if _bucket(problem.core) in _BUCKETS[split] and problem.core not in seen:
             seen.add(problem.core)
             dice = _Dice("annotation", seed, split, candidate)
-            row = _annotate(problem, f"toy_{len(problems)}", engine, skipped_share, dice)
+            row = _annotate(problem, f"toy_{len(problems)}", answer_format, skipped_share, dice)
             problems.append(row if split == "train" else row._replace(example=row.example._replace(answer_cot=None)))
         candidate += 1
     return problems
@@ -145,17 +149,19 @@ def _pose(dice: _Dice) -> _Problem:
     return _Problem(family, question, core, slots)
 
 
-def _annotate(problem: _Problem, item_id: str, engine: Engine, skipped_share: float, dice: _Dice) -> ToyExample:
+def _annotate(
+    problem: _Problem, item_id: str, answer_format: AnswerFormat, skipped_share: float, dice: _Dice
+) -> ToyExample:
     # Every row makes all draws, in this order, so that skipped_share does not change the other draws.
     solution = _solve(problem, dice.one(problem.family.solutions))
-    style = dice.one(STYLES[engine])
+    style = dice.one(STYLES[answer_format])
     skipped = dice.share() < skipped_share
     skipped_style = dice.one(SKIPPED_STYLES)
     if skipped:
         style = skipped_style if len(solution.steps) > 1 else "skips_all"
-    if engine == "python":
+    if answer_format == "python":
         lines = [*_program(solution, style), "return result"]
-        cot = prompts.forced_prefix(problem.question, engine) + "\n".join(f"    {line}" for line in lines)
+        cot = prompts.forced_prefix(problem.question, answer_format) + "\n".join(f"    {line}" for line in lines)
     else:
         cot = "\n".join(line[0].upper() + line[1:] + "." for line in _text(solution, style))
     example = Example(item_id, problem.question, str(solution.values["result"]), cot)

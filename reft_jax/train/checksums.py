@@ -6,7 +6,6 @@ Orbax restores an array from a file with a flipped bit and reports nothing, so b
 import hashlib
 import json
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,14 +62,8 @@ def _sum(x):
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists every file under `folder` with its size and SHA-256. The list is written last, and whole."""
-    files = _hashed(folder)
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        file.write(_text(files))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / MANIFEST)
+    """Lists every file under `folder` with its size and SHA-256; the list itself appears in one go, and last."""
+    write_whole(folder / MANIFEST, _text(_hashed(folder)), synced=True)
 
 
 def damage(folder: Path) -> str | None:

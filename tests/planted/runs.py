@@ -13,6 +13,7 @@ TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
 LOCK = "reft_jax.run.lock"
 PROMPTS = "reft_jax.tasks.prompts"
+REGISTRY = "reft_jax.tasks.registry"
 WATCH = "reft_jax.run.watch"
 TRAINING = "reft_jax.stages.loop"
 PLANTED = [
@@ -102,15 +103,15 @@ PLANTED = [
     ("other questions under the same ids are compared", "reft_jax.evaluation.results",
      'if record["question"] != before["question"] or targets[0] != targets[1]:', "if False:",
      ("test_records.py::test_files_with_other_questions_under_the_same_ids_are_refused",)),
-    ("a wrong answer earns nothing", "reft_jax.tasks.answers", "else 0.1", "else 0.0", ("test_answers.py",)),
-    ("no answer earns a tenth", "reft_jax.tasks.answers", "0.0 if value is None else 0.1", "0.1",
+    ("a wrong answer earns nothing", REGISTRY, "else 0.1", "else 0.0", ("test_answers.py",)),
+    ("no answer earns a tenth", REGISTRY, "0.0 if value is None else 0.1", "0.1",
      ("test_answers.py",)),
     ("sweep: a stage's reranker as a policy", "reft_jax.commands.sweep",
      'if path.name.startswith("rerank_") != reranker:', "if False:",
      ("test_sweep.py::test_a_stages_reranker_is_no_policy_and_a_policy_no_reranker",)),
-    ("any comma in a target is dropped", PROMPTS, " and THOUSANDS.fullmatch(answer)", "",
+    ("any comma in a target is dropped", REGISTRY, " and THOUSANDS.fullmatch(answer)", "",
      ("test_answers.py::test_targets",)),
-    ("nl targets keep their commas", PROMPTS, "{plain_answer(example.answer_value)}",
+    ("nl targets keep their commas", PROMPTS, "{task.plain(example.answer_value)}",
      "{example.answer_value.strip()}", ("test_answerable.py::test_an_nl_target_is_taught_as_it_is_graded",)),
     ("docstrings are not escaped", PROMPTS, """.endswith('"')) or is_docstring(plain)""", ") or True",
      ("test_answerable.py::test_a_right_body_earns_the_reward_after_each_of_them",)),
@@ -119,7 +120,7 @@ PLANTED = [
     ("a broken docstring is taught", PROMPTS, "docstring(question), 1)", "f'{question}', 0)",
      ("test_answerable.py::test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_with",)),
     ("hopeless questions are trained on", "reft_jax.tasks.answerable",
-     "reasons | unanswerable(tok, examples, engine, sys.maxsize)", "reasons",
+     "reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)", "pass",
      ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
     ("a byte order mark is data", "reft_jax.tasks.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
      ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),
@@ -130,7 +131,7 @@ PLANTED = [
     ("a collapse is a low reward alone", WATCH, " and kl > AWAY", "", ("test_watch.py",)),
     ("one answer does not end the silence", WATCH, "if tally.reasons.total() == tally.total else 0",
      "if tally.reasons else 0", ("test_watch.py",)),
-    ("compile time is in the rate", "reft_jax.train.metrics", " - (compile_seconds() - self._compiled)", "",
+    ("compile time is in the rate", "reft_jax.train.progress", " - (compile_seconds() - self._compiled)", "",
      ("test_metrics.py::test_compile_time_is_in_no_rate",)),
     ("curves begin where the data do", "reft_jax.evaluation.curves", "1.12 * min(0.0, y.min())", "y.min()",
      ("test_report.py::test_axes_hide_no_scale",)),

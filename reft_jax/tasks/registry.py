@@ -1,0 +1,162 @@
+"""What a question asks for: its prompt, what a program must return, how an answer is read, compared and rewarded.
+
+The setting `task` chooses it for a run: "" takes the task that each item's id names before its first underscore, a name
+of TASKS takes that task for every item, and `path.py:NAME` takes the Task that NAME is in the file path.py.
+
+The reward is that of ReFT (arXiv 2401.08967, eq. 3). Unlike the paper's released code, NaN, infinity and a MathQA
+program that returns no letter are no answer.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from reft_jax import plugins
+from reft_jax.config import nearest
+from reft_jax.executor import ExecResult
+from reft_jax.types import Example, InputError, Verdict
+
+TOLERANCE = 1e-2
+THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+Value = float | str | None
+Answer = tuple[Value, str]  # value and status
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose answers are numbers. Subclass it and override what differs.
+
+    A value is a finite float, or text in one canonical form: votes compare values exactly, and files keep them as JSON.
+    None is no answer.
+
+    Args:
+        name: for messages.
+        before, after: the texts around the question in a prompt; `after` may not be blank, since the completion is what
+            follows it.
+        phrase: what a solution in words ends with, before the answer.
+        want: what a program must return, as the executor knows it: "number" or "text".
+        allowed: what an answer is, for the message about an `answer_value` that is none.
+        other: status of a program that ran and returned something that is no answer.
+    """
+
+    name: str
+    before: str = "Question:\n"
+    after: str = "\nAnswer reasoning:\n"
+    phrase: str = "Therefore, the answer is: "
+    want: str = "number"
+    allowed: str = "a finite number"
+    other: str = "not_a_number"
+
+    def of(self, item_id: str) -> "Task":
+        """The task of one item. InputError if the id names none."""
+        return self
+
+    def plain(self, answer_value: str) -> str:
+        """The correct answer as it is taught and read."""
+        return plain_answer(answer_value)
+
+    def read(self, raw: float | str) -> Value:
+        """The answer that a program returned or a text stated, None if it is no answer."""
+        try:
+            number = float(raw)
+        except ValueError:
+            return None
+        return number if math.isfinite(number) else None
+
+    def same(self, value: float | str, target: float | str) -> bool:
+        """Whether two answers, both from `read`, are the same: numbers within 0.01, text when equal."""
+        return value == target if isinstance(value, str) else abs(value - target) <= TOLERANCE
+
+    def reward(self, value: Value, correct: bool, example: Example) -> float:
+        """1 for the correct answer, 0.1 for an answer that is wrong, 0 for no answer.
+
+        Only `item_id` and `answer_value` of the example may be used: the audit log, whose rewards can be computed
+        again, keeps no more.
+        """
+        return 1.0 if correct else 0.0 if value is None else 0.1
+
+    def target(self, answer_value: str) -> Value:
+        """The correct answer as `read` gives it, None if it is no answer of this task."""
+        return self.read(self.plain(answer_value))
+
+    def is_correct(self, value: Value, answer_value: str) -> bool:
+        """Whether a value that `read` gave is the correct answer."""
+        target = self.target(answer_value)
+        return value is not None and target is not None and self.same(value, target)
+
+    def returned(self, result: ExecResult) -> Answer:
+        """The answer of a program that was run, with the executor's status or `other`."""
+        if result.value is None:
+            return None, result.status
+        value = self.read(result.value)
+        return value, self.other if value is None else result.status
+
+    def stated(self, text: str) -> Answer:
+        """The answer that a text states after the last `phrase`: status "ok" or "no_answer"."""
+        _, phrase, said = text.rpartition(self.phrase)
+        value = self.read(said) if phrase else None
+        return value, "no_answer" if value is None else "ok"
+
+    def judge(self, value: Value, status: str, example: Example) -> Verdict:
+        """The verdict on an answer that `read` gave."""
+        correct = self.is_correct(value, example.answer_value)
+        return Verdict(value, correct, self.reward(value, correct, example), status)
+
+
+@dataclass(frozen=True)
+class Choice(Task):
+    """One of the letters a to e. Upper case, quotes and whitespace are accepted."""
+
+    want: str = "text"
+    allowed: str = "one letter a-e"
+    other: str = "not_a_letter"
+
+    def read(self, raw: float | str) -> Value:
+        letter = re.sub(r"[\s'\"]", "", str(raw)).lower()
+        return letter if letter in tuple("abcde") else None
+
+
+class ByPrefix(Task):
+    """The task that an item's id names. Prompts, which need no id, are alike in all of them."""
+
+    def of(self, item_id: str) -> Task:
+        name = item_id.partition("_")[0]
+        if name not in TASKS:
+            raise InputError(
+                f"item_id {item_id!r} names no known dataset; start it with one of {', '.join(TASKS)} and '_', or set "
+                "`task`"
+            )
+        return TASKS[name]
+
+
+def plain_answer(answer_value: str) -> str:
+    """The answer, stripped, without the commas between groups of thousands ("1,080").
+
+    With any other comma ("1,5") it stays as it is, and is no number.
+    """
+    answer = answer_value.strip()
+    return answer.replace(",", "") if "," in answer and THOUSANDS.fullmatch(answer) else answer
+
+
+TASKS = {name: Task(name) for name in ("gsm8k", "svamp")}
+TASKS |= {"mathqa": Choice("mathqa"), "mathqa-numeric": Task("mathqa-numeric"), "toy": Task("toy")}
+PAPER = ByPrefix("")  # the paper's files
+
+
+def load_task(setting: str) -> Task:
+    """The task that the setting `task` names. InputError if there is none."""
+    if not setting:
+        return PAPER
+    if setting in TASKS:
+        return TASKS[setting]
+    if not plugins.is_plugin(setting):
+        raise InputError(
+            f"task={setting!r} is not known; did you mean {nearest(setting, TASKS)!r}? Known are {', '.join(TASKS)}, "
+            f"and {plugins.FORM} of a file of your own"
+        )
+    task = plugins.load(setting, "task")
+    if not isinstance(task, Task):
+        raise InputError(f"task={setting!r} is not a Task; make it an instance of a subclass of tasks.registry.Task")
+    if task.want not in ("number", "text") or not task.after.strip():
+        raise InputError(f"task={setting!r}: `want` must be 'number' or 'text', and `after` may not be blank")
+    return task

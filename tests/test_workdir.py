@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reft_jax.commands import paths
-from reft_jax.commands.solve import trained_format
+from reft_jax.commands.solve import trained_with
 from reft_jax.commands.sweep import find
 from reft_jax.config import check_config, load_config
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
@@ -88,7 +88,7 @@ def test_an_older_work_directory_with_old_names_still_opens(here):
     assert recorded(workdir) == now
     check_workdir(absolute, workdir, ["sft"], reads=True)  # as export
     assert json.loads(path.read_text()) == before
-    assert trained_format(find(str(workdir / "models" / "sft"))) == "nl"
+    assert trained_with(find(str(workdir / "models" / "sft")))["data.format"] == "nl"
     opened(config(data_format="nl"), workdir)  # as evaluate
     assert json.loads(path.read_text()) == now
     path.write_text(json.dumps(before))

@@ -91,9 +91,10 @@ class Inputs:
     @cached_property
     def data_made(self) -> dict:
         """What a finished stage records about its data: checksums of the rows, and of the settings that chose them."""
-        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA)}
+        old_names = {"data.format": "data.engine"}  # so that stages which older versions finished can be compared
+        flat = {old_names.get(key, key): value for key, value in flatten(self.config).items() if key.startswith(DATA)}
         checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
-        return {"settings": _hash(json.dumps(settings, sort_keys=True))} | checksums
+        return {"settings": _hash(json.dumps(flat, sort_keys=True))} | checksums
 
     def made_by(self) -> dict:
         """What a saved step records about its run: JSON."""

@@ -35,7 +35,7 @@ class Task:
             follows it.
         phrase: what a solution in words ends with, before the answer.
         want: what a program must return, as the executor knows it: "number" or "text".
-        allowed: what an answer is, for the message about an `answer_value` that is none.
+        allowed: what an answer is, for the message about a wrong `answer_value`.
         other: status of a program that ran and returned something that is no answer.
     """
 

@@ -355,12 +355,12 @@ WORDS = {  # protections that are there: (files closed, words of what their abse
         ["no network", "no other file", "little"],
         ["can use"],
     ),
-    ("seccomp",): (False, ["seccomp keeps programs from network", "your files, answers"], ["end this run", "slower"]),
+    ("seccomp",): (False, ["seccomp still keeps programs from network", "your files, answers"], ["end this run", "slower"]),
     ("seccomp", "another user"): (False, ["every user of this machine may read"], ["your files"]),
     ("Landlock ABI 7",): (True, ["datagrams", "no other file", "slower"], ["can read", "delete"]),
     ("Landlock ABI 5",): (True, ["end each other and this run"], ["can read"]),
-    ("pid+net+ipc namespaces", "mount namespace"): (True, ["root folder of their own"], ["can read", "delete"]),
-    ("another user",): (False, ["but not this run"], ["delete"]),
+    ("pid+net+ipc namespaces", "mount namespace"): (True, ["their own root folder"], ["can read", "delete"]),
+    ("another user",): (False, ["but cannot end this run"], ["delete"]),
     (): (False, ["end each other and this run", "your files", "change and delete"], ["no other file", "keeps"]),
 }
 

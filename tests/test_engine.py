@@ -10,8 +10,8 @@ import pytest
 from tiny import tiny_model
 
 from reft_jax.engine import generate as engine_module
-from reft_jax.engine.generate import Engine
-from reft_jax.engine.sampling import draw, inverse_cdf, item_number, row_keys
+from reft_jax.engine.generate import Engine, item_number
+from reft_jax.engine.sampling import draw, inverse_cdf, row_keys
 from reft_jax.model.rollout_weights import RolloutModel
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import make_mesh

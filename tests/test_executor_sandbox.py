@@ -355,7 +355,11 @@ WORDS = {  # protections that are there: (files closed, words of what their abse
         ["no network", "no other file", "little"],
         ["can use"],
     ),
-    ("seccomp",): (False, ["seccomp still keeps programs from network", "your files, answers"], ["end this run", "slower"]),
+    ("seccomp",): (
+        False,
+        ["seccomp still keeps programs from network", "your files, answers"],
+        ["end this run", "slower"],
+    ),
     ("seccomp", "another user"): (False, ["every user of this machine may read"], ["your files"]),
     ("Landlock ABI 7",): (True, ["datagrams", "no other file", "slower"], ["can read", "delete"]),
     ("Landlock ABI 5",): (True, ["end each other and this run"], ["can read"]),

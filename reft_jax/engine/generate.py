@@ -6,6 +6,7 @@ into fewer slots (halves, quarters, …), so that the last rows do not pay for e
 list: slots in halves, cache lengths in about sixths of the limit, prompt lengths in multiples of `pad_multiple`.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +15,6 @@ import jax
 import numpy as np
 
 from reft_jax.engine import slots as device
-from reft_jax.engine.sampling import item_number
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
 from reft_jax.model import cache as kv
 from reft_jax.model.rollout_weights import for_rollouts
@@ -25,6 +25,11 @@ from reft_jax.types import Completion, Prompt
 FEWEST_ROWS = 8  # with fewer slots a step costs the same: reading the weights
 PREFILL_ROWS = 8  # prompts per prefill
 LENGTHS = 6  # cache lengths up to the limit
+
+
+def item_number(item_id: str) -> int:
+    """The first 31 bits of sha256(item_id): what the random numbers of its rows depend on."""
+    return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:4], "big") >> 1
 
 
 class Shapes(NamedTuple):

@@ -1,17 +1,9 @@
 """Draws the next token. A row's random numbers depend on its item and sample, never on where or when it decodes."""
 
-import hashlib
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 BLOCK = 256
-
-
-def item_number(item_id: str) -> int:
-    """The first 31 bits of sha256(item_id)."""
-    return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:4], "big") >> 1
 
 
 def row_keys(key, iteration: int, items, samples):
@@ -73,7 +65,3 @@ def draw(logits, keys, t, *, temperature: float, top_k: int):
         best, ids = jax.lax.top_k(logits.T, min(top_k, len(logits)))
         token = _at(ids.T, inverse_cdf(jnp.exp(best.T - peak), uniform)[0])
     return token, _at(logits, token) - peak[0] - jnp.log(total)
-
-
-def item_numbers(item_ids) -> np.ndarray:
-    return np.array([item_number(i) for i in item_ids], np.int32)

@@ -84,14 +84,6 @@ def scored(record: dict, probabilities: Sequence[float]) -> dict:
 # --- reading
 
 
-def read_lines(path: Path) -> list:
-    """Reads the JSON values of a file that grows line by line; an empty list if there is no file.
-
-    An incomplete last line is left out. Raises InputError if any other line is not JSON.
-    """
-    return _lines(path, path.read_bytes())[0] if path.exists() else []
-
-
 def read_file(path: Path, kind: str, task: Task = PAPER) -> SampleFile:
     """Reads a sample file of this kind (SAMPLES_KIND, …), ours or the authors' JSON list, and checks every field.
 

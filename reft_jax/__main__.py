@@ -133,7 +133,7 @@ def run_row(row: Command, values: flags.FlagValues, given: dict[str, Any]) -> An
         if "run" not in row.gets:
             return call(**opened)
         needs = [name.format(**words) for name in row.needs]
-        with open_run(config, workdir, needs, allowed, reads=row.reads) as run:
+        with open_run(config, workdir, needs, allowed, read_only=row.read_only) as run:
             return call(run=run)
 
 

@@ -1,4 +1,4 @@
-"""The commands: one row for each, and one more for each form of a command that needs other things."""
+"""The commands: one row for each, and one more for each form of a command that has other flags or inputs."""
 
 import os
 from pathlib import Path
@@ -37,13 +37,13 @@ def _out(help: str, **more) -> Flag:
 class Command(NamedTuple):
     """A row of the table.
 
-    name: the command, and for another form of it the flag or argument that selects the form. calls: module:function,
-    with flags in braces; imported when the command runs, so that --help and a mistake in the command line are quick.
-    gets: what the function is given besides `flags`: `run` (an opened work directory), or some of `config`, `file`
-    (the text of --config), `workdir` and `allowed` (--allow_config_change).
+    name: the command; for a second form of it, the flag or argument that selects the form follows. calls:
+    module:function, with flags in braces. The module is imported when the command runs: --help and a wrong command line
+    then need no long imports. gets: what the function is given besides `flags`: `run` (an opened work directory), or
+    some of `config`, `file` (the text of --config), `workdir` and `allowed` (--allow_config_change).
     argument: the one argument that is not a flag, its name in capitals. needs: models that earlier stages must have
-    made, with flags in braces. reads: the command writes nothing into the work directory, so it may run while another
-    one does. verdict: its function says whether all is well; if not, the exit code is 1.
+    made, with flags in braces. read_only: the command writes nothing into the work directory, so it may run while
+    another one does. verdict: its function returns whether all is well; if not, the exit code is 1.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Command(NamedTuple):
     flags: tuple[Flag, ...] = ()
     argument: Flag | None = None
     needs: tuple[str, ...] = ()
-    reads: bool = False
+    read_only: bool = False
     verdict: bool = False
 
     @property
@@ -107,7 +107,7 @@ TABLE = (
                    Flag("task", str, "", "as `task` of a config"),
                    Flag("seed", int, 42, "of subsets and intervals", low=0), UNSANDBOXED)),
     Command("export", "a model as a Hugging Face folder",
-            "reft_jax.commands.export:run_export", needs=("{model}",), reads=True,
+            "reft_jax.commands.export:run_export", needs=("{model}",), read_only=True,
             flags=(_model((*POLICIES, *(f"rerank_{name}" for name in RANKED))),
                    _out("folder to write", required=True, to="out", new=True),
                    Flag("dtype", DTYPES, None, "of the weights; if left out, the base model's"))),

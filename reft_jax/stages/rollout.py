@@ -180,7 +180,7 @@ def shares(prompts: list[Prompt]) -> list[int]:
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
-def one_prompt_each(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
+def prompts_of_iteration(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
     """`samples` prompts per example for one iteration, those of an example together.
 
     An example that comes twice is sampled under other sample numbers, or its rows would be equal.
@@ -197,7 +197,7 @@ def roll_out_once(
 ) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
     """The rollout of one training iteration: prompts, the graded response to each, and metrics."""
     rl, clock, before = run.config.rl, Clock(), Counter(run.machine.engine.counts)
-    prompts = one_prompt_each(run, examples, samples)
+    prompts = prompts_of_iteration(run, examples, samples)
     asked = [example for example in examples for _ in range(samples)]
     sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
     found = dict(roll_out(run, lm, prompts, asked, purpose, clock, **sampling))

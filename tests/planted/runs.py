@@ -53,7 +53,7 @@ PLANTED = [
      ("test_lock.py::test_signs_of_life",)),
     ("lock: a copy is in use", LOCK, "and not os.path.samefile(holder.workdir, workdir)", "and False",
      ("test_lock.py::test_a_copy_of_a_work_directory_in_use_is_free_and_one_that_was_renamed_is_not",)),
-    ("lock: readers ask", "reft_jax.run.open", "    if not reads:\n        lock.look(workdir)",
+    ("lock: readers ask", "reft_jax.run.open", "    if not read_only:\n        lock.look(workdir)",
      "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),
     ("streams: a closed pipe ends the run", "reft_jax.terminal", "os.dup2(null, self.fileno())", "raise error",
      ("test_terminal.py::test_a_stream_whose_reader_is_gone_takes_everything",)),

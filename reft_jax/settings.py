@@ -160,7 +160,7 @@ class RlSettings:
 class SelfTrainSettings:
     """Self-training, the paper's two baselines. All else is as in `sft` (offline) and `rl` (online)."""
 
-    samples: int = setting(10, POSITIVE, "offline: most distinct correct samples per question to train on")
+    samples: int = setting(10, POSITIVE, "offline: most distinct correct samples per question, besides its solution")
     epochs: int = setting(20, POSITIVE, "offline: epochs of training and of its learning-rate schedule")
     updates: int = setting(2, POSITIVE, "online: updates on each batch")
     learning_rate: float = setting(3e-7, POSITIVE, "online: learning rate, constant after rl.lr_warmup")

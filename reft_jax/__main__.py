@@ -28,7 +28,7 @@ def main() -> None:
             run_command(sys.argv[1:])
         sys.stdout.flush()  # here, where a full disk is still an error of ours
     except Stopped as stop:
-        print(f"stopped by {stop}; what was done is saved: the same command resumes", file=sys.stderr)
+        print(f"stopped by {stop}; everything done so far is saved, and the same command resumes", file=sys.stderr)
         sys.exit(stop.exit_code)
     except (InputError, NotFiniteError, SaveError) as error:
         end(error.exit_code, error)
@@ -37,7 +37,7 @@ def main() -> None:
             raise
         end(SaveError.exit_code, not_written("a file", error))
     except KeyboardInterrupt:
-        os._exit(terminal.INTERRUPTED)  # an orderly end would wait for threads that wait for programs
+        os._exit(terminal.INTERRUPTED)  # a normal exit would wait for threads, and these wait for programs
 
 
 def end(code: int, error) -> NoReturn:
@@ -70,7 +70,7 @@ def run_command(argv: list[str]) -> None:
 
 
 def parse(rows: list[Command], argv: list[str]) -> tuple[Command, flags.FlagValues, dict[str, Any]]:
-    """The row that a command line selects, its flags, and what its function is given of them. InputError."""
+    """The row that a command line selects, the values of its flags, and the arguments of its function. InputError."""
     values, declared = flags.FlagValues(), {flag.name: flag for row in rows for flag in row.all_flags}
     for flag in declared.values():
         if flag is not CONFIG:
@@ -115,7 +115,7 @@ def run_row(row: Command, values: flags.FlagValues, given: dict[str, Any]) -> An
         return getattr(importlib.import_module(module), function)(**opened, **given)
 
     words = {name: values[name].value for name in values}
-    config = config_of(values) if row.gets else None
+    config = config_of(values) if CONFIG in row.all_flags else None
     workdir = Path(values.workdir) if "workdir" in words and values.workdir else None
     opened = {"config": config, "file": words.get("config"), "workdir": workdir}
     opened["allowed"] = allowed = _settings(words.get("allow_config_change", []))
@@ -133,7 +133,7 @@ def run_row(row: Command, values: flags.FlagValues, given: dict[str, Any]) -> An
         if "run" not in row.gets:
             return call(**opened)
         needs = [name.format(**words) for name in row.needs]
-        with open_run(config, workdir, needs, allowed, reads=row.reads) as run:
+        with open_run(config, workdir, needs, allowed, read_only=row.read_only) as run:
             return call(run=run)
 
 

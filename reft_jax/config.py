@@ -103,7 +103,7 @@ def check_values(config, source: str) -> dict[str, Any]:
         value, kind = flat[key], type(setting.default)
         number = kind is float and type(value) is int
         if type(value) is not kind and not number:
-            raise InputError(f"{source}: {key}={value!r} must be of type {kind.__name__} ({setting.rule.allowed})")
+            raise InputError(f"{source}: {key}={value!r} must be of type {kind.__name__}{setting.rule.in_brackets}")
         if not setting.rule.holds(value):
             raise InputError(f"{source}: {key}={value!r} is not allowed; it must be {setting.rule.allowed}")
     return flat

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """What a value may be: `allowed` is the text shown to the user when `holds(value)` is false."""
+    """What a value may be: `allowed` is the text shown to the user when `holds(value)` is false. "": anything."""
 
     allowed: str
     holds: Callable[[Any], bool]
+
+    @property
+    def in_brackets(self) -> str:
+        return f" ({self.allowed})" if self.allowed else ""
 
 
 class Setting(NamedTuple):
@@ -25,6 +29,8 @@ class Setting(NamedTuple):
 
 def setting(default, rule: Rule, doc: str) -> Any:
     """A dataclass field that is a setting."""
+    if type(default) is int:
+        rule = rule._replace(allowed=rule.allowed.replace("a number", "a whole number"))
     return field(default=default, metadata={"setting": Setting(default, rule, doc)})
 
 
@@ -42,7 +48,7 @@ def one_of(*values) -> Rule:
 
 POSITIVE = Rule("a number > 0", lambda v: 0 < v < math.inf)
 MULTIPLE_OF_32 = Rule("a multiple of 32", lambda v: v > 0 and v % 32 == 0)
-ANY = Rule("any", lambda v: True)
+ANY = Rule("", lambda v: True)
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,29 @@ class ModelSettings:
     path: str = setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"')
     family: str = setting("", ANY, "empty: by config.json's model_type; or path.py:NAME (model/families.py)")
     dtype: str = setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32")
-    remat: str = setting("full", one_of("none", "dots", "full"), "what the backward pass recomputes")
+    remat: str = setting(
+        "full", one_of("none", "dots", "full"), "what the backward pass computes again; dots: all but weight products"
+    )
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """JSON files, `hub:owner/name:split`, or "toy": generated word problems."""
 
-    train: str = setting("", ANY, 'training file, hub name or "toy"')
-    test: str = setting("", ANY, 'test file, hub name or "toy"')
-    dev: str = setting("", ANY, 'file that chooses checkpoints; "" holds out dev_rows training questions instead')
-    dev_rows: int = setting(0, at_least(0), "training questions held out when dev is empty; 0: the test file chooses")
-    format: str = setting("python", one_of("python", "nl"), "solutions are programs or text")
-    train_limit: int = setting(0, at_least(0), "use this many rows of a seeded shuffle of the training file; 0: all")
-    test_limit: int = setting(0, at_least(0), "the same for the test file")
-    max_dropped: float = setting(0.2, between(0, 1), "largest share of rows that a length limit may drop")
+    train: str = setting("", ANY, 'training questions: a JSON file, hub:owner/name:split or "toy"')
+    test: str = setting("", ANY, 'test questions: a JSON file, hub:owner/name:split or "toy"')
+    dev: str = setting("", ANY, "questions that choose checkpoints, as data.train; if empty, see data.dev_rows")
+    dev_rows: int = setting(
+        0, at_least(0), "training questions held out to choose checkpoints if data.dev is empty; 0: the test file does"
+    )
+    format: str = setting("python", one_of("python", "nl"), "what a solution is: a Python program, or text (nl)")
+    train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
+    test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
+    max_dropped: float = setting(
+        0.2,
+        between(0, 1),
+        "largest share of training rows that may be left out: too long, or unable to earn a reward",
+    )
     pad_multiple: int = setting(
         64, MULTIPLE_OF_32, "row lengths are padded to a multiple of this, so that few shapes are compiled"
     )
@@ -74,14 +88,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ToySettings:
-    """The embedded default: a small synthetic task that shows the machinery at work."""
+    """The toy example: a small synthetic task that uses every part."""
 
     train_rows: int = setting(2000, POSITIVE, "generated training questions")
     dev_rows: int = setting(300, POSITIVE, "generated questions that choose checkpoints")
     test_rows: int = setting(500, POSITIVE, "generated test questions")
     skipped_share: float = setting(0.3, between(0, 1), "share of annotations that skip steps and write a value down")
     drop_skipped: bool = setting(False, ANY, "train SFT only on the good annotations (a control)")
-    vocab_size: int = setting(1000, between(300, 50000), "byte-level BPE trained on the generated text")
+    vocab_size: int = setting(1000, between(300, 50000), "tokens of the toy's byte-level BPE tokenizer")
     layers: int = setting(3, POSITIVE, "of the tiny Llama")
     hidden_size: int = setting(64, POSITIVE, "of the tiny Llama")
     mlp_size: int = setting(176, POSITIVE, "of the tiny Llama")
@@ -92,16 +106,18 @@ class ToySettings:
 class SftSettings:
     """Supervised fine-tuning: one run makes the warm-up model (an early epoch) and the best checkpoint."""
 
-    epochs: int = setting(40, POSITIVE, "length of the run and of its schedule")
+    epochs: int = setting(40, POSITIVE, "epochs of SFT and of its learning-rate schedule")
     stop_epoch: int = setting(
-        0, at_least(0), "stop after this epoch although the schedule runs to `epochs`; 0: at its end"
+        0, at_least(0), "end SFT after this epoch; the schedule stays that of sft.epochs; 0: run all sft.epochs"
     )
-    warmup_epoch: int = setting(2, POSITIVE, "ReFT, its reference and the reranker's samples start from this epoch")
+    warmup_epoch: int = setting(
+        2, POSITIVE, "its model, \"warmup\", is ReFT's start and reference, and draws the reranker's samples"
+    )
     batch_size: int = setting(48, POSITIVE, "rows per update")
     micro_batch: int = setting(48, POSITIVE, "rows in memory at once; gradients are summed over micro-batches")
-    learning_rate: float = setting(1e-5, POSITIVE, "peak")
+    learning_rate: float = setting(1e-5, POSITIVE, "peak learning rate")
     lr_warmup: float = setting(0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0")
-    weight_decay: float = setting(0.0, at_least(0), "AdamW")
+    weight_decay: float = setting(0.0, at_least(0), "weight decay of AdamW")
     clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
     max_len: int = setting(1024, POSITIVE, "tokens of prompt and target; longer rows are dropped")
     eval_every: int = setting(1, POSITIVE, "epochs between greedy evaluations")
@@ -112,26 +128,26 @@ class RlSettings:
     """Reinforcement learning."""
 
     algorithm: str = setting("ppo", ANY, "ppo; or path.py:NAME (algo/algorithms.py)")
-    iterations: int = setting(0, at_least(0), "0: as many as `epochs` passes over the training questions")
-    epochs: int = setting(300, POSITIVE, "passes over the training questions, when iterations is 0")
+    iterations: int = setting(0, at_least(0), "training iterations; 0: rl.epochs passes over the training questions")
+    epochs: int = setting(300, POSITIVE, "passes over the training questions, if rl.iterations is 0")
     questions: int = setting(32, POSITIVE, "questions per iteration")
     micro_batch: int = setting(32, POSITIVE, "rows in memory at once in scoring and updates")
     minibatches: int = setting(1, POSITIVE, "updates per PPO epoch")
     ppo_epochs: int = setting(2, POSITIVE, "passes over the rows of an iteration")
-    learning_rate: float = setting(3e-7, POSITIVE, "constant after lr_warmup")
+    learning_rate: float = setting(3e-7, POSITIVE, "learning rate, constant after rl.lr_warmup")
     lr_warmup: int = setting(0, at_least(0), "updates of linear warm-up")
-    weight_decay: float = setting(0.0, at_least(0), "AdamW")
+    weight_decay: float = setting(0.0, at_least(0), "weight decay of AdamW")
     clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
     kl_coef: float = setting(
-        0.01, at_least(0), "β of the KL reward; the paper: 0.05 for nl, but 0.01 for MathQA-numeric"
+        0.01, at_least(0), "KL penalty β; the paper: 0.01 for programs and MathQA-numeric, 0.05 for other nl"
     )
     gamma: float = setting(1.0, between(0, 1), "discount")
     lam: float = setting(0.95, between(0, 1), "λ of GAE")
     vf_coef: float = setting(5.0, at_least(0), "weight of the value loss")
     value_init: float = setting(1.0, at_least(0), "scale of the value head's initial weights; 0 starts with V = 0")
-    clip: float = setting(0.2, POSITIVE, "policy ratio")
-    value_clip: float = setting(0.2, POSITIVE, "value change")
-    temperature: float = setting(1.0, POSITIVE, "of sampling and of every log-probability")
+    clip: float = setting(0.2, POSITIVE, "largest change of the policy ratio: it is clipped to 1 ± this")
+    value_clip: float = setting(0.2, POSITIVE, "largest change of a value: it is clipped to the old value ± this")
+    temperature: float = setting(1.0, POSITIVE, "temperature of sampling and of every log-probability in training")
     max_prompt: int = setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped")
     max_len: int = setting(700, POSITIVE, "tokens of prompt and response")
     eval_every: int = setting(
@@ -144,10 +160,10 @@ class RlSettings:
 class SelfTrainSettings:
     """Self-training, the paper's two baselines. All else is as in `sft` (offline) and `rl` (online)."""
 
-    samples: int = setting(10, POSITIVE, "offline: distinct correct samples per question, besides its solution")
-    epochs: int = setting(20, POSITIVE, "offline: length of the run and of its schedule")
+    samples: int = setting(10, POSITIVE, "offline: most distinct correct samples per question, besides its solution")
+    epochs: int = setting(20, POSITIVE, "offline: epochs of training and of its learning-rate schedule")
     updates: int = setting(2, POSITIVE, "online: updates on each batch")
-    learning_rate: float = setting(3e-7, POSITIVE, "online: constant after rl.lr_warmup")
+    learning_rate: float = setting(3e-7, POSITIVE, "online: learning rate, constant after rl.lr_warmup")
 
 
 @dataclass(frozen=True)
@@ -156,9 +172,9 @@ class SampleSettings:
 
     n: int = setting(100, POSITIVE, "completions per test question")
     train_n: int = setting(100, POSITIVE, "completions per training question, for the reranker and self-training")
-    train_limit: int = setting(0, at_least(0), "training questions sampled for these; 0: all")
-    temperature: float = setting(1.0, POSITIVE, "of sampling for voting and reranking")
-    top_k: int = setting(50, at_least(0), "0: the whole vocabulary")
+    train_limit: int = setting(0, at_least(0), "training questions to sample (reranker, self-training); 0: all")
+    temperature: float = setting(1.0, POSITIVE, "temperature of sampling for voting, reranking and self-training")
+    top_k: int = setting(50, at_least(0), "draw only from the k most likely tokens; 0: from the whole vocabulary")
     max_len: int = setting(1024, POSITIVE, "tokens of prompt and response, also of greedy evaluation")
 
 
@@ -176,9 +192,9 @@ class RerankSettings:
     epochs: int = setting(3, POSITIVE, "passes over the deduplicated samples")
     batch_size: int = setting(24, POSITIVE, "rows per update")
     micro_batch: int = setting(24, POSITIVE, "rows in memory at once")
-    learning_rate: float = setting(1e-6, POSITIVE, "peak")
+    learning_rate: float = setting(1e-6, POSITIVE, "peak learning rate")
     lr_warmup: float = setting(0.1, between(0, 1), "share of the updates that warm up linearly, then linear decay to 0")
-    weight_decay: float = setting(0.0, at_least(0), "AdamW")
+    weight_decay: float = setting(0.0, at_least(0), "weight decay of AdamW")
     clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
     max_len: int = setting(700, POSITIVE, "tokens of prompt and completion; longer rows are dropped")
 
@@ -189,7 +205,7 @@ class ExecutorSettings:
 
     timeout_s: float = setting(10.0, POSITIVE, "wall-clock seconds per program")
     workers: int = setting(2, POSITIVE, "programs run at once")
-    memory_mb: int = setting(1024, at_least(64), "address space of a program, MiB")
+    memory_mb: int = setting(1024, at_least(64), "MiB of address space per program, above the interpreter's own")
     program_kb: int = setting(64, POSITIVE, "size of a program, KiB; a longer one is not run")
     allow_unsandboxed: bool = setting(False, ANY, "run programs even if they can read this machine's files")
 
@@ -198,10 +214,10 @@ class ExecutorSettings:
 class MeshSettings:
     """The mesh of devices."""
 
-    data: int = setting(-1, at_least(-1), "replicas; -1: as many as the other two axes leave devices for")
-    fsdp: int = setting(1, at_least(1), "shards of parameters and rows")
-    tensor: int = setting(1, at_least(1), "shards of heads, mlp and vocabulary")
-    cpu_devices: int = setting(0, at_least(0), "split the CPU into this many virtual devices; 0: do not split it")
+    data: int = setting(-1, at_least(-1), "groups of devices, each with all parameters; -1: as many as fit")
+    fsdp: int = setting(1, at_least(1), "devices over which parameters and rows are split")
+    tensor: int = setting(1, at_least(1), "devices over which heads, mlp and vocabulary are split")
+    cpu_devices: int = setting(0, at_least(0), "virtual devices that the CPU is split into; 0: do not split it")
 
 
 @dataclass(frozen=True)
@@ -217,9 +233,9 @@ class Config:
         "where metrics go: names of train/trackers.py, path.py:NAME; resuming needs jsonl",
     )
     compiled: str = setting("", ANY, "folder that keeps compiled functions; empty: compiled/ in the work directory")
-    keep_steps: int = setting(2, POSITIVE, "saved steps of a running stage to keep; with 2, one may be damaged")
+    keep_steps: int = setting(2, POSITIVE, "saved steps kept while a stage runs; with 2, one of them may be damaged")
     watchdog_minutes: float = setting(
-        60.0, at_least(0), "end the process if no decode chunk, program or update ends for this long; 0: never"
+        60.0, at_least(0), "end the process after so long without a finished decode chunk, program or update; 0: never"
     )
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)

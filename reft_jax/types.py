@@ -3,7 +3,8 @@
 They are NamedTuples: JAX sees them as pytrees, and this file does not need JAX.
 
 Letters for axes, used everywhere: `B` rows, `T` query positions, `S` cache positions, `N` heads, `K` kv heads,
-`G` = N/K, `H` head dim, `D` model, `F` mlp, `V` vocab, `L` layers, `P` prompt.
+`G` = N/K, `H` head dim, `D` model, `F` mlp, `V` vocab, `L` layers, `P` prompt. Packed arrays
+(train/packing.py): `M` micro-batches of `b` lines, `W` decisions per line at most, `w` decisions of one chunk of these.
 
 One rule of alignment holds for every row: prompt + response + padding on the right, no gap, position = index. Every
 reinforcement-learning array is [B,T]. Its entry `t` is about the decision taken after reading `tokens[:t+1]`, that is,
@@ -75,7 +76,7 @@ class Completion(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The grade of one completion: reward 1 if correct, 0.1 for a wrong answer, 0 for no answer."""
+    """The grade of one completion. The reward is the task's: by default 1 if correct, 0.1 if wrong, 0 for no answer."""
 
     value: float | str | None
     correct: bool

@@ -104,7 +104,7 @@ MAIN = {
         config=CONFIG.replace("    return", "    config.rl.klcoef = 1\n    return"),
     ),
     "wrong type": Case(f"{SFT} --config.sft.epochs=abc", ("--config.sft.epochs=abc", "int()", "reft_jax/settings.py")),
-    "negative batch": Case(f"{SFT} --config.sft.batch_size=-8", ("sft.batch_size=-8", "must be a number > 0")),
+    "negative batch": Case(f"{SFT} --config.sft.batch_size=-8", ("sft.batch_size=-8", "must be a whole number > 0")),
     "token beyond the vocabulary": Case(
         SFT, ("/model: the tokenizer has ids up to 300", "is 300; use the"), damage=add_token
     ),

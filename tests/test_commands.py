@@ -71,7 +71,7 @@ def test_help_lists_the_settings_of_a_file(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(f"--config.{key}=" in text for key in SETTINGS)
     assert "--config.rl.kl_coef=0.5 " in text and "--config.rl.questions=128" in text
-    assert "β of the KL reward" in text
+    assert "KL penalty β" in text
     assert described(rows_of(TABLE[0])) in described(rows_of(TABLE[0]), default_config())
 
 
@@ -144,6 +144,8 @@ def test_flags_are_spelled_alike(row):
         ("solve --max-len=3 q", "--max-len is now --max_len"),
         ("evaluate --samples=a --workdir=w", "--workdir is a flag of `evaluate`, not of `evaluate --samples`; see"),
         ("evaluate --samples=a --config.seed=1", "--config.seed is a flag of `evaluate`, not of `evaluate --samples`"),
+        ("evaluate --replay --config=c", "--config is a flag of `evaluate`, not of `evaluate --replay`"),
+        ("evaluate --replay", "--workdir is missing; see python -m reft_jax evaluate --help"),
         (
             f"evaluate {QUICKSTART} --workdir=w --execute",
             "--execute is a flag of `evaluate --samples`, not of `evaluate`",

@@ -9,7 +9,8 @@ import pytest
 from tiny import tiny_model
 
 from reft_jax import load_hf, save_hf
-from reft_jax.config import default_config
+from reft_jax.commands import sweep
+from reft_jax.config import check_config, default_config
 from reft_jax.model.families import FAMILIES, LLAMA, use
 from reft_jax.model.hf import read_config
 from reft_jax.plan.plan import shapes_of
@@ -80,6 +81,17 @@ def test_the_setting_is_read_where_a_model_is(folder, mine):
     config.model.path, config.model.family = str(path), mine
     shapes, _ = shapes_of(config, path / "none.py")
     assert shapes.model_type == "mistral_like" and shapes.tie_embeddings
+
+
+def test_a_sweep_knows_the_family_before_it_reads_a_model(folder, mine, tmp_path, monkeypatch):
+    path, data = folder[0], tmp_path / "test.json"
+    data.write_text(json.dumps([{"item_id": "gsm8k_1", "question": "What is 1 + 1?", "answer_value": "2"}]))
+    config = default_config()
+    config.model.path, config.model.family = str(path), mine
+    config.data.train = config.data.test = str(data)
+    monkeypatch.setattr(sweep, "_swept", lambda config, workdir, models, data: read_config(models[0].model.base))
+    shape = sweep.sweep(check_config(config), tmp_path / "run", str(path), "", ())
+    assert shape.model_type == "mistral_like"
 
 
 def test_a_llama_stays_one(folder, mine, tmp_path):

@@ -113,7 +113,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def command(name: str, workdir: Path, cache: Path, settings: tuple[str, ...] = (), *, devices: int) -> list[str]:
-    """`cache` has the inputs and the compiled programs."""
+    """`cache` has the inputs and the compiled functions."""
     inputs = [f"data.{split}={cache / split}.json" for split in ("train", "dev", "test")]
     inputs += [f"model.path={cache / 'model'}", f"compiled={cache / 'compiled'}"]
     changed = [*TINY, *SMALLER, *MESH, *inputs, f"mesh.cpu_devices={devices}", *settings]

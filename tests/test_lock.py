@@ -99,9 +99,9 @@ def test_a_command_refuses_before_it_looks_at_its_input(working, monkeypatch, co
 def test_readers_come_in(working, monkeypatch, tmp_path, command):
     """They get as far as what is missing: a model, a log."""
     monkeypatch.chdir(ROOT)
-    out = [f"--out_dir={tmp_path / 'out'}"] if command[0] == "export" else []
+    config = ["--config=configs/quickstart.py", f"--out_dir={tmp_path / 'out'}"] if command[0] == "export" else []
     with pytest.raises(InputError, match="has no model 'sft'|executions.jsonl.gz: no such file"):
-        __main__.run_command([*command, "--config=configs/quickstart.py", f"--workdir={working.at}", *out])
+        __main__.run_command([*command, *config, f"--workdir={working.at}"])
     assert sorted(path.name for path in working.at.iterdir()) == [lock.LOCK_NAME]
 
 

@@ -153,7 +153,8 @@ def test_a_work_directory_with_old_names_of_settings_is_exported_and_evaluated(f
 
 def test_every_verdict_is_in_the_audit_log_and_can_be_graded_again(finished):
     workdir, _ = finished
-    done = run("evaluate", workdir, "--replay")
+    command = [sys.executable, "-m", "reft_jax", "evaluate", "--replay", f"--workdir={workdir}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "reft rollout: 48," in done.stdout and "sft samples on test: 14," in done.stdout
     logged = 2 * 6 + 3 * 16 + 3 * 6 + 3 * 7 + 2 * 14 + 16  # SFT dev, rollouts, ReFT dev, top-1, samples: test, train

@@ -86,7 +86,7 @@ def test_an_older_work_directory_with_old_names_still_opens(here):
     assert {"ppo.prompts", "ppo.kl_coef", "data.engine"} <= before.keys() and not any(k[:3] == "rl." for k in before)
     path.write_text(json.dumps(before))
     assert recorded(workdir) == now
-    check_workdir(absolute, workdir, ["sft"], reads=True)  # as export
+    check_workdir(absolute, workdir, ["sft"], read_only=True)  # as export
     assert json.loads(path.read_text()) == before
     assert trained_with(find(str(workdir / "models" / "sft")))["data.format"] == "nl"
     opened(config(data_format="nl"), workdir)  # as evaluate
@@ -121,7 +121,7 @@ def test_a_folder_in_it_that_cannot_be_written_is_found_first(here, monkeypatch)
     monkeypatch.setattr("os.access", lambda path, mode: str(path) != refuses)
     with pytest.raises(InputError, match="cannot write to .*/run/samples"):
         check_workdir(config(), workdir, [])
-    check_workdir(config(), workdir, [], reads=True)
+    check_workdir(config(), workdir, [], read_only=True)
 
 
 @pytest.mark.parametrize("name", ["report.md", "curves.png", "executions.jsonl.gz", "samples/sft_test.jsonl"])
@@ -130,7 +130,7 @@ def test_what_cannot_be_written_at_the_end_is_found_at_the_start(here, monkeypat
     path.mkdir(parents=True)
     with pytest.raises(InputError, match=f"/run/{name} is not a file that can be written"):
         check_workdir(config(), here / "run", [])
-    check_workdir(config(), here / "run", [], reads=True)
+    check_workdir(config(), here / "run", [], read_only=True)
     path.rmdir()
     path.write_text("")
     check_workdir(config(), here / "run", [])

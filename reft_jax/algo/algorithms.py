@@ -8,16 +8,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from reft_jax.algo import advantages, losses
+from reft_jax.algo import advantages as formulas
+from reft_jax.algo import losses
 from reft_jax.plugins import load
 from reft_jax.types import Array, InputError, PPOBatch
 
 
 class Scored(NamedTuple):
-    """A rollout with everything that advantages are made of. Rows of one question follow each other.
+    """A scored rollout: what `Algorithm.advantages` reads. The rows of a question are next to each other.
 
-    score float32[B]; logprob, ref_logprob float32[B,T] under the policy that sampled and under the reference; value
-    float32[B,T], or None without a critic; mask bool[B,T]: the actions.
+    score: float32[B]. logprob, ref_logprob: float32[B,T], under the policy that sampled and under the reference.
+    value: float32[B,T], or None without a critic. mask: bool[B,T], true at actions.
     """
 
     score: Array
@@ -37,9 +38,9 @@ class Advantages(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The settings of section `rl` that algorithms read, and what an algorithm defines. JAX traces all methods.
+    """Base class of algorithms. Its fields are settings of section `rl`. JAX traces all methods.
 
-    samples: sampled solutions per question. critic: whether values are computed and trained.
+    samples: solutions sampled per question. critic: whether values are computed and trained.
     """
 
     kl_coef: float
@@ -53,14 +54,16 @@ class Algorithm:
     critic: ClassVar[bool] = True
 
     def advantages(self, scored: Scored) -> Advantages:
+        """The advantages and returns of a rollout. A KL penalty is applied here too."""
         raise NotImplementedError
 
     def loss(self, logprob, old: PPOBatch) -> tuple[Any, dict[str, Any]]:
         """Loss and metrics of the policy at decisions float32[b,w], to be summed over all decisions.
 
-        A decision with `old.weight` 0 must add nothing. Endings of a metric's name: "_max" is a maximum (at least 0),
-        "_share" is divided by the number of decisions. Here: PPO's clipped surrogate, the share of actions whose ratio
-        left the clip range, and the largest |ρ − 1| (0 on the first pass, up to rounding).
+        A decision with `old.weight` 0 must add nothing. A metric's name says how the results of the micro-batches are
+        combined: "…_max" by their maximum (at least 0), "…_share" by their sum over the number of decisions, any other
+        by their sum. This default is PPO's clipped surrogate. Its metrics are the share of actions whose ratio ρ left
+        the clip range, and the largest |ρ − 1| (0 on the first pass, up to rounding).
         """
         loss = losses.policy_loss(logprob, old.old_logprob, old.advantage, old.weight, clip=self.clip)
         error = jnp.abs(jnp.exp(jnp.where(old.weight > 0, logprob - old.old_logprob, 0.0)) - 1)
@@ -76,17 +79,17 @@ class PPO(Algorithm):
 
     def advantages(self, scored: Scored) -> Advantages:
         mask, value = scored.mask, jnp.where(scored.mask, scored.value, 0.0)
-        rewards, _, _ = advantages.token_rewards(
+        rewards, _, _ = formulas.token_rewards(
             scored.score, scored.logprob, scored.ref_logprob, mask, kl_coef=self.kl_coef
         )
-        advantage, return_ = advantages.gae(rewards, value, mask, gamma=self.gamma, lam=self.lam)
-        _, variance = advantages.masked_moments(advantage, mask)
+        advantage, return_ = formulas.gae(rewards, value, mask, gamma=self.gamma, lam=self.lam)
+        _, variance = formulas.masked_moments(advantage, mask)
         metrics = {
-            "vf_expl_var": advantages.explained_variance(value, return_, mask),
+            "vf_expl_var": formulas.explained_variance(value, return_, mask),
             "advantage_std": jnp.sqrt(variance),
-            "return_mean": advantages.masked_moments(return_, mask)[0],
+            "return_mean": formulas.masked_moments(return_, mask)[0],
         }
-        return Advantages(advantages.whiten(advantage, mask), return_, metrics)
+        return Advantages(formulas.whiten(advantage, mask), return_, metrics)
 
 
 ALGORITHMS = {"ppo": PPO}

@@ -22,6 +22,7 @@ class Flag(NamedTuple):
     kind: str, int, bool, list (with commas between), Path, PATHS, or a tuple of the allowed words. low: the smallest
     number. to: the parameter of the command's function, if it has another name; None: the function does not get it.
     new: a folder that must not exist yet or must be empty. old: former names, which are refused with the new one.
+    takes: how --help writes its value, if not by its kind.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Flag(NamedTuple):
     to: str | None = ""
     new: bool = False
     old: tuple[str, ...] = ()
+    takes: str = ""
 
     def define(self, values: flags.FlagValues) -> None:
         if isinstance(self.kind, tuple):
@@ -52,7 +54,7 @@ class Flag(NamedTuple):
 
     def shown(self) -> str:
         """Its entry in a --help; a name in capitals is an argument."""
-        kind = "|".join(self.kind) if isinstance(self.kind, tuple) else _VALUE.get(self.kind)
+        kind = self.takes or ("|".join(self.kind) if isinstance(self.kind, tuple) else _VALUE.get(self.kind))
         default = str(self.default).lower() if self.kind is bool else self.default
         told = " (required)" if self.required else f" (default: {default})" if default not in (None, "", []) else ""
         if self.name.isupper():
@@ -76,7 +78,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues, declared: Iterable[Fl
             raise InputError(f"--{name} is now --{new}") from error
         raise InputError(f"unknown flag --{name}; did you mean --{nearest(name, values)}?") from error
     except flags.Error as error:
-        raise InputError(f"{error}; see python -m reft_jax --help and reft_jax/settings.py") from error
+        raise InputError(f"{error}; see python -m reft_jax COMMAND --help and reft_jax/settings.py") from error
 
 
 def _new_name(name: str, values: flags.FlagValues, declared: Iterable[Flag]) -> str | None:
@@ -87,7 +89,7 @@ def _new_name(name: str, values: flags.FlagValues, declared: Iterable[Flag]) -> 
     return next((flag.name for flag in declared if name in flag.old), joined if joined in values else None)
 
 
-CONFIG = Flag("config", str, None, "settings: a file as in configs/, or FILE:ARGUMENT", required=True)
+CONFIG = Flag("config", str, None, "settings: a Python file as in configs/", required=True, takes="FILE[:ARG]")
 
 
 def define_settings(values: flags.FlagValues) -> None:
@@ -101,7 +103,7 @@ def define_settings(values: flags.FlagValues) -> None:
 def config_of(values: flags.FlagValues) -> Config:
     """The checked config of the parsed `--config=FILE[:argument]`, changed by `--config.KEY=VALUE`. InputError."""
     if not values.config:
-        raise InputError("--config=FILE is missing; configs/quickstart.py is the embedded default")
+        raise InputError("--config=FILE is missing; try --config=configs/quickstart.py, the toy example")
     config = load_config(values.config)
     overrides = {key: values[f"config.{key}"].value for key in SETTINGS}
     config.update_from_flattened_dict({key: value for key, value in overrides.items() if value is not None})

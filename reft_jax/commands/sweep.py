@@ -159,6 +159,7 @@ def run_sweep(
     config = with_absolute_paths(config, workdir)
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
     check_workdir(config, workdir, [], allowed)
+    families.use(config.model.family)
     task = load_task(config.task)
     data = {
         name: shorten(load_examples(file, task, need_cot=False), config.data.test_limit, config.seed)

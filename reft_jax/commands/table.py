@@ -1,4 +1,4 @@
-"""The commands: one row for each, and one more for each form of a command that needs other things."""
+"""The commands: one row for each, and one more for each form of a command that has other flags or inputs."""
 
 import os
 from pathlib import Path
@@ -16,10 +16,10 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft
 
 WORKDIR = (
     Flag("workdir", Path, None, "folder for everything that this run writes; all hosts must see it", required=True),
-    Flag("allow_config_change", list, [], "settings that may differ from those the work directory was made with"),
+    Flag("allow_config_change", list, [], "settings you changed on purpose, e.g. rl.iterations"),
 )
 HOSTS = (
-    Flag("coordinator", str, None, "address and port of host 0; not needed on a TPU pod or under srun"),
+    Flag("coordinator", str, None, "address of host 0; not needed on a TPU pod or under srun", takes="HOST:PORT"),
     Flag("num_processes", int, None, "number of hosts, with --coordinator", low=1),
     Flag("process_id", int, None, "number of this host, from 0, with --coordinator", low=0),
 )
@@ -37,13 +37,13 @@ def _out(help: str, **more) -> Flag:
 class Command(NamedTuple):
     """A row of the table.
 
-    name: the command, and for another form of it the flag or argument that selects the form. calls: module:function,
-    with flags in braces; imported when the command runs, so that --help and a mistake in the command line are quick.
-    gets: what the function is given besides `flags`: `run` (an opened work directory), or some of `config`, `file`
-    (the text of --config), `workdir` and `allowed` (--allow_config_change).
+    name: the command; for a second form of it, the flag or argument that selects the form follows. calls:
+    module:function, with flags in braces. The module is imported when the command runs: --help and a wrong command line
+    then need no long imports. gets: what the function is given besides `flags`: `run` (an opened work directory), or
+    some of `config`, `file` (the text of --config), `workdir` and `allowed` (--allow_config_change).
     argument: the one argument that is not a flag, its name in capitals. needs: models that earlier stages must have
-    made, with flags in braces. reads: the command writes nothing into the work directory, so it may run while another
-    one does. verdict: its function says whether all is well; if not, the exit code is 1.
+    made, with flags in braces. read_only: the command writes nothing into the work directory, so it may run while
+    another one does. verdict: its function returns whether all is well; if not, the exit code is 1.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Command(NamedTuple):
     flags: tuple[Flag, ...] = ()
     argument: Flag | None = None
     needs: tuple[str, ...] = ()
-    reads: bool = False
+    read_only: bool = False
     verdict: bool = False
 
     @property
@@ -72,8 +72,9 @@ class Command(NamedTuple):
 
     @property
     def all_flags(self) -> tuple[Flag, ...]:
-        workdir = WORKDIR if {"run", "workdir"} & set(self.gets) else ()
-        return (*self.flags, *((CONFIG,) if self.gets else ()), *workdir, *(HOSTS if workdir else ()))
+        config = (CONFIG,) if set(self.gets) - {"workdir"} else ()
+        workdir = (*WORKDIR, *HOSTS) if self.on_hosts else WORKDIR[:1] if "workdir" in self.gets else ()
+        return (*self.flags, *config, *workdir)
 
 
 TABLE = (
@@ -81,18 +82,19 @@ TABLE = (
             "reft_jax.commands.pipeline:run_pipeline",
             flags=(Flag("baselines", bool, False, "also self-training, offline and online"),)),
     Command("sft", 'supervised fine-tuning; makes the models "warmup" and "sft"', "reft_jax.stages.sft:run_sft"),
-    Command("reft", 'PPO from "warmup"; makes "reft"', "reft_jax.stages.reft:run_reft", needs=("warmup",)),
+    Command("reft", 'reinforcement learning (rl.algorithm) from "warmup"; makes "reft"',
+            "reft_jax.stages.reft:run_reft", needs=("warmup",)),
     Command("self-train", 'a baseline, self-training; makes "self_train_offline" or "self_train_online"',
             "reft_jax.stages.self_train:run_{kind}", needs=("warmup",),
             flags=(Flag("kind", ("offline", "online"), None, "which baseline", required=True, to=None),)),
-    Command("sample", "n completions per question, executed and graded",
+    Command("sample", "draws several completions per question, executes and grades them",
             "reft_jax.stages.sample:run_sample", needs=("{model}",),
             flags=(_model(POLICIES), Flag("split", ("test", "train"), "test", "which questions"))),
-    Command("rerank", 'the reranker of a model; makes "rerank_" and its name',
+    Command("rerank", 'trains a model\'s reranker; makes "rerank_MODEL"',
             "reft_jax.stages.rerank:run_rerank", needs=("warmup", "{model}"), flags=(_model(RANKED),)),
     Command("evaluate", "the table of all models in the work directory: report.md, report.json, curves.png",
             "reft_jax.commands.evaluate:run_evaluate", needs=("sft",)),
-    Command("evaluate --replay", "grade every logged execution again from its outcome; no model, no program",
+    Command("evaluate --replay", "checks a run's rewards: grades every logged answer again; no model, no program",
             "reft_jax.run.executions:replay", gets=("workdir",), verdict=True,
             flags=(Flag("replay", bool, False, "selects this form", to=None),)),
     Command("evaluate --models", "a sweep: the table of many checkpoints on many data files",
@@ -103,25 +105,27 @@ TABLE = (
             "reft_jax.commands.regrade:run_regrade", gets=(),
             flags=(Flag("samples", PATHS, None, "sample files, or folders of them", required=True, to="sources"),
                    Flag("execute", bool, False, "run every program again"),
-                   _out("folder for sweep.md and sweep.json"),
-                   Flag("task", str, "", "as `task` of a config"),
-                   Flag("seed", int, 42, "of subsets and intervals", low=0), UNSANDBOXED)),
+                   _out("folder for sweep.md and sweep.json; if left out, only prints"),
+                   Flag("task", str, "", "what the questions ask for, as the setting `task`; if left out, by item id"),
+                   Flag("seed", int, 42, "random seed for subsets and intervals", low=0), UNSANDBOXED)),
     Command("export", "a model as a Hugging Face folder",
-            "reft_jax.commands.export:run_export", needs=("{model}",), reads=True,
+            "reft_jax.commands.export:run_export", needs=("{model}",), read_only=True,
             flags=(_model((*POLICIES, *(f"rerank_{name}" for name in RANKED))),
                    _out("folder to write", required=True, to="out", new=True),
-                   Flag("dtype", DTYPES, None, "of the weights; if left out, the base model's"))),
+                   Flag("dtype", DTYPES, None, "number format of the weights; if left out, the base model's"))),
     Command("check", "is a model ready for a run on this machine?",
             "reft_jax.commands.check:run_check", gets=("config",), verdict=True,
             flags=(Flag("model", Path, None, "Hugging Face folder", required=True, to="folder"),)),
     Command("plan", "does a run fit a pod, and how fast can it be?",
             "reft_jax.commands.plan:run", gets=("config", "file"), verdict=True,
-            flags=(Flag("topology", list, None, "a pod, as v5e:4x8 or v5p:4x4x4; several with --search, --grow", True),
+            flags=(Flag("topology", list, None, "pod, e.g. v5e:4x8 or v5p:4x4x4; several with --search, --grow", True),
                    Flag("search", bool, False, "rank meshes, micro-batches and remat, and compile the best"),
-                   Flag("grow", int, 0, "plan several pods: batches grow with the chips, from this many; 0: no", low=0),
+                   Flag("grow", int, 0, "chips that the config is for: each pod gets batches in proportion; 0: no",
+                        low=0),
                    Flag("json", bool, False, "print JSON"),
                    Flag("questions", int, 7473, "questions in an epoch (GSM8K has 7473)", low=1),
-                   Flag("into", str, "", "also write the tables between their marks in this file"),
+                   Flag("into", str, "", "file to write the tables into, between its lines <!-- plan … --> and "
+                        "<!-- end -->"),
                    Flag("cache", str, str(CACHE), "folder that keeps what was compiled"))),
     Command("solve", "the answer of one model to one question",
             "reft_jax.commands.solve:run_solve", gets=(),
@@ -133,12 +137,12 @@ TABLE = (
     Command("convert", "training files from published data",
             "reft_jax.commands.convert:run_convert", gets=(),
             argument=Flag("DATASET", DATASETS, None, "which published data", to="dataset"),
-            flags=(Flag("in", str, None, "file, folder or hub:owner/name:split; gsm8k: if left out, openai/gsm8k",
-                        to="source"),
+            flags=(Flag("in", str, None, "file, hub:owner/name:split or hub:owner/name/config:split; "
+                        "gsm8k: openai/gsm8k if left out", to="source"),
                    _out("folder to write", required=True),
                    Flag("show", int, 0, "print this many programs, drawn at random", low=0),
-                   Flag("seed", int, 0, "which programs are printed"), UNSANDBOXED)),
-    Command("convert weights", "a folder with pytorch_model*.bin as a folder with safetensors",
+                   Flag("seed", int, 0, "random seed for --show"), UNSANDBOXED)),
+    Command("convert weights", "writes the weights of pytorch_model*.bin files as a folder with safetensors",
             "reft_jax.commands.convert_weights:run_convert_weights", gets=(),
             flags=(Flag("in", Path, None, "folder with pytorch_model*.bin", required=True, to="source"),
                    _out("folder to write", required=True))),
@@ -154,7 +158,7 @@ On several hosts, every host runs the same command (docs/pods.md).
 
 Exit codes: 0 done; 1 a check failed, or an unexpected error; 2 wrong input; 3 a number was NaN or infinite, and what
 made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM or SIGINT with everything saved: run it
-again. A second signal ends the process at once: 128 + its number."""
+again. A second signal (with several hosts only a second Ctrl-C) ends the process at once: 128 + its number."""
 
 
 def overview() -> str:
@@ -180,5 +184,5 @@ def described(rows: list[Command], config: Config | None = None) -> str:
         shown += row.all_flags
     if config:
         told = {f"--config.{key}={value}": SETTINGS[key] for key, value in flatten(config).items()}
-        parts.append("\n".join(entry(text, f"{one.doc} ({one.rule.allowed})") for text, one in told.items()))
+        parts.append("\n".join(entry(text, one.doc + one.rule.in_brackets) for text, one in told.items()))
     return "\n\n".join(parts)

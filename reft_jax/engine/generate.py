@@ -22,7 +22,7 @@ from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
 from reft_jax.types import Completion, Prompt
 
-FEWEST_ROWS = 8  # with fewer slots a step costs the same: reading the weights
+FEWEST_ROWS = 8  # fewer slots make no step faster: it still reads all weights
 PREFILL_ROWS = 8  # prompts per prefill
 LENGTHS = 6  # cache lengths up to the limit
 
@@ -35,8 +35,8 @@ def item_number(item_id: str) -> int:
 class Shapes(NamedTuple):
     """The sizes of a rollout's arrays.
 
-    Per shard: slots, rows of a prefill, seats taken at once. Then the positions of a row, and the lengths that the
-    cache may have; the last one may be longer than a row.
+    slots, prefill_rows, seats: per shard, the slots, the rows of a prefill, and how many requests get a slot at once.
+    width: positions of a row. lengths: those that the cache may have; the last one may be longer than a row.
     """
 
     slots: int
@@ -64,12 +64,13 @@ class Engine:
 
         Args:
             slots: a multiple of the mesh's row shards.
-            pad_multiple: prompts and rows are padded to a multiple of it; a cache with keys in blocks, to whole ones.
+            pad_multiple: prompts and rows are padded to a multiple of it; a cache with keys in blocks to whole blocks.
             eos_id: the id that ends a row, or several.
             after_chunk: called after each chunk of decode steps; an exception that it raises ends the rollout.
 
-        `counts` (since this engine was made): prompts, prompt_tokens (prefilled, without padding), steps, slot_steps
-        (slots times steps), tokens (drawn); and queue_slot_steps, queue_tokens: the last two while requests waited.
+        `counts`, since this engine was made: prompts and prompt_tokens prefilled (without padding), decode steps,
+        slot_steps (steps times slots), tokens drawn. queue_slot_steps and queue_tokens are the same, counted only while
+        requests waited for a slot.
         """
         self.model, self.mesh, self.pad_multiple = for_rollouts(model, mesh), mesh, pad_multiple
         self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(sorted(eos_id))
@@ -207,8 +208,8 @@ class _Rollout:
     def enough(self) -> int:
         """How many rows must end before a chunk stops early.
 
-        While requests wait for slots: a few. Then: as many as let the rest move into fewer slots. Of the last
-        FEWEST_ROWS: one, because its program then runs while the others decode.
+        While requests wait for slots: a sixteenth of the rows. After that: so many that the rest fits into fewer slots.
+        With at most FEWEST_ROWS left: one, because its program can then run while the others decode.
         """
         taken = int((self.schedule.owner >= 0).sum())
         if self.schedule.queued:

@@ -49,8 +49,11 @@ class Prefix(NamedTuple):
 
 
 class Seats(NamedTuple):
-    """Which request gets which slot, int32[D,M] each, D row shards: slot and row of the Prefix within the shard. A slot
-    that does not exist means no request."""
+    """Which request gets which slot, int32[D,M] each for D row shards.
+
+    slot, source: the slot, and the row of the Prefix, both within the shard. An unused entry has a slot that does not
+    exist.
+    """
 
     slot: jax.Array
     source: jax.Array
@@ -114,7 +117,10 @@ def empty_slots(model, rows: int, width: int, length: int) -> Slots:
 @partial(jax.jit, static_argnames="model")
 @on_rollout_rules
 def prefill(model, weights, tokens, length) -> Prefix:
-    """tokens int32[R,P], padded on the right; length int32[R]. The padding's cache is overwritten before it is read."""
+    """Prefills tokens int32[R,P], padded on the right; length int32[R]: of each prompt.
+
+    The cache of the padding is overwritten before it is read.
+    """
     return _placed(Prefix(forward.prefill(model, weights, tokens), tokens, length))
 
 
@@ -190,7 +196,7 @@ def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
 @partial(jax.jit, static_argnames=("model", "eos_ids", "temperature", "top_k"), donate_argnums=2)
 @on_rollout_rules
 def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_ids, temperature, top_k) -> Slots:
-    """At most `steps` (of CHUNK) steps over all slots, fewer if `enough` of the rows that decode now have ended.
+    """Makes up to `steps` (at most CHUNK) steps over all slots; stops when `enough` of the rows that decode have ended.
 
     Each row draws until one of `eos_ids`, a tuple, or its limit. `steps` must not take a row past the end of the cache.
     On a TPU the cache is written after the last step (model/decode.py).

@@ -7,7 +7,7 @@ from .room import Room
 
 ACCEPT = (
     "Use another machine or container, or, if you accept that, set executor.allow_unsandboxed=true "
-    "(with solve: --allow_unsandboxed)"
+    "(solve, convert, evaluate --samples: --allow_unsandboxed)"
 )
 MIB = 1 << 20
 SCOPED = {f"Landlock ABI {abi}" for abi in range(6, 100)}  # versions that also restrict signals

@@ -1,18 +1,18 @@
 """Prefill and one decode step, as plain functions of the rollout weights (rollout_weights.py).
 
-A step has two forms, because CPUs and TPUs want different layouts of the same arrays. Both unroll the layers: a product
-cannot read a slice of a larger array in place, so with stacked weights and a stacked cache every layer of every step
-would copy both (SmolLM2-135M, 64 rows, two CPU cores: 200 ms per step; unrolled 142).
+A step has two forms, because CPUs and TPUs need different layouts of the same arrays. Both unroll the layers. A matrix
+product cannot read a slice of a larger array in place: with stacked weights and a stacked cache, each layer would copy
+its slice of both in every step (SmolLM2-135M, 64 rows, two CPU cores: 200 ms per step; unrolled 142).
 
-`step_in_place`, off TPUs: each row is a column, x [D,B]. So each matrix [out, in] is the left side of its product, and
-only queries, keys and values are transposed, for the attention. On a CPU the step takes 0.8 of the time of rows. Each
-row writes its key and value into the cache, at its own position.
+`step_in_place`, off TPUs: the rows of the batch are the columns of x [D,B]. Each weight matrix [out, in] is then the
+left factor of its product. Only queries, keys and values are transposed, for the attention. Each row writes its key and
+value into the cache, at its own position.
 
-`step_beside`, on a TPU: that write is a scatter. For it the TPU compiler would copy the whole cache into another layout
-before the steps and back after them: a second cache in memory, and per step a quarter of its bytes more to move. So up
-to 16 steps write beside the cache, all rows at one place, and `cache.join` adds them afterwards. On a CPU that would be
-slower: attention to two parts takes 31 ms of a step of 94 ms, to one part 23. Rows stay rows, because 64 columns would
-fill half of a TPU's register.
+`step_beside`, on a TPU. There such a write is a scatter, and the TPU compiler would copy the whole cache into another
+layout before the steps and back after them: a second cache in memory, and per step a quarter of its bytes more to move.
+So up to 16 steps write to a second, small array, all rows at the same place, and `cache.join` then adds it to the
+cache. On a CPU that is slower: attention to two parts takes 31 ms of a step of 94 ms, to one part 23 ms. Here the rows
+of the batch are the rows of x: 64 columns would fill only half of a TPU's register.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ Cache = tuple[KVCache, ...]  # layer by layer
 
 
 def prefill(model: RolloutModel, weights, tokens: jax.Array) -> Cache:
-    """The cache of the positions of tokens int32[B,P], its keys in blocks except for a TPU."""
+    """The cache after reading tokens int32[B,P]; its keys are in blocks, except on a TPU."""
     tables, mask = causal_inputs(model.config, tokens)
     x, cache = residual(weights["embed"][tokens]), []
     for own in _layers(model, weights):
@@ -105,8 +105,10 @@ def _residual_columns(x: jax.Array) -> jax.Array:
 
 
 def _rotate_columns(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x [heads,H,B] rotated by (cos, cos) and (-sin, sin) float32[1,H,B]: on a CPU a step takes 1 to 2 % less time than
-    with the halves of `llama.rotate`."""
+    """Rotates x [heads,H,B] by (cos, cos) and (-sin, sin) float32[1,H,B].
+
+    On a CPU a step takes 1 to 2 % less time than with `llama.rotate`, which splits x into halves.
+    """
     cos, sin = tables
     y = x.astype(jnp.float32)
     return (y * cos + jnp.roll(y, y.shape[1] // 2, axis=1) * sin).astype(x.dtype)

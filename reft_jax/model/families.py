@@ -1,7 +1,7 @@
-"""Model families: what a family's folders may hold, from the `model_type` of config.json. Llama is the one shipped.
+"""Model families: how the folders of each `model_type` of config.json are read and written. Only Llama is built in.
 
-Another family that computes what a Llama computes is a copy of LLAMA with its differences, in a file of yours, and
-`--config.model.family=path.py:NAME` names it:
+You can add a family that computes the same as a Llama. Copy LLAMA with the differences in a file of your own, and name
+it with `--config.model.family=path.py:NAME`:
 
     MINE = dataclasses.replace(
         LLAMA, model_type="mine", name="Mine", renamed={"rms_norm_eps": "norm_eps"},
@@ -41,8 +41,8 @@ FIELDS = {
     "mlp_bias": Field(_ABSENT, False),
 }
 
-# What other families' configs have and a Llama's lacks, with the values at which it changes no number (null does not).
-# transformers ignores such a field in a Llama's config, so a folder of another family loads and computes nonsense.
+# Fields of other families' configs, each with the values that change no number (null never does). A Llama has none.
+# transformers ignores such a field in a Llama's config: a folder of another family would load and compute nonsense.
 REFUSED = (
     dict.fromkeys(
         "sliding_window attention_chunk_size clip_qkv final_logit_softcapping attn_logit_softcapping logit_softcapping "
@@ -65,11 +65,12 @@ REFUSED = (
     )
     | {"is_causal": (True,), "use_rope": (True,), "position_embedding_type": ("rope", "rotary")}
 )
-# Only Gemma's configs have these, whose norms and embeddings are scaled without a field that says so.
+# Only Gemma's configs have these fields. Gemma scales norms and embeddings, and no field says so.
 GEMMA = ("use_bidirectional_attention", "hidden_activation")
 
 
-# Our path -> their name, and how many leading axes of our tensor (without that of layers) are inputs; 0: kept as it is.
+# Our path -> their name, and how many leading axes of our tensor are inputs, not counting the axis of layers; 0: the
+# tensor is stored as it is.
 TENSORS = {
     ("embed",): ("model.embed_tokens.weight", 0),
     ("layers", "attention_norm"): ("model.layers.{}.input_layernorm.weight", 0),
@@ -139,7 +140,7 @@ def family_of(raw: Mapping[str, Any], source: str) -> Family:
     if raw.get("use_sliding_window") is False:
         neutral.pop("sliding_window", None)
     if raw.get("no_rope_layers"):
-        neutral.pop("no_rope_layer_interval", None)  # only what makes the list if there is none
+        neutral.pop("no_rope_layer_interval", None)  # it only gives the default of no_rope_layers
     wrong = [name for name in GEMMA if name in raw]
     wrong += [name for name, values in neutral.items() if raw.get(name) is not None and raw[name] not in values]
     for name, value in (("layer_types", "full_attention"), ("no_rope_layers", 1)):

@@ -1,7 +1,8 @@
 """Llama in Flax Linen, for training and scoring: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-The weights of all layers are stacked and `nn.scan` runs over them: one layer is compiled, and rematerialized. Rollouts
-run `layer` below, or its twin in decode.py, on weights that rollout_weights.py makes of these.
+The weights of all layers are stacked, and `nn.scan` runs over them: only one layer is compiled. The backward pass
+computes it again (`model.remat`). Rollouts use `layer` below, or its twin in decode.py, with weights that
+rollout_weights.py makes from these.
 
 Axes as in `reft_jax.types`. Parameters keep the type they were given (float32 at init) and are cast to the compute
 dtype where they are used; norms, rotations and softmax are float32.
@@ -44,8 +45,9 @@ LAYER_AXES = {
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     """Radians per position of each pair of head dimensions: float32[H/2].
 
-    Scaling "linear" is position interpolation (arXiv 2306.15595); "llama3" is that of Llama 3.1: wavelengths
-    beyond the original context are stretched by `factor`, short ones kept, those between interpolated.
+    Scaling "linear" is position interpolation (arXiv 2306.15595). "llama3" is that of Llama 3.1, with C the original
+    context: wavelengths beyond C / low_freq_factor are stretched by `factor`, those below C / high_freq_factor are
+    kept, those between are interpolated.
     """
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-exponents
@@ -74,7 +76,7 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.Array:
-    """x over its root mean square along its axis D, times scale [D]; float32 inside, x's dtype outside."""
+    """x divided by its root mean square along `axis`, times scale [D]. Computed in float32, returned in x's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis, keepdims=True) + eps)
     along = np.delete(np.arange(x.ndim), axis)
@@ -92,8 +94,8 @@ def _project_forward(x, weight):
 
 
 def _project_backward(kept, y):
-    # Rows as one axis, behind a barrier: else XLA's CPU backend fuses the transposes that the weight's gradient needs
-    # into what made x and y, which writes them column by column.
+    # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes for the weight's gradient
+    # into the computations of x and y, and these then write column by column.
     x, weight = kept
     rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
     return y @ weight.T, rows.T @ outs

@@ -221,7 +221,7 @@ class RunFunctions:
         seats = rollout.Seats(*[self.rows((row_shards(self.mesh), shapes.seats), axis=0)] * len(rollout.Seats._fields))
         return Jitted(
             "seat",
-            f"{shapes.seats} of {shapes.slots} slots a shard",
+            f"{shapes.seats} of {shapes.slots} slots per shard",
             lambda: rollout.seat.lower(self.ppo_slots, self.prefix, seats),
             {},
             once=1,

@@ -1,6 +1,6 @@
 """What a run reads: settings, the base model's folder and tokenizer, the examples, and the rows made of them.
 
-Everything here is looked at before a device is taken or a file is written.
+They are checked before a device is taken or a file is written; only the toy's are made after the devices are taken.
 """
 
 import hashlib
@@ -25,13 +25,14 @@ from reft_jax.tasks.registry import PAPER, Task, load_task
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
-DATA = ("seed", "toy.", "data.train", "data.dev", "data.format")  # settings that decide what training and dev rows are
+# Beginnings of the names of the settings that decide what training and dev rows are.
+DATA_PREFIXES = ("seed", "toy.", "data.train", "data.dev", "data.format")
 Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
 
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a run; `chosen_on` says in words what `dev` is."""
+    """The examples of a run. chosen_on: which questions choose the checkpoints, in words for the report."""
 
     train: list[Example]
     dev: list[Example]
@@ -39,7 +40,7 @@ class Data:
     chosen_on: str
 
     def checksum(self) -> str:
-        """16 hex digits of every example of every split."""
+        """16 hex digits: a hash over the examples of all splits."""
         return _hash(json.dumps([self.train, self.dev, self.test]))
 
 
@@ -67,7 +68,7 @@ class Inputs:
 
     @cached_property
     def questions(self) -> list[Example]:
-        """Training questions whose prompt fits in rl.max_prompt; a cut one is never trained on. InputError as above."""
+        """Training questions whose prompt fits in rl.max_prompt; none is cut. InputError if too many do not fit."""
         lengths, config = [len(prompt.tokens) for prompt in self.prompts(self.data.train)], self.config
         return datasets.fit(self.data.train, lengths, config.rl.max_prompt, config.data.max_dropped, "rl.max_prompt")
 
@@ -90,9 +91,13 @@ class Inputs:
 
     @cached_property
     def data_made(self) -> dict:
-        """What a finished stage records about its data: checksums of the rows, and of the settings that chose them."""
-        old_names = {"data.format": "data.engine"}  # so that stages which older versions finished can be compared
-        flat = {old_names.get(key, key): value for key, value in flatten(self.config).items() if key.startswith(DATA)}
+        """What a finished stage records about its data: checksums of the rows and of the settings that chose them."""
+        old_names = {"data.format": "data.engine"}  # older versions recorded this name
+        flat = {
+            old_names.get(key, key): value
+            for key, value in flatten(self.config).items()
+            if key.startswith(DATA_PREFIXES)
+        }
         checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
         return {"settings": _hash(json.dumps(flat, sort_keys=True))} | checksums
 
@@ -114,10 +119,10 @@ class Inputs:
 
 
 def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
-    """The inputs, checked. Training rows that cannot earn a reward are left out.
+    """Checks and returns the inputs, without the training rows that cannot earn a reward.
 
-    A length limit that drops too many rows ends the run here, not after an hour of SFT. Rows of dev and test stay; a
-    line names those that no completion can answer.
+    InputError if too many rows are left out or are too long: here, not after an hour of SFT. Rows of dev and test all
+    stay; a line names those that no completion can answer.
     """
     where, limits = f"data.train={config.data.train}", (config.data.format, config.sample.max_len)
     train = trainable(tokenizer, data.train, config.data.format, config.data.max_dropped, where, load_task(config.task))
@@ -131,7 +136,7 @@ def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
 
 
 def completed_text(tokenizer, prompt: Sequence[int], completion: Completion, task: Task = PAPER) -> str:
-    """A completion as text, without the id that ended it, which is not always a special token.
+    """A completion as text, without the id that ended it: that id may be an ordinary token.
 
     Prompt and response are decoded together (see prompts.completion_text).
     """
@@ -168,9 +173,9 @@ def shorten(examples: list[Example], limit: int, seed: int) -> list[Example]:
 
 
 def checked_tokenizer(folder: Path, *, reranker: bool = False):
-    """The tokenizer of a model folder, after checks of the tensors' headers, the vocabulary and the end ids.
+    """Checks a model folder (tensors' headers, vocabulary, end ids) and returns its tokenizer. Raises InputError.
 
-    Raises InputError. `reranker`: the folder must hold a classifier with 2 classes, else a language model.
+    reranker: whether the folder must hold a classifier with 2 classes; if not, it must hold a language model.
     """
     vocab_size = check_folder(folder, reranker=reranker).vocab_size
     check_ids(folder, vocab_size)

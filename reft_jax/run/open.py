@@ -1,7 +1,7 @@
-"""Opens a work directory for a command: everything checked and made ready, in the order that finds mistakes first.
+"""Opens a work directory for a command: checks everything and makes it ready.
 
-What is cheap to check comes first, and nothing is written before everything is found right. The executor starts before
-JAX takes its devices; weights and compiling come last.
+Cheap checks come first. Only the lock and the toy's data and model are written before all checks have passed.
+The executor starts before JAX takes its devices. Weights are read and functions compiled last.
 """
 
 import shutil
@@ -69,47 +69,47 @@ class Run:
 
 @contextmanager
 def open_run(
-    config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, reads: bool = False
+    config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, read_only: bool = False
 ) -> Iterator[Run]:
-    """Everything made ready, in the order that finds mistakes first; the workers are stopped at the end.
+    """Checks everything, cheap checks first, and yields the Run; stops the executor at the end.
 
-    `allowed` are settings that may differ from those the work directory was made with. A command that only `reads`
-    comes in while another one works there, and writes nothing in it.
+    allowed: settings that may differ from those the work directory was made with. read_only: the command writes nothing
+    in the work directory, so it may run while another one uses it.
     """
     workdir = workdir.absolute()
     hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
-    if not reads:
+    if not read_only:
         lock.look(workdir)
     config = with_absolute_paths(config, workdir)
-    check_workdir(config, workdir, needs, allowed, reads=reads)
+    check_workdir(config, workdir, needs, allowed, read_only=read_only)
     families.use(config.model.family)
     make_algorithm(config)  # a wrong one is found now, not after SFT
     load_trackers(config.tracking)
     with Guards(config.watchdog_minutes) as guards:
-        with _opened(config, workdir, guards, reads) as run:
+        with _opened(config, workdir, guards, read_only) as run:
             guards.check()
             yield run
 
 
 @contextmanager
-def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]:
+def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[Run]:
     toy = config.model.path == "toy"
     if not toy:
         base = Path(config.model.path)
         data = load_data(config, {"train": config.data.train, "dev": config.data.dev, "test": config.data.test})
         inputs = read_inputs(config, base, checked_tokenizer(base), data)
     with ExitStack() as stack:
-        if not reads:
+        if not read_only:
             stack.enter_context(lock.held(workdir))
         start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
         stack.callback(executor.shutdown)
         mesh = open_mesh(config)
         check_rows(config, mesh)
         if toy:
-            inputs = toy_inputs(config, workdir, reads)
+            inputs = toy_inputs(config, workdir, read_only)
         machine = make_machine(config, inputs.base, inputs.tokenizer, mesh, guards.step)
         check_divides(mesh, abstract_params(machine.model, ValueHead(), "value_head"))
-        if not reads:
+        if not read_only:
             create_workdir(config, workdir)
             hosts.log_to(workdir / "logs")
         hosts.agree("the data", **inputs.facts())
@@ -118,11 +118,11 @@ def _opened(config, workdir: Path, guards: Guards, reads: bool) -> Iterator[Run]
             yield Run(inputs, machine, Workdir(workdir, ExecutionLog(workdir)), guards)
 
 
-def toy_inputs(config, workdir: Path, reads: bool) -> Inputs:
-    """The embedded default: its data and its tiny model, made by the first host where they are missing."""
+def toy_inputs(config, workdir: Path, read_only: bool) -> Inputs:
+    """The inputs of the toy. The first host writes its data and its tiny model if they are missing."""
 
     def write() -> dict[str, str]:
-        if not reads and not (workdir / "config.json").exists():  # left by a start with other settings
+        if not read_only and not (workdir / "config.json").exists():  # left by a start with other settings
             shutil.rmtree(workdir / "toy", ignore_errors=True)
         return write_data(config, workdir / "toy")
 

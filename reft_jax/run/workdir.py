@@ -59,13 +59,15 @@ def recorded(workdir: Path) -> dict | None:
         raise InputError(f"{path}: not the settings of a run ({error}); choose another --workdir") from error
 
 
-def check_workdir(config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, reads: bool = False) -> None:
+def check_workdir(
+    config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, read_only: bool = False
+) -> None:
     """Writes nothing. InputError unless `workdir` can be written and is new or was made with the settings of `config`.
 
     allowed: settings that may differ, besides those of MACHINE. needs: models that earlier stages must have made in it.
-    reads: the command writes nothing in it.
+    read_only: the command writes nothing in it.
     """
-    if not reads:
+    if not read_only:
         for folder in [workdir, *(path for path in workdir.glob("*") if path.is_dir())]:
             check_writable("--workdir", folder)
         check_kinds(workdir)

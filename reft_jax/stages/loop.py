@@ -1,4 +1,7 @@
-"""A training stage that can stop and resume anywhere: its state, saved steps and metrics, and its two kinds of loop."""
+"""A training stage that can stop after any update and resume: its state, saved steps, metrics and loop.
+
+The loop goes over epochs (supervised training) or over iterations (training on what the policy samples).
+"""
 
 import contextlib
 import json
@@ -32,7 +35,7 @@ from reft_jax.types import InputError, SaveError, Stopped
 
 
 class Training:
-    """What a training stage resumes: its state on the mesh, its metrics and its clock. A context.
+    """A training stage: its state on the mesh, its metrics and its clock. Used in a `with`.
 
         with Training(run, "sft", abstract, optimizer, make_params, {"best": 0, "best_dev_top1": -1.0}) as training:
             for epoch in training.epochs(rows=len(rows), batch_size=48, epochs=40):  # or training.iterations(…)
@@ -42,9 +45,9 @@ class Training:
                 training.write(epoch.means())
             training.finish(model_folder, {"rows": len(rows)})
 
-    `done` counts the updates, or the iterations of PPO, that `state` has been through. `pending` holds numbers of what
-    is trained and not yet in the metrics. `info` is JSON of the stage (results so far). All of it is saved together,
-    so a stage may stop wherever `done`, `state` and `pending` agree: between two calls of `updated`.
+    `done`: how many updates (in `epochs`) or iterations (in `iterations`) made `state`. `pending`: numbers of finished
+    updates that are not yet in the metrics. `info`: the results so far, as JSON. All of these are saved together. They
+    agree between two calls of `updated`, so a stage may stop there.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Training:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Saves first if the run was asked to stop, or if programs cannot be run any more (and other hosts know)."""
+        """Saves first if the run was asked to stop, or, with a single host, if programs cannot be run any more."""
         together = isinstance(error, Stopped) or (isinstance(error, InfrastructureError) and hosts.count() == 1)
         try:
             if together and self.done:
@@ -89,10 +92,11 @@ class Training:
             self.checkpoints.close()
 
     def updated(self, state, numbers: dict, pending: dict, item_ids: list[str], inputs: dict) -> None:
-        """One more update or iteration made `state`, from `inputs` (arrays by name) of these items.
+        """Records that one more update or iteration made `state` from `inputs` (arrays by name) of these items.
 
-        Checks the `numbers` of the update before, so that the host need not wait for the device. Raises
-        NotFiniteError for those, SaveError for a save in the background, Stopped if the run was asked to stop.
+        `numbers` are checked later, at the latest by the next call, so that the host does not wait for the device.
+        Raises NotFiniteError if a number of the previous call is NaN or infinite, SaveError if a save in the background
+        failed, Stopped if the run was asked to stop.
         """
         self.check_finite()
         self.done, self.state, self.pending = self.done + 1, state, pending
@@ -114,7 +118,8 @@ class Training:
     def dev_top1(self, at: int) -> float:
         """The share of dev questions that the greedy answer gets right; keeps the parameters if it is the best so far.
 
-        at: the epoch or iteration."""
+        at: the epoch or iteration.
+        """
         lm, stage = self.state.params["lm"], self.folder.name
         share = top1(greedy(self.run, lm, self.run.inputs.data.dev, f"{stage} dev"))
         self.keep_if_best(at, share)
@@ -128,7 +133,7 @@ class Training:
             self.info |= {"best": at, "best_dev_top1": dev_top1}
 
     def save(self) -> None:
-        """Starts to save everything as it is after `done`, unless an earlier start saved that."""
+        """Starts to save everything after `done` updates or iterations, unless that is saved already."""
         self.check_finite()
         if self.done == self._saved:
             return
@@ -139,14 +144,15 @@ class Training:
         wanted = {saved["info"].get("best") for saved in self.checkpoints.infos()} | {self.info.get("best")}
         self.checkpoints.save(self.done, self.state, {"info": self.info, "pending": pending})
         self._saved = self.done
-        for folder in self.folder.glob("best_*"):  # a saved step that a resume may use needs its best model
+        for folder in self.folder.glob("best_*"):  # keep the best model of every saved step: a resume may need it
             if hosts.is_first() and folder.name not in {f"best_{at}" for at in wanted}:
                 shutil.rmtree(folder)
 
     def finish(self, model: Path, result: dict) -> dict:
         """Moves the best model to `model`, marks the stage done, and returns what done.json records.
 
-        The saved steps of the stage, three times the model's size each, and its other best models are removed.
+        A reranker has no dev evaluation: its last parameters are saved. Removes the saved steps of the stage, each
+        three times the size of the model, and its other best models.
         """
         self.check_finite()
         self.metrics.close()
@@ -169,9 +175,10 @@ class Training:
         return result
 
     def epochs(self, *, rows: int, batch_size: int, epochs: int) -> Iterator["Epoch"]:
-        """The epochs that are left, each to be iterated; saves after each one.
+        """Yields the epochs that are left, each an iterator over its batches; saves after each one.
 
-        An epoch whose updates are all done but whose line is not written comes once more, with no update left.
+        If an earlier start made all updates of an epoch but did not write its line, that epoch comes first, without
+        batches.
         """
         per_epoch = -(-rows // batch_size)
         progress = Progress(self.folder.name, epochs * per_epoch, done0=self.done)
@@ -183,11 +190,12 @@ class Training:
             self.save()
         progress.close()
 
-    def iterations(self, questions: int, *, shown: tuple[str, ...]) -> Iterator["Iteration"]:
-        """The iterations that are left in which a policy trains on what it sampled.
+    def iterations(self, questions: int, *, shown: tuple[str, ...]) -> Iterator["Drawn"]:
+        """Yields the iterations that are left, each with the questions drawn for it.
 
-        After each one: evaluates on dev, writes the line, saves, as often as config.rl says. Iteration 0 is the start
-        model; it is evaluated too and may be the best. shown: the numbers that the progress line shows.
+        After each one it writes the line of its metrics; it evaluates on dev and saves as often as config.rl says. The
+        start model counts as iteration 0: it is evaluated too and may be the best. shown: the numbers in the progress
+        line.
         """
         stage, rl = self.folder.name, self.run.config.rl
         per_pass = max(1, questions // rl.questions)
@@ -203,7 +211,7 @@ class Training:
         compiled = 0
         while True:
             done = self.done
-            if line := self.pending:  # trained; a stop may have come before it was evaluated
+            if line := self.pending:  # of the last iteration, which an earlier start may have left without evaluation
                 if done % eval_every == 0 or done == iterations:
                     line = line | {"dev_top1": self.dev_top1(done)}
                 self.write(line | {"compiles": compiled})
@@ -215,7 +223,7 @@ class Training:
             if done == iterations:
                 break
             before = compiles()
-            yield Iteration(done + 1, rows_at(self.run.config.seed, done * rl.questions, rl.questions, questions))
+            yield Drawn(done + 1, rows_at(self.run.config.seed, done * rl.questions, rl.questions, questions))
             compiled = compiles() - before
             self.check_finite()
         progress.close()
@@ -223,15 +231,15 @@ class Training:
             remark(f"warning: {stage}: no iteration was better on dev than the warm-up model, which becomes the result")
 
 
-class Iteration(NamedTuple):
-    """An iteration to make: its number, from 1, and the questions drawn for it, int[Q]."""
+class Drawn(NamedTuple):
+    """An iteration to make: its number, from 1, and the indices of the questions drawn for it, int[Q]."""
 
     number: int
-    rows: np.ndarray
+    questions: np.ndarray
 
 
 class Epoch:
-    """One epoch in seeded order: iterating gives the rows of each update that is left, int[≤ batch_size]."""
+    """One epoch in seeded order: an iterator over the row indices of each update left, int[b], b <= batch_size."""
 
     def __init__(self, training: Training, number: int, rows: int, batch_size: int, progress: Progress):
         self.training, self.number, self.batch_size, self.progress = training, number, batch_size, progress
@@ -246,7 +254,7 @@ class Epoch:
                 self.progress.update(training.done, loss=loss, **best_so_far(training.info))
 
     def updated(self, state, numbers: dict, item_ids: list[str], inputs: dict, **counted: float) -> None:
-        """As `Training.updated`; `counted` are numbers that the host counted. The epoch's means are of all of these."""
+        """As `Training.updated`. `counted`: more numbers, known on the host; `means` covers these too."""
         before = self.training.pending
         pending = {name: [*before.get(name, ()), x] for name, x in (numbers | counted).items()}
         self.training.updated(state, numbers, pending, item_ids, inputs)
@@ -259,7 +267,7 @@ class Epoch:
 
 
 def best_so_far(info: dict) -> dict:
-    """What the progress line shows of the best model: nothing before the first evaluation."""
+    """The best dev top-1 for the progress line; empty before the first evaluation."""
     best = info.get("best_dev_top1", -1.0)
     return {"best_dev_top1": best} if best >= 0 else {}
 
@@ -267,7 +275,7 @@ def best_so_far(info: dict) -> dict:
 def check_same(folder: Path, before: dict, now: dict) -> None:
     """InputError unless a saved step was made from the same data and reference; prints a line if versions differ.
 
-    A config that was changed on purpose may have changed its data.
+    Other data is allowed if the settings differ too: they were changed on purpose.
     """
     if before["data"] != now["data"] and before["config"] == now["config"]:
         raise InputError(f"{folder}: was started with other data; restore the data or choose another --workdir")

@@ -1,6 +1,6 @@
-"""ReFT: reinforcement learning on the training questions; the executed program's answer is the reward.
+"""ReFT: reinforcement learning on the training questions; the reward depends on the answer of the executed program.
 
-arXiv 2401.08967, §3. The warm-up model is where the policy starts, and the reference that it is kept close to.
+arXiv 2401.08967, §3. The policy starts from the warm-up model, which is also the reference of the KL penalty.
 """
 
 import time
@@ -20,7 +20,7 @@ from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.state import constant_schedule, make_optimizer
 
-PARTS = ("rollout", "reward", "score", "update")  # of an iteration's seconds; the rest is "other"
+PARTS = ("rollout", "reward", "score", "update")  # timed parts of an iteration; the rest of its seconds is "other"
 
 
 def run_reft(run: Run) -> dict:
@@ -33,39 +33,42 @@ def run_reft(run: Run) -> dict:
     reference = load_model(run, "warmup")["lm"]
     made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
     start = {"best": 0, "best_dev_top1": -1.0}
-    policy = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
-    with Training(run, "reft", *policy, start, made_from) as training:
+    state_parts = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
+    with Training(run, "reft", *state_parts, start, made_from) as training:
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
-        one = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
-        longest = round_up(rl.max_len, run.config.data.pad_multiple)  # always, so that rollouts have one shape
+        functions = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
+        row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
         for number, drawn in training.iterations(len(questions), shown=("reward", "kl")):
-            started, timeouts = time.monotonic(), run.programs["timeout"]
+            start_time, timeouts_before = time.monotonic(), run.programs["timeout"]
             state, examples = training.state, [questions[i] for i in drawn]
             item_ids = [example.item_id for example in examples]
 
-            # Sample solutions, execute them, take the rewards. The sampled ids are the ids that are trained on.
-            where = run, state.params["lm"], examples, "reft rollout", number
-            prompts, graded, line = roll_out_once(*where, samples=algorithm.samples)
+            # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
+            prompts, graded, metrics = roll_out_once(
+                run, state.params["lm"], examples, "reft rollout", number, samples=algorithm.samples
+            )
             completions, rewards = [one.completion for one in graded], [one.verdict.reward for one in graded]
-            rollout = rollout_rows(prompts, completions, rewards, longest)
+            rollout = rollout_rows(prompts, completions, rewards, row_length)
+            rollout_end = time.monotonic()
 
-            rolled_out = time.monotonic()
-            scores, packing = one.score(state.params, reference, rollout)
-            batch, metrics = jax.device_get(one.make_batch(rollout, scores, minibatches=rl.minibatches))
+            # Log-probabilities under the policy and the reference, and values. Then KL penalty, GAE, whitening.
+            scores, packing = functions.score(state.params, reference, rollout)
+            batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
             sampled = np.concatenate([completion.logprobs for completion in completions])
-            metrics["sampler_gap"] = np.abs(sampled - scores.logprob[packing.at]).max()
-            metrics["padding"] = packing.padding
+            batch_metrics["sampler_gap"] = np.abs(sampled - scores.logprob[packing.at]).max()
+            batch_metrics["padding"] = packing.padding
+            score_end = time.monotonic()
 
-            scored = time.monotonic()
+            # PPO epochs; each minibatch is one clipped update.
             for rows in minibatches(run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches):
-                state, numbers = one.update(state, rollout, batch, rows)
-                metrics.setdefault("ratio_max_error_first", numbers.pop("ratio_error_max"))
-            metrics = jax.device_get(metrics | numbers)
-            ended = time.monotonic()
+                state, numbers = functions.update(state, rollout, batch, rows)
+                batch_metrics.setdefault("ratio_max_error_first", numbers.pop("ratio_error_max"))
+            metrics |= jax.device_get(batch_metrics | numbers)
+            update_end = time.monotonic()
 
-            line |= metrics | {"seconds_score": scored - rolled_out, "seconds_update": ended - scored}
-            line |= {"seconds": ended - started, "timeouts": run.programs["timeout"] - timeouts}
-            line["seconds_other"] = line["seconds"] - sum(line[f"seconds_{part}"] for part in PARTS)
-            training.updated(state, line, line, item_ids, rollout._asdict())
+            metrics |= {"seconds_score": score_end - rollout_end, "seconds_update": update_end - score_end}
+            metrics |= {"seconds": update_end - start_time, "timeouts": run.programs["timeout"] - timeouts_before}
+            metrics["seconds_other"] = metrics["seconds"] - sum(metrics[f"seconds_{part}"] for part in PARTS)
+            training.updated(state, numbers=metrics, pending=metrics, item_ids=item_ids, inputs=rollout._asdict())
         result = {"iterations": training.done, "questions": len(questions), "from": sources(run, "warmup")}
         return training.finish(run.workdir.model("reft"), result)

@@ -54,8 +54,8 @@ def run_rerank(run: Run, name: str) -> dict:
 
     made_from = sources(run, name, "warmup")
     positive = float(np.mean([label for _, label, _ in rows]))
-    policy = abstract_reranker(run), optimizer, start
-    with Training(run, stage, *policy, {}, made_from) as training:
+    state_parts = abstract_reranker(run), optimizer, start
+    with Training(run, stage, *state_parts, {}, made_from) as training:
         update = make_step(rerank_loss, run.machine.model, optimizer, training.shardings)
         for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=settings.epochs):
             for chosen in epoch:

@@ -34,9 +34,9 @@ class Graded(NamedTuple):
 
 
 class Clock:
-    """Seconds of a rollout: decoding (with the programs that run meanwhile), then waiting for the last verdicts.
+    """Seconds of a rollout: decoding, while programs run too; then waiting for the last verdicts.
 
-    programs: the run time of each distinct program of a host.
+    programs: the run times of the distinct programs of every host.
     """
 
     def __init__(self):
@@ -47,8 +47,8 @@ class Clock:
 class Grading:
     """Grades completions in the order in which they arrive; a context that ends with their programs.
 
-    An executor that fails raises InfrastructureError here: that is never a reward of 0. `seconds` is the time of each
-    program, `outcomes` counts how the programs ended.
+    If the executor fails, InfrastructureError is raised here: that is never a reward of 0. seconds: the run time of
+    each distinct program, by its text. outcomes: how many programs ended in each way.
     """
 
     def __init__(self, run: Run):
@@ -88,14 +88,14 @@ class Grading:
             yield number, verdict
 
     def _result(self, future: Future) -> executor.ExecResult:
-        """Waits for a program. Raises Stopped if the run is asked to stop meanwhile: then it has no verdict."""
+        """Waits for a program's result. Raises Stopped if the run is asked to stop first; there is no verdict then."""
         while True:
             try:
                 return future.result(timeout=POLL_S)
             except TimeoutError:
                 self.guards.check(alone=True)
             except executor.InfrastructureError:
-                self.guards.check(alone=True)  # a machine that is shut down may have ended the executors first
+                self.guards.check(alone=True)  # when the machine shuts down, the executor may end first
                 raise
 
     def _stream(self, want: str) -> executor.Stream:
@@ -180,10 +180,10 @@ def shares(prompts: list[Prompt]) -> list[int]:
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
-def one_prompt_each(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
-    """`samples` prompts per example for one iteration, those of an example together.
+def prompts_of_iteration(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
+    """`samples` prompts per example for one iteration; the prompts of an example are next to each other.
 
-    An example that comes twice is sampled under other sample numbers, or its rows would be equal.
+    If an example comes twice, its prompts get different sample numbers: with equal ones its rows would be equal.
     """
     seen, prompts = Counter(), []
     for prompt in run.inputs.prompts(examples, samples):
@@ -197,7 +197,7 @@ def roll_out_once(
 ) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
     """The rollout of one training iteration: prompts, the graded response to each, and metrics."""
     rl, clock, before = run.config.rl, Clock(), Counter(run.machine.engine.counts)
-    prompts = one_prompt_each(run, examples, samples)
+    prompts = prompts_of_iteration(run, examples, samples)
     asked = [example for example in examples for _ in range(samples)]
     sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
     found = dict(roll_out(run, lm, prompts, asked, purpose, clock, **sampling))

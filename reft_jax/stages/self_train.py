@@ -68,8 +68,8 @@ def run_online(run: Run) -> dict:
     schedule = constant_schedule(settings.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
     start, made_from = {"best": 0, "best_dev_top1": -1.0}, sources(run, "warmup")
-    policy = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
-    with Training(run, ONLINE, *policy, start, made_from) as training:
+    state_parts = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
+    with Training(run, ONLINE, *state_parts, start, made_from) as training:
         update = make_step(self_train_loss, run.machine.model, optimizer, training.shardings)
         for number, drawn in training.iterations(len(rows), shown=("loss", "train_correct")):
             started, state = time.monotonic(), training.state
@@ -81,7 +81,7 @@ def run_online(run: Run) -> dict:
                 state, numbers = update(state, batch, packing.count)
             line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - started}
             item_ids, inputs = [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
-            training.updated(state, line, line, item_ids, inputs)
+            training.updated(state, numbers=line, pending=line, item_ids=item_ids, inputs=inputs)
         result = {"iterations": training.done, "questions": len(rows), "from": made_from}
         return training.finish(run.workdir.model(ONLINE), result)
 

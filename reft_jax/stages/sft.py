@@ -42,8 +42,8 @@ def train_supervised(
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
     start = {"best": 0, "best_dev_top1": -1.0}
-    policy = abstract_policy(run), optimizer, partial(base_policy, run.inputs, run.machine.mesh, run.machine.model)
-    with Training(run, stage, *policy, start, sources) as training:
+    state_parts = abstract_policy(run), optimizer, partial(base_policy, run.inputs, run.machine.mesh, run.machine.model)
+    with Training(run, stage, *state_parts, start, sources) as training:
         update = make_step(sft_loss, run.machine.model, optimizer, training.shardings)
         for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=last_epoch):
             for chosen in epoch:

@@ -1,10 +1,13 @@
 """What a question asks for: its prompt, what a program must return, how an answer is read, compared and rewarded.
 
-The setting `task` chooses it for a run: "" takes the task that each item's id names before its first underscore, a name
-of TASKS takes that task for every item, and `path.py:NAME` takes the Task that NAME is in the file path.py.
+The setting `task` chooses the task of a run:
 
-The reward is that of ReFT (arXiv 2401.08967, eq. 3). Unlike the paper's released code, NaN, infinity and a MathQA
-program that returns no letter are no answer.
+- "": each item's id names its task, before the first underscore.
+- a name in TASKS: that task for every item.
+- `path.py:NAME`: the Task called NAME in the file path.py, for every item.
+
+The default reward is ReFT's (arXiv 2401.08967, eq. 3). Unlike in the paper's released code, these are no answer: NaN,
+infinity, and what a MathQA program returns if it is not a letter.
 """
 
 import math
@@ -31,12 +34,12 @@ class Task:
 
     Args:
         name: for messages.
-        before, after: the texts around the question in a prompt; `after` may not be blank, since the completion is what
-            follows it.
+        before, after: the texts around the question in a prompt. `after` may not be blank: the completion starts after
+            it.
         phrase: what a solution in words ends with, before the answer.
-        want: what a program must return, as the executor knows it: "number" or "text".
-        allowed: what an answer is, for the message about a wrong `answer_value`.
-        other: status of a program that ran and returned something that is no answer.
+        want: the kind of value that a program must return: "number" or "text", as in the executor.
+        allowed: what counts as an answer, in words for the message about a wrong `answer_value`.
+        other: the status of a program that returned something else than an answer.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Task:
         return self
 
     def plain(self, answer_value: str) -> str:
-        """The correct answer as it is taught and read."""
+        """The correct answer in the form that training targets and `read` use."""
         return plain_answer(answer_value)
 
     def read(self, raw: float | str) -> Value:
@@ -70,8 +73,8 @@ class Task:
     def reward(self, value: Value, correct: bool, example: Example) -> float:
         """1 for the correct answer, 0.1 for an answer that is wrong, 0 for no answer.
 
-        Only `item_id` and `answer_value` of the example may be used: the audit log, whose rewards can be computed
-        again, keeps no more.
+        Use only `item_id` and `answer_value` of the example. The audit log keeps only these, and `evaluate --replay`
+        computes the rewards again from it.
         """
         return 1.0 if correct else 0.0 if value is None else 0.1
 
@@ -117,7 +120,7 @@ class Choice(Task):
 
 
 class ByPrefix(Task):
-    """The task that an item's id names. Prompts, which need no id, are alike in all of them."""
+    """The task that each item's id names. All of them have the same prompts, so prompts need no id."""
 
     def of(self, item_id: str) -> Task:
         name = item_id.partition("_")[0]

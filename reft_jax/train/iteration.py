@@ -19,8 +19,8 @@ from reft_jax.types import PPOBatch, Rollout
 
 
 class Scores(NamedTuple):
-    """What scoring gives, float32[B,T] each, 0 off the actions: log-probabilities under the policy that sampled and
-    under the reference, and the policy's values (None without a critic)."""
+    """What scoring gives for each action: log-probabilities under the policy that sampled and under the reference, and
+    the policy's values (None without a critic). float32[B,T] each, 0 where there is no action."""
 
     logprob: np.ndarray
     ref_logprob: np.ndarray
@@ -33,7 +33,7 @@ class Iteration:
     def __init__(
         self, model, mesh, optimizer, algorithm: Algorithm, shardings, *, micro_batch: int, max_len: int, multiple: int
     ):
-        """shardings: of the TrainState. micro_batch, max_len (tokens per row), multiple: of Packing."""
+        """shardings: those of the TrainState. micro_batch, max_len (tokens per row), multiple: see Packing."""
         self.mesh, self.algorithm = mesh, algorithm
         self.size = {"micro_batch": micro_batch, "max_len": max_len, "multiple": multiple}
         self.score_lines = make_scorer(model, algorithm.temperature)
@@ -41,11 +41,14 @@ class Iteration:
         self.step = make_step(partial(rl_loss, algorithm), model, optimizer, shardings)
 
     def pack(self, rollout: Rollout) -> Packing:
-        """The rows in lines, with room for as many lines as there are rows."""
+        """Packs the rows into lines. The arrays have as many lines as rows, so that their shape does not change."""
         return pack_rollout(rollout, micro_batches=len(rollout.tokens) // self.size["micro_batch"], **self.size)
 
     def score(self, params, reference, rollout: Rollout) -> tuple[Scores, Packing]:
-        """Scores every row under the policy `params` and under the parameters `reference` of a language model."""
+        """Scores every row under the policy and under the reference.
+
+        params: of the policy, with its value head. reference: of a language model. Both passes use the same packing.
+        """
         packing, length = self.pack(rollout), rollout.tokens.shape[1]
         lines = put_rows(self.mesh, packing.lines, axis=1)
         policy = params if self.algorithm.critic else {"lm": params["lm"]}
@@ -58,7 +61,10 @@ class Iteration:
         ), packing
 
     def update(self, state: TrainState, rollout: Rollout, batch: PPOBatch, rows=slice(None)) -> tuple[TrainState, dict]:
-        """One update on the chosen `rows`; the metrics stay on the device. The state is donated."""
+        """Makes one update on the chosen `rows`. Returns the new state and the metrics, which stay on the device.
+
+        `state` is donated: do not use it afterwards.
+        """
         rollout, batch = jax.tree.map(lambda x: x[rows], (rollout, batch))
         packing = self.pack(rollout)
         lines = put_rows(self.mesh, (packing.lines, packing.spread_all(batch)), axis=1)
@@ -66,7 +72,10 @@ class Iteration:
 
 
 def make_batch(algorithm: Algorithm, rollout: Rollout, scores: Scores, *, minibatches: int = 1):
-    """What the updates read, a PPOBatch [B,T], and the metrics of the iteration.
+    """Returns the PPOBatch [B,T] that the updates read, and the metrics of the iteration.
+
+    The advantages come from `algorithm.advantages`, which also applies the KL penalty. Each weight is multiplied by
+    `minibatches`: weights are shares of all rows, and an update reads 1 / minibatches of the rows.
 
     Metrics: reward (mean score), kl (log π − log π_ref summed over a row's actions, mean over rows, nats),
     response_length (tokens), and those of the algorithm's advantages.

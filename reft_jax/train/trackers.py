@@ -33,20 +33,24 @@ METHODS = ("open", "log", "file", "close")
 class Tracker(Protocol):
     """Takes the numbers of one stage. It is made with the stage's folder, `NAME(folder)`, before anything is logged.
 
-    A tracker of a user's own may not end a run: the first exception that it raises becomes one warning, and it is
-    switched off. It gets each step once. A resumed run computes the steps after its checkpoint again; those that were
-    logged before are not logged a second time, unless the tracker has a method `rewind(step)`. That is called on
-    resume, must forget every later step, and then these steps are logged again.
+    A user's own tracker cannot end a run: its first exception becomes one warning, and it is switched off.
+
+    It gets each step once. A resumed run computes the steps after its checkpoint again. Those that were logged before
+    are not logged a second time, unless the tracker has a method `rewind(step)`: a resumed run calls it, it must forget
+    every later step, and these steps are then logged again.
     """
 
     def open(self, run_id: str, config: dict[str, Any]) -> None:
-        """Called once. `run_id` is the same when the stage resumes. `config` is flat: {"rl.kl_coef": 0.01, …}."""
+        """Called once per start; `run_id` stays the same when the stage resumes.
+
+        config: flat, {"rl.kl_coef": 0.01, …}.
+        """
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """The numbers of one step. They may be NaN or infinite."""
 
     def file(self, path: Path) -> None:
-        """A file of the stage is complete, as `metrics.jsonl` is at the end."""
+        """Called with `metrics.jsonl` before `close`. After a stop the file is not complete: a resume appends to it."""
 
     def close(self) -> None:
         """Called once, at the end or when the run is stopped."""
@@ -55,15 +59,15 @@ class Tracker(Protocol):
 class TensorBoard:
     """The tracker `tensorboard`: a file of events in `tb/` of the stage's folder. Raises SaveError.
 
-    The caller's thread writes it. The library's own thread would end on a full disk, and the run would then wait for
-    ever for a place in its queue.
+    The caller's thread writes the file. A thread of the library would end on a full disk, and the run would then wait
+    forever for a free place in that thread's queue.
     """
 
     FLUSH_SECONDS = 30.0
 
     def __init__(self, folder: Path):
         self._folder = folder / "tb"
-        self._file: RecordWriter | None = None  # made by the first `log`: `rewind` may come before it
+        self._file: RecordWriter | None = None  # made by the first `log`, because `rewind` may be called before
         self._purge_step: int | None = None
 
     def open(self, run_id: str, config: dict[str, Any]) -> None:
@@ -163,7 +167,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, config=None):
-        """Opens the trackers of `config.tracking`, of the default without a config. Raises InputError, SaveError."""
+        """Opens the trackers of `config.tracking`; without a config, DEFAULT. Raises InputError, SaveError."""
         flat = {} if config is None else flatten(config)
         makers = load_trackers(flat.get("tracking", DEFAULT))
         self._folder, self._ours, self._others = folder, [], []
@@ -172,7 +176,7 @@ class MetricsWriter:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._known = self._read_known()
-        # jsonl before a user's own: what those have logged, a resumed run finds in metrics.jsonl.
+        # Ours come first: then metrics.jsonl has every step that a user's own tracker was given, also after a kill.
         self._ours = [TRACKERS[name](folder) for name in TRACKERS if name in makers]
         self._others = [Guarded(name, make, folder) for name, make in makers.items() if name not in TRACKERS]
         for tracker in self._ours:
@@ -219,7 +223,7 @@ class MetricsWriter:
                 tell("rewind", step)
 
     def file(self, path: Path) -> None:
-        """Hands a complete file to the trackers."""
+        """Passes a file of the stage to the trackers."""
         for tracker in self._ours:
             tracker.file(path)
         for tell in self._others:

@@ -247,7 +247,7 @@ def test_official_rows_are_read(tmp_path):
         ('{"question": "", "answer": "1\\n#### 1"}', "line 3, field 'question': is blank"),
         ('{"question": "Q?", "answer": "1"}', "line 3, field 'answer': does not end in '#### ' and a number"),
         ('{"question": "Q?", "answer": "1 #### one"}', "line 3, field 'answer': does not end"),
-        ("[1]", "line 3 is no object"),
+        ("[1]", "line 3 is not an object"),
     ],
 )
 def test_a_row_that_is_no_official_row(tmp_path, line, message):

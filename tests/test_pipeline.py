@@ -85,7 +85,7 @@ def test_the_warm_up_model_is_evaluated_as_iteration_0_and_the_best_on_dev_is_ha
     arrays = [json.loads((workdir / "models" / name / "arrays.json").read_text()) for name in ("reft", "warmup")]
     assert (arrays[0] == arrays[1]) == (result["best"] == 0)
     assert f"ReFT: best iteration {result['best']} of 3" in (workdir / "report.md").read_text()
-    told = "reft: no iteration was better on dev than the warm-up model, which is handed on" in done.stderr
+    told = "reft: no iteration was better on dev than the warm-up model, which becomes the result" in done.stderr
     assert told == (result["best"] == 0)
 
 

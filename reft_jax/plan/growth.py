@@ -19,7 +19,7 @@ def grown(config, topology: str, base: int):
     for key in GROWING:
         size = flat[key] * factor
         if size.denominator > 1 or size < 1:
-            raise InputError(f"--grow: {key}={flat[key]} on {base} chips makes no whole number on {topology}")
+            raise InputError(f"--grow: {key}={flat[key]} on {base} chips does not give a whole number on {topology}")
         changes[key] = int(size)
     return check_config(replaced(config, changes))
 

@@ -43,7 +43,7 @@ STEALS = {
     for whose, pid in (("the zygote's socket", "os.getppid()"), ("the trainer's socket", "<pid>"))
 }  # fmt: skip
 LEAVES = {
-    "System V memory": [*GET, "return str(c.shmget(0x5EF7, 1 << 20, 0o1600) >= 0)"],
+    "System V memory": [*GET, "return str(c.shmget(0, 1 << 20, 0o600) >= 0)"],
 }
 BROADCASTS = {"kills its siblings"}  # signals to whom it does not know: not where nothing keeps them in
 
@@ -89,6 +89,8 @@ def main(count: int, answer_file: str) -> dict:
         # A long text is `wrong_type`: whether it was read shows in the class.
         found[name] = {attack: result.value or f"{result.status} {result.detail}" for attack, result in results}
     found["segments"] = [row for row in shared_memory() if row not in segments]
+    for row in found["segments"]:  # a failing test leaves none either: the next one would not see its own
+        ctypes.CDLL(None).shmctl(int(row.split()[1]), 0, None)
     programs, answers = honest(count)
     begin = time.monotonic()
     hostile = [

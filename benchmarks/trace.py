@@ -62,9 +62,9 @@ def traced_iterations(tracer: Tracer):
 def main(_: list[str]) -> None:
     tracer, updated = Tracer(), Training.updated
 
-    def stop(self, *args):
+    def stop(self, *args, **kwargs):
         sys.setprofile(None)
-        updated(self, *args)
+        updated(self, *args, **kwargs)
 
     Training.iterations, Training.updated = traced_iterations(tracer), stop
     config = load_config(str(ROOT / "configs" / "quickstart.py"))

@@ -37,6 +37,17 @@ class RLOO(Algorithm):
         baseline = (reward.sum(1, keepdims=True) - reward) / (self.samples - 1)
         advantage = jnp.where(scored.mask, (reward - baseline).reshape(-1, 1), 0.0)
         return Advantages(advantage, advantage, {"question_sum_max": jnp.abs((reward - baseline).sum(1)).max()})
+
+
+class WithoutRatio(RLOO):
+    """With the loss of REINFORCE: its metrics are none of PPO's."""
+
+    def loss(self, logprob, old):
+        return -jnp.where(old.weight > 0, old.weight * old.advantage * logprob, 0.0).sum(), {}
+
+
+class Unfinished(Algorithm):
+    pass
 '''
 
 
@@ -79,6 +90,7 @@ def test_ppo_is_the_default_with_the_settings_of_the_section():
         ("grpo", "rl.algorithm='grpo' must be path.py:NAME"),
         ("nowhere.py:X", "there is no file nowhere.py"),
         ("{file}:jnp", "is not a subclass of reft_jax.algo.algorithms.Algorithm"),
+        ("{file}:Unfinished", "does not define `advantages`"),
     ],
 )
 def test_a_wrong_algorithm_is_refused(rloo, name, message):
@@ -118,7 +130,8 @@ def test_an_algorithm_is_a_constant_of_a_compiled_function():
 
 def test_rloo_of_ones_own_trains_a_policy(rloo, tmp_path):
     workdir, cache = tmp_path / "run", tmp_path / "compiled"
-    chosen = [f"--config.rl.algorithm={rloo}", "--config.rl.iterations=2", "--config.rl.eval_every=2"]
+    algorithm = rloo.replace(":RLOO", ":WithoutRatio")
+    chosen = [f"--config.rl.algorithm={algorithm}", "--config.rl.iterations=2", "--config.rl.eval_every=2"]
     for command in ("sft", "reft"):
         done = run(command, workdir, cache, *chosen)
         assert done.returncode == 0, done.stderr

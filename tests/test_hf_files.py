@@ -180,8 +180,8 @@ def test_an_index_with_sub_folders_and_entries_that_nobody_needs(copy):
     first = sorted(path.name for path in folder.glob("*.safetensors"))[0]
     (folder / "sub").mkdir()
     (folder / first).rename(folder / "sub" / first)
-    moved = lambda file: f"sub/{first}" if file == first else file  # noqa: E731
-    edit_index(folder, lambda files: {"weight_map": {name: moved(file) for name, file in files.items()}})
+    moved = {first: f"sub/{first}"}
+    edit_index(folder, lambda files: {"weight_map": {name: moved.get(file, file) for name, file in files.items()}})
     assert_same(want, load_hf(folder)[1])
     edit_index(folder, lambda files: {"weight_map": files | {"not.there": f"sub/{first}"}})
     assert_same(want, load_hf(folder)[1])

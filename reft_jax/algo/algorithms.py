@@ -3,7 +3,9 @@
 To add one, subclass `Algorithm` in a file of your own and name it in the settings: `rl.algorithm = "path.py:NAME"`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from inspect import isabstract
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ class Advantages(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class Algorithm(ABC):
     """Base class of algorithms. Its fields are settings of section `rl`. JAX traces all methods.
 
     samples: solutions sampled per question. critic: whether values are computed and trained.
@@ -53,9 +55,9 @@ class Algorithm:
     samples: ClassVar[int] = 1
     critic: ClassVar[bool] = True
 
+    @abstractmethod
     def advantages(self, scored: Scored) -> Advantages:
         """The advantages and returns of a rollout. A KL penalty is applied here too."""
-        raise NotImplementedError
 
     def loss(self, logprob, old: PPOBatch) -> tuple[Any, dict[str, Any]]:
         """Loss and metrics of the policy at decisions float32[b,w], to be summed over all decisions.
@@ -101,6 +103,8 @@ def make_algorithm(config) -> Algorithm:
     made = ALGORITHMS.get(rl.algorithm) or load(rl.algorithm, "rl.algorithm")
     if not (isinstance(made, type) and issubclass(made, Algorithm)):
         raise InputError(f"rl.algorithm={rl.algorithm}: is not a subclass of reft_jax.algo.algorithms.Algorithm")
+    if isabstract(made):
+        raise InputError(f"rl.algorithm={rl.algorithm}: does not define `advantages`; see reft_jax/algo/algorithms.py")
     return made(
         kl_coef=rl.kl_coef,
         gamma=rl.gamma,

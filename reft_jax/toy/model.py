@@ -20,7 +20,7 @@ from reft_jax.store import write_whole
 from reft_jax.tasks import prompts
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import train_bpe
-from reft_jax.toy import problems as synthetic
+from reft_jax.toy import problems
 from reft_jax.types import Example
 
 
@@ -35,10 +35,10 @@ def write_data(config, folder: Path) -> dict[str, str]:
         paths[split] = str(path)
         if path.exists():
             continue
-        problems = synthetic.make_problems(
+        made = problems.make_problems(
             config.seed, split, rows, answer_format=config.data.format, skipped_share=toy.skipped_share
         )
-        kept = [p.example for p in problems if not (split == "train" and toy.drop_skipped and p.skipped)]
+        kept = [p.example for p in made if not (split == "train" and toy.drop_skipped and p.skipped)]
         folder.mkdir(parents=True, exist_ok=True)
         records = [{k: v for k, v in example._asdict().items() if v is not None} for example in kept]
         write_whole(path, json.dumps(records, indent=1))

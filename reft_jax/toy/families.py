@@ -39,14 +39,20 @@ class Family(NamedTuple):
     """One kind of problem.
 
     numbers: `numbers(between)` draws a, b, ... with `between(low, high)`, both ends included. given: variable name of
-    each number that the question states. solutions: correct ways from these to `result`, all equally likely.
+    each number that the question states. steps, other_steps: one or two correct ways from these to `result`.
     """
 
     name: str
     numbers: Callable[[Callable[[int, int], int]], dict[str, int]]
     given: dict[str, str]
     questions: tuple[str, ...]
-    solutions: tuple[tuple[Step, ...], ...]
+    steps: tuple[Step, ...]
+    other_steps: tuple[Step, ...] = ()
+
+    @property
+    def solutions(self) -> tuple[tuple[Step, ...], ...]:
+        """The ways to the result, all equally likely."""
+        return (self.steps, self.other_steps) if self.other_steps else (self.steps,)
 
 
 def _stock(between: Callable[[int, int], int]) -> int:
@@ -65,7 +71,7 @@ FAMILIES = (
             "There were {a} {things} in the {box}. {Ann} puts {b} more in. How many {things} are in the {box} now?",
             "{Ben} gives {b} {things} to {Ann}, who had {a} at first. How many {things} does {Ann} have now?",
         ),
-        ((Step("result", "{things} + more", "there are {value} {things} now"),),),
+        (Step("result", "{things} + more", "there are {value} {things} now"),),
     ),
     Family(
         "loss",
@@ -77,7 +83,7 @@ FAMILIES = (
             "Out of {a} {things}, {Ann} sold {b}. How many {things} are left?",
             "{Ben} took {b} {things} from {Ann}, who had {a}. How many {things} does {Ann} have left?",
         ),
-        ((Step("result", "{things} - gone", "{value} {things} are left"),),),
+        (Step("result", "{things} - gone", "{value} {things} are left"),),
     ),
     Family(
         "groups",
@@ -89,7 +95,7 @@ FAMILIES = (
             "{Ann} puts {b} {things} in each of {a} {boxes}. How many {things} does {she} need?",
             "If one {box} holds {b} {things}, how many {things} do {a} {boxes} hold?",
         ),
-        ((Step("result", "{boxes} * each", "there are {value} {things} in total"),),),
+        (Step("result", "{boxes} * each", "there are {value} {things} in total"),),
     ),
     Family(
         "share",
@@ -101,7 +107,7 @@ FAMILIES = (
             "{Ann} has {a} {things} for {b} friends. If all get the same, how many {things} does each friend get?",
             "There are {b} friends and {a} {things}. {Ann} shares them equally. How many does each friend get?",
         ),
-        ((Step("result", "{things} / friends", "each friend gets {value} {things}"),),),
+        (Step("result", "{things} / friends", "each friend gets {value} {things}"),),
     ),
     Family(
         "groups_loss",
@@ -115,10 +121,8 @@ FAMILIES = (
             "{Ann} put {b} {things} in each of {a} {boxes} and then sold {c} {things}. How many {things} are left?",
         ),
         (
-            (
-                Step("{things}", "{boxes} * each", "there are {value} {things} at first"),
-                Step("result", "{things} - gone", "{value} {things} are left"),
-            ),
+            Step("{things}", "{boxes} * each", "there are {value} {things} at first"),
+            Step("result", "{things} - gone", "{value} {things} are left"),
         ),
     ),
     Family(
@@ -133,11 +137,9 @@ FAMILIES = (
             "{Ann} buys {a} {things} at {b} dollars each and {c} {others} at {d} dollars each. What does {she} pay?",
         ),
         (
-            (
-                Step("first", "{things} * price", "the {things} cost {value} dollars"),
-                Step("second", "{others} * other_price", "the {others} cost {value} dollars"),
-                Step("result", "first + second", "the total is {value} dollars"),
-            ),
+            Step("first", "{things} * price", "the {things} cost {value} dollars"),
+            Step("second", "{others} * other_price", "the {others} cost {value} dollars"),
+            Step("result", "first + second", "the total is {value} dollars"),
         ),
     ),
     Family(
@@ -152,10 +154,8 @@ FAMILIES = (
             "How much change does {Ann} get from {c} dollars if {she} buys {a} {things} at {b} dollars each?",
         ),
         (
-            (
-                Step("cost", "{things} * price", "the {things} cost {value} dollars"),
-                Step("result", "money - cost", "{value} dollars are left"),
-            ),
+            Step("cost", "{things} * price", "the {things} cost {value} dollars"),
+            Step("result", "money - cost", "{value} dollars are left"),
         ),
     ),
     Family(
@@ -169,14 +169,12 @@ FAMILIES = (
             "How much does {Ann} earn if {she} works {b} hours on each of {c} days and gets {a} dollars an hour?",
         ),
         (
-            (
-                Step("daily", "pay * hours", "{Ann} earns {value} dollars a day"),
-                Step("result", "daily * days", "{Ann} earns {value} dollars in total"),
-            ),
-            (
-                Step("total", "hours * days", "{Ann} works {value} hours"),
-                Step("result", "total * pay", "{Ann} earns {value} dollars in total"),
-            ),
+            Step("daily", "pay * hours", "{Ann} earns {value} dollars a day"),
+            Step("result", "daily * days", "{Ann} earns {value} dollars in total"),
+        ),
+        (
+            Step("total", "hours * days", "{Ann} works {value} hours"),
+            Step("result", "total * pay", "{Ann} earns {value} dollars in total"),
         ),
     ),
     Family(
@@ -190,14 +188,12 @@ FAMILIES = (
             "If {Ann} has {a} {things} and {Ben} has {b} more than that, how many {things} do they have together?",
         ),
         (
-            (
-                Step("{ben}", "{ann} + more", "{Ben} has {value} {things}"),
-                Step("result", "{ann} + {ben}", "together they have {value} {things}"),
-            ),
-            (
-                Step("double", "{ann} * 2", "twice what {Ann} has is {value} {things}"),
-                Step("result", "double + more", "together they have {value} {things}"),
-            ),
+            Step("{ben}", "{ann} + more", "{Ben} has {value} {things}"),
+            Step("result", "{ann} + {ben}", "together they have {value} {things}"),
+        ),
+        (
+            Step("double", "{ann} * 2", "twice what {Ann} has is {value} {things}"),
+            Step("result", "double + more", "together they have {value} {things}"),
         ),
     ),
     Family(
@@ -211,14 +207,12 @@ FAMILIES = (
             "If {Ann} has {a} {things} and {Ben} has {b} times that, how many {things} do they have together?",
         ),
         (
-            (
-                Step("{ben}", "{ann} * times", "{Ben} has {value} {things}"),
-                Step("result", "{ann} + {ben}", "together they have {value} {things}"),
-            ),
-            (
-                Step("shares", "times + 1", "together they have {value} times what {Ann} has"),
-                Step("result", "{ann} * shares", "together they have {value} {things}"),
-            ),
+            Step("{ben}", "{ann} * times", "{Ben} has {value} {things}"),
+            Step("result", "{ann} + {ben}", "together they have {value} {things}"),
+        ),
+        (
+            Step("shares", "times + 1", "together they have {value} times what {Ann} has"),
+            Step("result", "{ann} * shares", "together they have {value} {things}"),
         ),
     ),
     Family(
@@ -236,10 +230,8 @@ FAMILIES = (
             "how many {things} does each {box} hold?",
         ),
         (
-            (
-                Step("left", "{things} - gone", "{value} {things} are left"),
-                Step("result", "left / {boxes}", "each {box} holds {value} {things}"),
-            ),
+            Step("left", "{things} - gone", "{value} {things} are left"),
+            Step("result", "left / {boxes}", "each {box} holds {value} {things}"),
         ),
     ),
     Family(
@@ -254,10 +246,8 @@ FAMILIES = (
             "{Ann} takes half of {a} {things} and {b} more. How many {things} does {she} take?",
         ),
         (
-            (
-                Step("half", "{things} / 2", "half of the {things} is {value}"),
-                Step("result", "half + more", "that makes {value} {things}"),
-            ),
+            Step("half", "{things} / 2", "half of the {things} is {value}"),
+            Step("result", "half + more", "that makes {value} {things}"),
         ),
     ),
     Family(
@@ -271,15 +261,13 @@ FAMILIES = (
             "How much do {Ann} and {Ben} pay together if {Ann} buys {a} {things} and {Ben} {b}, at {c} dollars each?",
         ),
         (
-            (
-                Step("{things}", "{ann} + {ben}", "there are {value} {things} in total"),
-                Step("result", "{things} * price", "the total is {value} dollars"),
-            ),
-            (
-                Step("first", "{ann} * price", "it is {value} dollars for {Ann}"),
-                Step("second", "{ben} * price", "it is {value} dollars for {Ben}"),
-                Step("result", "first + second", "the total is {value} dollars"),
-            ),
+            Step("{things}", "{ann} + {ben}", "there are {value} {things} in total"),
+            Step("result", "{things} * price", "the total is {value} dollars"),
+        ),
+        (
+            Step("first", "{ann} * price", "it is {value} dollars for {Ann}"),
+            Step("second", "{ben} * price", "it is {value} dollars for {Ben}"),
+            Step("result", "first + second", "the total is {value} dollars"),
         ),
     ),
     Family(
@@ -293,14 +281,12 @@ FAMILIES = (
             "How much does {Ann} pay if the price of the {things} is {a} dollars and {she} gets {b} percent off?",
         ),
         (
-            (
-                Step("off", "price * percent / 100", "{b} percent of it is {value} dollars"),
-                Step("result", "price - off", "{value} dollars are left"),
-            ),
-            (
-                Step("rest", "100 - percent", "the rest is {value} percent"),
-                Step("result", "price * rest / 100", "{value} dollars are left"),
-            ),
+            Step("off", "price * percent / 100", "{b} percent of it is {value} dollars"),
+            Step("result", "price - off", "{value} dollars are left"),
+        ),
+        (
+            Step("rest", "100 - percent", "the rest is {value} percent"),
+            Step("result", "price * rest / 100", "{value} dollars are left"),
         ),
     ),
     Family(
@@ -314,14 +300,12 @@ FAMILIES = (
             "{Ann} works for {a} hours. {She} needs {b} minutes for each {box}. How many {boxes} does {she} fill?",
         ),
         (
-            (
-                Step("minutes", "hours * 60", "{Ann} has {value} minutes"),
-                Step("result", "minutes / each", "that is enough for {value} {boxes}"),
-            ),
-            (
-                Step("hourly", "60 / each", "one hour is enough for {value} {boxes}"),
-                Step("result", "hourly * hours", "{a} hours are enough for {value} {boxes}"),
-            ),
+            Step("minutes", "hours * 60", "{Ann} has {value} minutes"),
+            Step("result", "minutes / each", "that is enough for {value} {boxes}"),
+        ),
+        (
+            Step("hourly", "60 / each", "one hour is enough for {value} {boxes}"),
+            Step("result", "hourly * hours", "{a} hours are enough for {value} {boxes}"),
         ),
     ),
     Family(
@@ -335,10 +319,8 @@ FAMILIES = (
             "After {Ann} lost {b} {things} out of {a} dozen, how many {things} does {she} still have?",
         ),
         (
-            (
-                Step("{things}", "dozen * 12", "there are {value} {things} at first"),
-                Step("result", "{things} - gone", "{value} {things} are left"),
-            ),
+            Step("{things}", "dozen * 12", "there are {value} {things} at first"),
+            Step("result", "{things} - gone", "{value} {things} are left"),
         ),
     ),
     Family(
@@ -356,11 +338,9 @@ FAMILIES = (
             "how many {things} do they have in total?",
         ),
         (
-            (
-                Step("{ben}", "{ann} * 2", "{Ben} has {value} {things}"),
-                Step("{cleo}", "{ben} - fewer", "{Cleo} has {value} {things}"),
-                Step("result", "{ann} + {ben} + {cleo}", "together they have {value} {things}"),
-            ),
+            Step("{ben}", "{ann} * 2", "{Ben} has {value} {things}"),
+            Step("{cleo}", "{ben} - fewer", "{Cleo} has {value} {things}"),
+            Step("result", "{ann} + {ben} + {cleo}", "together they have {value} {things}"),
         ),
     ),
     Family(
@@ -378,17 +358,15 @@ FAMILIES = (
             "how much does {she} earn?",
         ),
         (
-            (
-                Step("{things}", "{boxes} * each", "there are {value} {things} at first"),
-                Step("quarter", "{things} / 4", "a quarter of them is {value}"),
-                Step("left", "{things} - quarter", "{value} {things} are left"),
-                Step("result", "left * price", "{Ann} gets {value} dollars"),
-            ),
-            (
-                Step("{things}", "{boxes} * each", "there are {value} {things} at first"),
-                Step("left", "{things} * 3 / 4", "{value} {things} are left"),
-                Step("result", "left * price", "{Ann} gets {value} dollars"),
-            ),
+            Step("{things}", "{boxes} * each", "there are {value} {things} at first"),
+            Step("quarter", "{things} / 4", "a quarter of them is {value}"),
+            Step("left", "{things} - quarter", "{value} {things} are left"),
+            Step("result", "left * price", "{Ann} gets {value} dollars"),
+        ),
+        (
+            Step("{things}", "{boxes} * each", "there are {value} {things} at first"),
+            Step("left", "{things} * 3 / 4", "{value} {things} are left"),
+            Step("result", "left * price", "{Ann} gets {value} dollars"),
         ),
     ),
 )

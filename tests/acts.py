@@ -116,12 +116,12 @@ class Fakes:
             weights = self.weights(run.workdir.model(name), run.inputs.base)
             return weights if name.startswith("rerank_") else {"lm": weights}
 
-        def with_model(run, source, *, reranker):
+        def with_model(run, source):
             made = source.checksum(run.workdir.path)
             return run, stages.Weights(made, lambda: self.weights(source.folder, source.base))
 
         @contextmanager
-        def open_sweep(config, workdir, checkpoints, guards):
+        def open_sweep(config, workdir, checkpoints):
             create_workdir(config, workdir)
             yield fake_run(config, workdir, Path(), Data([], [], [], ""))
 

@@ -22,7 +22,7 @@ from reft_jax import __main__, executor
 from reft_jax.commands.flags import parse_config
 from reft_jax.config import load_config, to_json
 from reft_jax.model.hf_write import save_hf
-from reft_jax.run.machine import start_executor
+from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import check_workdir, create_workdir
 from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.types import InputError
@@ -401,7 +401,8 @@ def test_a_machine_without_protection_is_wrong_input_unless_allowed(monkeypatch,
         return "programs run with: rlimits"
 
     monkeypatch.setattr(executor, "start", start)
-    with pytest.raises(InputError, match="executor.allow_unsandboxed=true"):
-        start_executor(2, 1024, False)
-    start_executor(2, 1024, True)
+    with pytest.raises(InputError, match="executor.allow_unsandboxed=true"), running_executor(2, 1024, False):
+        pass
+    with running_executor(2, 1024, True):
+        pass
     assert capsys.readouterr().err == "programs run with: rlimits\n"

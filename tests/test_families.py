@@ -14,7 +14,7 @@ from reft_jax.config import check_config, default_config
 from reft_jax.model.families import FAMILIES, LLAMA, use
 from reft_jax.model.hf import read_config
 from reft_jax.plan.plan import shapes_of
-from reft_jax.types import InputError
+from reft_jax.types import InputError, Stopped
 
 # A Llama whose window is as long as its context, with ties by default, another name of epsilon and one other tensor.
 MISTRAL_LIKE = """
@@ -89,9 +89,16 @@ def test_a_sweep_knows_the_family_before_it_reads_a_model(folder, mine, tmp_path
     config = default_config()
     config.model.path, config.model.family = str(path), mine
     config.data.train = config.data.test = str(data)
-    monkeypatch.setattr(sweep, "_swept", lambda config, workdir, models, data: read_config(models[0].model.base))
-    shape = sweep.sweep(check_config(config), tmp_path / "run", str(path), "", ())
-    assert shape.model_type == "mistral_like"
+    read = []
+
+    def open_sweep(config, workdir, models):
+        read.append(read_config(models[0].model.base).model_type)
+        raise Stopped("the test")
+
+    monkeypatch.setattr(sweep, "open_sweep", open_sweep)
+    with pytest.raises(Stopped):
+        sweep.sweep(check_config(config), tmp_path / "run", str(path), "", ())
+    assert read == ["mistral_like"]
 
 
 def test_a_llama_stays_one(folder, mine, tmp_path):

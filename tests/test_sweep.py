@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_config, tiny_policy
 
 from reft_jax import __main__, executor
-from reft_jax.commands.sweep import Source, check_stage, parse_checkpoints
+from reft_jax.commands.sweep import Source, check_stage, find, parse_checkpoints
 from reft_jax.model.hf_write import save_hf
 from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
@@ -172,13 +172,11 @@ def test_the_released_checkpoints_are_found_by_name(folder, tmp_path):
 
 
 def test_a_model_of_a_work_directory_is_a_checkpoint_too(folder, tmp_path):
-    from reft_jax.commands.sweep import find
-
     run = tmp_path / "run"
     (run / "models").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"model.path": str(folder / NAMES[0])}))
     save_params(run / "models" / "reft", {"x": np.zeros(2)})
-    assert find(str(run / "models" / "reft")) == (run / "models" / "reft", folder / NAMES[0])
+    assert find(str(run / "models" / "reft")) == Source(run / "models" / "reft", folder / NAMES[0])
     (run / "config.json").write_text(json.dumps({"model.path": "toy"}))
     assert find(str(run / "models" / "reft")).base == run / "toy" / "model"
 
@@ -207,8 +205,8 @@ def test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_mad
     save_params(tmp_path / "rerank", tiny_policy("rerank_head", **shape)[1])
     save_params(tmp_path / "other", tiny_policy("value_head", **shape | {"hidden_size": 32})[1])
     (tmp_path / "empty").mkdir()
-    check_stage(Source(tmp_path / "reft", sft), reranker=False)
-    check_stage(Source(tmp_path / "rerank", sft), reranker=True)
+    check_stage(Source(tmp_path / "reft", sft))
+    check_stage(Source(tmp_path / "rerank", sft, reranker=True))
     for name, reranker, says in (
         ("rerank", False, r"\['rerank_head'\]|\['value_head'\]"),
         ("reft", True, r"\['rerank_head'\]|\['value_head'\]"),
@@ -216,4 +214,4 @@ def test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_mad
         ("empty", False, "empty: no model can be read there"),
     ):
         with pytest.raises(InputError, match=says):
-            check_stage(Source(tmp_path / name, sft), reranker=reranker)
+            check_stage(Source(tmp_path / name, sft, reranker))

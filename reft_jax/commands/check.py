@@ -28,7 +28,7 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
-from reft_jax.run.machine import open_mesh, start_executor
+from reft_jax.run.machine import open_mesh, running_executor
 from reft_jax.stages.models import base_policy
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
@@ -79,9 +79,8 @@ def run_check(folder: Path, config) -> bool:
     families.use(config.model.family)
     examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
     inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
-    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
-    passed = True
-    try:
+    limits, passed = config.executor, True
+    with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):
         mesh = open_mesh(config)
         print(f"check {folder}: {config.model.dtype}, mesh {dict(mesh.shape)}\n")
         for guard in executor.guarding():
@@ -91,8 +90,6 @@ def run_check(folder: Path, config) -> bool:
                 passed &= finding.passed
                 mark = "pass" if finding.passed else "FAIL"
                 print(f"{mark}  {finding.name:<32}  {finding.figure}", flush=True)
-    finally:
-        executor.shutdown()
     verdict = "everything passed" if passed else "NOT READY: see the lines marked FAIL"
     print(f"\n{verdict} ({time.monotonic() - started:.0f} s)")
     return passed

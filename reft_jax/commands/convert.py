@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.gsm8k_programs import conversion
-from reft_jax.run.machine import start_executor
+from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.tasks import answers
@@ -54,11 +54,8 @@ def run_convert(
     official = dataset == "gsm8k" and not _is_ours(published)
     rows = read_official(source, published) if official else _examples(dataset, source)
     workers = max(2, os.cpu_count() or 1)
-    start_executor(workers, MEMORY_MB, allow_unsandboxed)
-    try:
+    with running_executor(workers, MEMORY_MB, allow_unsandboxed):
         made, rejected = _convert(rows, workers) if official else _check(rows, workers)
-    finally:
-        executor.shutdown()
     files = {f"{dataset}_{FILES[form]}.json": kept for form, kept in made.items() if kept or official}
     files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
     _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.records import GREEDY, RERANK, regrade
 from reft_jax.evaluation.report import print_report, write_sweep
 from reft_jax.evaluation.results import Answers, by_item, read_answers, table
-from reft_jax.run.machine import start_executor
+from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
 from reft_jax.tasks.registry import PAPER, Task, load_task
@@ -33,12 +34,8 @@ def run_regrade(
     if out_dir:
         check_writable("--out_dir", out_dir)
     files = {path: read_answers(label, path, asked) for path, label in labels(sample_files(sources)).items()}
-    if execute:
-        start_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed)
-    try:
+    with running_executor(os.cpu_count() or 1, MEMORY_MB, allow_unsandboxed) if execute else nullcontext():
         found = [_graded(path, answers, execute, asked) for path, answers in files.items()]
-    finally:
-        executor.shutdown()
     by_questions: dict[tuple[str, ...], list[Answers]] = {}
     for answers in found:
         by_questions.setdefault(tuple(sorted(answers.samples)), []).append(answers)

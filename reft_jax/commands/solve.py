@@ -3,10 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from reft_jax import executor
 from reft_jax.commands.sweep import Source, find
-from reft_jax.run.inputs import checked_tokenizer, completed_text
-from reft_jax.run.machine import start_executor
+from reft_jax.engine.generate import Engine
+from reft_jax.model.hf import read_config
+from reft_jax.model.llama import Llama
+from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
+from reft_jax.run.inputs import completed_text
+from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import recorded
 from reft_jax.tasks import answers
 from reft_jax.tasks.registry import load_task
@@ -25,51 +31,26 @@ def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
     settings = trained_with(source)
     answer_format, task = answer_format or settings.get("data.format", "python"), load_task(settings.get("task", ""))
-    tokenizer = checked_tokenizer(source.base)
+    tokenizer = source.tokenizer()
     prompt = encode_rollout(tokenizer, question, answer_format, task)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
-    start_executor(1, 1024, allow_unsandboxed)
-    print(f"{folder}: reading, then compiling", file=sys.stderr, flush=True)
-    try:
-        import numpy as np
-
-        from reft_jax.engine.generate import Engine
-        from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
-
-        mesh = make_mesh(-1, 1, 1)
+    with running_executor(1, 1024, allow_unsandboxed):
+        print(f"{folder}: reading, then compiling", file=sys.stderr, flush=True)
+        mesh, model = make_mesh(-1, 1, 1), Llama(read_config(source.base))
         with on_mesh(mesh):
-            model, lm = load_policy(source, mesh)
             ends = all_end_ids(tokenizer, source.base)
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
-            [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
+            [(_, completion)] = rows.generate(source.load(mesh, model), asked, max_len=max_len, temperature=0.0)
         text = completed_text(tokenizer, prompt, completion, task)
         # The correct answer is not known here; grading gets 0 instead.
         asked = [Example("toy_0", question, "0")]
         [verdict] = answers.grade([text], asked, answer_format, task, run_programs=executor.run_programs)
         print(text)
         print(f"\nanswer: {verdict.value if verdict.value is not None else f'none ({verdict.status})'}")
-    finally:
-        executor.shutdown()
 
 
 def trained_with(source: Source) -> dict:
     """The settings of the work directory that a stage's model is in; none for any other folder."""
     return (recorded(source.folder.parent.parent) if source.is_stage else None) or {}
-
-
-def load_policy(source: Source, mesh):
-    """(model, parameters of the language model) in float32."""
-    from reft_jax.model.heads import ValueHead
-    from reft_jax.model.hf import load_hf, read_config
-    from reft_jax.model.llama import Llama
-    from reft_jax.parallel.mesh import abstract_arrays
-    from reft_jax.train.checkpoints import load_params
-    from reft_jax.train.state import abstract_params
-
-    if not source.is_stage:
-        return load_hf(source.folder)
-    model = Llama(read_config(source.base))
-    abstract = abstract_params(model, ValueHead(), "value_head")
-    return model, load_params(source.folder, abstract_arrays(mesh, abstract))["lm"]

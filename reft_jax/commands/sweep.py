@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reft_jax import executor
 from reft_jax.commands import paths
 from reft_jax.config import flatten
 from reft_jax.evaluation.provenance import ASIDE
@@ -24,17 +23,14 @@ from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel import hosts
-from reft_jax.parallel.compilation import keep_compiled
-from reft_jax.parallel.mesh import abstract_arrays, on_mesh, put, shardings
+from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.run import lock
-from reft_jax.run.about import versions
-from reft_jax.run.executions import ExecutionLog
 from reft_jax.run.guards import Guards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer, shorten
-from reft_jax.run.machine import check_rows, make_machine, open_mesh, start_executor
-from reft_jax.run.open import Run, Workdir
-from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
-from reft_jax.stages.models import Weights, abstract_policy, abstract_reranker
+from reft_jax.run.machine import check_rows, make_machine, open_mesh, running_executor
+from reft_jax.run.open import Run, Workdir, checked_settings, in_workdir
+from reft_jax.run.workdir import recorded
+from reft_jax.stages.models import Weights
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
@@ -55,10 +51,12 @@ LONGEST_NAME = 200
 class Source(NamedTuple):
     """The weights of a model: a Hugging Face folder, or the folder that a stage made (RUN/models/NAME).
 
-    base: the folder with its config.json and tokenizer."""
+    base: the folder with its config.json and tokenizer. reranker: whether it is a reranker; else it writes text.
+    """
 
     folder: Path
     base: Path
+    reranker: bool = False
 
     @property
     def is_stage(self) -> bool:
@@ -69,6 +67,28 @@ class Source(NamedTuple):
         memory = workdir / MEMORY
         return hosts.from_first(f"checksum of {self.folder}", lambda: model_checksum(self.folder, self.base, memory))
 
+    def tokenizer(self):
+        """The tokenizer of `base`, whose folder is checked. Raises InputError."""
+        return checked_tokenizer(self.base, reranker=self.reranker and not self.is_stage)
+
+    def abstract(self, model: Llama):
+        """The shapes of its parameters as a stage saves them."""
+        return abstract_params(
+            model, *((RerankHead(), "rerank_head") if self.reranker else (ValueHead(), "value_head"))
+        )
+
+    def load(self, mesh, model: Llama):
+        """Reads its parameters onto the mesh: of a reranker the trunk and the head, else the language model's."""
+        abstract = self.abstract(model)
+        if self.is_stage:
+            params = load_params(self.folder, abstract_arrays(mesh, abstract))
+            return params if self.reranker else params["lm"]
+        where = shardings(mesh, abstract)
+        _, lm = load_hf(self.folder, dtype=model.dtype, shardings=where["lm"], reranker=self.reranker)
+        if not self.reranker:
+            return lm
+        return {"lm": lm, "rerank_head": put(load_rerank_head(self.folder), where["rerank_head"])}
+
 
 class Checkpoint(NamedTuple):
     """A model of a sweep, with its reranker if it has one."""
@@ -76,6 +96,10 @@ class Checkpoint(NamedTuple):
     name: str
     model: Source
     reranker: Source | None
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.model, self.reranker] if self.reranker else [self.model]
 
 
 class Sweep(NamedTuple):
@@ -135,9 +159,9 @@ def find(folder: str, *, reranker: bool = False) -> Source:
             raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
         families.use(str(settings.get("model.family", "")))
         base = settings.get("model.path")
-        return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)))
+        return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)), reranker)
     if path.is_dir():
-        return Source(path, path)
+        return Source(path, path, reranker)
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
@@ -154,42 +178,30 @@ def run_sweep(
 
     `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
     """
-    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
-    lock.look(workdir)
-    config = with_absolute_paths(config, workdir)
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
-    check_workdir(config, workdir, [], allowed)
-    families.use(config.model.family)
+    config = checked_settings(config, workdir, [], allowed)
     task = load_task(config.task)
     data = {
         name: shorten(load_examples(file, task, need_cot=False), config.data.test_limit, config.seed)
         for name, file in files.items()
     }
-    with lock.held(workdir):
-        return _swept(config, workdir, checkpoints, data)
-
-
-def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str, list[Example]]) -> list[dict]:
-    with (
-        Guards(config.watchdog_minutes) as guards,
-        open_sweep(config, workdir, checkpoints, guards) as sweep,
-    ):
+    with open_sweep(config, workdir, checkpoints) as sweep:
         sources = {f"model {one.name}": one.model.checksum(workdir) for one in checkpoints}
         sources |= {f"reranker {one.name}": one.reranker.checksum(workdir) for one in checkpoints if one.reranker}
         hosts.from_first("the models", lambda: keep_sources(workdir, sources))
         found = [answer(sweep, checkpoint, data) for checkpoint in checkpoints]
-    reports = []
-    for name in data:
-        answers = [of_model[name] for of_model in found]
-        notes = cannot_answer(config, checkpoints, data[name])
-        report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
         settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
-        reports.append(report | {"settings": settings} | table(answers, config.seed, load_task(config.task)))
-    if hosts.is_first():
-        for report in reports:
-            print_report(report)
-        write_sweep(workdir, reports)
-        print(f"\nsweep.md, sweep.json: {workdir}")
+        reports = []
+        for name in data:
+            notes = cannot_answer(config, checkpoints, data[name])
+            report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
+            report |= {"settings": settings} | table([of_model[name] for of_model in found], config.seed, task)
+            reports.append(report)
+        if hosts.is_first():
+            for report in reports:
+                print_report(report)
+            write_sweep(workdir, reports)
+            print(f"\nsweep.md, sweep.json: {workdir}")
     return reports
 
 
@@ -228,40 +240,32 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
 
 
 @contextmanager
-def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Guards) -> Iterator[Sweep]:
-    """Checks every model, then makes ready what all of them share."""
-    for checkpoint in checkpoints:
-        checked_tokenizer(checkpoint.model.base)
-        if checkpoint.reranker:
-            checked_tokenizer(checkpoint.reranker.base, reranker=not checkpoint.reranker.is_stage)
-    start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
-    try:
-        mesh = open_mesh(config)
-        check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
-        for checkpoint in checkpoints:
-            for source in filter(None, (checkpoint.model, checkpoint.reranker)):
+def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint]) -> Iterator[Sweep]:
+    """Takes the work directory, checks every model, and makes ready what all of them share."""
+    sources, limits = [source for checkpoint in checkpoints for source in checkpoint.sources], config.executor
+    with lock.held(workdir), Guards(config.watchdog_minutes) as guards:
+        for source in sources:
+            source.tokenizer()
+        with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):
+            mesh = open_mesh(config)
+            check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
+            for source in sources:
                 if source.is_stage:
-                    check_stage(source, reranker=source is checkpoint.reranker)
-        create_workdir(config, workdir)
-        hosts.log_to(workdir / "logs")
-        keep_compiled(Path(config.compiled or workdir / "compiled"))
-        with on_mesh(mesh):
-            yield Sweep(config, Workdir(workdir, ExecutionLog(workdir)), mesh, guards)
-    finally:
-        executor.shutdown()
+                    check_stage(source)
+            with in_workdir(config, workdir, mesh) as opened:
+                yield Sweep(config, opened, mesh, guards)
 
 
-def check_stage(source: Source, *, reranker: bool) -> None:
+def check_stage(source: Source) -> None:
     """InputError unless a stage's model is a policy (or a reranker) with the shapes of its base. Reads no weights."""
-    head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
-    check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
+    check_shapes(source.folder, source.abstract(Llama(read_config(source.base))))
 
 
 def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
     """The greedy answers, samples and reranker scores of one model, by data file; makes those that are missing."""
     workdir = sweep.workdir.path
     paths = {name: samples_file(workdir, checkpoint, name) for name in data}
-    run, weights = with_model(sweep, checkpoint.model, reranker=False)
+    run, weights = with_model(sweep, checkpoint.model)
     found = {}
     for name, examples in data.items():
         if (older := workdir / "samples" / f"{checkpoint.name}_{name}.jsonl").exists():
@@ -271,7 +275,7 @@ def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]])
         records = sampled(run, paths[name], examples, run.config.sample.n, weights, f"{what}, samples")
         found[name] = Answers(checkpoint.name, by_item(greedy), by_item(records), {})
     if checkpoint.reranker:
-        run, weights = with_model(sweep, checkpoint.reranker, reranker=True)
+        run, weights = with_model(sweep, checkpoint.reranker)
         for name, answers in found.items():
             what = f"{checkpoint.name} on {name}, rerank"
             scores = rerank_scores(run, paths[name], list(answers.samples.values()), weights, what)
@@ -279,21 +283,10 @@ def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]])
     return found
 
 
-def with_model(sweep: Sweep, source: Source, *, reranker: bool) -> tuple[Run, Weights]:
+def with_model(sweep: Sweep, source: Source) -> tuple[Run, Weights]:
     """A run with this model's shape, tokenizer and engine, and its weights, which are read when first needed."""
-    config, mesh, guards = sweep.config, sweep.mesh, sweep.guards
-    tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
+    config, guards, tokenizer = sweep.config, sweep.guards, source.tokenizer()
     inputs = Inputs(config, source.base, tokenizer, Data([], [], [], ""))
-    run = Run(inputs, make_machine(config, source.base, tokenizer, mesh, guards.step), sweep.workdir, guards)
-    abstract = abstract_reranker(run) if reranker else abstract_policy(run)
-
-    @functools.cache
-    def load() -> dict:
-        if source.is_stage:
-            params = load_params(source.folder, abstract_arrays(mesh, abstract))
-            return params if reranker else params["lm"]
-        where = shardings(mesh, abstract)
-        _, lm = load_hf(source.folder, dtype=run.machine.model.dtype, shardings=where["lm"], reranker=reranker)
-        return {"lm": lm, "rerank_head": put(load_rerank_head(source.folder), where["rerank_head"])} if reranker else lm
-
-    return run, Weights(source.checksum(sweep.workdir.path), load)
+    machine = make_machine(config, source.base, tokenizer, sweep.mesh, guards.step)
+    load = functools.cache(functools.partial(source.load, sweep.mesh, machine.model))
+    return Run(inputs, machine, sweep.workdir, guards), Weights(source.checksum(sweep.workdir.path), load)

@@ -1,7 +1,8 @@
 """What a run computes with: the executor's processes, the devices, the model and the rollout engine."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def make_machine(config, base: Path, tokenizer, mesh, after_chunk: Callable[[], 
     return Machine(mesh, model, engine)
 
 
-def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> None:
-    """Starts the executor's processes and prints on stderr what guards a program.
+@contextmanager
+def running_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> Iterator[None]:
+    """Keeps the executor's processes running inside the `with`; prints on stderr what guards a program.
 
     InputError if too little guards it and that is not allowed, or if this machine has no room for it.
     """
@@ -56,6 +58,10 @@ def start_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> Non
         print(executor.start(workers, memory_mb, allow_unsandboxed), file=sys.stderr, flush=True)
     except executor.InfrastructureError as error:
         raise InputError(str(error)) from error
+    try:
+        yield
+    finally:
+        executor.shutdown()
 
 
 def open_mesh(config):

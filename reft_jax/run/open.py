@@ -7,11 +7,10 @@ The executor starts before JAX takes its devices. Weights are read and functions
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reft_jax import executor
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.config import flatten
 from reft_jax.model import families
@@ -24,9 +23,10 @@ from reft_jax.run.about import versions
 from reft_jax.run.executions import ExecutionLog
 from reft_jax.run.guards import Guards
 from reft_jax.run.inputs import Inputs, checked_tokenizer, load_data, read_inputs
-from reft_jax.run.machine import Machine, check_rows, make_machine, open_mesh, start_executor
+from reft_jax.run.machine import Machine, check_rows, make_machine, open_mesh, running_executor
 from reft_jax.run.watch import Silence
 from reft_jax.run.workdir import check_workdir, create_workdir, with_absolute_paths
+from reft_jax.settings import Config
 from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.toy.model import write_data, write_model
 from reft_jax.train.state import abstract_params
@@ -77,18 +77,40 @@ def open_run(
     in the work directory, so it may run while another one uses it.
     """
     workdir = workdir.absolute()
-    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
-    if not read_only:
-        lock.look(workdir)
-    config = with_absolute_paths(config, workdir)
-    check_workdir(config, workdir, needs, allowed, read_only=read_only)
-    families.use(config.model.family)
+    config = checked_settings(config, workdir, needs, allowed, read_only=read_only)
     make_algorithm(config)  # a wrong one is found now, not after SFT
     load_trackers(config.tracking)
     with Guards(config.watchdog_minutes) as guards:
         with _opened(config, workdir, guards, read_only) as run:
             guards.check()
             yield run
+
+
+def checked_settings(
+    config, workdir: Path, needs: list[str], allowed: Sequence[str] = (), *, read_only: bool = False
+) -> Config:
+    """The config with absolute paths, if this command may use the work directory and all hosts run the same one.
+
+    Arguments as for `open_run`. InputError if not; writes nothing.
+    """
+    hosts.agree("the command", workdir=str(workdir), **flatten(config), **versions())
+    if not read_only:
+        lock.look(workdir)
+    config = with_absolute_paths(config, workdir)
+    check_workdir(config, workdir, needs, allowed, read_only=read_only)
+    families.use(config.model.family)
+    return config
+
+
+@contextmanager
+def in_workdir(config, workdir: Path, mesh, *, read_only: bool = False) -> Iterator[Workdir]:
+    """Makes the work directory if it is new, keeps logs and compiled functions there, and computes on `mesh`."""
+    if not read_only:
+        create_workdir(config, workdir)
+        hosts.log_to(workdir / "logs")
+    keep_compiled(Path(config.compiled or workdir / "compiled"))
+    with on_mesh(mesh):
+        yield Workdir(workdir, ExecutionLog(workdir))
 
 
 @contextmanager
@@ -98,24 +120,20 @@ def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[
         base = Path(config.model.path)
         data = load_data(config, {"train": config.data.train, "dev": config.data.dev, "test": config.data.test})
         inputs = read_inputs(config, base, checked_tokenizer(base), data)
-    with ExitStack() as stack:
-        if not read_only:
-            stack.enter_context(lock.held(workdir))
-        start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
-        stack.callback(executor.shutdown)
+    limits = config.executor
+    with (
+        nullcontext() if read_only else lock.held(workdir),
+        running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed),
+    ):
         mesh = open_mesh(config)
         check_rows(config, mesh)
         if toy:
             inputs = toy_inputs(config, workdir, read_only)
         machine = make_machine(config, inputs.base, inputs.tokenizer, mesh, guards.step)
         check_divides(mesh, abstract_params(machine.model, ValueHead(), "value_head"))
-        if not read_only:
-            create_workdir(config, workdir)
-            hosts.log_to(workdir / "logs")
-        hosts.agree("the data", **inputs.facts())
-        keep_compiled(Path(config.compiled or workdir / "compiled"))
-        with on_mesh(mesh):
-            yield Run(inputs, machine, Workdir(workdir, ExecutionLog(workdir)), guards)
+        with in_workdir(config, workdir, mesh, read_only=read_only) as opened:
+            hosts.agree("the data", **inputs.facts())
+            yield Run(inputs, machine, opened, guards)
 
 
 def toy_inputs(config, workdir: Path, read_only: bool) -> Inputs:

@@ -85,7 +85,7 @@ PLANTED = [
     ("scores of other completions are used", "reft_jax.stages.rerank",
      'set(texts[score["item_id"]]) <= set(score.get("completions", ()))', "True",
      (f"{WHOSE}::test_scores_of_other_completions_are_given_again",)),
-    ("sweep: a family of one's own is unknown", "reft_jax.commands.sweep",
+    ("sweep: a family of one's own is unknown", "reft_jax.run.open",
      "    families.use(config.model.family)\n", "",
      ("test_families.py::test_a_sweep_knows_the_family_before_it_reads_a_model",)),
     ("two names of a sweep share a file", "reft_jax.commands.sweep",

@@ -3,17 +3,17 @@
 import importlib
 import os
 import sys
-from pathlib import Path
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 from absl import flags
 
 from reft_jax import terminal
 from reft_jax.commands.flags import CONFIG, config_of, define_settings, no_arguments, parse_config, parse_flags
-from reft_jax.commands.table import COMMANDS, TABLE, Command, described, overview
-from reft_jax.config import nearest, renamed
+from reft_jax.commands.table import COMMANDS, HOSTS, TABLE, Command, described, overview
+from reft_jax.config import check_keys
 from reft_jax.model_folder import check_new_folder
-from reft_jax.settings import SETTINGS
 from reft_jax.store import DISK, not_written
 from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
 
@@ -73,8 +73,7 @@ def parse(rows: list[Command], argv: list[str]) -> tuple[Command, flags.FlagValu
     """The row that a command line selects, the values of its flags, and the arguments of its function. InputError."""
     values, declared = flags.FlagValues(), {flag.name: flag for row in rows for flag in row.all_flags}
     for flag in declared.values():
-        if flag is not CONFIG:
-            flag.define(values)
+        flag.define(values)
     if "config" in declared:
         define_settings(values)
     words = parse_flags(argv, values, declared.values())
@@ -109,42 +108,27 @@ def _selects(form: str, values: flags.FlagValues, words: list[str]) -> bool:
 
 def run_row(row: Command, values: flags.FlagValues, given: dict[str, Any]) -> Any:
     """Runs a command with what its row says that it needs, and returns what its function returns."""
+    said = {flag.name: flag.value(values) for flag in row.all_flags}
+    opened = said | {"file": said.get("config"), "allowed": said.get("allow_config_change", [])}
+    check_keys(opened["allowed"], "--allow_config_change")
+    if "config" in said:
+        opened["config"] = config_of(values)
+    with ExitStack() as stack:
+        if row.on_hosts:
+            from reft_jax.parallel import hosts  # imports JAX
 
-    def call(**opened) -> Any:
-        module, function = row.calls.format(**words).split(":")
-        return getattr(importlib.import_module(module), function)(**opened, **given)
+            stack.enter_context(hosts.joined(*(said[flag.name] for flag in HOSTS)))
+            for flag in row.flags:
+                if flag.new:
+                    hosts.from_first(flag.name, partial(check_new_folder, f"--{flag.name}", said[flag.name]))
+        if "run" in row.gets:
+            from reft_jax.run.open import open_run  # imports JAX
 
-    words = {name: values[name].value for name in values}
-    config = config_of(values) if CONFIG in row.all_flags else None
-    workdir = Path(values.workdir) if "workdir" in words and values.workdir else None
-    opened = {"config": config, "file": words.get("config"), "workdir": workdir}
-    opened["allowed"] = allowed = _settings(words.get("allow_config_change", []))
-    opened = {name: value for name, value in opened.items() if name in row.gets}
-    if not row.on_hosts:
-        return call(**opened)
-    from reft_jax.parallel import hosts  # these import JAX
-    from reft_jax.run.open import open_run
-
-    with hosts.joined(values.coordinator, values.num_processes, values.process_id):
-        for flag in row.flags:
-            if flag.new:
-                name, folder = f"--{flag.name}", flag.value(values)
-                hosts.from_first(name, lambda name=name, folder=folder: check_new_folder(name, folder))
-        if "run" not in row.gets:
-            return call(**opened)
-        needs = [name.format(**words) for name in row.needs]
-        with open_run(config, workdir, needs, allowed, read_only=row.read_only) as run:
-            return call(run=run)
-
-
-def _settings(keys: list[str]) -> list[str]:
-    """The keys of --allow_config_change. InputError if one is not a setting."""
-    for key in keys:
-        if new := renamed(key):
-            raise InputError(f"--allow_config_change: {key} is now {new}")
-        if key not in SETTINGS:
-            raise InputError(f"--allow_config_change: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
-    return keys
+            needs, config = [name.format(**said) for name in row.needs], opened["config"]
+            run = open_run(config, opened["workdir"], needs, opened["allowed"], read_only=row.read_only)
+            opened["run"] = stack.enter_context(run)
+        module, function = row.calls.format(**said).split(":")
+        return getattr(importlib.import_module(module), function)(**{name: opened[name] for name in row.gets}, **given)
 
 
 if __name__ == "__main__":

@@ -89,14 +89,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return max(sorted(names), key=closeness)
 
 
-def check_values(config, source: str) -> dict[str, Any]:
-    """The flat config, or InputError that names `source`, a key, its value and what is allowed."""
-    flat = flatten(config)
-    for key in flat:
+def check_keys(keys: Iterable[str], source: str) -> None:
+    """InputError that names `source` and what was probably meant unless every key is a setting."""
+    for key in keys:
         if new := renamed(key):
             raise InputError(f"{source}: {key} is now {new}")
         if key not in SETTINGS:
             raise InputError(f"{source}: unknown key {key!r}; did you mean {nearest(key, SETTINGS)!r}?")
+
+
+def check_values(config, source: str) -> dict[str, Any]:
+    """The flat config, or InputError that names `source`, a key, its value and what is allowed."""
+    flat = flatten(config)
+    check_keys(flat, source)
     for key, setting in SETTINGS.items():
         if key not in flat:
             raise InputError(f"{source}: key {key!r} is missing; start from reft_jax.config.default_config()")

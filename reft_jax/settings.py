@@ -59,7 +59,7 @@ class ModelSettings:
     family: str = setting("", ANY, "empty: by config.json's model_type; or path.py:NAME (model/families.py)")
     dtype: str = setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32")
     remat: str = setting(
-        "full", one_of("none", "dots", "full"), "what the backward pass computes again; dots: all but weight products"
+        "full", one_of("none", "dots", "full"), "recomputed by backward; dots: all but weight products"
     )
 
 
@@ -70,20 +70,12 @@ class DataSettings:
     train: str = setting("", ANY, 'training questions: a JSON file, hub:owner/name:split or "toy"')
     test: str = setting("", ANY, 'test questions: a JSON file, hub:owner/name:split or "toy"')
     dev: str = setting("", ANY, "questions that choose checkpoints, as data.train; if empty, see data.dev_rows")
-    dev_rows: int = setting(
-        0, at_least(0), "training questions held out to choose checkpoints if data.dev is empty; 0: the test file does"
-    )
+    dev_rows: int = setting(0, at_least(0), "training questions held out as dev if data.dev is empty; 0: the test file")
     format: str = setting("python", one_of("python", "nl"), "what a solution is: a Python program, or text (nl)")
     train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
     test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
-    max_dropped: float = setting(
-        0.2,
-        between(0, 1),
-        "largest share of training rows that may be left out: too long, or unable to earn a reward",
-    )
-    pad_multiple: int = setting(
-        64, MULTIPLE_OF_32, "row lengths are padded to a multiple of this, so that few shapes are compiled"
-    )
+    max_dropped: float = setting(0.2, between(0, 1), "largest share of training rows to drop: too long, never rewarded")
+    pad_multiple: int = setting(64, MULTIPLE_OF_32, "rows are padded to a multiple of this: few shapes are compiled")
 
 
 @dataclass(frozen=True)
@@ -107,12 +99,8 @@ class SftSettings:
     """Supervised fine-tuning: one run makes the warm-up model (an early epoch) and the best checkpoint."""
 
     epochs: int = setting(40, POSITIVE, "epochs of SFT and of its learning-rate schedule")
-    stop_epoch: int = setting(
-        0, at_least(0), "end SFT after this epoch; the schedule stays that of sft.epochs; 0: run all sft.epochs"
-    )
-    warmup_epoch: int = setting(
-        2, POSITIVE, "its model, \"warmup\", is ReFT's start and reference, and draws the reranker's samples"
-    )
+    stop_epoch: int = setting(0, at_least(0), "last epoch, in the schedule of sft.epochs; 0: sft.epochs")
+    warmup_epoch: int = setting(2, POSITIVE, 'makes "warmup": start and reference of ReFT, and the reranker\'s sampler')
     batch_size: int = setting(48, POSITIVE, "rows per update")
     micro_batch: int = setting(48, POSITIVE, "rows in memory at once; gradients are summed over micro-batches")
     learning_rate: float = setting(1e-5, POSITIVE, "peak learning rate")
@@ -138,9 +126,7 @@ class RlSettings:
     lr_warmup: int = setting(0, at_least(0), "updates of linear warm-up")
     weight_decay: float = setting(0.0, at_least(0), "weight decay of AdamW")
     clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
-    kl_coef: float = setting(
-        0.01, at_least(0), "KL penalty β; the paper: 0.01 for programs and MathQA-numeric, 0.05 for other nl"
-    )
+    kl_coef: float = setting(0.01, at_least(0), "KL penalty β; paper: 0.01, but 0.05 for nl other than MathQA-numeric")
     gamma: float = setting(1.0, between(0, 1), "discount")
     lam: float = setting(0.95, between(0, 1), "λ of GAE")
     vf_coef: float = setting(5.0, at_least(0), "weight of the value loss")
@@ -150,9 +136,7 @@ class RlSettings:
     temperature: float = setting(1.0, POSITIVE, "temperature of sampling and of every log-probability in training")
     max_prompt: int = setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped")
     max_len: int = setting(700, POSITIVE, "tokens of prompt and response")
-    eval_every: int = setting(
-        0, at_least(0), "iterations between greedy evaluations; 0: once per pass over the questions"
-    )
+    eval_every: int = setting(0, at_least(0), "iterations between greedy evaluations; 0: once per pass")
     save_every: int = setting(0, at_least(0), "iterations between resumable checkpoints; 0: once per pass")
 
 
@@ -234,9 +218,7 @@ class Config:
     )
     compiled: str = setting("", ANY, "folder that keeps compiled functions; empty: compiled/ in the work directory")
     keep_steps: int = setting(2, POSITIVE, "saved steps kept while a stage runs; with 2, one of them may be damaged")
-    watchdog_minutes: float = setting(
-        60.0, at_least(0), "end the process after so long without a finished decode chunk, program or update; 0: never"
-    )
+    watchdog_minutes: float = setting(60.0, at_least(0), "end the process if nothing is finished for so long; 0: never")
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     toy: ToySettings = field(default_factory=ToySettings)

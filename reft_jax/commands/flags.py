@@ -14,15 +14,16 @@ from reft_jax.types import InputError
 
 PATHS = "PATH,…"  # a kind of flag: paths with commas between
 _VALUE = {str: "TEXT", int: "N", Path: "PATH", list: "A,B,…", PATHS: PATHS}
+_DEFINE = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, list: flags.DEFINE_list}  # others: as text
 
 
 class Flag(NamedTuple):
     """One flag of a command: words are joined with `_`.
 
-    kind: str, int, bool, list (with commas between), Path, PATHS, or a tuple of the allowed words. low: the smallest
-    number. to: the parameter of the command's function, if it has another name; None: the function does not get it.
-    new: a folder that must not exist yet or must be empty. old: former names, which are refused with the new one.
-    takes: how --help writes its value, if not by its kind.
+    kind: str, int, float, bool, list (with commas between), Path, PATHS, or a tuple of the allowed words. low: the
+    smallest number. to: the parameter of the command's function, if it has another name; None: the function does not
+    get it. new: a folder that must not exist yet or must be empty. old: former names, which are refused with the new
+    one. takes: how --help writes its value, if not by its kind.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Flag(NamedTuple):
         elif self.kind is int:
             flags.DEFINE_integer(self.name, self.default, self.help, lower_bound=self.low, flag_values=values)
         else:
-            define = {bool: flags.DEFINE_bool, list: flags.DEFINE_list}.get(self.kind, flags.DEFINE_string)
+            define = _DEFINE.get(self.kind, flags.DEFINE_string)
             define(self.name, self.default, self.help, flag_values=values)
 
     def value(self, values: flags.FlagValues) -> Any:
@@ -93,11 +94,9 @@ CONFIG = Flag("config", str, None, "settings: a Python file as in configs/", req
 
 
 def define_settings(values: flags.FlagValues) -> None:
-    """Defines `--config` and a flag for every setting."""
-    CONFIG.define(values)
-    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    """Defines a flag for every setting, `--config.KEY`."""
     for key, one in SETTINGS.items():
-        define[type(one.default)](f"config.{key}", None, one.doc, flag_values=values)
+        Flag(f"config.{key}", type(one.default), None, one.doc).define(values)
 
 
 def config_of(values: flags.FlagValues) -> Config:
@@ -113,6 +112,7 @@ def config_of(values: flags.FlagValues) -> Config:
 def parse_config(argv: list[str]) -> Config:
     """`config_of` a command line (program name first) that has no other flags."""
     values = flags.FlagValues()
+    CONFIG.define(values)
     define_settings(values)
     no_arguments(parse_flags(argv, values))
     return config_of(values)

@@ -1,12 +1,13 @@
-"""Writes files whole or not at all, and names the file that could not be written."""
+"""Writes files whole or not at all, and names the file that could not be written or read."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reft_jax.types import SaveError
+from reft_jax.types import InputError, SaveError
 
 # Errors of the disk, not of the code: full, over a quota or a limit, read-only, broken, or without permission.
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM".split()}
@@ -49,3 +50,18 @@ def write_whole(path: Path, content: str | bytes, *, synced: bool = False) -> No
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, without its byte order mark. InputError if it cannot be read or is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def short_hash(text: str) -> str:
+    """The first 16 hex digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]

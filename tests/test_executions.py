@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from reft_jax.run.executions import LOG_NAME, ExecutionLog, execution, program_hash, read_executions, replay
+from reft_jax.run.executions import LOG_NAME, ExecutionLog, execution, read_executions, replay
+from reft_jax.store import short_hash
 from reft_jax.types import Example, InputError, Verdict
 
 EXAMPLE = Example("gsm8k_3", "How many?", "1,080")
@@ -23,14 +24,14 @@ def test_a_line_holds_hash_outcome_milliseconds_and_verdict():
         "purpose": "reft rollout",
         "item_id": "gsm8k_3",
         "answer_value": "1,080",
-        "program": program_hash("right"),
+        "program": short_hash("right"),
         "outcome": "ok",
         "ms": 1.23,
         "value": 1080.004,
         "correct": True,
         "reward": 1.0,
     }
-    assert len(program_hash("right")) == 16 and program_hash("right") != program_hash("wrong")
+    assert len(short_hash("right")) == 16 and short_hash("right") != short_hash("wrong")
 
 
 def test_what_is_appended_is_read(tmp_path):

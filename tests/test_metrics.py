@@ -171,8 +171,7 @@ def test_what_is_compiled_is_counted_with_its_seconds():
 
 
 def test_what_takes_long_is_said_at_once(clock, capsys):
-    progress = Progress("reft", total=40, unit="iteration", done0=12)
-    progress.say("compiling")
+    progress = Progress("reft", total=40, unit="iteration", done0=12, first="compiling")
     assert capsys.readouterr().err == "reft  12/40 iterations  compiling\n"
     clock[0] += 1
     progress.update(13)

@@ -5,7 +5,6 @@ the run, and each answer only for the same question and reference answer. Answer
 with new ones: the old file is kept in the folder `aside/` next to it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from reft_jax.evaluation.records import SCHEMA, read_file
-from reft_jax.store import write_whole, writing
+from reft_jax.store import short_hash, write_whole, writing
 from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import Example
 
@@ -59,7 +58,7 @@ class Stored(NamedTuple):
 
 def examples_checksum(examples: Sequence[Example]) -> str:
     """A checksum (16 hex digits) of questions, answers and solutions, in their order."""
-    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
+    return short_hash(json.dumps(examples))
 
 
 def stored(

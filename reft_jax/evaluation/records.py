@@ -5,7 +5,6 @@ per question, and `NAME.rerank.jsonl` with the reranker's probabilities of the d
 docs/sample_files.md describes the schema. evaluation/provenance.py decides what of a file may be used again.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reft_jax.evaluation.voting import deduplicate, vote, voted_correct
+from reft_jax.store import read_text, short_hash
 from reft_jax.tasks.answers import RunPrograms, grade
 from reft_jax.tasks.prompts import PROGRAM_HEAD
 from reft_jax.tasks.registry import PAPER, Task
@@ -69,14 +69,9 @@ def first_samples(record: dict, n: int) -> dict:
     return record | {"predictions": record["predictions"][:n]} | votes(record["predictions"][:n])
 
 
-def text_hash(text: str) -> str:
-    """The first 16 hex digits of a completion's sha256."""
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
-
-
 def scored(record: dict, probabilities: Sequence[float]) -> dict:
     """The reranker's record of a question: its probabilities of the distinct completions, in order."""
-    completions = [text_hash(one["completion"]) for one in deduplicate(record["predictions"])]
+    completions = [short_hash(one["completion"]) for one in deduplicate(record["predictions"])]
     about = {key: record[key] for key in ("item_id", "question", "answer_value")}
     return about | {"completions": completions, "probabilities": list(probabilities)}
 
@@ -89,17 +84,11 @@ def read_file(path: Path, kind: str, task: Task = PAPER) -> SampleFile:
 
     Raises InputError, with file, record (from 0) and field, for anything that the schema does not allow.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
         values, torn = _parsed(text, f"{path}: is not JSON", "restore it from a copy"), False
     else:
-        values, torn = _lines(path, data)
+        values, torn = _lines(path, text)
     headers = [value for value in values if _is_header(value)]
     for header in headers:
         _check_header(header, path)
@@ -141,9 +130,9 @@ def read_records(path: Path, kind: str = SAMPLES_KIND, task: Task = PAPER) -> li
     return file.records
 
 
-def _lines(path: Path, data: bytes) -> tuple[list, bool]:
+def _lines(path: Path, text: str) -> tuple[list, bool]:
     """Returns the values of the lines that are not blank, and whether the last line was torn and left out."""
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = text.split("\n")  # not splitlines(): a JSON string may hold U+2028 and similar characters
     last, values = len(lines), []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -157,7 +146,7 @@ def _lines(path: Path, data: bytes) -> tuple[list, bool]:
     return values, False
 
 
-def _parsed(text: str | bytes, problem: str, remedy: str) -> Any:
+def _parsed(text: str, problem: str, remedy: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:

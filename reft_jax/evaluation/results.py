@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from reft_jax.evaluation.intervals import mcnemar, paired_bootstrap
-from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, RERANK, RERANK_KIND, read_records, text_hash
+from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, RERANK, RERANK_KIND, read_records
 from reft_jax.evaluation.subsets import rerank_at, sizes, upper_bound_at, voting_at
 from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound
+from reft_jax.store import short_hash
 from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
@@ -58,7 +59,7 @@ def check_scores(path: Path, scores: dict[str, dict], samples: dict[str, dict]) 
         if len(distinct) != len(score["probabilities"]):
             have = f"{len(score['probabilities'])} probabilities, but there are {len(distinct)} distinct completions"
             raise InputError(f"{path}: {item_id}, field 'probabilities': {have}; score again")
-        hashes = [text_hash(one["completion"]) for one in distinct] if "completions" in score else None
+        hashes = [short_hash(one["completion"]) for one in distinct] if "completions" in score else None
         if score.get("completions") != hashes:
             raise InputError(
                 f"{path}: {item_id}, field 'completions': these are not the samples' completions; score again"

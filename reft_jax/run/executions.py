@@ -5,7 +5,6 @@ next start cuts it off before its first write. A resumed run executes the interr
 """
 
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -17,17 +16,12 @@ import numpy as np
 
 from reft_jax.parallel.hosts import is_first
 from reft_jax.run.workdir import recorded
-from reft_jax.store import writing
+from reft_jax.store import short_hash, writing
 from reft_jax.tasks.registry import load_task
 from reft_jax.types import Example, InputError, Verdict
 
 LOG_NAME = "executions.jsonl.gz"
 FIELDS = {"purpose", "item_id", "answer_value", "outcome", "ms", "value", "correct", "reward"}
-
-
-def program_hash(text: str) -> str:
-    """The first 16 hex digits of the completion's sha256."""
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: float) -> dict:
@@ -36,7 +30,7 @@ def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: f
         "purpose": purpose,
         "item_id": example.item_id,
         "answer_value": example.answer_value,
-        "program": program_hash(text),
+        "program": short_hash(text),
         "outcome": verdict.status,
         "ms": round(ms, 2),
         "value": verdict.value,

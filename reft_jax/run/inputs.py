@@ -3,7 +3,6 @@
 They are checked before a device is taken or a file is written; only the toy's are made after the devices are taken.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from reft_jax.model.hf import check_folder
 from reft_jax.model_folder import check_ids
 from reft_jax.run.about import versions
 from reft_jax.run.workdir import MACHINE
+from reft_jax.store import short_hash
 from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
 from reft_jax.tasks.registry import PAPER, Task, load_task
@@ -41,7 +41,7 @@ class Data:
 
     def checksum(self) -> str:
         """16 hex digits: a hash over the examples of all splits."""
-        return _hash(json.dumps([self.train, self.dev, self.test]))
+        return short_hash(json.dumps([self.train, self.dev, self.test]))
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class Inputs:
             if key.startswith(DATA_PREFIXES)
         }
         checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
-        return {"settings": _hash(json.dumps(flat, sort_keys=True))} | checksums
+        return {"settings": short_hash(json.dumps(flat, sort_keys=True))} | checksums
 
     def made_by(self) -> dict:
         """What a saved step records about its run: JSON."""
         settings = {key: value for key, value in flatten(self.config).items() if key not in MACHINE}
         return {
-            "config": _hash(json.dumps(settings, sort_keys=True)),
+            "config": short_hash(json.dumps(settings, sort_keys=True)),
             "data": self.data.checksum(),
             "seed": self.config.seed,
             "versions": versions(),
@@ -115,7 +115,10 @@ class Inputs:
         """What must be the same on all hosts: numbers of rows, and digests of them."""
         rows = {f"{name} rows": len(getattr(self.data, name)) for name in ("train", "dev", "test")}
         rows |= {"SFT rows": len(self.sft_rows), "PPO questions": len(self.questions)}
-        return rows | {"examples' sha256": self.data.checksum(), "SFT rows' sha256": _hash(json.dumps(self.sft_rows))}
+        return rows | {
+            "examples' sha256": self.data.checksum(),
+            "SFT rows' sha256": short_hash(json.dumps(self.sft_rows)),
+        }
 
 
 def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
@@ -142,10 +145,6 @@ def completed_text(tokenizer, prompt: Sequence[int], completion: Completion, tas
     """
     response = completion.tokens[:-1] if completion.finished else completion.tokens
     return prompts.completion_text(decode(tokenizer, [*prompt, *response]), task)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_data(config, paths: dict[str, str]) -> Data:

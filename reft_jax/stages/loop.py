@@ -181,8 +181,7 @@ class Training:
         batches.
         """
         per_epoch = -(-rows // batch_size)
-        progress = Progress(self.folder.name, epochs * per_epoch, done0=self.done)
-        progress.say("compiling")
+        progress = Progress(self.folder.name, epochs * per_epoch, done0=self.done, first="compiling")
         whole, left = divmod(self.done, per_epoch)
         first = whole if self.pending and not left else whole + 1
         for number in range(first, epochs + 1):
@@ -206,8 +205,7 @@ class Training:
             collapse.add(line)
         if not self.done:
             self.info["start_dev_top1"] = self.dev_top1(0)
-        progress = Progress(stage, iterations, "iteration", done0=self.done)
-        progress.say("compiling")
+        progress = Progress(stage, iterations, "iteration", done0=self.done, first="compiling")
         compiled = 0
         while True:
             done = self.done

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from reft_jax.evaluation.provenance import MadeBy
-from reft_jax.evaluation.records import RERANK, RERANK_KIND, scored, text_hash
+from reft_jax.evaluation.records import RERANK, RERANK_KIND, scored
 from reft_jax.evaluation.voting import deduplicate
 from reft_jax.model.heads import RerankHead
 from reft_jax.parallel import hosts
@@ -15,10 +15,11 @@ from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import Weights, abstract_reranker, finished, load_model, sources
 from reft_jax.stages.sample import appended, recorded, reusable, run_sample
+from reft_jax.store import short_hash
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import rerank_text
 from reft_jax.tasks.tokenizer import encode
-from reft_jax.train.packing import Packing
+from reft_jax.train.packing import Packing, packing_size
 from reft_jax.train.progress import Progress
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer, make_step, rerank_loss
@@ -76,16 +77,9 @@ def run_rerank(run: Run, name: str) -> dict:
 
 def pack(run: Run, rows: list[list[int]]) -> Packing:
     """At most a batch of rows in lines. A row has one decision, its last token, where it is judged."""
-    settings, lengths = run.config.rerank, np.array([len(row) for row in rows])
-    return Packing(
-        rows,
-        lengths - 1,
-        np.ones_like(lengths),
-        max_len=settings.max_len,
-        micro_batch=settings.micro_batch,
-        micro_batches=settings.batch_size // settings.micro_batch,
-        multiple=run.config.data.pad_multiple,
-    )
+    size = packing_size(run.config, run.config.rerank, run.config.rerank.batch_size)
+    lengths = np.array([len(row) for row in rows])
+    return Packing(rows, lengths - 1, np.ones_like(lengths), **size)
 
 
 def scores_made_by(run: Run, weights: Weights, records: list[dict]) -> MadeBy:
@@ -105,7 +99,7 @@ def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, w
     that belong to another reranker or to other completions, are computed now and appended.
     """
     beside, made, examples = path.with_suffix(RERANK), scores_made_by(run, weights, records), asked_in(records)
-    texts = {r["item_id"]: [text_hash(p["completion"]) for p in deduplicate(r["predictions"])] for r in records}
+    texts = {r["item_id"]: [short_hash(p["completion"]) for p in deduplicate(r["predictions"])] for r in records}
 
     def fits(score: dict) -> bool:
         return set(texts[score["item_id"]]) <= set(score.get("completions", ()))
@@ -118,8 +112,7 @@ def rerank_scores(run: Run, path: Path, records: list[dict], weights: Weights, w
         print(f"{what}: done already, {beside}", flush=True)
     else:
         params, score = weights.load(), make_rerank_scorer(run.machine.model)
-        progress = Progress(what, len(records), "question", done0=len(scores))
-        progress.say("compiling")
+        progress = Progress(what, len(records), "question", done0=len(scores), first="compiling")
         with appended(beside) as file:
             if made.header() not in found.headers[-1:]:
                 file.write(json.dumps(made.header()) + "\n")

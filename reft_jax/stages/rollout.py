@@ -225,8 +225,7 @@ def roll_out_once(
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:
     """The greedy completion of each example, continued from the forced prefix."""
     sampling, found = {"max_len": run.config.sample.max_len, "temperature": 0.0}, {}
-    progress = Progress(purpose, len(examples), "completion")
-    progress.say("evaluating")
+    progress = Progress(purpose, len(examples), "completion", first="evaluating")
     for i, graded in roll_out(run, lm, run.inputs.prompts(examples), examples, purpose, **sampling):
         found[i] = graded
         progress.update(len(found))

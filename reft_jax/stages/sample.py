@@ -95,8 +95,7 @@ def sampled(
         headers = found.headers if made.header() in found.headers[-1:] else [*found.headers, made.header()]
         lm, whole = weights.load(), [one["is_correct"] for one in records.values() if len(one["predictions"]) >= n]
         right, ended, done = sum(whole), len(whole), sum(min(n, len(one)) for one in there.values())
-        progress = Progress(what, len(examples) * n, "completion", done0=done)
-        progress.say("compiling")
+        progress = Progress(what, len(examples) * n, "completion", done0=done, first="compiling")
         with appended(path) as file:
             for header in headers[len(found.headers) :]:
                 file.write(json.dumps(header) + "\n")

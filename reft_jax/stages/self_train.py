@@ -15,7 +15,7 @@ from reft_jax.stages.sample import run_sample
 from reft_jax.stages.sft import train_supervised
 from reft_jax.tasks.datasets import fit
 from reft_jax.tasks.prompts import sft_target
-from reft_jax.train.packing import Packing, pack_targets
+from reft_jax.train.packing import Packing, pack_targets, packing_size
 from reft_jax.train.state import constant_schedule, make_optimizer
 from reft_jax.train.steps import SelfTrainBatch, make_step, self_train_loss
 from reft_jax.types import Example, Prompt
@@ -100,13 +100,7 @@ def online_batch(
         for prompt, one in zip(prompts, graded, strict=True)
         if one.verdict.correct
     ]
-    packing = pack_targets(
-        [*sampled, *gold],
-        max_len=rl.max_len,
-        micro_batch=rl.micro_batch,
-        micro_batches=2 * rl.questions // rl.micro_batch,
-        multiple=run.config.data.pad_multiple,
-    )
+    packing = pack_targets([*sampled, *gold], **packing_size(run.config, rl, 2 * rl.questions))
     is_gold = packing.at[0] >= len(sampled)
     halves = (0.5 * half / max(1, half.sum()) for half in (~is_gold, is_gold))
     return packing, SelfTrainBatch(*map(packing.spread, halves))

@@ -8,7 +8,7 @@ from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import abstract_policy, base_policy, finished
 from reft_jax.train.checkpoints import save_params
-from reft_jax.train.packing import Packing, pack_targets
+from reft_jax.train.packing import Packing, pack_targets, packing_size
 from reft_jax.train.state import linear_schedule, make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
 
@@ -66,11 +66,4 @@ def train_supervised(
 
 def pack(run: Run, rows: list[Row]) -> Packing:
     """Supervised rows in lines."""
-    settings = run.config.sft
-    return pack_targets(
-        rows,
-        max_len=settings.max_len,
-        micro_batch=settings.micro_batch,
-        micro_batches=settings.batch_size // settings.micro_batch,
-        multiple=run.config.data.pad_multiple,
-    )
+    return pack_targets(rows, **packing_size(run.config, run.config.sft, run.config.sft.batch_size))

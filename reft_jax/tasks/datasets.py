@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from reft_jax.store import read_text
 from reft_jax.tasks.registry import PAPER, Task, plain_answer
 from reft_jax.types import Example, InputError
 
@@ -132,12 +133,7 @@ def _question_key(example: Example) -> str:
 
 
 def _file_rows(source: str) -> object:
-    try:
-        text = Path(source).read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    text = read_text(source)
     if not text.strip():
         raise InputError(f"{source}: is empty; check how the file was made")
     if source.endswith(".jsonl") and not text.lstrip().startswith("["):

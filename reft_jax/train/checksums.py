@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from reft_jax.store import write_whole
+from reft_jax.store import short_hash, write_whole
 from reft_jax.types import InputError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
@@ -42,7 +42,7 @@ def array_checksums(tree) -> dict[str, str]:
 
 def digest(checksums: dict[str, str]) -> str:
     """One checksum of all of them, 16 hex digits."""
-    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16]
+    return short_hash(json.dumps(checksums, sort_keys=True))
 
 
 @jax.jit

@@ -34,18 +34,16 @@ class Progress:
 
     TERMINAL_SECONDS, LOG_SECONDS = 0.2, 15.0
 
-    def __init__(self, stage: str, total: int, unit: str = "step", *, done0: int = 0):
+    def __init__(self, stage: str, total: int, unit: str = "step", *, done0: int = 0, first: str = ""):
+        """first: what happens until the first update, which may be minutes away ("compiling"). It is shown at once."""
         self._stage, self._total, self._unit = stage, total, unit
         self._terminal = sys.stderr.isatty()
         self._interval = self.TERMINAL_SECONDS if self._terminal else self.LOG_SECONDS
         self._start, self._compiled, self._done0, self._done = time.monotonic(), compile_seconds(), done0, done0
         self._shown_at = -math.inf
         self._line = self._shown = self._format(0.0, {})
-
-    def say(self, what: str) -> None:
-        """Shows at once what happens now, as "compiling", since the next update may be minutes away."""
-        if is_first():
-            self._line = f"{self._stage}  {self._done}/{self._total} {self._unit}s  {what}"
+        if first and is_first():
+            self._line = f"{stage}  {done0}/{total} {unit}s  {first}"
             self._show(time.monotonic())
 
     def update(self, done: int, **numbers: float) -> None:

@@ -17,8 +17,8 @@ REGISTRY = "reft_jax.tasks.registry"
 WATCH = "reft_jax.run.watch"
 TRAINING = "reft_jax.stages.loop"
 PLANTED = [
-    ("the reranker judges one token early", "reft_jax.stages.rerank", "        lengths - 1,\n",
-     "        lengths - 2,\n", PACKING),
+    ("the reranker judges one token early", "reft_jax.stages.rerank", "Packing(rows, lengths - 1,",
+     "Packing(rows, lengths - 2,", PACKING),
     ("end ids: the one that ended it is text", "reft_jax.run.inputs",
      "completion.tokens[:-1] if completion.finished", "completion.tokens if completion.finished",
      (f"{TOKENIZERS}::test_the_id_that_ended_a_completion_is_not_its_text",)),
@@ -125,7 +125,7 @@ PLANTED = [
     ("hopeless questions are trained on", "reft_jax.tasks.answerable",
      "reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)", "pass",
      ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
-    ("a byte order mark is data", "reft_jax.tasks.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
+    ("a byte order mark is data", "reft_jax.store", 'encoding="utf-8-sig"', 'encoding="utf-8"',
      ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),
     ("iteration 0 never wins", TRAINING, 'self.info["start_dev_top1"] = self.dev_top1(0)', "pass",
      ("test_stages.py::test_iteration_0_is_evaluated_and_wins_if_no_other_is_better",)),

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import tempfile
 import time
 from collections import Counter
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from reft_jax import executor
 from reft_jax.gsm8k_programs import conversion
+from reft_jax.model_folder import SCRATCH
 from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import check_writable
 from reft_jax.store import writing
@@ -42,8 +44,7 @@ def run_convert(
     gsm8k. show: how many programs to print, drawn with `seed`. Raises InputError before anything is written.
     """
     began = time.monotonic()
-    source = source or (HUB_GSM8K if dataset == "gsm8k" else "")
-    if not source:
+    if not (source := source or (HUB_GSM8K if dataset == "gsm8k" else "")):
         raise InputError(f"--in is missing: name the file of {dataset}")
     check_writable("--out_dir", out_dir)
     may_write = [f"{dataset}_{name}.json" for name in (*FILES.values(), "questions")] + ["rejected.jsonl"]
@@ -107,8 +108,7 @@ def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, l
         else:
             made["python"].append(Example(row.item_id, row.question, row.answer_value, converted.program))
         text = conversion.nl_example(row)
-        problem = conversion.nl_problem(text) or _text_problem(text)
-        if problem:
+        if problem := conversion.nl_problem(text) or _text_problem(text):
             rejected.append((row.item_id, "nl", problem))
         else:
             made["nl"].append(text)
@@ -155,33 +155,25 @@ def _as_json(examples: list[Example]) -> str:
 
 
 def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: list) -> None:
-    """Writes all files or none: each under another name first, renamed when the last one is complete. SaveError."""
+    """Writes all files or none: into a folder of their own first, moved when the last one is complete. SaveError."""
     questions = {row.item_id: row.question for row in rows}
     lines = [
         {"item_id": item_id, "format": form, "reason": reason, "question": questions[item_id]}
         for item_id, form, reason in rejected
     ]
     files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    parts = {name: folder / f".{name}.part" for name in files}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, part in parts.items():
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+        for name, text in files.items():
             with writing(folder / name):
-                part.write_text(files[name], encoding="utf-8")
-        for name, part in parts.items():
-            part.replace(folder / name)
-    except BaseException:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-        raise
+                Path(scratch, name).write_text(text, encoding="utf-8")
+        for name in files:
+            os.replace(Path(scratch, name), folder / name)
 
 
 def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Rejected], seconds: float) -> str:
-    text = [f"{source}: {rows} rows"]
-    text += [f"{len(kept)} verified {form} ({len(kept) / rows:.2%})" for form, kept in made.items() if kept]
-    lines = [", ".join([*text, f"{seconds:.0f} s"])]
+    kinds = [f"{len(kept)} verified {form} ({len(kept) / rows:.2%})" for form, kept in made.items() if kept]
     # Reasons name single values: they are counted without them.
     reasons = Counter((form, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, form, reason in rejected)
-    return "\n".join(
-        lines + [f"{count:6d} {form} rejected: {reason}" for (form, reason), count in reasons.most_common()]
-    )
+    lines = [f"{count:6d} {form} rejected: {reason}" for (form, reason), count in reasons.most_common()]
+    return "\n".join([", ".join([f"{source}: {rows} rows", *kinds, f"{seconds:.0f} s"]), *lines])

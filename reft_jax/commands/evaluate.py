@@ -15,17 +15,8 @@ from reft_jax.parallel import hosts
 from reft_jax.run.about import made
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
-from reft_jax.stages.models import (
-    POLICIES,
-    STAGES,
-    TITLES,
-    changed_data,
-    checksum,
-    done,
-    other_sources,
-    policy,
-    reranker,
-)
+from reft_jax.stages import models
+from reft_jax.stages.models import POLICIES, TITLES, checksum, done
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, made_by
 from reft_jax.tasks.answerable import wrong_anyway
@@ -41,7 +32,7 @@ def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
     """
     path, title = run.workdir.samples(name, "test"), TITLES[name]
     test, wanted = run.inputs.data.test, run.config.sample.n
-    weights = policy(run, name)
+    weights = models.policy(run, name)
     greedy = by_item(greedy_answers(run, path, test, weights, f"{name} top-1 on test"))
     found = stored(path, made_by(run, weights, test, wanted), test)
     records, again = found.records, f"`sample --model={name}` makes the rest"
@@ -55,7 +46,7 @@ def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
     samples = [first_samples(records[example.item_id], n) for example in test]
     scores, judge = {}, f"rerank_{name}"
     if run.workdir.model(judge).exists():
-        scores = rerank_scores(run, path, samples, reranker(run, judge), f"{judge} on test")
+        scores = rerank_scores(run, path, samples, models.reranker(run, judge), f"{judge} on test")
     return Answers(title, greedy, by_item(samples), scores), notes
 
 
@@ -73,13 +64,12 @@ def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
 
 def run_evaluate(run: Run) -> dict:
     """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
-    stages = {
-        stage: result for stage in STAGES if (result := done(run, stage))
-    }  # damage ends it before the first answer
+    # Before the first answer: a damaged done.json ends the command here.
+    stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     names = [name for name in POLICIES if run.workdir.model(name).exists()]
-    models, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
-    found = table(models, run.config.seed, run.inputs.task)
+    answers, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
+    found = table(answers, run.config.seed, run.inputs.task)
     report = {
         "title": run.config.name,
         "about": about(run),
@@ -112,19 +102,18 @@ def others(run: Run, stages: dict) -> list[str]:
     """Lines about stages that were trained on data or from models that have changed since."""
     lines = []
     for stage, result in stages.items():
-        if changed := changed_data(run, result):
+        if changed := models.changed_data(run, result):
             lines.append(f"{stage}: was trained with other {' and '.join(changed)} questions than there are now.")
-        if told := other_sources(run, result):
+        if told := models.other_sources(run, result):
             lines.append(f"{stage}: was trained from another model than there is now ({told}).")
     return lines
 
 
 def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
     """Notes that a reader of the table needs."""
-    lines = []
-    data, max_len = run.config.data, run.config.sample.max_len
-    if wrong := wrong_anyway(run.inputs.tokenizer, run.inputs.data.test, data.format, max_len, "test", run.inputs.task):
-        lines.append(f"{wrong}.")
+    inputs, limits = run.inputs, (run.config.data.format, run.config.sample.max_len)
+    wrong = wrong_anyway(inputs.tokenizer, inputs.data.test, *limits, "test", inputs.task)
+    lines = [f"{wrong}."] if wrong else []
     if run.config.model.path == "toy":
         lines.append(
             "A toy: generated word problems and a tiny Llama trained from scratch, to show that the machinery works. "
@@ -147,12 +136,9 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
                 slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
                 line += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
             lines.append(line + ".")
-            ruins = [
-                f"from iteration {line['step']:.0f} on it is ruined: {told}"
-                for line in trained
-                if (told := collapse.add(line))
-            ]
-            lines += [f"{TITLES[stage]}: {told}." for told in ruins]
+            for one in trained:
+                if told := collapse.add(one):
+                    lines.append(f"{TITLES[stage]}: from iteration {one['step']:.0f} on it is ruined: {told}.")
     for name in POLICIES:
         row = next((row for row in rows if row["model"] == TITLES[name]), {})
         judged, result = row.get("classification_accuracy"), stages.get(f"rerank_{name}")

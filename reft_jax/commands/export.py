@@ -49,81 +49,61 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None
 
 def model_card(run: Run, name: str, licences: list[str]) -> str:
     """Base, licence notice, prompt format, stages and, if `evaluate` has seen these models, its table, as Markdown."""
-    base, policy = run.inputs.base.name, name.removeprefix("rerank_")
-    title = f"{TITLES[policy]} reranker" if name != policy else TITLES[policy]
+    base, policy, report = run.inputs.base.name, name.removeprefix("rerank_"), run.workdir.path / "report.json"
+    is_reranker = name != policy
     notice = (
         f"Copied from there: {', '.join(licences)}." if licences else "Its folder held no licence file; look it up."
     )
-    report = run.workdir.path / "report.json"
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            f"pipeline_tag: {'text-classification' if name != policy else 'text-generation'}",
-            "---",
-            "",
-            f"# {run.config.name}: {title}",
-            "",
-            f"Made from {base} by reft_jax {__version__}, an implementation of ReFT (arXiv 2401.08967).",
-            "",
-            "## Licence",
-            "",
-            f"This model is derived from {base}: the licence and the use policy of {base} apply to it. {notice}",
-            "",
-            "## Prompt",
-            "",
-            *prompt_format(run.config.data.format, run.inputs.task, is_reranker=name != policy),
-            "",
-            "## Stages",
-            "",
-            *(f"{i}. {line}" for i, line in enumerate(stages(run, name, base), 1)),
-            "",
-            "## Measured",
-            "",
-            *(measured(run, report) if report.exists() else ["Not evaluated yet."]),
-            "",
-        ]
-    )
+    parts = [
+        f"---\nlibrary_name: transformers\npipeline_tag: text-{'classification' if is_reranker else 'generation'}\n---",
+        f"# {run.config.name}: {TITLES[policy]}{' reranker' * is_reranker}",
+        f"Made from {base} by reft_jax {__version__}, an implementation of ReFT (arXiv 2401.08967).",
+        "## Licence",
+        f"This model is derived from {base}: the licence and the use policy of {base} apply to it. {notice}",
+        "## Prompt",
+        prompt_format(run.config.data.format, run.inputs.task, is_reranker=is_reranker),
+        "## Stages",
+        "\n".join(f"{i}. {line}" for i, line in enumerate(stages(run, name, base), 1)),
+        "## Measured",
+        measured(run, report) if report.exists() else "Not evaluated yet.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def prompt_format(answer_format: str, task: Task, *, is_reranker: bool) -> list[str]:
+def prompt_format(answer_format: str, task: Task, *, is_reranker: bool) -> str:
     """What the model reads, and how its answer is graded."""
     if is_reranker:
-        text, then = (
-            rerank_text("{question}", "{completion}", task),
-            "Class 1 is the probability that the completion is right.",
-        )
+        text = rerank_text("{question}", "{completion}", task)
+        then = "Class 1 is the probability that the completion is right."
     else:
         text = rollout_prompt("{question}", answer_format, task)
         program = "The program, from `def solution():` on, is executed; the answer is what `solution()` returns."
         then = program if answer_format == "python" else f"The answer follows the last `{task.phrase}`."
-    return ["```", *text.split("\n"), "```", "", f"Tokenized as one string, without special tokens. {then}"]
+    return f"```\n{text}\n```\n\nTokenized as one string, without special tokens. {then}"
 
 
 def stages(run: Run, name: str, base: str) -> list[str]:
     """How the model was made, one line per stage."""
     config, policy = run.config, name.removeprefix("rerank_")
-    sft = done(run, "sft") or {}
+    sft, result, judge = (done(run, stage) or {} for stage in ("sft", policy, name))
     first = f"SFT of {base} on {sft.get('rows', '?')} worked solutions ({config.data.format})"
     lines = [f"{first}, epoch {config.sft.warmup_epoch} of a schedule of {config.sft.epochs}."]
     if policy == "sft":
         lines = [f"{first}, best epoch ({sft.get('best', '?')} of {sft.get('epochs', '?')})."]
     elif policy == "self_train_offline":
-        result = done(run, policy) or {}
         lines.append(f"Its correct samples and the worked solutions: {result.get('rows', '?')} rows.")
         lines.append(f"SFT of {base} on these, best epoch ({result.get('best', '?')} of {result.get('epochs', '?')}).")
     elif policy != "warmup":
-        result = done(run, policy) or {}
         best = f"best iteration ({result.get('best', '?')} of {result.get('iterations', '?')})"
         how = "PPO on executed answers" if policy == "reft" else "online self-training"
         lines.append(f"{TITLES[policy]}: {how}, {result.get('questions', '?')} questions, {best}.")
     if name != policy:
-        rows = (done(run, name) or {}).get("rows", "?")
+        rows = judge.get("rows", "?")
         lines.append(f"A classifier on {rows} distinct samples of the warm-up model, from that model.")
     return [*lines, f"Checkpoints chosen on: {run.inputs.data.chosen_on}."]
 
 
-def measured(run: Run, path: Path) -> list[str]:
+def measured(run: Run, path: Path) -> str:
     """The table of report.json, if its models have not changed since. InputError if it cannot be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -137,5 +117,5 @@ def measured(run: Run, path: Path) -> list[str]:
     if changed or not before:
         why = f"of another {' and '.join(changed)} than there is now" if changed else "of an older version"
         print(f"{path}: is {why}, so its table is not in the card; run evaluate first", flush=True)
-        return ["Not evaluated yet."]
-    return [subject, "", table]
+        return "Not evaluated yet."
+    return f"{subject}\n\n{table}"

@@ -176,13 +176,9 @@ def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
     @jax.jit
     def loss(lm, lines, weight, without):
         """Mean cross-entropy with layer `without` adding nothing to the residual stream; -1: all layers."""
-        kept = jnp.arange(model.config.num_layers) != without
-        layers = lm["layers"]
-        layers = layers | {
-            name: jnp.where(kept.reshape(-1, *[1] * (layers[name].ndim - 1)), layers[name], 0.0)
-            for name in ("o", "down")
-        }
-        lm = lm | {"layers": layers}
+        kept, layers = jnp.arange(model.config.num_layers) != without, lm["layers"]
+        silenced = {name: jax.vmap(jnp.where, (0, 0, None))(kept, layers[name], 0.0) for name in ("o", "down")}
+        lm = lm | {"layers": layers | silenced}
         logprob, _ = jax.lax.map(lambda lines: score_lines(model, {"lm": lm}, lines), lines)
         return token_loss(logprob, weight)
 
@@ -194,8 +190,7 @@ def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
         return
     losses = np.array([float(loss(lm, lines, weight, i)) for i in range(model.config.num_layers)])
     gains = np.nan_to_num(whole - losses, nan=np.inf)
-    worst = int(gains.argmax())
-    helped = int((gains <= HARM).sum())
+    worst, helped = int(gains.argmax()), int((gains <= HARM).sum())
     figure = f"{helped} of {len(gains)}"
     if helped < len(gains):
         figure += f"; without layer {worst} the loss is {losses[worst]:.2f}: that layer is damaged"

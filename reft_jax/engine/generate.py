@@ -243,7 +243,5 @@ class _Rollout:
             prompt = self.prompts[request]
             response = slice(len(prompt.tokens), total_len[row])
             finished = bool(tokens[row, total_len[row] - 1] in self.engine.eos_ids)
-            yield (
-                request,
-                Completion(prompt.item_id, prompt.sample, tokens[row, response], logprobs[row, response], finished),
-            )
+            drawn = tokens[row, response], logprobs[row, response]
+            yield request, Completion(prompt.item_id, prompt.sample, *drawn, finished)

@@ -87,11 +87,8 @@ def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequen
 
 def series(metrics: Sequence[dict], x_key: str, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     """The points (x, y) of one panel, float64[n] each, with x ascending. Lines with the same x are averaged."""
-    points = [
-        (line[x_key], line[panel.key])
-        for line in metrics
-        if line.get(x_key) is not None and line.get(panel.key) is not None
-    ]
+    points = [(line.get(x_key), line.get(panel.key)) for line in metrics]
+    points = [point for point in points if None not in point]
     x, y = np.array(points, np.float64).reshape(-1, 2).T
     distinct, group = np.unique(x, return_inverse=True)
     return distinct, panel.scale * np.bincount(group, weights=y) / np.bincount(group)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -118,21 +119,15 @@ def make_ready(
     """
     found, total = stored(path, made_by, examples, fits), f"{len(examples)} question{'s' * (len(examples) != 1)}"
     if found.refused:
-        line = f"{path}: {found.refused}; moved to {_aside(path)}, all {total} are done again"
+        print(f"{path}: {found.refused}; moved to {_aside(path)}, all {total} are done again", flush=True)
     elif found.changed:
-        kept = _aside(path, copy=True)
-        line = (
-            f"{path}: {len(found.changed)} of {total} differ from the stored ones (the first is {found.changed[0]!r}); "
-            f"they are done again, the old file is {kept}"
-        )
-    else:
-        line = ""
-        if found.recorded:
-            _tell_versions(path.parent, found.recorded)
+        first, kept = found.changed[0], _aside(path, copy=True)
+        told = f"{len(found.changed)} of {total} differ from the stored ones (the first is {first!r})"
+        print(f"{path}: {told}; they are done again, the old file is {kept}", flush=True)
+    elif found.recorded:
+        _tell_versions(path.parent, found.recorded)
     if found.changed or found.repeats:
         rewrite(path, found.headers, [*found.records.values(), *found.others])
-    if line:
-        print(line, flush=True)
     return found._replace(refused="", changed=[], repeats=False)
 
 
@@ -146,9 +141,8 @@ def _aside(path: Path, *, copy: bool = False) -> Path:
     """Moves or copies a file to a new name in ASIDE; returns that path."""
     folder = path.parent / ASIDE
     name, _, suffixes = path.name.partition(".")
-    number = 1
-    while (place := folder / f"{name}.{number}.{suffixes}").exists():
-        number += 1
+    places = (folder / f"{name}.{number}.{suffixes}" for number in count(1))
+    place = next(place for place in places if not place.exists())
     with writing(place):
         folder.mkdir(exist_ok=True)
         (shutil.copy if copy else os.rename)(path, place)

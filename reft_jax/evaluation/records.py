@@ -172,14 +172,8 @@ def _check_header(header: dict, path: Path) -> None:
 def _extends(record: dict, before: dict) -> bool:
     """Whether a later line is the same question with more samples, as a run with a larger n writes it."""
     same = all(record[key] == before[key] for key in ("question", "answer_value"))
-    there = before.get("predictions", ())
-    return (
-        bool(there)
-        and same
-        and len(record["predictions"])
-        > len(there)
-        == sum(new == old for new, old in zip(record["predictions"], there, strict=False))
-    )
+    there, longer = before.get("predictions", ()), record.get("predictions", ())
+    return same and 0 < len(there) < len(longer) and longer[: len(there)] == there
 
 
 def _check_record(record: Any, where: str, kind: str, task: Task) -> None:

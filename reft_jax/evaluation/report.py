@@ -191,13 +191,10 @@ def _about(report: dict) -> str:
 
 def _remarks(report: dict) -> list[str]:
     """Remarks on the rows: shares without an answer, and rerankers that are worse than voting."""
-    without = []
+    without, kinds = [], {"greedy": "greedy answers", "samples": "samples"}
     for row in report["rows"]:
-        kinds = {"greedy": "greedy answers", "samples": "samples"}
-        shares = [
-            f"{100 * found['none'] / found['total']:.1f} % of {kinds[kind]}"
-            for kind, found in row.get("no_answer", {}).items()
-        ]
+        found = row.get("no_answer", {})
+        shares = [f"{100 * n['none'] / n['total']:.1f} % of {kinds[kind]}" for kind, n in found.items()]
         without += [f"{row['model']} {' and '.join(shares)}"] if shares else []
     remarks = [f"Without an answer: {'; '.join(without)}."] if without else []
     for row in report["rows"]:

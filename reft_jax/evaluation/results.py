@@ -114,11 +114,8 @@ def row(answers: Answers, seed: int) -> dict:
     found = {"model": answers.model, "n": samples_each(answers)}
     flags = {column: by_question(answers, column) for column in COLUMNS}
     found |= {column: None if one is None else count(one) for column, one in flags.items()}
-    found["no_answer"] = {
-        kind: without_answer(records)
-        for kind, records in (("greedy", answers.greedy), ("samples", answers.samples))
-        if records
-    }
+    kinds = {"greedy": answers.greedy, "samples": answers.samples}
+    found["no_answer"] = {kind: without_answer(records) for kind, records in kinds.items() if records}
     if answers.probabilities:
         found["classification_accuracy"] = judgements(answers)
         found["rerank_minus_voting"] = compared(flags["rerank"], flags["voting"], seed)

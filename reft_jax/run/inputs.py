@@ -92,12 +92,8 @@ class Inputs:
     @cached_property
     def data_made(self) -> dict:
         """What a finished stage records about its data: checksums of the rows and of the settings that chose them."""
-        old_names = {"data.format": "data.engine"}  # older versions recorded this name
-        flat = {
-            old_names.get(key, key): value
-            for key, value in flatten(self.config).items()
-            if key.startswith(DATA_PREFIXES)
-        }
+        flat = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA_PREFIXES)}
+        flat["data.engine"] = flat.pop("data.format")  # the name that older versions recorded
         checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
         return {"settings": short_hash(json.dumps(flat, sort_keys=True))} | checksums
 

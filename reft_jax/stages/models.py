@@ -178,12 +178,9 @@ def changed_data(run: Run, result: dict) -> list[str]:
 
 def other_sources(run: Run, result: dict) -> str:
     """In words, the models that a finished stage was trained from and that have changed since; "" if none."""
-    now = {name: checksum(run, name) for name in result.get("from", {})}
-    return ", ".join(
-        f"models/{name} was {before}, is {now[name] or 'not there'}"
-        for name, before in result.get("from", {}).items()
-        if now[name] != before
-    )
+    before = result.get("from", {})
+    changed = {name: now for name, now in sources(run, *before).items() if now != before[name]}
+    return ", ".join(f"models/{name} was {before[name]}, is {now or 'not there'}" for name, now in changed.items())
 
 
 def sources(run: Run, *names: str) -> dict[str, str]:

@@ -43,13 +43,8 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     settings, limits = run.config.sample, run.config.executor
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "max_len": settings.max_len} | sampling
     task = run.inputs.task
-    identity = {
-        "model": weights.checksum,
-        "format": run.config.data.format,
-        **sampling,
-        "seed": run.config.seed,
-        "dtype": run.config.model.dtype,
-    } | ({"task": task.name} if task.name else {})
+    identity = {"model": weights.checksum, "format": run.config.data.format} | sampling
+    identity |= {"seed": run.config.seed, "dtype": run.config.model.dtype} | ({"task": task.name} if task.name else {})
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
     about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}
     return MadeBy(kind, identity, recorded(examples, **about), task)
@@ -89,9 +84,8 @@ def sampled(
         print(f"{what}: done already, {path}", flush=True)
     else:
         if more := sum(bool(there[example.item_id]) for example in left):
-            print(
-                f"{path}: {more} of {len(examples)} questions have fewer than {n} samples; more are drawn", flush=True
-            )
+            told = f"{more} of {len(examples)} questions have fewer than {n} samples"
+            print(f"{path}: {told}; more are drawn", flush=True)
         headers = found.headers if made.header() in found.headers[-1:] else [*found.headers, made.header()]
         lm, whole = weights.load(), [one["is_correct"] for one in records.values() if len(one["predictions"]) >= n]
         right, ended, done = sum(whole), len(whole), sum(min(n, len(one)) for one in there.values())

@@ -8,6 +8,7 @@ relies on is checked here, before a model is loaded.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -63,10 +64,7 @@ def split_off(examples: Sequence[Example], rows: int, seed: int) -> tuple[list[E
     larger. The choice is a function of the questions' text and the seed, not of the order or the number of rows.
     Raises InputError if no row would be left.
     """
-    by_question: dict[str, int] = {}
-    for example in examples:
-        key = _question_key(example)
-        by_question[key] = by_question.get(key, 0) + 1
+    by_question = Counter(map(_question_key, examples))
     chosen, count = set(), 0
     for key in sorted(by_question, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
         if count >= rows:

@@ -31,10 +31,8 @@ from reft_jax.train.iteration import Iteration, Scores
 from reft_jax.train.state import TrainState, make_optimizer
 from reft_jax.types import Example, InputError, PPOBatch, Rollout
 
-_NEEDED = (
-    "programs gold kl_coef gamma lam vf_coef clip value_clip lr weight_decay max_grad_norm ppo_epochs minibatch".split()
-)
 _COEFFICIENTS = ("kl_coef", "gamma", "lam", "clip", "value_clip", "vf_coef")
+_NEEDED = (*_COEFFICIENTS, *"programs gold lr weight_decay max_grad_norm ppo_epochs minibatch".split())
 # Fixed here: a case may not have other values.
 _FIXED = {"adam_eps": 1e-8, "adam_b1": 0.9, "adam_b2": 0.999, "whitening": "global"}
 

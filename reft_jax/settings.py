@@ -58,9 +58,7 @@ class ModelSettings:
     path: str = setting("", ANY, 'folder with config.json, *.safetensors and tokenizer files, or "toy"')
     family: str = setting("", ANY, "empty: by config.json's model_type; or path.py:NAME (model/families.py)")
     dtype: str = setting("bfloat16", one_of("bfloat16", "float32"), "compute dtype; master weights are float32")
-    remat: str = setting(
-        "full", one_of("none", "dots", "full"), "recomputed by backward; dots: all but weight products"
-    )
+    remat: str = setting("full", one_of("none", "dots", "full"), "computed twice; dots: all but weight products")
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,8 @@ def check_iteration(
     """Scores the rollout as a run does, then makes one PPO update, which takes `policy` over."""
     rl, dtype, rows = inputs.config.rl, inputs.config.model.dtype, len(asked)
     algorithm = make_algorithm(inputs.config)
-    optimizer = make_optimizer(
-        optax.constant_schedule(rl.learning_rate), weight_decay=rl.weight_decay, clip_norm=rl.clip_norm
-    )
+    schedule = optax.constant_schedule(rl.learning_rate)
+    optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
     abstract = abstract_params(model, ValueHead(), "value_head")
     shardings = state_shardings(mesh, optimizer, abstract)
     rewards = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)

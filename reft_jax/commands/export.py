@@ -51,9 +51,8 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
     """Base, licence notice, prompt format, stages and, if `evaluate` has seen these models, its table, as Markdown."""
     base, policy, report = run.inputs.base.name, name.removeprefix("rerank_"), run.workdir.path / "report.json"
     is_reranker = name != policy
-    notice = (
-        f"Copied from there: {', '.join(licences)}." if licences else "Its folder held no licence file; look it up."
-    )
+    copied = f"Copied from there: {', '.join(licences)}."
+    notice = copied if licences else "Its folder held no licence file; look it up."
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-{'classification' if is_reranker else 'generation'}\n---",
         f"# {run.config.name}: {TITLES[policy]}{' reranker' * is_reranker}",

@@ -25,11 +25,9 @@ def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
         ]
     stages.append(("ReFT: PPO from the warm-up model", lambda: run_reft(run)))
     stages.append(("samples of the warm-up model on training questions", lambda: run_sample(run, "warmup", "train")))
-    stages += [
-        (f"samples of {TITLES[name]} on test questions", partial(run_sample, run, name, "test")) for name in names
-    ]
-    stages += [(f"reranker for {TITLES[name]}", partial(run_rerank, run, name)) for name in names]
-    for stage in [*names, *(f"rerank_{name}" for name in names)]:
+    stages += [(f"samples of {TITLES[one]} on test questions", partial(run_sample, run, one, "test")) for one in names]
+    stages += [(f"reranker for {TITLES[one]}", partial(run_rerank, run, one)) for one in names]
+    for stage in [*names, *(f"rerank_{one}" for one in names)]:
         check_sources(run, stage)  # a finished stage that may not be used is found now, not after hours
     started = time.monotonic()
     for i, (title, stage) in enumerate(stages, start=1):

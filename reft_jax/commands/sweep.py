@@ -73,9 +73,8 @@ class Source(NamedTuple):
 
     def abstract(self, model: Llama):
         """The shapes of its parameters as a stage saves them."""
-        return abstract_params(
-            model, *((RerankHead(), "rerank_head") if self.reranker else (ValueHead(), "value_head"))
-        )
+        head = (RerankHead(), "rerank_head") if self.reranker else (ValueHead(), "value_head")
+        return abstract_params(model, *head)
 
     def load(self, mesh, model: Llama):
         """Reads its parameters onto the mesh: of a reranker the trunk and the head, else the language model's."""

@@ -23,9 +23,7 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     Raises InputError unless 0 <= correct <= total and total > 0.
     """
     if not 0 <= correct <= total or total == 0:
-        raise InputError(
-            f"{correct} of {total} correct is not a share: give 0 <= correct <= total, and at least 1 question"
-        )
+        raise InputError(f"{correct} of {total} is not a share: give 0 <= correct <= total, and at least 1 question")
     share = correct / total
     scale = 1 + Z95**2 / total
     centre = (share + Z95**2 / (2 * total)) / scale

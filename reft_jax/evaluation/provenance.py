@@ -21,6 +21,7 @@ from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import Example
 
 ASIDE = "aside"
+Fits = Callable[[dict], bool]  # whether a record of the right question can be used
 
 
 class MadeBy(NamedTuple):
@@ -57,18 +58,18 @@ class Stored(NamedTuple):
     repeats: bool
 
 
+def anything(record: dict) -> bool:
+    """Every record fits."""
+    return True
+
+
 def examples_checksum(examples: Sequence[Example]) -> str:
     """A checksum (16 hex digits) of questions, answers and solutions, in their order."""
     return short_hash(json.dumps(examples))
 
 
-def stored(
-    path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Callable[[dict], bool] = lambda record: True
-) -> Stored:
-    """Reads what the file at `path` holds for `examples`; writes nothing.
-
-    fits: whether a record of the right question can be used. Raises InputError if it is not a sample file.
-    """
+def stored(path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Fits = anything) -> Stored:
+    """Reads what the file at `path` holds for `examples`; writes nothing. Raises InputError if it is no sample file."""
     if not path.exists():
         return Stored({}, [], "", [], [], "", False)
     file = read_file(path, made_by.kind, made_by.task)
@@ -110,9 +111,7 @@ def _recorded(headers: list[dict], made_by: MadeBy) -> str:
     return "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])
 
 
-def make_ready(
-    path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Callable[[dict], bool] = lambda record: True
-) -> Stored:
+def make_ready(path: Path, made_by: MadeBy, examples: Sequence[Example], fits: Fits = anything) -> Stored:
     """Removes from the file at `path` what may not be used, and prints one line about it; keeps the old file in ASIDE.
 
     Returns what `stored` then returns. Raises InputError and SaveError.

@@ -97,13 +97,12 @@ def read_file(path: Path, kind: str, task: Task = PAPER) -> SampleFile:
     for index, record in enumerate(rows):
         where = f"{path}: record {index}"
         _check_record(record, where, kind, task)
-        before = records.get(record["item_id"])
+        item_id = record["item_id"]
+        before = records.get(item_id)
         if before and not (headers and _extends(record, before)):
-            first = next(i for i, one in enumerate(rows) if one["item_id"] == record["item_id"])
-            raise InputError(
-                f"{where}, field 'item_id': {record['item_id']!r} is already in record {first}; remove one of them"
-            )
-        records[record["item_id"]] = record
+            first = next(i for i, one in enumerate(rows) if one["item_id"] == item_id)
+            raise InputError(f"{where}, field 'item_id': {item_id!r} is already in record {first}; remove one of them")
+        records[item_id] = record
     return SampleFile(headers, list(records.values()), torn, len(rows) > len(records))
 
 

@@ -38,10 +38,8 @@ SAMPLED = {"voting": "voting@{}", "rerank": "rerank@{}", "upper_bound": "upper b
 def markdown_table(report: dict) -> str:
     """The rows as a Markdown table, with cells like `61.8 % (309/500) [57.5, 66.0]`. Empty columns are left out."""
     columns = _columns(report)
-    lines = [
-        [_name(row, report), *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]
-    ]
-    return _markdown(["Model", *columns.values()], lines)
+    rows = [[_name(row, report), *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]]
+    return _markdown(["Model", *columns.values()], rows)
 
 
 def markdown_curves(report: dict) -> str:

@@ -60,11 +60,9 @@ def rerank_choice(predictions: Sequence[dict], probabilities: Sequence[float]) -
     """
     if len(predictions) != len(probabilities):
         raise ValueError(f"{len(predictions)} predictions but {len(probabilities)} probabilities")
-    for index, probability in enumerate(probabilities):
+    for i, probability in enumerate(probabilities):
         if math.isnan(probability):
-            raise InputError(
-                f"completion {index}: the reranker's probability is NaN; its weights are broken, retrain it"
-            )
+            raise InputError(f"completion {i}: the reranker's probability is NaN; its weights are broken, retrain it")
     valid = (index for index, prediction in enumerate(predictions) if is_valid(prediction["solving_res"]))
     return max(valid, key=probabilities.__getitem__, default=None)
 

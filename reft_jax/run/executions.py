@@ -98,9 +98,8 @@ def read_executions(path: Path) -> Iterator[dict]:
                 if not FIELDS <= found.keys():
                     raise ValueError("fields are missing")
             except (ValueError, AttributeError) as error:
-                raise InputError(
-                    f"{path}: line {number} is not an execution ({error}); restore it from a copy"
-                ) from error
+                told = f"{path}: line {number} is not an execution ({error})"
+                raise InputError(f"{told}; restore it from a copy") from error
             yield found
 
 
@@ -123,14 +122,10 @@ def replay(workdir: Path) -> bool:
             different.append(f"{line['item_id']} ({purpose}): logged reward {line['reward']}, graded {again.reward}")
     for purpose, counted in outcomes.items():
         total, (p50, p99) = counted.total(), np.percentile(times[purpose], (50, 99))
-        ended = ", ".join(f"{name} {number}" for name, number in counted.most_common())
-        print(
-            f"{purpose}: {total}, {correct[purpose] / total:.1%} correct, p50 {p50:.1f} ms, p99 {p99:.1f} ms; {ended}"
-        )
+        ends = ", ".join(f"{name} {number}" for name, number in counted.most_common())
+        print(f"{purpose}: {total}, {correct[purpose] / total:.1%} correct, p50 {p50:.1f} ms, p99 {p99:.1f} ms; {ends}")
     if not (total := sum(counted.total() for counted in outcomes.values())):
-        raise InputError(
-            f"{workdir / LOG_NAME}: holds no execution, so no verdict could be checked; restore it from a copy"
-        )
+        raise InputError(f"{workdir / LOG_NAME}: holds no execution, so nothing was checked; restore it from a copy")
     print(f"{total - len(different)} of {total} verdicts are what the log says")
     for line in different[:5]:
         print(f"  {line}")

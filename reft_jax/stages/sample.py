@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
 
-from reft_jax.evaluation.provenance import MadeBy, Stored, appending, examples_checksum, make_ready, rewrite, stored
+from reft_jax.evaluation import provenance
+from reft_jax.evaluation.provenance import Fits, MadeBy, Stored, anything
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
 from reft_jax.parallel import hosts
 from reft_jax.run.about import commit, versions
@@ -52,17 +53,15 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
 
 def recorded(examples: list[Example], **more) -> dict:
     """What every header records besides the settings that decide the answers."""
-    data = {"rows": len(examples), "data": examples_checksum(examples)}
+    data = {"rows": len(examples), "data": provenance.examples_checksum(examples)}
     return data | more | {"versions": versions() | {"commit": commit()}}
 
 
-def reusable(
-    path: Path, made: MadeBy, examples: list[Example], fits: Callable[[dict], bool] = lambda record: True
-) -> Stored:
+def reusable(path: Path, made: MadeBy, examples: list[Example], fits: Fits = anything) -> Stored:
     """What the file at `path` holds of the examples. The first host moves out of the file what may not be used."""
-    found = make_ready(path, made, examples, fits) if hosts.is_first() else None
+    found = provenance.make_ready(path, made, examples, fits) if hosts.is_first() else None
     hosts.gather(f"{path} is ready", None)
-    return found or stored(path, made, examples, fits)
+    return found or provenance.stored(path, made, examples, fits)
 
 
 def sampled(
@@ -105,14 +104,14 @@ def sampled(
                     progress.update(done, correct=right / ended)
         progress.close()
         if more and hosts.is_first():
-            rewrite(path, headers, [*records.values(), *found.others])  # one line per question again
+            provenance.rewrite(path, headers, [*records.values(), *found.others])  # one line per question again
         hosts.gather(f"{path} is written", None)
     return [first_samples(records[example.item_id], n) for example in examples]
 
 
 def appended(path: Path) -> AbstractContextManager[TextIO]:
     """The file, open for appending, on the first host; other hosts write nothing."""
-    return appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
+    return provenance.appending(path) if hosts.is_first() else open(os.devnull, "a", encoding="utf-8")
 
 
 def sample_questions(

@@ -150,10 +150,8 @@ def _parse(text: str, source: str, first_line: int) -> object:
             "one JSON object per line *.jsonl"
         ) from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets nested too deep
-        reason = str(error).partition(";")[0]
-        raise InputError(
-            f"{source}: cannot be read as JSON from line {first_line} on ({reason}); correct it"
-        ) from error
+        why = str(error).partition(";")[0]
+        raise InputError(f"{source}: cannot be read as JSON from line {first_line} on ({why}); correct it") from error
 
 
 def _hub_rows(source: str) -> list[dict]:

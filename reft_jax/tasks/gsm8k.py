@@ -11,9 +11,7 @@ def read_official(source: str, published: list) -> list[Official]:
     rows = []
     for index, row in enumerate(published):
         if not isinstance(row, dict):
-            raise InputError(
-                f"{source}: {_place(source, index)} is not an object; make it one with question and answer"
-            )
+            raise InputError(f"{source}: {_place(source, index)} is not an object; give it question and answer")
         for field in ("question", "answer"):
             try:
                 check_text(row, field, index, source)

@@ -35,9 +35,7 @@ def write_data(config, folder: Path) -> dict[str, str]:
         paths[split] = str(path)
         if path.exists():
             continue
-        made = problems.make_problems(
-            config.seed, split, rows, answer_format=config.data.format, skipped_share=toy.skipped_share
-        )
+        made = problems.make_problems(config.seed, split, rows, config.data.format, toy.skipped_share)
         kept = [p.example for p in made if not (split == "train" and toy.drop_skipped and p.skipped)]
         folder.mkdir(parents=True, exist_ok=True)
         records = [{k: v for k, v in example._asdict().items() if v is not None} for example in kept]

@@ -58,11 +58,9 @@ class Packing:
         lines = sizes_up_to(max_len, LINE_LENGTHS, multiple)
         self.length = next(length for length in lines if length >= lengths.max())
         self.line, offset = first_fit(lengths, self.length)
-        self.count = int(self.line.max()) // micro_batch + 1
-        if self.count > micro_batches:
-            raise ValueError(
-                f"{len(rows)} rows need {self.count} micro-batches of {micro_batch} lines: {micro_batches}"
-            )
+        self.count = needed = int(self.line.max()) // micro_batch + 1
+        if needed > micro_batches:
+            raise ValueError(f"{len(rows)} rows need {needed} micro-batches of {micro_batch} lines: {micro_batches}")
         self.shape = (micro_batches, micro_batch)
         self.padding = 1 - lengths.sum() / (self.count * micro_batch * self.length)
         self.at = np.repeat(np.arange(len(rows)), decisions), _ranges(first, decisions)

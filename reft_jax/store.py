@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reft_jax.types import InputError, SaveError
 
+REMEDY = "make room or repair the disk, then run the same command again"
 # Errors of the disk, not of the code: full, over a quota or a limit, read-only, broken, or without permission.
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM".split()}
 
@@ -26,10 +27,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def not_written(path: Path | str, error: OSError) -> SaveError:
     """The SaveError for an error of the disk."""
-    return SaveError(
-        f"{error.filename or path} could not be written ({error.strerror}); what was saved before is whole: make room "
-        "or repair the disk, then run the same command again"
-    )
+    problem = f"{error.filename or path} could not be written ({error.strerror})"
+    return SaveError(f"{problem}; what was saved before is whole: {REMEDY}")
 
 
 def write_whole(path: Path, content: str | bytes, *, synced: bool = False) -> None:

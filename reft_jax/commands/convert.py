@@ -76,10 +76,8 @@ def _examples(dataset: str, source: str) -> list[Example]:
     examples = []
     for index, example in enumerate(load_examples(source, need_cot=False)):
         if PAPER.of(example.item_id).name != dataset:
-            raise InputError(
-                f"{source}: row {index}, field 'item_id': {example.item_id!r} is not a row of {dataset}; convert the "
-                "file as the dataset that its ids name"
-            )
+            problem = f"{source}: row {index}, field 'item_id': {example.item_id!r} is not a row of {dataset}"
+            raise InputError(f"{problem}; convert the file as the dataset that its ids name")
         value = example.answer_value.strip()
         value = value.lower() if TASKS[dataset].want == "text" else plain_answer(value)
         cot = example.answer_cot and example.answer_cot.strip()

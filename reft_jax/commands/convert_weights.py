@@ -32,10 +32,8 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
                 raise InputError(f"{file.path}: tensor {name} is also in {seen[name].name}; remove one of the files")
             seen[name] = file.path
         if quantized := next((name for name in file.left_out if name.endswith("weight")), None):
-            raise InputError(
-                f"{file.path}: tensor {quantized} holds whole numbers: the weights are quantized; use the unquantized "
-                "model"
-            )
+            problem = f"{file.path}: tensor {quantized} holds whole numbers: the weights are quantized"
+            raise InputError(f"{problem}; use the unquantized model")
     if not seen:
         raise InputError(f"{source}: its pytorch_model*.bin files hold no tensors; fetch them again")
     others = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(WEIGHTS)]

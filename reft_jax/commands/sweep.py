@@ -138,10 +138,8 @@ def check_names(flag: str, names: list[str]) -> None:
         )
     for name in names:
         if name.endswith(RESERVED) or name == ASIDE or len(name.encode()) > LONGEST_NAME:
-            raise InputError(
-                f"{flag}: the name {name!r} is reserved ({', '.join(RESERVED)}, {ASIDE}) or longer than {LONGEST_NAME} "
-                "bytes; write NAME=PATH"
-            )
+            reserved = f"reserved ({', '.join(RESERVED)}, {ASIDE}) or longer than {LONGEST_NAME} bytes"
+            raise InputError(f"{flag}: the name {name!r} is {reserved}; write NAME=PATH")
 
 
 def find(folder: str, *, reranker: bool = False) -> Source:
@@ -230,10 +228,9 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
         raise InputError(f"{path}: cannot be read ({error}); remove it, the sample files say the same") from error
     for name, source in sources.items():
         if before.get(name, source) != source:
-            raise InputError(
-                f"--workdir: {workdir} has answers of another {name} (checksum {before[name]}, now {source}); choose "
-                f"another NAME= or another work directory, or remove {path}: the old answers then move aside"
-            )
+            problem = f"{workdir} has answers of another {name} (checksum {before[name]}, now {source})"
+            remedy = f"choose another NAME= or another --workdir, or remove {path}: the old answers then move aside"
+            raise InputError(f"--workdir: {problem}; {remedy}")
     if before | sources != before:
         write_whole(path, json.dumps(before | sources, indent=1) + "\n")
 

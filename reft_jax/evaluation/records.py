@@ -122,10 +122,9 @@ def read_records(path: Path, kind: str = SAMPLES_KIND, task: Task = PAPER) -> li
         for index, record in enumerate(file.records):
             if (found := len(record["predictions"])) != n:
                 expected = "one greedy answer is expected" if kind == GREEDY_KIND else f"record 0 has {n}"
-                raise InputError(
-                    f"{path}: the questions have different numbers of predictions (record {index}, "
-                    f"{record['item_id']!r}, has {found}; {expected}); finish sampling first"
-                )
+                told = f"record {index}, {record['item_id']!r}, has {found}; {expected}"
+                problem = f"{path}: the questions have different numbers of predictions ({told})"
+                raise InputError(f"{problem}; finish sampling first")
     return file.records
 
 
@@ -195,10 +194,8 @@ def _check_record(record: Any, where: str, kind: str, task: Task) -> None:
     except InputError as error:
         raise InputError(f"{where}, field 'item_id': {error}") from error
     if task.target(record["answer_value"]) is None:
-        raise InputError(
-            f"{where}, field 'answer_value': {record['answer_value']!r} is not an answer of {task.name}; "
-            "correct the file"
-        )
+        problem = f"{record['answer_value']!r} is not an answer of {task.name}"
+        raise InputError(f"{where}, field 'answer_value': {problem}; correct the file")
     for number, one in enumerate(record["predictions"]):
         if problem := _problem(one):
             raise InputError(f"{where}, field 'predictions': number {number} {problem}; {AGAIN}")

@@ -209,13 +209,11 @@ def table(models: list[Answers], seed: int, task: Task = PAPER) -> dict:
 
 def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict], task: Task = PAPER) -> None:
     """Raises InputError, with an item, unless both answered the same questions with the same targets."""
+    problem, remedy = f"{name} answered other questions than {other}", "compare answers to the same questions"
     if different := answered.keys() ^ asked.keys():
         item = min(different)
         lacks, has = (name, other) if item in asked else (other, name)
-        raise InputError(
-            f"{name} answered other questions than {other} ({lacks} has no answer to {item}, {has} has one); compare "
-            "answers to the same questions"
-        )
+        raise InputError(f"{problem} ({lacks} has no answer to {item}, {has} has one); {remedy}")
     for item, record in answered.items():
         before = asked[item]
         if record is before or all(record[key] == before[key] for key in ("question", "answer_value")):
@@ -223,7 +221,5 @@ def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str
         targets = [task.of(item).target(one["answer_value"]) for one in (record, before)]
         if record["question"] != before["question"] or targets[0] != targets[1]:
             field = "question" if record["question"] != before["question"] else "answer_value"
-            raise InputError(
-                f"{name} answered other questions than {other} ({item}, field {field!r}: {record[field][:60]!r} and "
-                f"{before[field][:60]!r}); compare answers to the same questions"
-            )
+            both = f"{record[field][:60]!r} and {before[field][:60]!r}"
+            raise InputError(f"{problem} ({item}, field {field!r}: {both}); {remedy}")

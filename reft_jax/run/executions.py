@@ -71,10 +71,8 @@ def whole_bytes(path: Path) -> int:
             try:
                 member.decompress(data)
             except zlib.error as error:
-                raise InputError(
-                    f"{path}: damaged after byte {whole} ({error}); restore it from a copy, or move it away to "
-                    "start a new one"
-                ) from error
+                problem = f"{path}: damaged after byte {whole} ({error})"
+                raise InputError(f"{problem}; restore it from a copy, or move it away to start a new one") from error
             if not member.eof:
                 data = file.read(1 << 20)
                 continue

@@ -95,7 +95,6 @@ def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inpu
         with writing(saved):
             np.savez(saved, **inputs)
         write_whole(saved.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-    raise NotFiniteError(
-        f"{folder.name} {at}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; items "
-        f"{', '.join(list(item_ids)[:8])}{', …' if len(item_ids) > 8 else ''}; its inputs are in {saved}"
-    )
+    told = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    items = ", ".join(list(item_ids)[:8]) + ", …" * (len(item_ids) > 8)
+    raise NotFiniteError(f"{folder.name} {at}: {told}; items {items}; its inputs are in {saved}")

@@ -40,10 +40,8 @@ class Silence:
         if self._silent[purpose] == patience:
             [(reason, count)] = tally.reasons.most_common(1)
             rollouts = f" in each of {patience} iterations" * (patience > 1)
-            remark(
-                f"warning: {purpose}: {tally.total} of {tally.total} completions had no answer{rollouts}, most often: "
-                f"{reason} ({count}); one ends in {tally.examples[reason][-SHOWN_CHARS:]!r}"
-            )
+            told = f"{tally.total} of {tally.total} completions had no answer{rollouts}, most often: {reason} ({count})"
+            remark(f"warning: {purpose}: {told}; one ends in {tally.examples[reason][-SHOWN_CHARS:]!r}")
 
 
 class Collapse:

@@ -79,17 +79,14 @@ def check_workdir(
         changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         if refused := [key for key in changed if key not in allowed]:
-            raise InputError(
-                f"--workdir: {workdir} was made with other settings ({told}); choose another or, to continue "
-                f"with the new ones, add --allow_config_change={','.join(refused)}"
-            )
+            remedy = f"choose another or, to continue with the new ones, add --allow_config_change={','.join(refused)}"
+            raise InputError(f"--workdir: {workdir} was made with other settings ({told}); {remedy}")
         if changed:
             print(f"{workdir}: resumes with changed settings ({told})", flush=True)
     for name in needs:
         if not (workdir / "models" / name).exists():
-            raise InputError(
-                f"--workdir: {workdir} has no model {name!r}; run `pipeline`, or the command that makes it, there first"
-            )
+            remedy = "run `pipeline`, or the command that makes it, there first"
+            raise InputError(f"--workdir: {workdir} has no model {name!r}; {remedy}")
 
 
 def check_kinds(workdir: Path) -> None:

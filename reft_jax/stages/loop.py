@@ -278,10 +278,9 @@ def check_same(folder: Path, before: dict, now: dict) -> None:
     if before["data"] != now["data"] and before["config"] == now["config"]:
         raise InputError(f"{folder}: was started with other data; restore the data or choose another --workdir")
     if before["reference"] != now["reference"]:
-        raise InputError(
-            f"{folder}: the reference model is not the one this stage started with ({before['reference']}, now "
-            f"{now['reference']}); restore it, or remove {folder} to start the stage over"
-        )
+        told = f"({before['reference']}, now {now['reference']})"
+        problem = f"{folder}: the reference model is not the one this stage started with {told}"
+        raise InputError(f"{problem}; restore it, or remove {folder} to start the stage over")
     old, new = before["versions"], now["versions"]
     if changed := [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]:
         print(f"{folder.name}: resumes with other versions ({'; '.join(changed)}); last bits may differ", flush=True)

@@ -111,10 +111,9 @@ def read_result(path: Path) -> dict | None:
     except (OSError, ValueError, TypeError) as error:
         problem = error
     if problem:
-        raise InputError(
-            f"{path}: not what a finished stage writes ({problem}); restore it from a copy, or remove "
-            f"{path.parent} and {path.parent.parent / 'models' / path.parent.name} to begin the stage again"
-        )
+        both = f"{path.parent} and {path.parent.parent / 'models' / path.parent.name}"
+        remedy = f"restore it from a copy, or remove {both} to begin the stage again"
+        raise InputError(f"{path}: not what a finished stage writes ({problem}); {remedy}")
     return result
 
 
@@ -149,20 +148,17 @@ def finished(run: Run, stage: str) -> dict | None:
 def check_sources(run: Run, stage: str) -> None:
     """InputError if the stage is done but was trained from models that have changed since."""
     if (result := done(run, stage)) and (told := other_sources(run, result)):
-        raise InputError(
-            f"{run.workdir.path / stage}: this stage is done, but was trained from another model ({told}); "
-            f"restore that, or remove {stage}/ and models/{stage} to train again"
-        )
+        problem = f"{run.workdir.path / stage}: this stage is done, but was trained from another model ({told})"
+        raise InputError(f"{problem}; restore that, or remove {stage}/ and models/{stage} to train again")
 
 
 def check_data(run: Run) -> None:
     """InputError if a finished stage was trained on data that has changed since, under the same data settings."""
     for stage in STAGES:
         if (result := done(run, stage)) and "train" in changed_data(run, result):
-            raise InputError(
-                f"{run.workdir.path / stage}: this stage was trained on other rows than the training data has "
-                f"now; bring them back, choose another --workdir, or remove {stage}/ and its models to train again"
-            )
+            problem = f"{run.workdir.path / stage}: this stage was trained on other rows than the training data has now"
+            remedy = f"bring them back, choose another --workdir, or remove {stage}/ and its models to train again"
+            raise InputError(f"{problem}; {remedy}")
 
 
 def changed_data(run: Run, result: dict) -> list[str]:

@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
-from reft_jax.store import DISK, writing
-from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, write_manifest
+from reft_jax.store import DISK, REMEDY, writing
+from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, damaged, write_manifest
 from reft_jax.types import InputError, SaveError
 
 # Orbax also raises what it logs as an error with the stacks of its threads; our one line is enough.
@@ -42,10 +42,8 @@ def save_params(folder: Path, params) -> None:
         if hosts.is_first():
             for part in whole.parent.glob(f"{whole.name}*"):  # they may be what fills the disk
                 shutil.rmtree(part, ignore_errors=True)
-        raise SaveError(
-            f"{folder} could not be saved ({first_line(error)}); what was saved before is whole: make room or repair "
-            "the disk, then run the same command again"
-        ) from error
+        problem = f"{folder} could not be saved ({first_line(error)})"
+        raise SaveError(f"{problem}; what was saved before is whole: {REMEDY}") from error
     if hosts.is_first():
         with writing(folder):
             (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
@@ -69,16 +67,13 @@ def check_shapes(folder: Path, abstract) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             found = shapes(checkpointer.metadata(folder.absolute()).item_metadata.tree)
     except Exception as error:  # Orbax raises a different class per kind of damage
-        raise InputError(
-            f"{folder}: no model can be read there ({first_line(error)}); restore it from a copy"
-        ) from error
+        problem = f"{folder}: no model can be read there ({first_line(error)})"
+        raise InputError(f"{problem}; restore it from a copy") from error
     wanted = shapes(unboxed(abstract))
     if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
-        name = different[0]
-        raise InputError(
-            f"{folder}: {name} has shape {found.get(name, 'none: it is missing')}, but {wanted.get(name, 'none')} is "
-            "needed; is it another kind of model, or of another base?"
-        )
+        shape, needed = found.get(different[0], "none: it is missing"), wanted.get(different[0], "none")
+        problem = f"{folder}: {different[0]} has shape {shape}, but {needed} is needed"
+        raise InputError(f"{problem}; is it another kind of model, or of another base?")
 
 
 def first_line(error: BaseException) -> str:
@@ -98,7 +93,7 @@ def load_params(folder: Path, abstract):
             params = checkpointer.restore(folder.absolute(), abstract)
         problem = _difference(json.loads((folder / ARRAYS).read_text()), params)
     if problem:
-        raise InputError(f"{folder}: the model is damaged ({problem}); restore it from a copy or remove it")
+        raise damaged(folder, problem)
     return params
 
 
@@ -179,10 +174,8 @@ class Checkpoints:
             found = None
             if hosts.from_first(f"whole steps in {self.folder}", self._whole):
                 told = "; ".join(f"{step}: {reason}" for step, reason in bad.items())
-                raise InputError(
-                    f"{self.folder}: no saved step can be used ({told}); restore one from a copy, or remove the folder "
-                    "to begin this stage again"
-                )
+                problem = f"{self.folder}: no saved step can be used ({told})"
+                raise InputError(f"{problem}; restore one from a copy, or remove the folder to begin this stage again")
         if hosts.is_first():
             for step, reason in bad.items():
                 self._quarantine(step, reason)
@@ -226,10 +219,7 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
         whole = self._whole()
         last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
-        raise SaveError(
-            f"{folder} could not be saved ({first_line(error)}); {last}; make room or repair the disk, then run the "
-            "same command again"
-        ) from error
+        raise SaveError(f"{folder} could not be saved ({first_line(error)}); {last}; {REMEDY}") from error
 
     def _quarantine(self, step: int, reason: str) -> None:
         """Moves a damaged step to quarantine/. Only the last one keeps its arrays: each is as large as three models."""

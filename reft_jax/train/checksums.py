@@ -89,6 +89,11 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def damaged(folder: Path, problem: str | Exception) -> InputError:
+    """The error for a model that is not what was saved."""
+    return InputError(f"{folder}: the model is damaged ({problem}); restore it from a copy or remove it")
+
+
 def model_checksum(weights: Path, base: Path, memory: Path) -> str:
     """A checksum of a model, 16 hex digits: its weights, and config.json and tokenizer of `base`. Paths do not matter.
 
@@ -110,13 +115,10 @@ def _saved_arrays(folder: Path) -> dict[str, str]:
         listed = {name: size for name, (size, _) in json.loads((folder / MANIFEST).read_text())["files"].items()}
         arrays = json.loads((folder / ARRAYS).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: the model is damaged ({error}); restore it from a copy or remove it") from error
+        raise damaged(folder, error) from error
     found = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
     if different := sorted(name for name in listed | found if listed.get(name) != found.get(name)):
-        raise InputError(
-            f"{folder}: the model is damaged ({different[0]} is not as it was written); restore it from a copy or "
-            "remove it"
-        )
+        raise damaged(folder, f"{different[0]} is not as it was written")
     return arrays
 
 

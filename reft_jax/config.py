@@ -14,7 +14,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,11 @@ def replaced(config, changes: Mapping[str, Any]) -> Config:
 
 def _tree(kind: type, flat: Mapping[str, Any], prefix: str = ""):
     """The dataclass with the values of `flat`; a whole number becomes a float where one belongs."""
-    return kind(
-        **{
-            one.name: one.type(flat[prefix + one.name]) if one.metadata else _tree(one.type, flat, f"{one.name}.")
-            for one in fields(kind)
-        }
-    )
+
+    def value(one: Field):
+        return one.type(flat[prefix + one.name]) if one.metadata else _tree(one.type, flat, f"{one.name}.")
+
+    return kind(*map(value, fields(kind)))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

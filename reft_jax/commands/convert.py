@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ FILES = {"python": "python_sdp", "nl": "nl"}  # the authors' names: gsm8k_python
 MEMORY_MB = 1024
 PROGRESS = 2000  # rows between two lines of progress
 CLOSING = re.compile(r"Therefore, the answer is:? <?(-?[\d.,]+|[a-e])>?\.?\s*$")
-Rejected = tuple[str, str, str]  # item id, answer format, reason
+Judged = tuple[Example, str, str]  # row with its solution, answer format, and why it is rejected, "" if it is not
 
 
 def run_convert(
@@ -56,10 +57,12 @@ def run_convert(
     rows = read_official(source, published) if official else _examples(dataset, source)
     workers = max(2, os.cpu_count() or 1)
     with running_executor(workers, MEMORY_MB, allow_unsandboxed):
-        made, rejected = _convert(rows, workers) if official else _check(rows, workers)
+        judged = list((_converted if official else _checked)(rows, workers))
+    rejected = [one for one in judged if one[2]]
+    made = {kind: [row for row, form, reason in judged if form == kind and not reason] for kind in FILES}
     files = {f"{dataset}_{FILES[form]}.json": kept for form, kept in made.items() if kept or official}
     files[f"{dataset}_questions.json"] = [Example(row.item_id, row.question, row.answer_value) for row in rows]
-    _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected, rows)
+    _write(out_dir, {name: _as_json(kept) for name, kept in files.items()}, rejected)
     print(_summary(source, len(rows), made, rejected, time.monotonic() - began))
     print(f"{out_dir}: " + ", ".join(f"{name} ({len(kept)})" for name, kept in files.items()) + ", rejected.jsonl")
     programs = made.get("python", [])
@@ -85,9 +88,9 @@ def _examples(dataset: str, source: str) -> list[Example]:
     return examples
 
 
-def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, list[Example]], list[Rejected]]:
+def _converted(rows: list[conversion.Official], workers: int) -> Iterator[Judged]:
     """Official rows as programs, which run while the next ones are made, and as text."""
-    made, rejected, running = {"python": [], "nl": []}, [], []
+    running = []
     with executor.stream(workers=workers, memory_mb=MEMORY_MB) as programs:
         for number, row in enumerate(rows, 1):
             converted = conversion.convert_row(row)
@@ -101,38 +104,23 @@ def _convert(rows: list[conversion.Official], workers: int) -> tuple[dict[str, l
             value, _ = TASKS["gsm8k"].returned(outcome)
             if not TASKS["gsm8k"].is_correct(value, row.answer_value):
                 reason = f"the program returns another answer ({outcome.status})"
-        if reason:
-            rejected.append((row.item_id, "python", reason))
-        else:
-            made["python"].append(Example(row.item_id, row.question, row.answer_value, converted.program))
+        yield Example(row.item_id, row.question, row.answer_value, converted.program), "python", reason
         text = conversion.nl_example(row)
-        if problem := conversion.nl_problem(text) or _text_problem(text):
-            rejected.append((row.item_id, "nl", problem))
-        else:
-            made["nl"].append(text)
-    return made, rejected
+        yield text, "nl", conversion.nl_problem(text) or _text_problem(text)
 
 
-def _check(rows: list[Example], workers: int) -> tuple[dict[str, list[Example]], list[Rejected]]:
-    """Checks rows that have a worked solution: programs are executed, text must end in the answer."""
-    made, rejected = {"python": [], "nl": []}, []
+def _checked(rows: list[Example], workers: int) -> Iterator[Judged]:
+    """Rows that have a worked solution: programs are executed, text must end in the answer."""
     programs = [row for row in rows if row.answer_cot and PROGRAM_HEAD.strip() in row.answer_cot]
     run = partial(executor.run_programs, workers=workers, memory_mb=MEMORY_MB)
     verdicts = answers.grade([row.answer_cot for row in programs], programs, "python", run_programs=run)
     for row, verdict in zip(programs, verdicts, strict=True):
-        if verdict.correct:
-            made["python"].append(row)
-        else:
-            nothing = f"the program returns nothing ({verdict.status})"
-            other = f"the program returns {verdict.value}, not {row.answer_value}"
-            rejected.append((row.item_id, "python", nothing if verdict.value is None else other))
+        nothing = f"the program returns nothing ({verdict.status})"
+        reason = nothing if verdict.value is None else f"the program returns {verdict.value}, not {row.answer_value}"
+        yield row, "python", "" if verdict.correct else reason
     for row in rows:
         if row.answer_cot and PROGRAM_HEAD.strip() not in row.answer_cot:
-            if problem := _text_problem(row):
-                rejected.append((row.item_id, "nl", problem))
-            else:
-                made["nl"].append(row)
-    return made, rejected
+            yield row, "nl", _text_problem(row)
 
 
 def _text_problem(row: Example) -> str:
@@ -152,12 +140,11 @@ def _as_json(examples: list[Example]) -> str:
     return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
 
 
-def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: list) -> None:
+def _write(folder: Path, files: dict[str, str], rejected: list[Judged]) -> None:
     """Writes all files or none: into a folder of their own first, moved when the last one is complete. SaveError."""
-    questions = {row.item_id: row.question for row in rows}
     lines = [
-        {"item_id": item_id, "format": form, "reason": reason, "question": questions[item_id]}
-        for item_id, form, reason in rejected
+        {"item_id": row.item_id, "format": form, "reason": reason, "question": row.question}
+        for row, form, reason in rejected
     ]
     files["rejected.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +156,7 @@ def _write(folder: Path, files: dict[str, str], rejected: list[Rejected], rows: 
             os.replace(Path(scratch, name), folder / name)
 
 
-def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Rejected], seconds: float) -> str:
+def _summary(source: str, rows: int, made: dict[str, list[Example]], rejected: list[Judged], seconds: float) -> str:
     kinds = [f"{len(kept)} verified {form} ({len(kept) / rows:.2%})" for form, kept in made.items() if kept]
     # Reasons name single values: they are counted without them.
     reasons = Counter((form, re.sub(r"`\w+`|-?\d+(\.\d+)?", "…", reason)) for _, form, reason in rejected)

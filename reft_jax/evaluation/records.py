@@ -227,11 +227,8 @@ def _check_scores(record: dict, where: str) -> None:
                 f"{where}, field 'probabilities': number {number} is {said}, not a number from 0 to 1; score again"
             )
     hashes = record.get("completions")
-    if hashes is not None and (
-        type(hashes) is not list
-        or len(hashes) != len(record["probabilities"])
-        or any(type(one) is not str for one in hashes)
-    ):
+    kinds = list(map(type, hashes)) if type(hashes) is list else []
+    if hashes is not None and kinds != [str] * len(record["probabilities"]):
         raise InputError(f"{where}, field 'completions': is not one string for each probability; score again")
 
 

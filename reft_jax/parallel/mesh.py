@@ -136,18 +136,17 @@ def unboxed(boxed):
 
 def abstract_arrays(mesh: Mesh, boxed, rules=RULES):
     """Returns shapes, dtypes and shardings of a tree with its logical axes: the target of a restore."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        unboxed(boxed),
-        shardings(mesh, boxed, rules),
-    )
+    return jax.tree.map(_placed, unboxed(boxed), shardings(mesh, boxed, rules))
+
+
+def _placed(x, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def with_axes(mesh: Mesh, tree, axes, rules):
     """Returns shapes, dtypes and shardings of a tree; `axes` holds the logical axes of each array in its place."""
 
     def one(x, axes):
-        where = nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, rules)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return _placed(x, nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, rules))
 
     return jax.tree.map(one, tree, axes)

@@ -11,6 +11,7 @@ from reft_jax.evaluation.provenance import appending
 from reft_jax.evaluation.records import _lines, answered, prediction, read_records, regrade
 from reft_jax.evaluation.results import Answers, by_item, comparisons, read_answers, table
 from reft_jax.executor import ExecResult
+from reft_jax.store import read_text
 from reft_jax.types import Example, InputError, Verdict
 
 
@@ -82,7 +83,7 @@ def test_a_record_has_the_authors_names():
 
 
 def read_lines(path) -> list:
-    return _lines(path, path.read_bytes())[0]
+    return _lines(path, read_text(path))[0]
 
 
 def test_a_torn_last_line_is_left_out_and_written_over(tmp_path):

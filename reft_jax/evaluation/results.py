@@ -61,7 +61,8 @@ def check_scores(path: Path, scores: dict[str, dict], samples: dict[str, dict]) 
             raise InputError(f"{path}: {item_id}, field 'probabilities': {have}; score again")
         hashes = [short_hash(one["completion"]) for one in distinct] if "completions" in score else None
         if score.get("completions") != hashes:
-            raise InputError(f"{path}: {item_id}, field 'completions': not the samples' completions; score again")
+            problem = f"{item_id}, field 'completions': these are not the samples' completions"
+            raise InputError(f"{path}: {problem}; score again")
 
 
 def by_item(records: Sequence[dict]) -> dict[str, dict]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from reft_jax.model.attention import attend
 from reft_jax.model.cache import KVCache, in_blocks, write, write_recent
-from reft_jax.model.llama import causal_attention, causal_inputs, layer, residual, rms_norm, rope_tables
+from reft_jax.model.llama import causal_attention, causal_inputs, layer, product, residual, rms_norm, rope_tables
 from reft_jax.model.rollout_weights import RolloutModel
 
 Cache = tuple[KVCache, ...]  # layer by layer
@@ -51,16 +51,16 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
     x = _residual_columns(weights["embed"][tokens].T)
     for own, positions in zip(_layers(model, weights), cache, strict=True):
         y = rms_norm(x, own["attention_norm"], c.rms_norm_eps, axis=0)
-        q, k, v = ((own[name] @ y).reshape(-1, c.head_dim, batch) for name in "qkv")
+        q, k, v = (product(own[name], y).reshape(-1, c.head_dim, batch) for name in "qkv")
         q, k, v = (z.transpose(2, 0, 1) for z in (_rotate_columns(q, tables), _rotate_columns(k, tables), v))
         positions = write(positions, at, k, v)
         written.append(positions)
         heads = attend(q, (*positions, seen)).reshape(batch, -1).T
-        x = _residual_columns(x + own["o"] @ heads)
+        x = _residual_columns(x + product(own["o"], heads))
 
         y = rms_norm(x, own["mlp_norm"], c.rms_norm_eps, axis=0)
-        y = nn.with_logical_constraint(nn.silu(own["gate"] @ y) * (own["up"] @ y), ("mlp", "batch"))
-        x = _residual_columns(x + own["down"] @ y)
+        y = nn.with_logical_constraint(nn.silu(product(own["gate"], y)) * product(own["up"], y), ("mlp", "batch"))
+        x = _residual_columns(x + product(own["down"], y))
     hidden = rms_norm(x, weights["final_norm"], c.rms_norm_eps, axis=0)
     output = weights["embed"] if c.tie_embeddings else weights["lm_head"]["kernel"]
     return jnp.matmul(output, hidden, preferred_element_type=jnp.float32), tuple(written)

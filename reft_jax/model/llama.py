@@ -83,25 +83,65 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.
     return (y * jnp.expand_dims(scale.astype(jnp.float32), along)).astype(x.dtype)
 
 
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, summed in float32, in a's dtype.
+
+    The sum has to be asked for: only then does XLA's CPU backend use the bfloat16 instructions of the machine.
+    """
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
 @jax.custom_vjp
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype."""
-    return x @ weight
+    return product(x, weight)
 
 
 def _project_forward(x, weight):
-    return x @ weight, (x, weight)
+    return product(x, weight), (x, weight)
 
 
 def _project_backward(kept, y):
+    x, weight = kept
+    if x.dtype == jnp.bfloat16:  # `einsum`, because XLA's CPU backend has no bfloat16 product with a transposed matrix
+        sums = {"preferred_element_type": jnp.float32}
+        to_x, to_weight = jnp.einsum("BTF,DF->BTD", y, weight, **sums), jnp.einsum("BTD,BTF->DF", x, y, **sums)
+        return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
     # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes for the weight's gradient
     # into the computations of x and y, and these then write column by column.
-    x, weight = kept
     rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
     return y @ weight.T, rows.T @ outs
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def logits_of(hidden: jax.Array, matrix: jax.Array, axes: str) -> jax.Array:
+    """hidden [...,D] times the output matrix, axes "VD" or "DV" -> logits float32[...,V]."""
+    if hidden.dtype == jnp.bfloat16:
+        return _logits_in_bfloat16(axes, hidden, matrix)
+    return jnp.einsum(f"...D,{axes}->...V", hidden, matrix, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits_in_bfloat16(axes, hidden, matrix):
+    return jnp.einsum(f"...D,{axes}->...V", hidden, matrix, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(axes, hidden, matrix):
+    return _logits_in_bfloat16(axes, hidden, matrix), (hidden, matrix)
+
+
+def _logits_backward(axes, kept, y):
+    # The gradient of the logits is rounded as that of every other product is. In float32, so would be the products.
+    hidden, matrix = kept
+    y, sums = y.astype(hidden.dtype), {"preferred_element_type": jnp.float32}
+    to_hidden = jnp.einsum(f"BWV,{axes}->BWD", y, matrix, **sums)
+    to_matrix = jnp.einsum(f"BWD,BWV->{axes}", hidden, y, **sums)
+    return to_hidden.astype(hidden.dtype), to_matrix.astype(matrix.dtype)
+
+
+_logits_in_bfloat16.defvjp(_logits_forward, _logits_backward)
 
 
 def _matrix(*axes: str):
@@ -184,7 +224,7 @@ class Unembed(nn.Module):
     @nn.compact
     def __call__(self, hidden):
         kernel = self.param("kernel", _matrix("embed", "vocab"), (hidden.shape[-1], self.vocab_size))
-        return jnp.einsum("...D,DV->...V", hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits_of(hidden, kernel.astype(self.dtype), "DV")
 
 
 class Llama(nn.Module):
@@ -234,5 +274,4 @@ class Llama(nn.Module):
         hidden = hidden.astype(self.dtype)
         if not self.config.tie_embeddings:
             return self.lm_head(hidden)
-        embed = self.embed.astype(self.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, embed, preferred_element_type=jnp.float32)
+        return logits_of(hidden, self.embed.astype(self.dtype), "VD")

@@ -51,16 +51,16 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
     x = _residual_columns(weights["embed"][tokens].T)
     for own, positions in zip(_layers(model, weights), cache, strict=True):
         y = rms_norm(x, own["attention_norm"], c.rms_norm_eps, axis=0)
-        q, k, v = (product(own[name], y).reshape(-1, c.head_dim, batch) for name in "qkv")
+        q, k, v = (_linear_columns(own, name, y).reshape(-1, c.head_dim, batch) for name in "qkv")
         q, k, v = (z.transpose(2, 0, 1) for z in (_rotate_columns(q, tables), _rotate_columns(k, tables), v))
         positions = write(positions, at, k, v)
         written.append(positions)
         heads = attend(q, (*positions, seen)).reshape(batch, -1).T
-        x = _residual_columns(x + product(own["o"], heads))
+        x = _residual_columns(x + own["o"] @ heads)
 
         y = rms_norm(x, own["mlp_norm"], c.rms_norm_eps, axis=0)
-        y = nn.with_logical_constraint(nn.silu(product(own["gate"], y)) * product(own["up"], y), ("mlp", "batch"))
-        x = _residual_columns(x + product(own["down"], y))
+        y = nn.with_logical_constraint(nn.silu(own["gate"] @ y) * (own["up"] @ y), ("mlp", "batch"))
+        x = _residual_columns(x + own["down"] @ y)
     hidden = rms_norm(x, weights["final_norm"], c.rms_norm_eps, axis=0)
     output = weights["embed"] if c.tie_embeddings else weights["lm_head"]["kernel"]
     return jnp.matmul(output, hidden, preferred_element_type=jnp.float32), tuple(written)
@@ -98,6 +98,12 @@ def _inputs_first(model: RolloutModel, own: dict[str, jax.Array]) -> dict[str, j
     """A layer's weights with every matrix [in, out]; the compiler makes the transposes part of the products."""
     turned = ("q", "k", "v", "gate", "up") if model.tpu else ("q", "k", "v", "o", "gate", "up", "down")
     return own | {name: own[name].T for name in turned}
+
+
+def _linear_columns(own: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    """`llama.linear` of x [D,B], with matrices [F,D] -> [F,B]."""
+    y, bias = product(own[name], x), own.get(f"{name}_bias")
+    return y if bias is None else y + bias[:, None]
 
 
 def _residual_columns(x: jax.Array) -> jax.Array:

@@ -121,7 +121,7 @@ def _to_operands(q, k, to_scores, weights, gradient):
     def summed(axes, a, b):
         return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32).astype(q.dtype)
 
-    # A sum over two axes: XLA then transposes the smaller side first. Over one, its CPU backend has no bfloat16 product.
+    # A sum over two axes: XLA transposes the smaller side first. Over one, its CPU backend multiplies in float32.
     q, gradient, to, by = (x.reshape(*x.shape[:2], 2, -1, x.shape[-1]) for x in (q, gradient, to_scores, weights))
     to_q = summed("BKQS,BKHS->BKQH", to_scores, k)
     to_k, to_v = summed("BKcQH,BKcQS->BKHS", q, to), summed("BKcQH,BKcQS->BKHS", gradient, by)

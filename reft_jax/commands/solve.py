@@ -61,15 +61,14 @@ def trained_with(source: Source) -> dict:
 
 def load_policy(source: Source, mesh):
     """(model, parameters of the language model) in float32."""
-    from reft_jax.model.heads import ValueHead
     from reft_jax.model.hf import load_hf, read_config
     from reft_jax.model.llama import Llama
     from reft_jax.parallel.mesh import abstract_arrays
-    from reft_jax.train.checkpoints import load_params
-    from reft_jax.train.state import abstract_params
+    from reft_jax.stages.models import policy_shapes
+    from reft_jax.train.checkpoints import has_value_head, load_params
 
     if not source.is_stage:
         return load_hf(source.folder)
     model = Llama(read_config(source.base))
-    abstract = abstract_params(model, ValueHead(), "value_head")
+    abstract = policy_shapes(model, value_head=has_value_head(source.folder))
     return model, load_params(source.folder, abstract_arrays(mesh, abstract))["lm"]

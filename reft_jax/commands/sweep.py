@@ -20,7 +20,7 @@ from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.report import print_report, write_sweep
 from reft_jax.evaluation.results import Answers, by_item, table
 from reft_jax.model import families
-from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.heads import RerankHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel import hosts
@@ -34,7 +34,7 @@ from reft_jax.run.inputs import Data, Inputs, checked_tokenizer, shorten
 from reft_jax.run.machine import check_rows, make_machine, open_mesh, start_executor
 from reft_jax.run.open import Run, Workdir
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
-from reft_jax.stages.models import Weights, abstract_policy, abstract_reranker
+from reft_jax.stages.models import Weights, policy_shapes
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
@@ -42,7 +42,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import load_tokenizer
-from reft_jax.train.checkpoints import check_shapes, load_params
+from reft_jax.train.checkpoints import check_shapes, has_value_head, load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params
 from reft_jax.types import Example, InputError
@@ -253,8 +253,14 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Gua
 
 def check_stage(source: Source, *, reranker: bool) -> None:
     """InputError unless a stage's model is a policy (or a reranker) with the shapes of its base. Reads no weights."""
-    head = (RerankHead(), "rerank_head") if reranker else (ValueHead(), "value_head")
-    check_shapes(source.folder, abstract_params(Llama(read_config(source.base)), *head))
+    check_shapes(source.folder, stored_shapes(source, Llama(read_config(source.base)), reranker=reranker))
+
+
+def stored_shapes(source: Source, model: Llama, *, reranker: bool):
+    """The shapes of a stage's model: a reranker, or a policy with or without a value head."""
+    if reranker:
+        return abstract_params(model, RerankHead(), "rerank_head")
+    return policy_shapes(model, value_head=source.is_stage and has_value_head(source.folder))
 
 
 def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
@@ -285,7 +291,7 @@ def with_model(sweep: Sweep, source: Source, *, reranker: bool) -> tuple[Run, We
     tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
     inputs = Inputs(config, source.base, tokenizer, Data([], [], [], ""))
     run = Run(inputs, make_machine(config, source.base, tokenizer, mesh, guards.step), sweep.workdir, guards)
-    abstract = abstract_reranker(run) if reranker else abstract_policy(run)
+    abstract = stored_shapes(source, run.machine.model, reranker=reranker)
 
     @functools.cache
     def load() -> dict:

@@ -15,7 +15,7 @@ from reft_jax.commands.table import COMMANDS, HOSTS, TABLE, Command, described, 
 from reft_jax.config import check_keys
 from reft_jax.model_folder import check_new_folder
 from reft_jax.store import DISK, not_written
-from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
+from reft_jax.types import InputError, NotFiniteError, SamplerGapError, SaveError, Stopped
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     except Stopped as stop:
         print(f"stopped by {stop}; everything done so far is saved, and the same command resumes", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (InputError, NotFiniteError, SaveError) as error:
+    except (InputError, NotFiniteError, SamplerGapError, SaveError) as error:
         end(error.exit_code, error)
     except OSError as error:
         if error.errno not in DISK:

@@ -9,7 +9,6 @@ reft_jax/settings.py, which has every default and meaning. Files are read here a
 import difflib
 import json
 import linecache
-import math
 import re
 import runpy
 import traceback
@@ -121,14 +120,20 @@ def check_config(config: ConfigDict | Config) -> Config:
             raise InputError(f"config: {key} is empty; it must be {SETTINGS[key].doc}")
     if ("toy" == flat["model.path"]) != ("toy" == flat["data.train"] == flat["data.test"]):
         raise InputError('config: "toy" must stand in model.path, data.train and data.test, or in none of them')
-    for whole, *parts in (
+    for whole, part in (
         ("sft.batch_size", "sft.micro_batch"),
         ("rerank.batch_size", "rerank.micro_batch"),
-        ("rl.questions", "rl.minibatches", "rl.micro_batch"),
     ):
-        if flat[whole] % math.prod(flat[part] for part in parts):
-            product = " * ".join(f"{part}={flat[part]}" for part in parts)
-            raise InputError(f"config: {whole}={flat[whole]} must be a multiple of {product}")
+        if flat[whole] % flat[part]:
+            raise InputError(f"config: {whole}={flat[whole]} must be a multiple of {part}={flat[part]}")
+    questions, samples, parts = flat["rl.questions"], flat["rl.samples"], flat["rl.minibatches"]
+    # With rl.samples=0 the algorithm decides later: what holds for one sample then holds for its number too.
+    if questions % parts or questions * (samples or 1) % (parts * flat["rl.micro_batch"]):
+        rows = f"rl.questions={questions}" + f" * rl.samples={samples}" * (samples > 0)
+        raise InputError(
+            f"config: {rows} must be a multiple of rl.minibatches={parts} * rl.micro_batch={flat['rl.micro_batch']}, "
+            "and rl.questions of rl.minibatches"
+        )
     if flat["sft.warmup_epoch"] > (flat["sft.stop_epoch"] or flat["sft.epochs"]):
         raise InputError("config: sft.warmup_epoch must not be later than the last epoch of the run")
     if flat["sft.stop_epoch"] > flat["sft.epochs"]:

@@ -113,23 +113,53 @@ class SftSettings:
 class RlSettings:
     """Reinforcement learning."""
 
-    algorithm: str = setting("ppo", ANY, "ppo; or path.py:NAME (algo/algorithms.py)")
+    algorithm: str = setting("ppo", ANY, "ppo, rloo, grpo, dr_grpo or dapo (docs/algorithms.md); or path.py:NAME")
     iterations: int = setting(0, at_least(0), "training iterations; 0: rl.epochs passes over the training questions")
     epochs: int = setting(300, POSITIVE, "passes over the training questions, if rl.iterations is 0")
     questions: int = setting(32, POSITIVE, "questions per iteration")
+    samples: int = setting(
+        0, at_least(0), "solutions sampled per question; 0: the algorithm's own number (docs/algorithms.md)"
+    )
     micro_batch: int = setting(32, POSITIVE, "rows in memory at once in scoring and updates")
-    minibatches: int = setting(1, POSITIVE, "updates per PPO epoch")
+    minibatches: int = setting(1, POSITIVE, "updates per PPO epoch, each on all samples of its questions")
     ppo_epochs: int = setting(2, POSITIVE, "passes over the rows of an iteration")
     learning_rate: float = setting(3e-7, POSITIVE, "learning rate, constant after rl.lr_warmup")
     lr_warmup: int = setting(0, at_least(0), "updates of linear warm-up")
     weight_decay: float = setting(0.0, at_least(0), "weight decay of AdamW")
     clip_norm: float = setting(1.0, POSITIVE, "largest gradient norm")
     kl_coef: float = setting(0.01, at_least(0), "KL penalty β; paper: 0.01, but 0.05 for nl other than MathQA-numeric")
+    kl_in: str = setting(
+        "",
+        one_of("", "reward", "loss", "none"),
+        "where the KL penalty is: reward, loss or none; empty: the algorithm's own",
+    )
+    kl_estimator: str = setting("k3", one_of("k1", "k2", "k3"), "estimate of the KL penalty in the loss")
     gamma: float = setting(1.0, between(0, 1), "discount")
     lam: float = setting(0.95, between(0, 1), "λ of GAE")
     vf_coef: float = setting(5.0, at_least(0), "weight of the value loss")
     value_init: float = setting(1.0, at_least(0), "scale of the value head's initial weights; 0 starts with V = 0")
     clip: float = setting(0.2, POSITIVE, "largest change of the policy ratio: it is clipped to 1 ± this")
+    clip_high: float = setting(
+        0.0, at_least(0), "largest change of the policy ratio upwards; 0: the algorithm's own (dapo 0.28, else rl.clip)"
+    )
+    loss_mean: str = setting(
+        "", one_of("", "rows", "tokens", "sum", "constant"), "what the loss is a mean over; empty: the algorithm's own"
+    )
+    overlong: int = setting(
+        0, at_least(0), "dapo: tokens before the length limit in which a response loses up to 1 of its reward; 0: none"
+    )
+    redraws: int = setting(
+        0, at_least(0), "dapo: times that questions with equal rewards are replaced by others; then they are left out"
+    )
+    sampler_correction: str = setting(
+        "none", one_of("none", "tis", "mis"), "importance weights of trainer against sampler: truncated or masked"
+    )
+    sampler_cap: float = setting(
+        2.0, at_least(1), "largest importance weight: tis truncates to it, mis drops the token"
+    )
+    max_gap: float = setting(
+        0.0, between(0, 1), "stop if trainer and sampler differ by a factor of 2 on a larger share of tokens; 0: never"
+    )
     value_clip: float = setting(0.2, POSITIVE, "largest change of a value: it is clipped to the old value ± this")
     temperature: float = setting(1.0, POSITIVE, "temperature of sampling and of every log-probability in training")
     max_prompt: int = setting(300, POSITIVE, "tokens; training questions with a longer prompt are skipped")

@@ -29,6 +29,12 @@ class NotFiniteError(FloatingPointError):
     exit_code = 3
 
 
+class SamplerGapError(Exception):
+    """The engine that samples and the policy that is trained disagree about the probabilities of what was sampled."""
+
+    exit_code = 3
+
+
 class SaveError(Exception):
     """A file could not be written, for example on a full disk. The message says what is still there and what to do."""
 
@@ -85,7 +91,10 @@ class Verdict(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Sampled rows and their scores: tokens int32[B,T], prompt_len int32[B], total_len int32[B], score float32[B]."""
+    """Sampled rows and their scores: tokens int32[B,T], prompt_len int32[B], total_len int32[B], score float32[B].
+
+    The samples of a question are next to each other.
+    """
 
     tokens: Array
     prompt_len: Array
@@ -96,12 +105,14 @@ class Rollout(NamedTuple):
 class PPOBatch(NamedTuple):
     """What an update reads about decisions: float32, [B,T] or packed.
 
-    advantage: whitened on actions, 0 elsewhere. weight: 1 / (actions of the row · rows of the minibatch) on actions, 0
-    elsewhere.
+    advantage: 0 off the actions. weight: what an action weighs in the loss, 0 elsewhere; for PPO 1 / (actions of the
+    row · rows of the minibatch). old_value and return_ are None without a critic; ref_logprob is None unless the loss
+    has a KL penalty.
     """
 
     weight: Array
     old_logprob: Array
-    old_value: Array
+    old_value: Array | None
     advantage: Array
-    return_: Array
+    return_: Array | None
+    ref_logprob: Array | None = None

@@ -87,7 +87,7 @@ def test_ppo_is_the_default_with_the_settings_of_the_section():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("grpo", "rl.algorithm='grpo' must be path.py:NAME"),
+        ("reinforce", "rl.algorithm='reinforce' must be path.py:NAME"),
         ("nowhere.py:X", "there is no file nowhere.py"),
         ("{file}:jnp", "is not a subclass of reft_jax.algo.algorithms.Algorithm"),
         ("{file}:Unfinished", "does not define `advantages`"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reft_jax.train.batches import epoch_order, pad_tokens, rollout_rows, rows_at
+from reft_jax.train.batches import epoch_order, minibatches, pad_tokens, rollout_rows, rows_at
 from reft_jax.types import Completion, Prompt
 
 
@@ -18,6 +18,22 @@ def test_an_epoch_visits_each_row_once_in_an_order_of_its_own():
 def test_rows_are_a_slice_of_the_endless_sequence_of_epochs(start, count):
     endless = np.concatenate([epoch_order(5, epoch, 7) for epoch in range(6)])
     np.testing.assert_array_equal(rows_at(5, start, count, 7), endless[start : start + count])
+
+
+def test_a_minibatch_has_all_samples_of_its_questions_and_every_pass_visits_each_row_once():
+    parts = list(minibatches(7, 3, rows=24, passes=2, parts=3, samples=4))
+    assert [part.shape for part in parts] == [(8,)] * 6
+    for part in parts:
+        questions, counts = np.unique(part // 4, return_counts=True)
+        assert counts.tolist() == [4, 4] and len(questions) == 2
+    for one_pass in (parts[:3], parts[3:]):
+        assert sorted(np.concatenate(one_pass)) == list(range(24))
+    assert not np.array_equal(np.concatenate(parts[:3]), np.concatenate(parts[3:]))
+
+
+def test_minibatches_of_one_sample_per_question_are_those_of_rows():
+    order = np.random.default_rng([7, 3, 0]).permutation(8)
+    np.testing.assert_array_equal(list(minibatches(7, 3, rows=8, passes=1, parts=2)), order.reshape(2, 4))
 
 
 def test_padding_is_on_the_right_and_lengths_are_real():

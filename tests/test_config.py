@@ -167,6 +167,19 @@ def test_some_values_can_be_replaced():
     assert replaced(small(), {}) == config and hash(replaced(config, {})) == hash(config)
 
 
+def test_minibatches_hold_whole_questions_and_whole_micro_batches():
+    config = check_config(small())
+    whole = {"rl.questions": 4, "rl.samples": 8, "rl.minibatches": 2, "rl.micro_batch": 16}
+    assert check_config(replaced(config, whole)).rl.samples == 8
+    for changes, rows in (
+        ({"rl.minibatches": 8, "rl.micro_batch": 4}, r"rl\.questions=4 \* rl\.samples=8"),  # half a question each
+        ({"rl.micro_batch": 32}, r"rl\.questions=4 \* rl\.samples=8"),
+        ({"rl.samples": 0}, r"rl\.questions=4"),
+    ):
+        with pytest.raises(InputError, match=rows + r" must be a multiple of rl\.minibatches=\d \* rl\.micro_batch="):
+            check_config(replaced(config, whole | changes))
+
+
 def test_a_checked_config_is_frozen():
     config = check_config(small())
     with pytest.raises(AttributeError):

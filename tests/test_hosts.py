@@ -6,6 +6,7 @@ Run as a script, this file is one of two hosts that only exchange messages.
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -205,6 +206,32 @@ def test_accuracies_agree_within_their_intervals(together, alone):
                 wilson(one[column]["correct"], one[column]["total"]) for one in (other, mine)
             )
             assert low <= our_high and our_low <= high, (mine["model"], column)
+
+
+def test_two_hosts_keep_the_samples_of_a_question_together(together, alone, cache, tmp_path):
+    """One iteration of DAPO with questions drawn again, from one warm-up model, in two processes and in one."""
+    changed = {"rl.algorithm": "dapo", "rl.questions": 4, "rl.samples": 4, "rl.redraws": 1, "rl.iterations": 1}
+    workdirs = [tmp_path / "two", tmp_path / "one"]
+    for workdir in workdirs:
+        for name in ("sft", "models/warmup", "models/sft"):
+            shutil.copytree(alone / name, workdir / name)
+        for name in ("config.json", "versions.json"):
+            shutil.copy(alone / name, workdir / name)
+    settings = tuple(f"{key}={value}" for key, value in changed.items())
+    allowed = f"--allow_config_change={','.join([*changed, 'mesh.cpu_devices'])}"
+    two, one = (
+        command("reft", d, cache, settings, devices=n) + [allowed] for d, n in zip(workdirs, (4, 8), strict=True)
+    )
+    ends = Pair(tmp_path / "logs", two).ended(SOON_S)
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
+    done = subprocess.run(one, cwd=ROOT, env=os.environ | QUICK, capture_output=True, text=True, timeout=SOON_S)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (executed(workdir, "reft rollout") for workdir in workdirs)
+    assert ours == theirs and len(ours) >= 16
+    (ours,), (theirs,) = (metrics(workdir, "reft") for workdir in workdirs)
+    assert ours["redrawn"] == theirs["redrawn"] == len(executed(workdirs[0], "reft rollout")) / 4 - 4
+    for name in ("loss", "grad_norm", "reward", "same_score", "advantage_std"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
 def test_every_host_has_a_log_of_its_own_and_the_first_alone_reports(together):

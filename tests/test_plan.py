@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny import HEADS, tiny_config, tiny_model
 
-from reft_jax.config import check_config, load_config
+from reft_jax.config import check_config, load_config, replaced
 from reft_jax.engine import slots as rollout
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
@@ -130,6 +130,27 @@ def test_the_planned_arrays_are_those_of_a_run():
     names = [one.name for one in functions.all]
     assert len(names) == len(set(names)) == 10
     assert {one.name: one.trips for one in functions.all}["PPO update"] == {"micro_batches": 4, "decisions": 8}
+
+
+def test_what_an_algorithm_does_without_is_not_planned():
+    """GRPO without a KL penalty: no value head in the state, no reference, no pass under it; rows are all samples."""
+    model, lm = tiny_model()
+    config = load_config(str(REPO / "configs" / "quickstart.py"))
+    config.model.dtype = "float32"
+    config.rl.update(algorithm="grpo", kl_coef=0.0, questions=16)
+    functions, policy = (
+        RunFunctions(check_config(config), model, make_mesh(1, 1, 1)),
+        sum(x.nbytes for x in jax.tree.leaves(lm)),
+    )
+    assert functions.residents["policy and moments"] == 3 * policy + 4 * 3 and functions.residents["reference"] == 0
+    calls = {one.name: (one.shape, one.calls) for one in functions.all}
+    assert "score, reference" not in calls
+    assert calls["score, policy"][0] == "8 × 16 lines of 128" and calls["PPO update"] == ("4 × 16 lines of 128", 4)
+    assert calls["prefill"] == ("8 prompts of 96", 2) and calls["decode, PPO"] == ("128 slots of 128", 32)
+    with_reference = RunFunctions(
+        check_config(replaced(check_config(config), {"rl.kl_coef": 0.1})), model, make_mesh(1, 1, 1)
+    )
+    assert with_reference.residents["reference"] == policy
 
 
 def test_a_search_ranks_what_divides():

@@ -49,16 +49,16 @@ HEADS = {"value_head": ValueHead(), "rerank_head": RerankHead()}
 
 
 def tiny_policy(head: str = "value_head", **overrides) -> tuple[Llama, dict]:
-    """A model and the parameters {'lm', head} of a policy or a reranker."""
+    """A model and the parameters {'lm', head} of a policy or a reranker; with head "" {'lm'}."""
     model = Llama(tiny_config(**overrides))
-    return model, drawn(unboxed(abstract_params(model, HEADS[head], head)), seed=0)
+    return model, drawn(unboxed(abstract_params(model, HEADS.get(head), head)), seed=0)
 
 
 def tiny_state(model, params, optimizer, mesh=None) -> tuple[TrainState, TrainState]:
     """A state at step 0 around a copy of `params` (a step may take it over), and its shardings."""
     mesh = mesh or make_mesh(1, 1, 1)
-    (head,) = params.keys() - {"lm"}
-    abstract = abstract_params(model, HEADS[head], head)
+    head = "".join(params.keys() - {"lm"})
+    abstract = abstract_params(model, HEADS.get(head), head)
     where = state_shardings(mesh, optimizer, abstract)
     params = jax.tree.map(lambda x, at: jax.device_put(np.array(x), at), params, where.params)
     return new_state(mesh, optimizer, abstract, params), where

@@ -1,4 +1,4 @@
-"""From scores to advantages: token rewards, GAE, whitening. Pure functions of arrays, float32.
+"""From scores to advantages: token rewards, GAE, whitening, groups. Pure functions of arrays, float32.
 
 All arrays are [B,T] in the alignment of types.py: entry t is the decision taken after reading tokens[:t+1].
 """
@@ -56,6 +56,46 @@ def whiten(x, mask):
     """`(x − mean)·rsqrt(var + 1e-8)` over all actions of the batch; 0 off the mask."""
     mean, variance = masked_moments(x, mask)
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+
+
+def leave_one_out(reward):
+    """RLOO: `A_i = R_i − mean of the others`, rewards float32[Q,n] of n samples per question (arXiv 2402.14740, §3.3).
+
+    With one sample there are no others: the baseline is 0, and A = R is REINFORCE's.
+    """
+    others = reward.sum(1, keepdims=True) - reward
+    return reward - others / max(reward.shape[1] - 1, 1)
+
+
+def group_centred(reward):
+    """Dr. GRPO: `A_i = R_i − mean of the question`, rewards float32[Q,n] (arXiv 2503.20783, §3.2).
+
+    Exactly 0 if all rewards of a question are equal: the mean of equal numbers may round.
+    """
+    return jnp.where(differs(reward), reward - reward.mean(1, keepdims=True), 0.0)
+
+
+def group_standardised(reward):
+    """GRPO: `A_i = (R_i − mean) / (std + 1e-4)` of the question (arXiv 2402.03300, §4.1.2).
+
+    reward: float32[Q,n], n > 1. The standard deviation has Bessel's correction.
+    """
+    return group_centred(reward) / (reward.std(1, keepdims=True, ddof=1) + 1e-4)
+
+
+def differs(reward):
+    """bool[Q,1]: whether the rewards float32[Q,n] of a question are not all equal."""
+    return reward.max(1, keepdims=True) > reward.min(1, keepdims=True)
+
+
+def overlong(mask, *, max_len: int, buffer: int):
+    """DAPO's penalty of a long response, float32[B] from 0 to −1 (arXiv 2503.14476, eq. 13).
+
+    It falls over the last `buffer` tokens that a row has room for: `−min(1, max(0, L − (L_max − buffer)) / buffer)`,
+    L tokens of the response, L_max = max_len − tokens of the prompt. mask bool[B,T].
+    """
+    response, prompt = mask.sum(1), mask.argmax(1) + 1
+    return -jnp.clip((response - (max_len - prompt - buffer)) / buffer, 0.0, 1.0)
 
 
 def explained_variance(values, returns, mask):

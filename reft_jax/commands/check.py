@@ -6,6 +6,7 @@ Types, mesh, PPO coefficients and the executor's limits come from the config.
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.algo.losses import token_loss
 from reft_jax.engine.generate import Engine
 from reft_jax.model import families
-from reft_jax.model.heads import ValueHead
 from reft_jax.model.hf import checked, read_config
 from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.llama import Llama
@@ -29,7 +29,7 @@ from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import open_mesh, running_executor
-from reft_jax.stages.models import base_policy
+from reft_jax.stages.models import base_policy, policy_shapes
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
 from reft_jax.toy import problems
@@ -37,7 +37,7 @@ from reft_jax.train.batches import rollout_rows
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.packing import Packing
 from reft_jax.train.scoring import score_lines
-from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
+from reft_jax.train.state import make_optimizer, new_state, state_shardings
 from reft_jax.types import Completion, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on
@@ -214,22 +214,26 @@ def check_iteration(
     """Scores the rollout as a run does, then makes one PPO update, which takes `policy` over."""
     rl, dtype, rows = inputs.config.rl, inputs.config.model.dtype, len(asked)
     algorithm = make_algorithm(inputs.config)
+    if algorithm.samples > 1:  # the few rows here are compared as if they were of one question
+        algorithm = replace(algorithm, samples=rows)
     schedule = optax.constant_schedule(rl.learning_rate)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
-    abstract = abstract_params(model, ValueHead(), "value_head")
+    abstract = policy_shapes(model, value_head=algorithm.critic)
     shardings = state_shardings(mesh, optimizer, abstract)
     rewards = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
     rollout = rollout_rows(asked, completions, rewards, PAD_MULTIPLE)
     size = {"max_len": int(rollout.total_len.max()), "micro_batch": rows, "multiple": PAD_MULTIPLE}
     one = Iteration(model, mesh, optimizer, algorithm, shardings, **size)
-    scores, packing = one.score(policy, policy["lm"], rollout)
+    scores, packing = one.score(policy, policy["lm"] if algorithm.reference else None, rollout)
 
     sampled = np.concatenate([completion.logprobs for completion in completions])
     yield gap("sampler and trainer agree", sampled - scores.logprob[packing.at], dtype)
-    yield gap("KL to the reference is 0", scores.logprob[packing.at] - scores.ref_logprob[packing.at], dtype)
+    reference = scores.logprob if scores.ref_logprob is None else scores.ref_logprob
+    if algorithm.reference:
+        yield gap("KL to the reference is 0", scores.logprob[packing.at] - reference[packing.at], dtype)
 
     mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-    other = scores.ref_logprob + np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
+    other = reference + np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
     paid, _, _ = token_rewards(rewards, scores.logprob, other, mask, kl_coef=rl.kl_coef)
     kl = np.where(mask, scores.logprob - other, 0.0).sum(1)
     error = np.abs(np.asarray(paid).sum(1) - (rewards - rl.kl_coef * kl)).max()

@@ -19,7 +19,7 @@ from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.report import print_report, write_sweep
 from reft_jax.evaluation.results import Answers, by_item, table
 from reft_jax.model import families
-from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.heads import RerankHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel import hosts
@@ -30,7 +30,7 @@ from reft_jax.run.inputs import Data, Inputs, checked_tokenizer, shorten
 from reft_jax.run.machine import check_rows, make_machine, open_mesh, running_executor
 from reft_jax.run.open import Run, Workdir, checked_settings, in_workdir
 from reft_jax.run.workdir import recorded
-from reft_jax.stages.models import Weights
+from reft_jax.stages.models import Weights, policy_shapes
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
@@ -38,7 +38,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import load_tokenizer
-from reft_jax.train.checkpoints import check_shapes, load_params
+from reft_jax.train.checkpoints import check_shapes, has_value_head, load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params
 from reft_jax.types import Example, InputError
@@ -73,8 +73,9 @@ class Source(NamedTuple):
 
     def abstract(self, model: Llama):
         """The shapes of its parameters as a stage saves them."""
-        head = (RerankHead(), "rerank_head") if self.reranker else (ValueHead(), "value_head")
-        return abstract_params(model, *head)
+        if self.reranker:
+            return abstract_params(model, RerankHead(), "rerank_head")
+        return policy_shapes(model, value_head=self.is_stage and has_value_head(self.folder))
 
     def load(self, mesh, model: Llama):
         """Reads its parameters onto the mesh: of a reranker the trunk and the head, else the language model's."""

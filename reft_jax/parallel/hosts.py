@@ -26,7 +26,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from reft_jax.parallel import host_log, private_jax
-from reft_jax.types import InputError, NotFiniteError, SaveError, Stopped
+from reft_jax.types import InputError, NotFiniteError, SamplerGapError, SaveError, Stopped
 
 CONNECT_S = 300  # for the slowest host to start
 HEARTBEAT_S = 45  # from the death of a host until JAX ends the others
@@ -87,7 +87,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
         gather("the end of the run", None)
     except (SystemExit, Stopped):  # all hosts leave by the same decision
         raise
-    except (InputError, NotFiniteError, SaveError) as error:
+    except (InputError, NotFiniteError, SamplerGapError, SaveError) as error:
         end_all("error: " + " ".join(str(error).splitlines()), error.exit_code)
     except KeyboardInterrupt:
         end_all(f"host {number()}: stopped by SIGINT", 128 + signal.SIGINT)

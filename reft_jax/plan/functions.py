@@ -54,11 +54,12 @@ class RunFunctions:
 
     def __init__(self, config, model: Llama, mesh):
         self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
-        self.policy = abstract_params(model, ValueHead(), "value_head")
+        self.algorithm, rl = make_algorithm(config), config.rl
+        head = (ValueHead(), "value_head") if self.algorithm.critic else ()
+        self.policy = abstract_params(model, *head)
         self.reranker = abstract_params(model, RerankHead(), "rerank_head")
         self.optimizer = make_optimizer(constant_schedule(1e-6, 0), weight_decay=0.0, clip_norm=1.0)
         self.state = abstract_arrays(mesh, abstract_state(self.optimizer, self.policy))
-        self.algorithm, rl = make_algorithm(config), config.rl
         where = state_shardings(mesh, self.optimizer, self.policy)
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
         self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, where, **size)
@@ -70,13 +71,14 @@ class RunFunctions:
         self.weights = self.abstract(rollout_rest, lm) | {
             f"layers_{i}": self.layer for i in range(model.config.num_layers)
         }
-        self.ppo_slots, self.sample_slots = self.slots(config.rl.questions, config.rl), self.slots(None, config.sample)
+        self.rollout_rows = rl.questions * self.algorithm.samples
+        self.ppo_slots, self.sample_slots = self.slots(self.rollout_rows, rl), self.slots(None, config.sample)
         self.prefix = self.prefill_of(config.rl)
         state, policy = device_bytes(self.state), device_bytes(lm)
         self.residents = {
             "policy and moments": state,
             "moments": state - policy,
-            "reference": policy,
+            "reference": policy if self.algorithm.reference else 0,
             "rollout weights": device_bytes(self.weights),
             "slots": device_bytes(self.ppo_slots),
             "prefix": device_bytes(self.prefix),
@@ -90,7 +92,7 @@ class RunFunctions:
                 self.decode("decode, PPO", self.ppo_slots, config.rl, top_k=0),
                 self.decode("decode, sampling", self.sample_slots, config.sample, top_k=config.sample.top_k),
                 self.score("score, policy", self.state.params, ("moments", "reference")),
-                self.score("score, reference", {"lm": lm}, ("policy and moments",)),
+                *([self.score("score, reference", {"lm": lm}, ("policy and moments",))] * self.algorithm.reference),
                 self.ppo(),
                 self.rerank(),
             ]
@@ -110,7 +112,7 @@ class RunFunctions:
         """An update of full lines: the FLOPs of three forward passes. `old` makes its other input from [M,b,T]."""
         lines, shape, words = self.lines(settings, rows)
         batch = (lines, old(shape))
-        forward = cost.forward_flops if "value_head" in state.params else cost.trunk_flops
+        forward = cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops
         flops = 3 * forward(self.model.config, rows, shape[2])
         least = 2 * device_bytes(state) + device_bytes(batch)
         trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
@@ -130,10 +132,15 @@ class RunFunctions:
         rl = self.config.rl
 
         def old(shape):
-            return PPOBatch(*[self.rows(shape, jnp.float32)] * len(PPOBatch._fields))
+            each = self.rows(shape, jnp.float32)
+            critic, reference = (
+                each if self.algorithm.critic else None,
+                each if self.algorithm.penalty("loss") else None,
+            )
+            return PPOBatch(each, each, critic, each, critic, reference)
 
         calls = {"calls": rl.ppo_epochs * rl.minibatches, "beside": ("reference",)}
-        rows = rl.questions * self.algorithm.samples // rl.minibatches
+        rows = self.rollout_rows // rl.minibatches
         return self.training("PPO update", self.iteration.step, self.state, rl, rows, old, **calls)
 
     def rerank(self) -> Jitted:
@@ -149,7 +156,7 @@ class RunFunctions:
 
     def score(self, name: str, params, beside: tuple[str, ...]) -> Jitted:
         rl = self.config.rl
-        lines, shape, words = self.lines(rl, rl.questions * self.algorithm.samples)
+        lines, shape, words = self.lines(rl, self.rollout_rows)
         return Jitted(
             name,
             words,
@@ -177,7 +184,7 @@ class RunFunctions:
         return with_axes(self.mesh, slots, rollout.axes(slots), ROLLOUT_RULES)
 
     def prompts(self, settings):
-        rows = self.engine.shapes(settings.questions, settings.max_len).prefill_rows * row_shards(self.mesh)
+        rows = self.engine.shapes(self.rollout_rows, settings.max_len).prefill_rows * row_shards(self.mesh)
         length = round_up(settings.max_prompt, self.config.data.pad_multiple)
         return self.rows((rows, length), axis=0), self.rows((rows,), axis=0)
 
@@ -217,7 +224,7 @@ class RunFunctions:
         )
 
     def seat(self) -> Jitted:
-        shapes = self.engine.shapes(self.config.rl.questions, self.config.rl.max_len)
+        shapes = self.engine.shapes(self.rollout_rows, self.config.rl.max_len)
         seats = rollout.Seats(*[self.rows((row_shards(self.mesh), shapes.seats), axis=0)] * len(rollout.Seats._fields))
         return Jitted(
             "seat",
@@ -225,7 +232,7 @@ class RunFunctions:
             lambda: rollout.seat.lower(self.ppo_slots, self.prefix, seats),
             {},
             once=1,
-            calls=math.ceil(shapes.slots / shapes.seats),
+            calls=math.ceil(self.rollout_rows / row_shards(self.mesh) / shapes.seats),
             flops=0,
             least=2 * device_bytes(self.prefix) * shapes.seats // shapes.prefill_rows,
             beside=("policy and moments", "reference", "rollout weights"),
@@ -237,7 +244,9 @@ class RunFunctions:
         key = jax.eval_shape(lambda: jax.random.key(0))
         options = {"eos_ids": (EOS,), "temperature": settings.temperature, "top_k": top_k}
         looked_up = 0 if self.model.config.tie_embeddings else device_bytes(self.weights["embed"])
-        steps = settings.max_len - settings.max_prompt if hasattr(settings, "max_prompt") else 0
+        steps = 0
+        if settings is self.config.rl:  # once for each filling of the slots
+            steps = (settings.max_len - settings.max_prompt) * math.ceil(self.rollout_rows / rows)
         return Jitted(
             name,
             f"{rows} slots of {length}",

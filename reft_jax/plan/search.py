@@ -6,6 +6,7 @@ The arithmetic knows sizes and the roofline but not the compiler: it orders the 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.config import check_config, replaced
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import round_up
@@ -39,7 +40,7 @@ class Candidate(NamedTuple):
     def apply(self, config):
         """The config with these settings."""
         changes = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.tensor": self.tensor, "model.remat": self.remat}
-        changes["rl.micro_batch"] = config.rl.questions // config.rl.minibatches // self.micro_batches
+        changes["rl.micro_batch"] = rollout_rows(config) // config.rl.minibatches // self.micro_batches
         shards = self.chips // self.tensor
         for name, rows in (("sft", config.sft.batch_size), ("rerank", config.rerank.batch_size)):
             most = max(rows // self.micro_batches, shards)
@@ -72,8 +73,8 @@ def _of(config, shapes: LlamaConfig, topology: str) -> Iterator[Candidate]:
             continue
         for fsdp in _divisors(number // tensor):
             shards = number // tensor
-            rows = config.rl.questions // config.rl.minibatches
-            whole = (config.rl.questions, config.sft.batch_size, config.rerank.batch_size, config.engine.slots)
+            rows = rollout_rows(config) // config.rl.minibatches
+            whole = (rollout_rows(config), config.sft.batch_size, config.rerank.batch_size, config.engine.slots)
             if shapes.hidden_size % fsdp or any(n % shards for n in whole):
                 continue
             for micro_batches in _divisors(rows):
@@ -82,6 +83,11 @@ def _of(config, shapes: LlamaConfig, topology: str) -> Iterator[Candidate]:
                 for remat in REMAT:
                     memory, seconds = estimate(config, shapes, chip, number, fsdp, tensor, micro_batches, remat)
                     yield Candidate(topology, number, fsdp, tensor, micro_batches, remat, memory, seconds)
+
+
+def rollout_rows(config) -> int:
+    """Rows of one iteration: questions times samples."""
+    return config.rl.questions * make_algorithm(config).samples
 
 
 def _divisors(n: int) -> list[int]:
@@ -97,7 +103,7 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     """
     rl, n, wide = config.rl, cost.parameters(shapes), shapes.hidden_size
     length, shards = round_up(rl.max_len, config.data.pad_multiple), number // tensor
-    tokens = rl.questions * length // shards  # per chip and iteration
+    tokens = rollout_rows(config) * length // shards  # per chip and iteration
     kept, work = REMAT[remat]
     numbers = kept or 4 + (2 * shapes.intermediate_size / wide + 3) / tensor
     a_time = tokens // micro_batches // rl.minibatches
@@ -105,24 +111,29 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
         wide + shapes.intermediate_size / tensor
     )
     gradients = (2 if micro_batches > 1 else 1) * 4 * n / (fsdp * tensor)
-    update = 18 * n / (fsdp * tensor) + gradients + activations  # state 12, reference 4, compute copy 2
+    reference = make_algorithm(config).reference
+    held = 12 + 4 * reference  # bytes per parameter of the state and of the reference
+    update = (held + 2) * n / (fsdp * tensor) + gradients + activations  # and of the compute copy
     slots = config.engine.slots // shards
     cache = cost.cache_bytes(shapes, slots, round_up(config.sample.max_len, config.data.pad_multiple), 2) / tensor
-    rollout = 16 * n / (fsdp * tensor) + 2 * n / tensor + cache
+    rollout = held * n / (fsdp * tensor) + 2 * n / tensor + cache
 
     def collective(kind, group, size, times):
         return {(kind, group): (times, size * times)} if group > 1 else {}
 
-    passes = rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 2  # over the layers, in updates and scoring
-    layer, steps = 2 * n / shapes.num_layers / tensor, rl.max_len - rl.max_prompt
+    passes = (
+        rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 1 + reference
+    )  # over the layers, in updates and scoring
+    layer = 2 * n / shapes.num_layers / tensor
     weights = collective("all-gather", fsdp, layer, shapes.num_layers * passes * micro_batches)
     sums = collective("all-reduce", tensor, 2 * tokens * wide, shapes.num_layers * (2 * passes - rl.ppo_epochs))
-    forward = cost.forward_flops(shapes, rl.questions, length)
-    flops = forward * (2 + 3 * work * rl.ppo_epochs) / number
+    forward = cost.forward_flops(shapes, rollout_rows(config), length)
+    flops = forward * (1 + reference + 3 * work * rl.ppo_epochs) / number
     copies = collective("all-reduce", number // fsdp // tensor, 4 * n / (fsdp * tensor), rl.ppo_epochs * rl.minibatches)
     training = chips.seconds(chip, Cost(int(flops), 0, 0, weights)).estimate
     training += chips.network_seconds(chip, sums) + chips.network_seconds(chip, copies)
-    rows = -(-rl.questions // shards)
+    rows = min(-(-rollout_rows(config) // shards), slots)
+    steps = (rl.max_len - rl.max_prompt) * -(-rollout_rows(config) // (rows * shards))  # for each filling of the slots
     read = 2 * n / tensor + cost.cache_bytes(shapes, rows, length, 2) / tensor
     each = collective("all-reduce", tensor, 2 * rows * wide, 2 * shapes.num_layers)
     decode = cost.decode_flops(shapes, rows, length) / tensor

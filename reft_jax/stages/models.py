@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.llama import Llama
@@ -15,7 +16,7 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
-from reft_jax.train.checkpoints import load_params
+from reft_jax.train.checkpoints import has_value_head, load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params, init_head
 from reft_jax.types import InputError
@@ -46,7 +47,12 @@ class Weights(NamedTuple):
 
 
 def abstract_policy(run: Run):
-    return abstract_params(run.machine.model, ValueHead(), "value_head")
+    """The shapes of the policy that a stage trains: with a value head if the algorithm has a critic."""
+    return policy_shapes(run.machine.model, value_head=make_algorithm(run.config).critic)
+
+
+def policy_shapes(model: Llama, *, value_head: bool):
+    return abstract_params(model, ValueHead(), "value_head") if value_head else abstract_params(model)
 
 
 def abstract_reranker(run: Run):
@@ -54,14 +60,31 @@ def abstract_reranker(run: Run):
 
 
 def base_policy(inputs: Inputs, mesh, model: Llama):
-    """The base model's weights, float32, on the mesh, with the value head of its folder or a new one."""
-    where, config = shardings(mesh, abstract_params(model, ValueHead(), "value_head")), inputs.config
+    """The base model's weights, float32, on the mesh. With a critic also the value head of its folder, or a new one."""
+    critic = make_algorithm(inputs.config).critic
+    where = shardings(mesh, policy_shapes(model, value_head=critic))
     _, lm = load_hf(inputs.base, shardings=where["lm"])
+    if not critic:
+        return {"lm": lm}
     if head := load_value_head(inputs.base):
         print(f"the value head is that of {inputs.base}", flush=True)
         return {"lm": lm, "value_head": put(head, where["value_head"])}
+    return {"lm": lm, "value_head": new_value_head(inputs.config, mesh, model)}
+
+
+def new_value_head(config, mesh, model: Llama):
     head = init_head(mesh, ValueHead(), model.config.hidden_size, config.seed)
-    return {"lm": lm, "value_head": jax.tree.map(lambda x: config.rl.value_init * x, head)}
+    return jax.tree.map(lambda x: config.rl.value_init * x, head)
+
+
+def start_policy(run: Run):
+    """The warm-up model as a stage trains it: with its value head, or a new one, if the algorithm has a critic."""
+    params = load_model(run, "warmup")
+    if not make_algorithm(run.config).critic:
+        return {"lm": params["lm"]}
+    if "value_head" in params:
+        return params
+    return params | {"value_head": new_value_head(run.config, run.machine.mesh, run.machine.model)}
 
 
 def load_model(run: Run, name: str, abstract=None):
@@ -69,7 +92,8 @@ def load_model(run: Run, name: str, abstract=None):
     folder = run.workdir.model(name)
     if not folder.exists():
         raise InputError(f"{folder}: no such model; run the stage that makes it with this --workdir first")
-    return load_params(folder, abstract_arrays(run.machine.mesh, abstract or abstract_policy(run)))
+    abstract = abstract or policy_shapes(run.machine.model, value_head=has_value_head(folder))
+    return load_params(folder, abstract_arrays(run.machine.mesh, abstract))
 
 
 def checksum(run: Run, name: str, memory: Path | None = None) -> str:

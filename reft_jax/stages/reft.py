@@ -4,21 +4,25 @@ arXiv 2401.08967, §3. The policy starts from the warm-up model, which is also t
 """
 
 import time
+from collections import Counter
 from functools import partial
 
 import jax
 import numpy as np
 
-from reft_jax.algo.algorithms import make_algorithm
+from reft_jax.algo.algorithms import Algorithm, make_algorithm
+from reft_jax.algo.sampler import gap_metrics, importance_weights
 from reft_jax.parallel.mesh import round_up
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
-from reft_jax.stages.models import abstract_policy, finished, load_model, sources
-from reft_jax.stages.rollout import roll_out_once
+from reft_jax.stages.models import abstract_policy, finished, load_model, sources, start_policy
+from reft_jax.stages.rollout import Graded, roll_out_once
 from reft_jax.train.batches import minibatches, rollout_rows
 from reft_jax.train.checksums import array_checksums, digest
-from reft_jax.train.iteration import Iteration
+from reft_jax.train.iteration import Iteration, Scores
+from reft_jax.train.packing import Packing
 from reft_jax.train.state import constant_schedule, make_optimizer
+from reft_jax.types import Completion, Example, PPOBatch, Prompt, SamplerGapError
 
 PARTS = ("rollout", "reward", "score", "update")  # timed parts of an iteration; the rest of its seconds is "other"
 
@@ -30,37 +34,41 @@ def run_reft(run: Run) -> dict:
     rl, questions, algorithm = run.config.rl, run.inputs.questions, make_algorithm(run.config)
     schedule = constant_schedule(rl.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
-    reference = load_model(run, "warmup")["lm"]
-    made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
+    reference, made_from = None, None
+    if algorithm.reference:
+        reference = load_model(run, "warmup")["lm"]
+        made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
     start = {"best": 0, "best_dev_top1": -1.0}
-    state_parts = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
+    state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
     with Training(run, "reft", *state_parts, start, made_from) as training:
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
         functions = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
         row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
-        for number, drawn in training.iterations(len(questions), shown=("reward", "kl")):
+        for number, drawn in training.iterations(len(questions), shown=("reward", "kl")[: 1 + algorithm.reference]):
             start_time, timeouts_before = time.monotonic(), run.programs["timeout"]
             state, examples = training.state, [questions[i] for i in drawn]
-            item_ids = [example.item_id for example in examples]
 
             # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
-            prompts, graded, metrics = roll_out_once(
-                run, state.params["lm"], examples, "reft rollout", number, samples=algorithm.samples
-            )
+            prompts, graded, metrics = sampled(run, state.params["lm"], examples, number, algorithm)
+            item_ids = [prompt.item_id for prompt in prompts[:: algorithm.samples]]
             completions, rewards = [one.completion for one in graded], [one.verdict.reward for one in graded]
             rollout = rollout_rows(prompts, completions, rewards, row_length)
             rollout_end = time.monotonic()
 
-            # Log-probabilities under the policy and the reference, and values. Then KL penalty, GAE, whitening.
+            # Log-probabilities under the policy and the reference, and values. Then KL penalty and advantages.
             scores, packing = functions.score(state.params, reference, rollout)
             batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
-            sampled = np.concatenate([completion.logprobs for completion in completions])
-            batch_metrics["sampler_gap"] = np.abs(sampled - scores.logprob[packing.at]).max()
-            batch_metrics["padding"] = packing.padding
+            gap = trainer_gap(scores, packing, completions)
+            batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
+            check_gap(rl.max_gap, batch_metrics, number)
+            if rl.sampler_correction != "none":
+                batch = corrected(batch, packing, importance_weights(gap, rl.sampler_correction, rl.sampler_cap))
             score_end = time.monotonic()
 
             # PPO epochs; each minibatch is one clipped update.
-            for rows in minibatches(run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches):
+            for rows in minibatches(
+                run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches, algorithm.samples
+            ):
                 state, numbers = functions.update(state, rollout, batch, rows)
                 error = numbers.pop("ratio_error_max", 0.0)  # an algorithm with a loss of its own may not have it
                 batch_metrics.setdefault("ratio_max_error_first", error)
@@ -73,3 +81,57 @@ def run_reft(run: Run) -> dict:
             training.updated(state, numbers=metrics, pending=metrics, item_ids=item_ids, inputs=rollout._asdict())
         result = {"iterations": training.done, "questions": len(questions), "from": sources(run, "warmup")}
         return training.finish(run.workdir.model("reft"), result)
+
+
+def sampled(
+    run: Run, lm, examples: list[Example], number: int, algorithm: Algorithm
+) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
+    """The rollout of iteration `number`: prompts, the graded response to each, and metrics.
+
+    If the algorithm leaves questions out whose samples all have the same score, others are sampled in their place, at
+    most `redraws` times. Shares and means of the metrics are those of the first rollout; seconds and tokens are sums,
+    and redrawn is the number of questions that were replaced.
+    """
+    samples, seen, questions = algorithm.samples, Counter(), run.inputs.questions
+    prompts, graded, metrics = roll_out_once(run, lm, examples, "reft rollout", number, samples, seen)
+    redraws = algorithm.redraws if algorithm.leaves_out else 0
+    metrics |= {"redrawn": 0} if redraws else {}
+    for attempt in range(redraws):
+        scores = np.array([one.verdict.reward for one in graded]).reshape(-1, samples)
+        same = np.flatnonzero(scores.max(1) == scores.min(1))
+        if not len(same):
+            break
+        draw = np.random.default_rng([run.config.seed, number, attempt]).integers(len(questions), size=len(same))
+        others = [questions[i] for i in draw]
+        new_prompts, new_graded, more = roll_out_once(run, lm, others, "reft rollout", number, samples, seen)
+        for to, row in enumerate((same[:, None] * samples + np.arange(samples)).ravel()):
+            prompts[row], graded[row] = new_prompts[to], new_graded[to]
+        for name in ("seconds_rollout", "seconds_reward", "seconds_programs", "prompt_tokens", "tokens"):
+            metrics[name] += more[name]
+        metrics["redrawn"] += len(same)
+    return prompts, graded, metrics
+
+
+def trainer_gap(scores: Scores, packing: Packing, completions: list[Completion]) -> np.ndarray:
+    """log π_trainer − log π_sampler of the sampled tokens, float32[N], completion after completion."""
+    return scores.logprob[packing.at] - np.concatenate([completion.logprobs for completion in completions])
+
+
+def check_gap(most: float, metrics: dict[str, float], number: int) -> None:
+    """SamplerGapError if trainer and sampler disagree on a larger share of the tokens than `rl.max_gap` allows."""
+    if 0 < most < metrics["sampler_outside"]:
+        raise SamplerGapError(
+            f"reft {number}: trainer and sampler disagree: their ratio is outside [0.5, 2] on "
+            f"{metrics['sampler_outside']:.2%} of the sampled tokens, rl.max_gap allows {most:.2%}; the largest gap "
+            f"is {metrics['sampler_gap']:.2f} nats; run the command check on this model, or use model.dtype=float32"
+        )
+
+
+def corrected(batch: PPOBatch, packing: Packing, weights: np.ndarray) -> PPOBatch:
+    """The batch with each action's advantage times its importance weight, float32[N].
+
+    All losses of the package are proportional to the advantage, so this weighs the policy's loss and nothing else.
+    """
+    advantage = np.array(batch.advantage)
+    advantage[packing.at] *= weights
+    return batch._replace(advantage=advantage)

@@ -180,12 +180,15 @@ def shares(prompts: list[Prompt]) -> list[int]:
     return [turn.setdefault(prompt.item_id, len(turn)) % hosts.count() for prompt in prompts]
 
 
-def prompts_of_iteration(run: Run, examples: list[Example], samples: int = 1) -> list[Prompt]:
+def prompts_of_iteration(
+    run: Run, examples: list[Example], samples: int = 1, seen: Counter | None = None
+) -> list[Prompt]:
     """`samples` prompts per example for one iteration; the prompts of an example are next to each other.
 
-    If an example comes twice, its prompts get different sample numbers: with equal ones its rows would be equal.
+    If an example comes twice, its prompts get different sample numbers: with equal ones its rows would be equal. seen:
+    prompts of each item in earlier rollouts of the iteration; these are added to it.
     """
-    seen, prompts = Counter(), []
+    seen, prompts = Counter() if seen is None else seen, []
     for prompt in run.inputs.prompts(examples, samples):
         prompts.append(prompt._replace(sample=seen[prompt.item_id]))
         seen[prompt.item_id] += 1
@@ -193,11 +196,14 @@ def prompts_of_iteration(run: Run, examples: list[Example], samples: int = 1) ->
 
 
 def roll_out_once(
-    run: Run, lm, examples: list[Example], purpose: str, iteration: int, samples: int = 1
+    run: Run, lm, examples: list[Example], purpose: str, iteration: int, samples: int = 1, seen: Counter | None = None
 ) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
-    """The rollout of one training iteration: prompts, the graded response to each, and metrics."""
+    """The rollout of one training iteration: prompts, the graded response to each, and metrics.
+
+    seen: as in `prompts_of_iteration`.
+    """
     rl, clock, before = run.config.rl, Clock(), Counter(run.machine.engine.counts)
-    prompts = prompts_of_iteration(run, examples, samples)
+    prompts = prompts_of_iteration(run, examples, samples, seen)
     asked = [example for example in examples for _ in range(samples)]
     sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
     found = dict(roll_out(run, lm, prompts, asked, purpose, clock, **sampling))
@@ -217,6 +223,7 @@ def roll_out_once(
             "seconds_rollout": clock.decoding,
             "seconds_reward": clock.waiting,
             "prompt_tokens": decoded["prompt_tokens"],
+            "tokens": decoded["tokens"],
             "slots_busy": decoded["tokens"] / decoded["slot_steps"],
         },
     )

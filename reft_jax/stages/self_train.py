@@ -9,7 +9,7 @@ from reft_jax.parallel.mesh import put_rows
 from reft_jax.run.inputs import Row
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
-from reft_jax.stages.models import abstract_policy, finished, load_model, sources
+from reft_jax.stages.models import abstract_policy, finished, sources, start_policy
 from reft_jax.stages.rollout import Graded, roll_out_once
 from reft_jax.stages.sample import run_sample
 from reft_jax.stages.sft import train_supervised
@@ -68,7 +68,7 @@ def run_online(run: Run) -> dict:
     schedule = constant_schedule(settings.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
     start, made_from = {"best": 0, "best_dev_top1": -1.0}, sources(run, "warmup")
-    state_parts = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
+    state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
     with Training(run, ONLINE, *state_parts, start, made_from) as training:
         update = make_step(self_train_loss, run.machine.model, optimizer, training.shardings)
         for number, drawn in training.iterations(len(rows), shown=("loss", "train_correct")):

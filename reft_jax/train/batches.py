@@ -20,10 +20,17 @@ def rows_at(seed: int, start: int, count: int, rows: int) -> np.ndarray:
     return order[start - epochs[0] * rows :][:count]
 
 
-def minibatches(seed: int, iteration: int, rows: int, passes: int, parts: int) -> Iterator[np.ndarray]:
-    """Row numbers of each update of an iteration: every pass shuffles the rows and divides them into `parts`."""
+def minibatches(
+    seed: int, iteration: int, rows: int, passes: int, parts: int, samples: int = 1
+) -> Iterator[np.ndarray]:
+    """Row numbers of each update of an iteration: every pass shuffles the questions and divides them into `parts`.
+
+    The `samples` rows of a question are next to each other and stay together: their advantages are relative to each
+    other, so in a part of them a question as a whole would be pushed up or down.
+    """
     for one_pass in range(passes):
-        yield from np.random.default_rng([seed, iteration, one_pass]).permutation(rows).reshape(parts, -1)
+        questions = np.random.default_rng([seed, iteration, one_pass]).permutation(rows // samples)
+        yield from (questions[:, None] * samples + np.arange(samples)).reshape(parts, -1)
 
 
 def pad_tokens(rows, pad_multiple: int) -> tuple[np.ndarray, np.ndarray]:

@@ -97,6 +97,14 @@ def load_params(folder: Path, abstract):
     return params
 
 
+def has_value_head(folder: Path) -> bool:
+    """Whether saved parameters have a value head: those of algorithms without a critic have none."""
+    try:
+        return "value_head" in (folder / ARRAYS).read_text()
+    except OSError:  # `load_params` says what is wrong with the folder
+        return True
+
+
 class Restored(NamedTuple):
     """A step that was read: its number, the state on the mesh, and `info` and `made_by` as saved."""
 

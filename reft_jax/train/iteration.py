@@ -9,7 +9,6 @@ import numpy as np
 
 from reft_jax.algo.advantages import action_mask
 from reft_jax.algo.algorithms import Algorithm, Scored
-from reft_jax.algo.losses import row_weights
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.train.packing import Packing, pack_rollout
 from reft_jax.train.scoring import make_scorer
@@ -20,10 +19,10 @@ from reft_jax.types import PPOBatch, Rollout
 
 class Scores(NamedTuple):
     """What scoring gives for each action: log-probabilities under the policy that sampled and under the reference, and
-    the policy's values (None without a critic). float32[B,T] each, 0 where there is no action."""
+    the policy's values. float32[B,T] each, 0 where there is no action; None without a reference, without a critic."""
 
     logprob: np.ndarray
-    ref_logprob: np.ndarray
+    ref_logprob: np.ndarray | None
     value: np.ndarray | None
 
 
@@ -45,18 +44,19 @@ class Iteration:
         return pack_rollout(rollout, micro_batches=len(rollout.tokens) // self.size["micro_batch"], **self.size)
 
     def score(self, params, reference, rollout: Rollout) -> tuple[Scores, Packing]:
-        """Scores every row under the policy and under the reference.
+        """Scores every row under the policy and under the reference, if there is one.
 
-        params: of the policy, with its value head. reference: of a language model. Both passes use the same packing.
+        params: of the policy, with its value head if there is a critic. reference: of a language model, or None. Both
+        passes use the same packing.
         """
         packing, length = self.pack(rollout), rollout.tokens.shape[1]
         lines = put_rows(self.mesh, packing.lines, axis=1)
         policy = params if self.algorithm.critic else {"lm": params["lm"]}
         logprob, value = self.score_lines(policy, lines, packing.count)
-        ref_logprob, _ = self.score_lines({"lm": reference}, lines, packing.count)
+        ref_logprob = None if reference is None else self.score_lines({"lm": reference}, lines, packing.count)[0]
         return Scores(
             packing.collect(logprob, length),
-            packing.collect(ref_logprob, length),
+            None if ref_logprob is None else packing.collect(ref_logprob, length),
             None if value is None else packing.collect(value, length),
         ), packing
 
@@ -77,17 +77,16 @@ def make_batch(algorithm: Algorithm, rollout: Rollout, scores: Scores, *, miniba
     The advantages come from `algorithm.advantages`, which also applies the KL penalty. Each weight is multiplied by
     `minibatches`: weights are shares of all rows, and an update reads 1 / minibatches of the rows.
 
-    Metrics: reward (mean score), kl (log π − log π_ref summed over a row's actions, mean over rows, nats),
-    response_length (tokens), and those of the algorithm's advantages.
+    Metrics: reward (mean score), kl (log π − log π_ref summed over a row's actions, mean over rows, nats; only with a
+    reference), response_length (tokens), and those of the algorithm's advantages.
     """
     mask = action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1])
     scored = Scored(rollout.score, scores.logprob, scores.ref_logprob, scores.value, mask)
     advantage, return_, metrics = algorithm.advantages(scored)
-    metrics |= {
-        "reward": rollout.score.mean(),
-        "kl": jnp.where(mask, scores.logprob - scores.ref_logprob, 0.0).sum(1).mean(),
-        "response_length": mask.sum(1).mean(dtype=jnp.float32),
-    }
-    value = jnp.zeros_like(advantage) if scores.value is None else jnp.where(mask, scores.value, 0.0)
-    weight, logprob = row_weights(mask) * minibatches, jnp.where(mask, scores.logprob, 0.0)
-    return PPOBatch(weight, logprob, value, advantage, return_), metrics
+    metrics |= {"reward": rollout.score.mean(), "response_length": mask.sum(1).mean(dtype=jnp.float32)}
+    if scores.ref_logprob is not None:
+        metrics["kl"] = jnp.where(mask, scores.logprob - scores.ref_logprob, 0.0).sum(1).mean()
+    weight, logprob = algorithm.weights(scored) * minibatches, jnp.where(mask, scores.logprob, 0.0)
+    value, return_ = (jnp.where(mask, scores.value, 0.0), return_) if algorithm.critic else (None, None)
+    ref_logprob = scores.ref_logprob if algorithm.penalty("loss") else None
+    return PPOBatch(weight, logprob, value, advantage, return_, ref_logprob), metrics

@@ -100,7 +100,7 @@ class Packing:
 def packing_size(config, limits, rows: int) -> dict[str, int]:
     """The size of a Packing of at most `rows` rows. limits: settings with max_len and micro_batch, as config.sft."""
     size = {"max_len": limits.max_len, "micro_batch": limits.micro_batch, "multiple": config.data.pad_multiple}
-    return size | {"micro_batches": rows // limits.micro_batch}
+    return size | {"micro_batches": -(-rows // limits.micro_batch)}
 
 
 def pack_rollout(rollout: Rollout, **size) -> Packing:

@@ -1,4 +1,4 @@
-"""TrainState and its optimizer. Parameters are {'lm': …, 'value_head': …} or {'lm': …, 'rerank_head': …}, float32."""
+"""TrainState and its optimizer. Parameters are {'lm': …}, also with 'value_head' or 'rerank_head', float32."""
 
 from typing import Any, NamedTuple
 
@@ -38,13 +38,14 @@ def make_optimizer(schedule, *, weight_decay: float, clip_norm: float) -> optax.
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, eps=1e-8, weight_decay=weight_decay))
 
 
-def abstract_params(model, head: ValueHead | RerankHead, name: str):
-    """Shapes of {'lm', name} with their logical axes; makes no array."""
+def abstract_params(model, head: ValueHead | RerankHead | None = None, name: str = ""):
+    """Shapes of {'lm', name}, or of {'lm'} without a head, with their logical axes; makes no array."""
 
     def init():
         tokens, hidden = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, model.config.hidden_size))
         key = jax.random.key(0)
-        return {"lm": model.init(key, tokens)["params"], name: head.init(key, hidden)["params"]}
+        params = {"lm": model.init(key, tokens)["params"]}
+        return params | {name: head.init(key, hidden)["params"]} if head else params
 
     return jax.eval_shape(init)
 

@@ -49,6 +49,29 @@ def test_a_pipeline_killed_in_every_stage(reference, cache, tmp_path):
     assert [line["step"] for line in starts.lines(tmp_path, "reft")] == list(range(1, 13))
 
 
+def test_grpo_killed_in_an_update_after_a_warm_up_with_a_value_head(reference, cache, tmp_path):
+    """The warm-up model's value head is left out: nothing of it is in the steps and in the model that GRPO saves."""
+    changed = {"rl.algorithm": "grpo", "rl.questions": 4, "rl.samples": 4, "rl.iterations": 4, "rl.save_every": 1}
+    changed |= {"rl.sampler_correction": "mis", "rl.max_gap": 0.5}
+    arguments = [f"--config.{key}={value}" for key, value in changed.items()]
+    arguments.append(f"--allow_config_change={','.join(changed)}")
+    workdirs = [tmp_path / "whole", tmp_path / "killed"]
+    for workdir in workdirs:
+        starts.before_ppo(reference, workdir)
+    done = starts.run("reft", workdirs[0], cache, *arguments)
+    assert done.returncode == 0, done.stderr
+    done = starts.run("reft", workdirs[1], cache, *arguments, at=("update", 6, "SIGKILL"))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = starts.run("reft", workdirs[1], cache, *arguments)
+    assert done.returncode == 0 and "reft: resuming after" in done.stdout, done.stderr
+    assert_same_stage("reft", *workdirs)
+    assert all(
+        "value_head" in name
+        for name in starts.arrays(workdirs[0], "warmup").keys() - starts.arrays(workdirs[0], "reft")
+    )
+    assert not any("value" in name for name in starts.lines(workdirs[0], "reft")[0])
+
+
 @pytest.mark.long
 def test_ppo_killed_ten_times_at_random_moments(reference, cache, tmp_path):
     """Half of the moments are times, wherever the process then is; half are places within an iteration."""

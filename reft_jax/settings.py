@@ -74,6 +74,10 @@ class DataSettings:
         0, at_least(0), "training questions held out to choose checkpoints if data.dev is empty; 0: the test file does"
     )
     format: str = setting("python", one_of("python", "nl"), "what a solution is: a Python program, or text (nl)")
+    template: str = setting(
+        "method", one_of("method", "chat"), "the prompt: the method's, or that in the base model's chat template"
+    )
+    system: str = setting("", ANY, "system prompt of the chat template; empty: the template's own")
     train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
     test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
     max_dropped: float = setting(

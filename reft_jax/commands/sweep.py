@@ -50,6 +50,7 @@ from reft_jax.types import Example, InputError
 SOURCES = "sources.json"
 RESERVED = (".greedy", ".rerank", ".jsonl")  # of the files themselves
 LONGEST_NAME = 200
+REPORTED = ("sample.", "seed", "data.format", "data.template", "data.system")  # settings that a report lists
 
 
 class Source(NamedTuple):
@@ -183,7 +184,7 @@ def _swept(config, workdir: Path, checkpoints: list[Checkpoint], data: dict[str,
         answers = [of_model[name] for of_model in found]
         notes = cannot_answer(config, checkpoints, data[name])
         report = {"title": f"{config.name}: {name}", "chosen_on": "", "notes": notes, "seconds": {}}
-        settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
+        settings = {key: value for key, value in flatten(config).items() if key.startswith(REPORTED)}
         reports.append(report | {"settings": settings} | table(answers, config.seed, load_task(config.task)))
     if hosts.is_first():
         for report in reports:
@@ -197,10 +198,15 @@ def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]
     """A line per tokenizer: the questions that its models cannot answer, whatever they write."""
     lines: dict[str, list[str]] = {}
     for one in checkpoints:
-        tok, limits = load_tokenizer(one.model.base), (config.data.format, config.sample.max_len)
-        told = wrong_anyway(tok, examples, *limits, "test", load_task(config.task))
+        prompter = unasked(config, one.model, load_tokenizer(one.model.base)).prompter
+        told = wrong_anyway(prompter, examples, config.sample.max_len, "test")
         lines.setdefault(told, []).append(one.name)
     return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
+
+
+def unasked(config, source: Source, tokenizer) -> Inputs:
+    """The inputs of one model, without questions."""
+    return Inputs(config, source.base, tokenizer, Data([], [], [], ""))
 
 
 def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
@@ -231,9 +237,10 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
 def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Guards) -> Iterator[Sweep]:
     """Checks every model, then makes ready what all of them share."""
     for checkpoint in checkpoints:
-        checked_tokenizer(checkpoint.model.base)
-        if checkpoint.reranker:
-            checked_tokenizer(checkpoint.reranker.base, reranker=not checkpoint.reranker.is_stage)
+        for source, reranker in ((checkpoint.model, False), (checkpoint.reranker, True)):
+            if source:
+                tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
+                _ = unasked(config, source, tokenizer).prompter
     start_executor(config.executor.workers, config.executor.memory_mb, config.executor.allow_unsandboxed)
     try:
         mesh = open_mesh(config)
@@ -283,8 +290,8 @@ def with_model(sweep: Sweep, source: Source, *, reranker: bool) -> tuple[Run, We
     """A run with this model's shape, tokenizer and engine, and its weights, which are read when first needed."""
     config, mesh, guards = sweep.config, sweep.mesh, sweep.guards
     tokenizer = checked_tokenizer(source.base, reranker=reranker and not source.is_stage)
-    inputs = Inputs(config, source.base, tokenizer, Data([], [], [], ""))
-    run = Run(inputs, make_machine(config, source.base, tokenizer, mesh, guards.step), sweep.workdir, guards)
+    inputs = unasked(config, source, tokenizer)
+    run = Run(inputs, make_machine(config, source.base, inputs.end_ids, mesh, guards.step), sweep.workdir, guards)
     abstract = abstract_reranker(run) if reranker else abstract_policy(run)
 
     @functools.cache

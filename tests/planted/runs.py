@@ -19,7 +19,7 @@ TRAINING = "reft_jax.stages.loop"
 PLANTED = [
     ("the reranker judges one token early", "reft_jax.stages.rerank", "        lengths - 1,\n",
      "        lengths - 2,\n", PACKING),
-    ("end ids: the one that ended it is text", "reft_jax.run.inputs",
+    ("end ids: the one that ended it is text", "reft_jax.tasks.prompter",
      "completion.tokens[:-1] if completion.finished", "completion.tokens if completion.finished",
      (f"{TOKENIZERS}::test_the_id_that_ended_a_completion_is_not_its_text",)),
     ("export: another model's figures in the card", "reft_jax.commands.export",
@@ -123,7 +123,7 @@ PLANTED = [
     ("a broken docstring is taught", PROMPTS, "docstring(question), 1)", "f'{question}', 0)",
      ("test_answerable.py::test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_with",)),
     ("hopeless questions are trained on", "reft_jax.tasks.answerable",
-     "reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)", "pass",
+     "reasons |= unanswerable(prompter, examples, sys.maxsize)", "pass",
      ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
     ("a byte order mark is data", "reft_jax.tasks.datasets", 'encoding="utf-8-sig"', 'encoding="utf-8"',
      ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),

@@ -28,7 +28,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# The logical axes of a layer's parameters, in the order in which `init` draws them.
+# The logical axes of a layer's parameters, in the order in which `init` draws them. Only the first nine are in every
+# model (`parameter_names`).
 LAYER_AXES = {
     "attention_norm": ("embed",),
     "q": ("embed", "heads", "head_dim"),
@@ -39,7 +40,16 @@ LAYER_AXES = {
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
 }
+
+
+def parameter_names(config: LlamaConfig) -> list[str]:
+    """The names of LAYER_AXES that a layer of this model has."""
+    absent = set() if config.qkv_bias else {"q_bias", "k_bias", "v_bias"}
+    return [name for name in LAYER_AXES if name not in absent]
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -112,20 +122,30 @@ def _scale(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.ones, axes)
 
 
+def _bias(*axes: str):
+    return nn.with_logical_partitioning(nn.initializers.zeros, axes)
+
+
 def residual(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+
+def linear(weights: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    """x [B,T,D] times the matrix `name` [D,F], plus its bias [F] if the model has one -> [B,T,F]."""
+    y, bias = project(x, weights[name]), weights.get(f"{name}_bias")
+    return y if bias is None else y + bias
 
 
 def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, tables, attention: Callable):
     """One layer: x dtype[B,T,D] -> (x, what `attention` keeps).
 
     Args:
-        weights: by the names of LAYER_AXES; norms [D], matrices [in, out] in x's dtype.
+        weights: by the names of LAYER_AXES; norms [D], matrices [in, out] and biases [out] in x's dtype.
         tables: those of the positions, of `rope_tables`.
         attention: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (heads [B,T,N,H], anything to keep).
     """
     y = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    q, k, v = (project(y, weights[name]).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
+    q, k, v = (linear(weights, name, y).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
     heads, kept = attention(rotate(q, tables), rotate(k, tables), v)
     x = residual(x + project(heads.reshape(*x.shape[:2], -1), weights["o"]))
 
@@ -166,12 +186,15 @@ class Block(nn.Module):
             "mlp": c.intermediate_size,
         }
         weights = {}
-        for name, axes in LAYER_AXES.items():
-            init = _scale if axes == ("embed",) else _matrix
+        for name in parameter_names(c):
+            axes = LAYER_AXES[name]
+            init = _scale if name.endswith("_norm") else _bias if name.endswith("_bias") else _matrix
             weights[name] = weight = self.param(name, init(*axes), [sizes[axis] for axis in axes])
             if init is _matrix:  # heads and head dimension become one axis
                 shape = (c.hidden_size, -1) if axes[0] == "embed" else (-1, c.hidden_size)
                 weights[name] = weight.astype(self.dtype).reshape(shape)
+            elif init is _bias:
+                weights[name] = weight.astype(self.dtype).reshape(-1)
         return layer(c, weights, x, tables, partial(causal_attention, mask))[0], None
 
 

@@ -33,18 +33,19 @@ if [[ -z "$toy" && "$("$python" -c 'import jax; print(jax.default_backend())' 2>
   echo "no GPU here: toy sizes"
 fi
 
-# part NAME SECONDS COMMAND…: runs it with a time limit, its output in OUT_DIR/NAME.txt.
+# part NAME SECONDS COMMAND…: runs it with a time limit, its output in OUT_DIR/NAME.txt. SIGKILL reaches all of its
+# processes at once: after SIGTERM a stage would go on to a point where it can save, and slow the next part.
 part() {
   local name="$1" limit="$2" begun=$SECONDS code=0
   shift 2
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?
+  { timeout --signal=KILL "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?; } 2>/dev/null  # where bash says "Killed"
   if ((code == 0)); then
     echo "done    $name, $((SECONDS - begun)) s"
   else
     failed=1
     local why
     why="$(tail -n 1 "$out/$name.txt" | cut -c -200)"
-    ((code == 124 || code == 137)) && why="over its limit of $limit s; last line: $why"
+    ((code == 137)) && why="over its limit of $limit s; last line: $why"
     echo "FAILED  $name, $((SECONDS - begun)) s, exit code $code: $why"
   fi
 }

@@ -38,6 +38,7 @@ from reft_jax.train.state import abstract_params, make_optimizer, new_state, sta
 from reft_jax.train.steps import make_step, rl_loss
 from reft_jax.types import PPOBatch, Prompt
 
+STEPS, BEGIN = 16, 208  # of a measured decode: its steps, and the positions before them
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "folder in Hugging Face format", required=True)
 flags.DEFINE_string("workload", None, "JSON file with prompts and lengths", required=True)
@@ -106,36 +107,44 @@ class Ours:
         )
         return tokens / took
 
-    def decode(self) -> str:
-        """A row of the table: one decode step with all slots full, compared with the machine's limits."""
-        slots, steps, begin, length = FLAGS.slots, 16, 208, 256
+    def decode_step(self, times: int) -> dict[str, float]:
+        """Seconds: the median of one decode step with all slots full, its limits, and the first call with its compile.
+
+        The limits are those of this machine, measured between the calls, of which there are `times`.
+        """
+        slots, steps, begin, length = FLAGS.slots, STEPS, BEGIN, 256
         model, zeros = for_rollouts(self.model, self.mesh), np.zeros(slots, np.int32)
         weights = programs.rollout_weights(model, self.lm)
         state = programs.empty_slots(model, slots, length, length)
         settings = {"eos_ids": (-1,), "temperature": 1.0, "top_k": 0}
         taken, rates = [], []
-        for i in range(16):
+        for i in range(times):
             if i % 3 == 1:  # in turns, so that other work on the machine slows both
                 rates.append(limits(FLAGS.dtype))
             state = state._replace(total_len=jnp.asarray(zeros + begin), limit=jnp.asarray(zeros + length))
             begun = time.perf_counter()
             state = programs.decode(model, weights, state, jax.random.key(0), 0, steps, slots, **settings)
             state.total_len.block_until_ready()
-            taken.append((time.perf_counter() - begun) / steps)
-        step = statistics.median(taken[1:])
+            taken.append(time.perf_counter() - begun)
         flops, copied = (statistics.median(rate) for rate in zip(*rates, strict=True))
         size = jnp.dtype(FLAGS.dtype).itemsize
         parameters = sum(x.size for x in jax.tree.leaves(self.lm))
         config = self.model.config
         live = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * (begin + steps / 2) * size
         by_flops, by_bytes = 2 * parameters * slots / flops, (parameters * size + live) / copied
-        limit = max(by_flops, by_bytes)
         print(
-            f"  limit {1e3 * by_flops:.0f} ms by FLOPs ({flops / 1e9:.0f} GFLOP/s), {1e3 * by_bytes:.0f} ms by bytes "
+            f"  limit {1e3 * by_flops:.3g} ms by FLOPs ({flops / 1e9:.0f} GFLOP/s), {1e3 * by_bytes:.3g} ms by bytes "
             f"({copied / 1e9:.1f} GB/s)",
             flush=True,
         )
-        name = f"decode step, {slots} full slots, {begin} to {begin + steps} positions: ms (left: the limit)"
+        step = statistics.median(taken[1:]) / steps
+        return {"step": step, "by_flops": by_flops, "by_bytes": by_bytes, "first": taken[0]}
+
+    def decode(self) -> str:
+        """A row of the table: one decode step, compared with the machine's limits."""
+        found = self.decode_step(16)
+        step, limit = found["step"], max(found["by_flops"], found["by_bytes"])
+        name = f"decode step, {FLAGS.slots} full slots, {BEGIN} to {BEGIN + STEPS} positions: ms (left: the limit)"
         return f"| {name} | {1e3 * limit:.0f} | {1e3 * step:.0f} | {limit / step:.0%} |"
 
     def pack(self, rows, prompt_lens, max_len: int, micro_batch: int) -> Packing:
@@ -147,17 +156,28 @@ class Ours:
         rng = np.random.default_rng(0)
         return [rng.integers(5, self.model.config.vocab_size, length) for length in lengths]
 
-    def score(self) -> float:
+    def score_times(self) -> list[float]:
+        """Seconds of scoring 16 rows of 256 tokens, four times; the first with its compile."""
         packing = self.pack(self.random_rows([256] * 16), [1] * 16, 256, 8)
-        score, rates = make_scorer(self.model, 1.0), []
+        score, taken = make_scorer(self.model, 1.0), []
         for _ in range(4):
             begun = time.perf_counter()
             jax.block_until_ready(score({"lm": self.lm}, packing.lines, packing.count))
-            rates.append(16 * 256 / (time.perf_counter() - begun))
-        return statistics.median(rates[1:])
+            taken.append(time.perf_counter() - begun)
+        return taken
 
-    def update(self, rows: bool) -> float:
-        """Useful tokens per second of a PPO update: 8 rows of 256 tokens, or the workload's first 32 rows, packed."""
+    def score(self) -> float:
+        return 16 * 256 / statistics.median(self.score_times()[1:])
+
+    def taken_over(self) -> dict:
+        """The weights for an update, which takes them over: here a copy."""
+        return jax.tree.map(jnp.copy, self.lm)
+
+    def update_times(self, rows: bool) -> tuple[int, list[float]]:
+        """The useful tokens of a PPO update, and its seconds several times; the first with its compile.
+
+        rows: the workload's first 32 rows, packed, not 8 rows of 256 tokens.
+        """
         if rows:
             jobs = self.jobs[:32]
             lengths = [min(700, len(prompt) + k) for prompt, k in jobs]
@@ -168,13 +188,13 @@ class Ours:
         optimizer = make_optimizer(optax.constant_schedule(3e-7), weight_decay=0.0, clip_norm=1.0)
         abstract = abstract_params(self.model, ValueHead(), "value_head")
         head = {"weight": jnp.zeros(self.model.config.hidden_size), "bias": jnp.zeros(())}
-        params = {"lm": jax.tree.map(jnp.copy, self.lm), "value_head": head}
         old, _ = make_scorer(self.model, 1.0)({"lm": self.lm}, packing.lines, packing.count)
         advantage = packing.spread(np.random.default_rng(1).normal(size=len(packing.at[0])))
         weight = packing.spread(1 / len(packing.at[0]))
         batch = PPOBatch(weight, np.asarray(old), advantage, advantage, advantage)
         ppo = PPO(kl_coef=0.01, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, vf_coef=5.0, temperature=1.0)
         step = make_step(partial(rl_loss, ppo), self.model, optimizer, state_shardings(self.mesh, optimizer, abstract))
+        params = {"lm": self.taken_over(), "value_head": head}
         state, taken = new_state(self.mesh, optimizer, abstract, params), []
         for _ in range(2 if rows else 3):
             begun = time.perf_counter()
@@ -187,7 +207,12 @@ class Ours:
             f"{taken[0]:.1f} s with its compile",
             flush=True,
         )
-        return sum(lengths) / statistics.median(taken[1:])
+        return sum(lengths), taken
+
+    def update(self, rows: bool) -> float:
+        """Useful tokens per second of a PPO update."""
+        tokens, taken = self.update_times(rows)
+        return tokens / statistics.median(taken[1:])
 
 
 def main(_: list[str]) -> None:

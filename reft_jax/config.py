@@ -120,6 +120,8 @@ def check_config(config: ConfigDict | Config) -> Config:
             raise InputError(f"config: {key} is empty; it must be {SETTINGS[key].doc}")
     if ("toy" == flat["model.path"]) != ("toy" == flat["data.train"] == flat["data.test"]):
         raise InputError('config: "toy" must stand in model.path, data.train and data.test, or in none of them')
+    if flat["data.system"] and flat["data.template"] != "chat":
+        raise InputError('config: data.system is set, and only data.template="chat" has a system prompt')
     for whole, part in (
         ("sft.batch_size", "sft.micro_batch"),
         ("rerank.batch_size", "rerank.micro_batch"),

@@ -70,6 +70,10 @@ class DataSettings:
     dev: str = setting("", ANY, "questions that choose checkpoints, as data.train; if empty, see data.dev_rows")
     dev_rows: int = setting(0, at_least(0), "training questions held out as dev if data.dev is empty; 0: the test file")
     format: str = setting("python", one_of("python", "nl"), "what a solution is: a Python program, or text (nl)")
+    template: str = setting(
+        "method", one_of("method", "chat"), "the prompt: the method's, or that in the base model's chat template"
+    )
+    system: str = setting("", ANY, "system prompt of the chat template; empty: the template's own")
     train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
     test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
     max_dropped: float = setting(0.2, between(0, 1), "largest share of training rows to drop: too long, never rewarded")

@@ -8,9 +8,10 @@ from reft_jax import executor
 from reft_jax.tasks.answerable import can_begin_program, trainable, unanswerable, unteachable, wrong_anyway
 from reft_jax.tasks.answers import grade
 from reft_jax.tasks.datasets import named
+from reft_jax.tasks.prompter import make_prompter
 from reft_jax.tasks.prompts import docstring, forced_prefix, sft_target
 from reft_jax.tasks.registry import PAPER
-from reft_jax.tasks.tokenizer import decode, encode_rollout, train_bpe
+from reft_jax.tasks.tokenizer import decode, train_bpe
 from reft_jax.types import Example, InputError
 
 ESCAPED = [  # each is a question after whose plain docstring no program can follow
@@ -42,8 +43,8 @@ def examples(questions: list[str]) -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_bpe([forced_prefix("How many are 3?", "python")], 300)
+def prompter():
+    return make_prompter(train_bpe([forced_prefix("How many are 3?", "python")], 300))
 
 
 @pytest.mark.parametrize("question", ESCAPED)
@@ -77,32 +78,32 @@ def test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_
     assert sft_target(Example("gsm8k_0", "another question", "3", escaped), "python") == escaped
 
 
-def test_what_cannot_be_escaped_is_named(tokenizer):
+def test_what_cannot_be_escaped_is_named(prompter):
     asked = examples(ESCAPED + PLAIN + HOPELESS)
     hopeless = {one.item_id: "no program compiles after the question" for one in asked if one.question in HOPELESS}
-    assert unanswerable(tokenizer, asked, "python", 999) == hopeless and len(hopeless) == 2
-    assert unanswerable(tokenizer, asked, "nl", 999) == {}
-    told = wrong_anyway(tokenizer, asked, "python", 999, "test")
+    assert unanswerable(prompter, asked, 999) == hopeless and len(hopeless) == 2
+    assert unanswerable(make_prompter(prompter.tok, "nl"), asked, 999) == {}
+    told = wrong_anyway(prompter, asked, 999, "test")
     assert told == (
         "2 of 19 test questions cannot be answered and count as wrong: gsm8k_17, gsm8k_18 (no program compiles after "
         "the question)"
     )
-    assert wrong_anyway(tokenizer, asked[:3], "python", 999, "test") == ""
+    assert wrong_anyway(prompter, asked[:3], 999, "test") == ""
 
 
-def test_a_tokenizer_that_changes_quotes_makes_a_question_unanswerable(tokenizer, monkeypatch):
+def test_a_tokenizer_that_changes_quotes_makes_a_question_unanswerable(prompter, monkeypatch):
     """What counts is the text that grading sees, decoded from ids."""
-    from reft_jax.tasks import answerable
+    from reft_jax.tasks import prompter as module
 
-    monkeypatch.setattr(answerable, "decode", lambda tok, ids: decode(tok, ids).replace('\\"', '"'))
-    assert list(unanswerable(tokenizer, examples(['says "3"', "3?"]), "python", 999)) == ["gsm8k_0"]
+    monkeypatch.setattr(module, "decode", lambda tok, ids: decode(tok, ids).replace('\\"', '"'))
+    assert list(unanswerable(prompter, examples(['says "3"', "3?"]), 999)) == ["gsm8k_0"]
 
 
-def test_a_question_that_leaves_no_room_is_named(tokenizer):
+def test_a_question_that_leaves_no_room_is_named(prompter):
     asked = examples(["3?", "so " * 50 + "3?"])
-    length = len(encode_rollout(tokenizer, asked[1].question, "python"))
-    assert unanswerable(tokenizer, asked, "python", length + 1) == {}
-    assert unanswerable(tokenizer, asked, "python", length) == {"gsm8k_1": "the question leaves no token for an answer"}
+    length = len(prompter.prompt(asked[1].question))
+    assert unanswerable(prompter, asked, length + 1) == {}
+    assert unanswerable(prompter, asked, length) == {"gsm8k_1": "the question leaves no token for an answer"}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_what_a_program_can_begin_with(text, begins):
     assert can_begin_program(text) == begins
 
 
-def test_rows_that_teach_nothing_are_left_out_of_training_and_named(tokenizer, capsys):
+def test_rows_that_teach_nothing_are_left_out_of_training_and_named(prompter, capsys):
     good = [Example(f"svamp_{i}", f"{i}?", "3", f'def solution():\n    """{i}?"""\n    return 3') for i in range(8)]
     rows = [
         *good,
@@ -127,20 +128,20 @@ def test_rows_that_teach_nothing_are_left_out_of_training_and_named(tokenizer, c
         Example("svamp_9", HOPELESS[1], "3", "def solution():\n    return 3"),
     ]
     assert unteachable(rows, "python") == {"svamp_8": "answer_cot is not Python"}
-    assert trainable(tokenizer, rows, "python", 0.2, "data.train=x.json") == good
+    assert trainable(prompter, rows, 0.2, "data.train=x.json") == good
     assert capsys.readouterr().out == (
         "data.train=x.json: 2 of 10 rows cannot earn a reward or be taught: svamp_8 (answer_cot is not Python); "
         "svamp_9 (no program compiles after the question); they are left out of training\n"
     )
-    assert trainable(tokenizer, good, "python", 0.0, "x") == good and capsys.readouterr().out == ""
+    assert trainable(prompter, good, 0.0, "x") == good and capsys.readouterr().out == ""
     with pytest.raises(InputError, match=r"2 of 10 rows .*; at most 10\.0% \(data\.max_dropped\) may be left out"):
-        trainable(tokenizer, rows, "python", 0.1, "data.train=x.json")
+        trainable(prompter, rows, 0.1, "data.train=x.json")
 
 
-def test_a_file_of_the_other_answer_format_is_named_with_its_file(tokenizer):
+def test_a_file_of_the_other_answer_format_is_named_with_its_file(prompter):
     rows = [Example("svamp_0", "3?", "3", "It is 3.")]
     with pytest.raises(InputError, match=r"^data\.train=x\.json: svamp_0: answer_cot is not a program"):
-        trainable(tokenizer, rows, "python", 0.2, "data.train=x.json")
+        trainable(prompter, rows, 0.2, "data.train=x.json")
 
 
 def test_a_line_names_eight_items_of_a_reason():

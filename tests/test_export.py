@@ -1,6 +1,7 @@
 """The card of an exported model says what the model is, where it comes from and what was measured."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from test_report import full_report
@@ -27,7 +28,8 @@ def run(tmp_path) -> Run:
         (tmp_path / stage / "done.json").write_text(json.dumps(done | {"seconds": 1.0, "checksum": "0"}))
     config = default_config()
     config.name = "GSM8K"
-    inputs = Inputs(config, tmp_path / "CodeLlama-7b-hf", None, Data([], [], [], "a third split"))
+    tokenizer = SimpleNamespace(eos_token_id=2)
+    inputs = Inputs(config, tmp_path / "CodeLlama-7b-hf", tokenizer, Data([], [], [], "a third split"))
     return Run(inputs, None, Workdir(tmp_path, None), None)
 
 

@@ -34,7 +34,8 @@ from reft_jax.parallel.mesh import abstract_arrays, make_mesh
 from reft_jax.run.executions import LOG_NAME, read_executions
 from reft_jax.stages.rollout import shares
 from reft_jax.tasks import prompts
-from reft_jax.tasks.tokenizer import encode, encode_rollout, train_bpe
+from reft_jax.tasks.prompter import make_prompter
+from reft_jax.tasks.tokenizer import encode, train_bpe
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.state import abstract_params
 from reft_jax.types import Prompt
@@ -103,7 +104,7 @@ def write_inputs(folder: Path) -> None:
     params["final_norm"], outputs = np.ones(64, np.float32), params["lm_head"]["kernel"]
     params["embed"] = embed = rng.normal(0, 64**-0.5, params["embed"].shape).astype(np.float32)
     whole = encode(tokenizer, prompts.prompt_text(rows[0]["question"]) + rows[0]["answer_cot"])
-    answer = whole[len(encode_rollout(tokenizer, rows[0]["question"], "python")) - 1 : -1]
+    answer = whole[len(make_prompter(tokenizer).prompt(rows[0]["question"])) - 1 : -1]
     follows = list(itertools.pairwise(answer))  # what goes before, what comes
     for digit in "0123456789":
         [token] = encode(tokenizer, digit)

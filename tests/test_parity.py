@@ -15,7 +15,8 @@ from reft_jax.engine.generate import Engine
 from reft_jax.model.hf import VALUE_HEAD_FILE, load_rerank_head, load_value_head
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import make_mesh
-from reft_jax.tasks.tokenizer import encode_rollout, load_tokenizer
+from reft_jax.tasks.prompter import make_prompter
+from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.train.batches import pad_tokens
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -213,7 +214,7 @@ def real(smollm2, shared):
     model, params = load_hf(smollm2)
     tokenizer = load_tokenizer(smollm2)
     lines = (shared / "data" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()[:50]
-    prompts = [encode_rollout(tokenizer, json.loads(line)["question"], "python") for line in lines]
+    prompts = [make_prompter(tokenizer).prompt(json.loads(line)["question"]) for line in lines]
     return theirs, model, params, tokenizer, prompts
 
 

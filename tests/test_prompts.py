@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reft_jax.tasks.prompts import completion_text, forced_prefix, prompt_text, rerank_text, rollout_prompt, sft_target
+from reft_jax.tasks.prompts import completion_text, forced_prefix, prompt_text, rollout_prompt, sft_target
 from reft_jax.types import Example, InputError
 
 QUESTION = "  How many are 2 and 3?\n"
@@ -23,7 +23,6 @@ def test_the_strings_exactly():
     assert rollout_prompt(QUESTION, "nl") == prompt_text(QUESTION)
     assert sft_target(PYTHON, "python") == PROGRAM
     assert sft_target(NL, "nl") == "2 and 3 are 5.\nTherefore, the answer is: 5.0"
-    assert rerank_text(QUESTION, PROGRAM) == f"Question:\nHow many are 2 and 3?\nAnswer reasoning:\n{PROGRAM}"
 
 
 def test_braces_in_a_question_are_text():

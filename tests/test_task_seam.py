@@ -101,7 +101,7 @@ def test_questions_prompts_and_targets_are_those_of_the_task(named, tmp_path):
     assert prompt_text("Which? ", task) == "Find all: Which?\nThese are:\n"
     assert rollout_prompt("Which?", "python", task).endswith('\nThese are:\ndef solution():\n    """Which?"""\n')
     assert sft_target(example(1, "{1,200}", answer_format="nl"), "nl", task) == "Look.\nAll of them: {1,200}"
-    assert completion_text(prompt_text("Which?\nAnswer reasoning:\nx", task) + " {1} ", task) == "{1}"
+    assert completion_text(prompt_text("Which?\nAnswer reasoning:\nx", task) + " {1} ", task.after) == "{1}"
 
 
 PROGRAMS = ("return [5, 3, 3]", "return (2, 3)", "return 'none'", "return 1 / 0", "return {9}")

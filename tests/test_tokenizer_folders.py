@@ -21,7 +21,8 @@ from tiny import tiny_model
 
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model_folder import check_ids
-from reft_jax.run.inputs import checked_tokenizer, completed_text
+from reft_jax.run.inputs import checked_tokenizer
+from reft_jax.tasks.prompter import make_prompter
 from reft_jax.tasks.prompts import rollout_prompt
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, load_tokenizer, train_bpe
 from reft_jax.types import Completion, InputError
@@ -286,7 +287,7 @@ def test_the_id_that_ended_a_completion_is_not_its_text():
     prompt, eot = encode(bpe, rollout_prompt(QUESTION, "python")), bpe.convert_tokens_to_ids("<|eot|>")
     for last, finished in ((eot, True), (bpe.eos_token_id, True), (encode(bpe, "s")[-1], False)):
         tokens = np.array([*encode(bpe, PROGRAM_TAIL), last])
-        text = completed_text(bpe, prompt, Completion("a", 0, tokens, tokens * 0.0, finished))
+        text = make_prompter(bpe).completed(prompt, Completion("a", 0, tokens, tokens * 0.0, finished))
         assert text.endswith("return result" if finished else "return results")
 
 

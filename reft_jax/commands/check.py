@@ -31,7 +31,7 @@ from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import open_mesh, running_executor
 from reft_jax.stages.models import base_policy, policy_shapes
 from reft_jax.tasks import answers, prompts
-from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
+from reft_jax.tasks.tokenizer import decode, encode
 from reft_jax.toy import problems
 from reft_jax.train.batches import rollout_rows
 from reft_jax.train.iteration import Iteration
@@ -113,6 +113,10 @@ def check_tokenizer(inputs: Inputs) -> Finding:
     texts = [prompts.rollout_prompt(example.question, answer_format) for example in examples]
     texts += [prompts.sft_target(example, answer_format) for example in examples]
     changed = [text for text in texts if decode(inputs.tokenizer, encode(inputs.tokenizer, text)) != text]
+    for example in examples:
+        prefix = prompts.forced_prefix(example.question, answer_format).strip()
+        if inputs.prompter.answer(inputs.prompter.prompt(example.question)) != prefix:
+            changed.append(prefix)
     figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"
     return Finding("tokenizer round trip", not changed, figure + (f"; not {changed[0][:60]!r}" if changed else ""))
 
@@ -201,7 +205,7 @@ def roll_out(inputs: Inputs, mesh, model: Llama, lm) -> tuple[list[Prompt], list
     """One short sampled response per question, or more if the mesh needs more rows."""
     count = round_up(QUESTIONS, row_shards(mesh))
     asked = inputs.prompts(inputs.data.train, -(-count // QUESTIONS))[:count]
-    ends, seed = all_end_ids(inputs.tokenizer, inputs.base), inputs.config.seed
+    ends, seed = inputs.end_ids, inputs.config.seed
     engine = Engine(model, mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
     max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
     found = dict(engine.generate(lm, asked, max_len=max_len, temperature=inputs.config.rl.temperature))

@@ -95,7 +95,9 @@ def about(run: Run) -> dict[str, str]:
     dev = config.data.dev or data.chosen_on
     files = (("train", config.data.train, data.train), ("dev", dev, data.dev), ("test", config.data.test, data.test))
     told = ", ".join(f"{split} {source} ({len(examples)} rows)" for split, source, examples in files)
-    return made() | {"model": model, "data": told, "curves": "curves.png"}
+    system = f", system prompt {config.data.system!r}" if config.data.system else ""
+    prompt = {"prompt": f"in the model's chat template{system}"} if config.data.template == "chat" else {}
+    return made() | {"model": model, "data": told} | prompt | {"curves": "curves.png"}
 
 
 def others(run: Run, stages: dict) -> list[str]:
@@ -111,9 +113,9 @@ def others(run: Run, stages: dict) -> list[str]:
 
 def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
     """Notes that a reader of the table needs."""
-    inputs, limits = run.inputs, (run.config.data.format, run.config.sample.max_len)
-    wrong = wrong_anyway(inputs.tokenizer, inputs.data.test, *limits, "test", inputs.task)
-    lines = [f"{wrong}."] if wrong else []
+    lines = []
+    if wrong := wrong_anyway(run.inputs.prompter, run.inputs.data.test, run.config.sample.max_len, "test"):
+        lines.append(f"{wrong}.")
     if run.config.model.path == "toy":
         lines.append(
             "A toy: generated word problems and a tiny Llama trained from scratch, to show that the machinery works. "

@@ -16,7 +16,8 @@ from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
 from reft_jax.stages.models import TITLES, abstract_reranker, checksum, done, load_model
 from reft_jax.store import writing
-from reft_jax.tasks.prompts import rerank_text, rollout_prompt
+from reft_jax.tasks.prompter import Prompter
+from reft_jax.tasks.prompts import forced_prefix
 from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
 
@@ -35,7 +36,8 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None
     base = DTYPES[stored_in(run.inputs.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
     dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
     with writing(out):
-        save_hf(out, run.machine.model, params["lm"], tokenizer=run.inputs.tokenizer, dtype=dtype, **head)
+        texts = {"tokenizer": run.inputs.tokenizer, "end_id": run.inputs.prompter.frame.end}
+        save_hf(out, run.machine.model, params["lm"], **texts, dtype=dtype, **head)
         try:
             if hosts.is_first():
                 for path in licences:
@@ -60,7 +62,7 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
         "## Licence",
         f"This model is derived from {base}: the licence and the use policy of {base} apply to it. {notice}",
         "## Prompt",
-        prompt_format(run.config.data.format, run.inputs.task, is_reranker=is_reranker),
+        prompt_format(run.inputs.prompter, run.inputs.task, is_reranker=is_reranker),
         "## Stages",
         "\n".join(f"{i}. {line}" for i, line in enumerate(stages(run, name, base), 1)),
         "## Measured",
@@ -69,16 +71,18 @@ def model_card(run: Run, name: str, licences: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def prompt_format(answer_format: str, task: Task, *, is_reranker: bool) -> str:
+def prompt_format(prompter: Prompter, task: Task, *, is_reranker: bool) -> str:
     """What the model reads, and how its answer is graded."""
+    answer_format = prompter.answer_format
     if is_reranker:
-        text = rerank_text("{question}", "{completion}", task)
+        text = prompter.text("{question}", "{completion}")
         then = "Class 1 is the probability that the completion is right."
     else:
-        text = rollout_prompt("{question}", answer_format, task)
+        text = prompter.text("{question}", forced_prefix("{question}", answer_format))
         program = "The program, from `def solution():` on, is executed; the answer is what `solution()` returns."
         then = program if answer_format == "python" else f"The answer follows the last `{task.phrase}`."
-    return f"```\n{text}\n```\n\nTokenized as one string, without special tokens. {then}"
+    special = "with the chat template's special tokens" if prompter.frame.special else "without special tokens"
+    return f"```\n{text}\n```\n\nTokenized as one string, {special}. {then}"
 
 
 def stages(run: Run, name: str, base: str) -> list[str]:

@@ -11,39 +11,54 @@ from reft_jax.engine.generate import Engine
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
-from reft_jax.run.inputs import completed_text
 from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import recorded
 from reft_jax.tasks import answers
+from reft_jax.tasks.prompter import make_prompter
 from reft_jax.tasks.registry import load_task
-from reft_jax.tasks.tokenizer import all_end_ids, encode_rollout
+from reft_jax.tasks.tokenizer import all_end_ids
 from reft_jax.types import Example, InputError, Prompt
 
 
-def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len: int, allow_unsandboxed: bool) -> None:
+def run_solve(
+    folder: Path,
+    question: str,
+    *,
+    answer_format: str | None,
+    template: str | None,
+    system: str | None,
+    max_len: int,
+    allow_unsandboxed: bool,
+) -> None:
     """Decodes greedily in float32, prints the completion and the answer that it gives.
 
-    folder: in Hugging Face format, or RUN/models/NAME of a work directory. The latter gives the task and the default of
-    the answer format; without one they are the paper's numbers and `python`. max_len: tokens of prompt and completion.
+    folder: in Hugging Face format, or RUN/models/NAME of a work directory. The latter gives the task and the defaults
+    of the answer format, the template and the system prompt; without one they are the paper's numbers, `python`,
+    `method` and the template's own. max_len: tokens of prompt and completion.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):
         raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
     settings = trained_with(source)
     answer_format, task = answer_format or settings.get("data.format", "python"), load_task(settings.get("task", ""))
+    template = template or settings.get("data.template", "method")
+    if system and template != "chat":
+        raise InputError("--system is set, and only --template=chat has a system prompt")
+    system = settings.get("data.system", "") if system is None else system
     tokenizer = source.tokenizer()
-    prompt = encode_rollout(tokenizer, question, answer_format, task)
+    prompter = make_prompter(tokenizer, answer_format, task, template, system)
+    prompt = prompter.prompt(question)
     if len(prompt) >= max_len:
         raise InputError(f"--max_len={max_len}: the question alone has {len(prompt)} tokens; raise it")
     with running_executor(1, 1024, allow_unsandboxed):
         print(f"{folder}: reading, then compiling", file=sys.stderr, flush=True)
         mesh, model = make_mesh(-1, 1, 1), Llama(read_config(source.base))
         with on_mesh(mesh):
-            ends = all_end_ids(tokenizer, source.base)
+            ends = {*all_end_ids(tokenizer, source.base), prompter.frame.end}
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
             [(_, completion)] = rows.generate(source.load(mesh, model), asked, max_len=max_len, temperature=0.0)
-        text = completed_text(tokenizer, prompt, completion, task)
+        text = prompter.completed(prompt, completion)
         # The correct answer is not known here; grading gets 0 instead.
         asked = [Example("toy_0", question, "0")]
         [verdict] = answers.grade([text], asked, answer_format, task, run_programs=executor.run_programs)

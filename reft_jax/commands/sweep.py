@@ -37,7 +37,6 @@ from reft_jax.store import write_whole
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
-from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.train.checkpoints import check_shapes, has_value_head, load_params
 from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params
@@ -46,6 +45,7 @@ from reft_jax.types import Example, InputError
 SOURCES = "sources.json"
 RESERVED = (".greedy", ".rerank", ".jsonl")  # of the files themselves
 LONGEST_NAME = 200
+REPORTED = ("sample.", "seed", "data.format", "data.template", "data.system")  # settings that a report lists
 
 
 class Source(NamedTuple):
@@ -188,7 +188,7 @@ def run_sweep(
         sources |= {f"reranker {one.name}": one.reranker.checksum(workdir) for one in checkpoints if one.reranker}
         hosts.from_first("the models", lambda: keep_sources(workdir, sources))
         found = [answer(sweep, checkpoint, data) for checkpoint in checkpoints]
-        settings = {key: value for key, value in flatten(config).items() if key.startswith(("sample.", "seed"))}
+        settings = {key: value for key, value in flatten(config).items() if key.startswith(REPORTED)}
         reports = []
         for name in data:
             notes = cannot_answer(config, checkpoints, data[name])
@@ -207,10 +207,15 @@ def cannot_answer(config, checkpoints: list[Checkpoint], examples: list[Example]
     """A line per tokenizer: the questions that its models cannot answer, whatever they write."""
     lines: dict[str, list[str]] = {}
     for one in checkpoints:
-        tok, limits = load_tokenizer(one.model.base), (config.data.format, config.sample.max_len)
-        told = wrong_anyway(tok, examples, *limits, "test", load_task(config.task))
+        prompter = unasked(config, one.model).prompter
+        told = wrong_anyway(prompter, examples, config.sample.max_len, "test")
         lines.setdefault(told, []).append(one.name)
     return [f"{', '.join(names)}: {told}." for told, names in lines.items() if told]
+
+
+def unasked(config, source: Source) -> Inputs:
+    """The inputs of one model, without questions."""
+    return Inputs(config, source.base, source.tokenizer(), Data([], [], [], ""))
 
 
 def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
@@ -242,7 +247,7 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint]) -> Iterator
     sources, limits = [source for checkpoint in checkpoints for source in checkpoint.sources], config.executor
     with lock.held(workdir), Guards(config.watchdog_minutes) as guards:
         for source in sources:
-            source.tokenizer()
+            _ = unasked(config, source).prompter  # a template that does not fit is found here
         with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):
             mesh = open_mesh(config)
             check_rows(config, mesh, ("rerank.micro_batch", "engine.slots"))
@@ -282,8 +287,7 @@ def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]])
 
 def with_model(sweep: Sweep, source: Source) -> tuple[Run, Weights]:
     """A run with this model's shape, tokenizer and engine, and its weights, which are read when first needed."""
-    config, guards, tokenizer = sweep.config, sweep.guards, source.tokenizer()
-    inputs = Inputs(config, source.base, tokenizer, Data([], [], [], ""))
-    machine = make_machine(config, source.base, tokenizer, sweep.mesh, guards.step)
+    config, guards, inputs = sweep.config, sweep.guards, unasked(sweep.config, source)
+    machine = make_machine(config, source.base, inputs.end_ids, sweep.mesh, guards.step)
     load = functools.cache(functools.partial(source.load, sweep.mesh, machine.model))
     return Run(inputs, machine, sweep.workdir, guards), Weights(source.checksum(sweep.workdir.path), load)

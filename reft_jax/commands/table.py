@@ -10,7 +10,8 @@ from reft_jax.settings import SETTINGS, Config
 
 RANKED = ("sft", "reft", "self_train_offline", "self_train_online")
 POLICIES = ("warmup", *RANKED)
-FORMATS, DTYPES = ("python", "nl"), ("float32", "bfloat16", "float16")
+FORMATS, TEMPLATES = ("python", "nl"), ("method", "chat")
+DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("gsm8k", "svamp", "mathqa", "mathqa-numeric")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft_jax" / "plan"
 
@@ -133,6 +134,8 @@ TABLE = (
             flags=(Flag("model", Path, None, "Hugging Face folder, or RUN/models/NAME", required=True, to="folder"),
                    Flag("format", FORMATS, None, "answer format: programs or text; if left out, the run's, else python",
                         to="answer_format", old=("engine",)),
+                   Flag("template", TEMPLATES, None, "prompt, as data.template; if left out, the run's, else method"),
+                   Flag("system", str, None, "system prompt of the chat template; if left out, the run's"),
                    Flag("max_len", int, 512, "tokens of prompt and answer", low=1), UNSANDBOXED)),
     Command("convert", "training files from published data",
             "reft_jax.commands.convert:run_convert", gets=(),

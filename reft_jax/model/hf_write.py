@@ -30,6 +30,7 @@ def save_hf(
     value_head: dict | None = None,
     rerank_head: dict | None = None,
     tokenizer: Any = None,
+    end_id: int | None = None,
     dtype: Any = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
@@ -42,6 +43,7 @@ def save_hf(
         rerank_head: makes the folder a LlamaForSequenceClassification, which has no output matrix: without "lm_head".
         tokenizer: its files are written too, and special ids in config.json and generation_config.json; they come
             from the model folder that it was loaded from.
+        end_id: the id that training appends to a row, if it is not the tokenizer's EOS.
         dtype: of the trunk (None: as it is); heads stay float32.
 
     Raises: InputError if `folder` is not empty or cannot be made, if safetensors has no type `dtype`, or if a number is
@@ -52,7 +54,8 @@ def save_hf(
     config = _config_json(model.config, kind or flat[("embed",)].dtype, rerank_head is not None)
     source = Path(getattr(tokenizer, "name_or_path", None) or os.devnull)  # not loaded from a folder: nowhere
     if tokenizer is not None:
-        config |= _special_ids(tokenizer, source, model.config.vocab_size, rerank_head is not None)
+        end_id = tokenizer.eos_token_id if end_id is None else end_id
+        config |= _special_ids(tokenizer, end_id, source, model.config.vocab_size, rerank_head is not None)
     trunk, value = _layout(model.config, flat, rerank_head, kind), _value_head_layout(value_head)
     if jax.process_index():
         for tensor in trunk + value:
@@ -67,7 +70,7 @@ def save_hf(
         write_json(target / CONFIG, config)
         if tokenizer is not None:
             write_tokenizer(tokenizer, target)
-            write_generation(source, tokenizer.eos_token_id, target)
+            write_generation(source, end_id, target)
         _write_model(target, trunk, max_shard_bytes)
         if value:
             (target / VALUE_HEAD_FILE).parent.mkdir()
@@ -95,12 +98,12 @@ def _config_json(config: LlamaConfig, dtype: Any, classifier: bool) -> dict:
     return raw | {"architectures": [f"{config.family.name}ForCausalLM"]}
 
 
-def _special_ids(tokenizer: Any, source: Path, vocab_size: int, classifier: bool) -> dict:
+def _special_ids(tokenizer: Any, end_id: int, source: Path, vocab_size: int, classifier: bool) -> dict:
     """BOS, EOS and padding as in the config.json of `source`, else as the tokenizer has them.
 
     transformers scores several rows at once only with a padding id that is not in the rows' texts; EOS is such an id.
     """
-    base = with_end(source / CONFIG, tokenizer.eos_token_id)
+    base = with_end(source / CONFIG, end_id)
     bos, pad = base.get("bos_token_id", tokenizer.bos_token_id), base.get("pad_token_id")
     candidates = [pad, tokenizer.pad_token_id, *([tokenizer.eos_token_id] if classifier else [])]
     # transformers fails on an id that was added after the vocabulary; in Llama 1, -1 means none.

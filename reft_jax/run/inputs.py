@@ -5,7 +5,6 @@ They are checked before a device is taken or a file is written; only the toy's a
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +20,14 @@ from reft_jax.run.workdir import MACHINE
 from reft_jax.store import short_hash
 from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
-from reft_jax.tasks.registry import PAPER, Task, load_task
-from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, encode_rollout, load_tokenizer
+from reft_jax.tasks.prompter import Prompter, make_prompter
+from reft_jax.tasks.registry import Task, load_task
+from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt
 
 # Beginnings of the names of the settings that decide what training and dev rows are.
 DATA_PREFIXES = ("seed", "toy.", "data.train", "data.dev", "data.format")
+TEMPLATE = ("data.template", "data.system")  # they do too, if the template is not the method's
 Row = tuple[list[int], int, str]  # ids of prompt + target + EOS, prompt length, item
 
 
@@ -59,6 +60,22 @@ class Inputs:
         return load_task(self.config.task)
 
     @cached_property
+    def prompter(self) -> Prompter:
+        """Makes rows of questions, and reads answers. InputError if there is no chat template and one is needed."""
+        data = self.config.data
+        return make_prompter(self.tokenizer, data.format, self.task, data.template, data.system)
+
+    @property
+    def template(self) -> str:
+        """What records about rows say of the template besides their other settings: "" for the method's prompt."""
+        return "" if self.config.data.template == "method" else self.prompter.template
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end a rollout: those of the folder, and the one that training appends."""
+        return sorted({*all_end_ids(self.tokenizer, self.base), self.prompter.frame.end})
+
+    @cached_property
     def sft_rows(self) -> list[Row]:
         """The worked solutions as rows, those that fit in sft.max_len. InputError if too many do not."""
         config, how = self.config, (self.config.data.format, self.task)
@@ -74,27 +91,27 @@ class Inputs:
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts per example, the forced prefix included."""
-        made, how = [], (self.config.data.format, self.task)
+        made = []
         for example in examples:
-            tokens = np.array(encode_rollout(self.tokenizer, example.question, *how), np.int32)
+            tokens = np.array(self.prompter.prompt(example.question), np.int32)
             made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
         return made
 
     def row(self, example: Example, target: str) -> Row:
-        """A supervised row. Prompt and target are tokenized separately, as the authors do."""
-        prompt = encode(self.tokenizer, prompts.prompt_text(example.question, self.task))
-        return prompt + encode(self.tokenizer, target) + [self.tokenizer.eos_token_id], len(prompt), example.item_id
+        """A supervised row."""
+        return *self.prompter.row(example.question, target), example.item_id
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
-        """The completion as text, see `completed_text`."""
-        return completed_text(self.tokenizer, prompt.tokens, completion, self.task)
+        """The completion as text."""
+        return self.prompter.completed(prompt.tokens, completion)
 
     @cached_property
     def data_made(self) -> dict:
         """What a finished stage records about its data: checksums of the rows and of the settings that chose them."""
-        flat = {key: value for key, value in flatten(self.config).items() if key.startswith(DATA_PREFIXES)}
+        prefixes = DATA_PREFIXES + (TEMPLATE if self.template else ())
+        flat = {key: value for key, value in flatten(self.config).items() if key.startswith(prefixes)}
         flat["data.engine"] = flat.pop("data.format")  # the name that older versions recorded
-        checksums = {split: examples_checksum(getattr(self.data, split)) for split in ("train", "dev")}
+        checksums = {split: examples_checksum(getattr(self.data, split)) + self.template for split in ("train", "dev")}
         return {"settings": short_hash(json.dumps(flat, sort_keys=True))} | checksums
 
     def made_by(self) -> dict:
@@ -102,7 +119,7 @@ class Inputs:
         settings = {key: value for key, value in flatten(self.config).items() if key not in MACHINE}
         return {
             "config": short_hash(json.dumps(settings, sort_keys=True)),
-            "data": self.data.checksum(),
+            "data": self.data.checksum() + self.template,
             "seed": self.config.seed,
             "versions": versions(),
         }
@@ -123,24 +140,15 @@ def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
     InputError if too many rows are left out or are too long: here, not after an hour of SFT. Rows of dev and test all
     stay; a line names those that no completion can answer.
     """
-    where, limits = f"data.train={config.data.train}", (config.data.format, config.sample.max_len)
-    train = trainable(tokenizer, data.train, config.data.format, config.data.max_dropped, where, load_task(config.task))
+    where, asked = f"data.train={config.data.train}", Inputs(config, base, tokenizer, data)
+    train = trainable(asked.prompter, data.train, config.data.max_dropped, where, asked.task)
     inputs = Inputs(config, base, tokenizer, Data(train, data.dev, data.test, data.chosen_on))
     _ = inputs.sft_rows, inputs.questions
     splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
     for split, examples in splits.items():
-        if told := wrong_anyway(tokenizer, examples, *limits, split, inputs.task):
+        if told := wrong_anyway(inputs.prompter, examples, config.sample.max_len, split):
             print(told, flush=True)
     return inputs
-
-
-def completed_text(tokenizer, prompt: Sequence[int], completion: Completion, task: Task = PAPER) -> str:
-    """A completion as text, without the id that ended it: that id may be an ordinary token.
-
-    Prompt and response are decoded together (see prompts.completion_text).
-    """
-    response = completion.tokens[:-1] if completion.finished else completion.tokens
-    return prompts.completion_text(decode(tokenizer, [*prompt, *response]), task)
 
 
 def load_data(config, paths: dict[str, str]) -> Data:

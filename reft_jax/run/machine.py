@@ -15,7 +15,6 @@ from reft_jax.engine.generate import Engine
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel.mesh import make_mesh, row_shards
-from reft_jax.tasks.tokenizer import all_end_ids
 from reft_jax.types import InputError
 
 BY_ROW = ("sft.micro_batch", "rl.micro_batch", "rerank.micro_batch", "engine.slots")
@@ -30,10 +29,10 @@ class Machine:
     engine: Engine
 
 
-def make_machine(config, base: Path, tokenizer, mesh, after_chunk: Callable[[], None]) -> Machine:
-    """The model of folder `base` on `mesh`, and its engine. `after_chunk` is called between chunks of decode steps.
+def make_machine(config, base: Path, end_ids: Sequence[int], mesh, after_chunk: Callable[[], None]) -> Machine:
+    """The model of folder `base` on `mesh`, and its engine, whose rows end at any of `end_ids`.
 
-    Reads config.json and no weights.
+    `after_chunk` is called between chunks of decode steps. Reads config.json and no weights.
     """
     model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
     engine = Engine(
@@ -41,7 +40,7 @@ def make_machine(config, base: Path, tokenizer, mesh, after_chunk: Callable[[], 
         mesh,
         slots=config.engine.slots,
         pad_multiple=config.data.pad_multiple,
-        eos_id=all_end_ids(tokenizer, base),
+        eos_id=end_ids,
         seed=config.seed,
         after_chunk=after_chunk,
     )

@@ -129,7 +129,7 @@ def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[
         check_rows(config, mesh)
         if toy:
             inputs = toy_inputs(config, workdir, read_only)
-        machine = make_machine(config, inputs.base, inputs.tokenizer, mesh, guards.step)
+        machine = make_machine(config, inputs.base, inputs.end_ids, mesh, guards.step)
         check_divides(mesh, abstract_params(machine.model, ValueHead(), "value_head"))
         with in_workdir(config, workdir, mesh, read_only=read_only) as opened:
             hosts.agree("the data", **inputs.facts())

@@ -17,8 +17,6 @@ from reft_jax.stages.models import Weights, abstract_reranker, finished, load_mo
 from reft_jax.stages.sample import appended, recorded, reusable, run_sample
 from reft_jax.store import short_hash
 from reft_jax.tasks.datasets import fit
-from reft_jax.tasks.prompts import rerank_text
-from reft_jax.tasks.tokenizer import encode
 from reft_jax.train.packing import Packing, packing_size
 from reft_jax.train.progress import Progress
 from reft_jax.train.state import init_head, linear_schedule, make_optimizer
@@ -33,7 +31,7 @@ def rerank_rows(run: Run, records: list[dict]) -> list[tuple[list[int], int, str
     rows, inputs = [], run.inputs
     for record in records:
         for prediction in deduplicate(record["predictions"]):
-            ids = encode(inputs.tokenizer, rerank_text(record["question"], prediction["completion"], inputs.task))
+            ids = inputs.prompter.ids(record["question"], prediction["completion"])
             rows.append((ids, int(prediction["correctness"]), record["item_id"]))
     return fit(rows, [len(ids) for ids, _, _ in rows], run.config.rerank.max_len, 1.0, "rerank.max_len")
 
@@ -85,6 +83,7 @@ def pack(run: Run, rows: list[list[int]]) -> Packing:
 def scores_made_by(run: Run, weights: Weights, records: list[dict]) -> MadeBy:
     """The header of a file of scores."""
     settings = {"max_len": run.config.rerank.max_len, "dtype": run.config.model.dtype}
+    settings |= {"template": run.inputs.template} if run.inputs.template else {}
     return MadeBy(RERANK_KIND, {"reranker": weights.checksum} | settings, recorded(asked_in(records)))
 
 
@@ -134,10 +133,7 @@ def score_questions(run: Run, params, score, records: list[dict]) -> list[list[f
     A completion too long to score gets 0, so that it is chosen only if there is no other.
     """
     ids = [
-        [
-            encode(run.inputs.tokenizer, rerank_text(record["question"], p["completion"], run.inputs.task))
-            for p in deduplicate(record["predictions"])
-        ]
+        [run.inputs.prompter.ids(record["question"], p["completion"]) for p in deduplicate(record["predictions"])]
         for record in records
     ]
     flat = [(q, i) for q, rows in enumerate(ids) for i, row in enumerate(rows) if len(row) <= run.config.rerank.max_len]

@@ -45,7 +45,8 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "max_len": settings.max_len} | sampling
     task = run.inputs.task
     identity = {"model": weights.checksum, "format": run.config.data.format} | sampling
-    identity |= {"seed": run.config.seed, "dtype": run.config.model.dtype} | ({"task": task.name} if task.name else {})
+    identity |= {"seed": run.config.seed, "dtype": run.config.model.dtype}
+    identity |= {key: value for key, value in (("task", task.name), ("template", run.inputs.template)) if value}
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
     about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}
     return MadeBy(kind, identity, recorded(examples, **about), task)

@@ -8,25 +8,19 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from reft_jax.tasks.datasets import leave_out, named
-from reft_jax.tasks.prompts import completion_text, is_text, parsed, sft_target
+from reft_jax.tasks.prompter import Prompter
+from reft_jax.tasks.prompts import is_text, parsed, sft_target
 from reft_jax.tasks.registry import PAPER, Task
-from reft_jax.tasks.tokenizer import decode, encode_rollout
 from reft_jax.types import Example, InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 NO_PROGRAM = "no program compiles after the question"
 NO_ROOM = "the question leaves no token for an answer"
 NOT_PYTHON = "answer_cot is not Python"
 
 
-def unanswerable(
-    tok: PreTrainedTokenizerFast, examples: Sequence[Example], answer_format: str, max_len: int, task: Task = PAPER
-) -> dict[str, str]:
+def unanswerable(prompter: Prompter, examples: Sequence[Example], max_len: int) -> dict[str, str]:
     """{item_id: reason} of the questions for which every completion is graded as no answer.
 
     The check reads the text that grading reads: it is decoded from the prompt's ids, so a tokenizer that changes quotes
@@ -34,10 +28,10 @@ def unanswerable(
     """
     reasons = {}
     for example in examples:
-        ids = encode_rollout(tok, example.question, answer_format, task)
+        ids = prompter.prompt(example.question)
         if len(ids) >= max_len:
             reasons[example.item_id] = NO_ROOM
-        elif answer_format == "python" and not can_begin_program(completion_text(decode(tok, ids), task)):
+        elif prompter.answer_format == "python" and not can_begin_program(prompter.answer(ids)):
             reasons[example.item_id] = NO_PROGRAM
     return reasons
 
@@ -57,12 +51,7 @@ def unteachable(examples: Sequence[Example], answer_format: str, task: Task = PA
 
 
 def trainable(
-    tok: PreTrainedTokenizerFast,
-    examples: Sequence[Example],
-    answer_format: str,
-    max_dropped: float,
-    source: str,
-    task: Task = PAPER,
+    prompter: Prompter, examples: Sequence[Example], max_dropped: float, source: str, task: Task = PAPER
 ) -> list[Example]:
     """The rows that training can use: they can earn a reward, and their worked solution compiles.
 
@@ -70,22 +59,15 @@ def trainable(
     solution has the other answer format. Length limits are checked elsewhere.
     """
     try:
-        reasons = unteachable(examples, answer_format, task)
+        reasons = unteachable(examples, prompter.answer_format, task)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)
+    reasons |= unanswerable(prompter, examples, sys.maxsize)
     return leave_out(examples, reasons, max_dropped, source)
 
 
-def wrong_anyway(
-    tok: PreTrainedTokenizerFast,
-    examples: Sequence[Example],
-    answer_format: str,
-    max_len: int,
-    split: str,
-    task: Task = PAPER,
-) -> str:
+def wrong_anyway(prompter: Prompter, examples: Sequence[Example], max_len: int, split: str) -> str:
     """One line that names the questions of an evaluation that no completion can answer; "" if there are none."""
-    reasons = unanswerable(tok, examples, answer_format, max_len, task)
+    reasons = unanswerable(prompter, examples, max_len)
     told = f"{len(reasons)} of {len(examples)} {split} questions cannot be answered and count as wrong"
     return f"{told}: {named(reasons)}" if reasons else ""

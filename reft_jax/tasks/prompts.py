@@ -89,14 +89,6 @@ def sft_target(example: Example, answer_format: str, task: Task = PAPER) -> str:
     return cot.replace(f'"""{question}"""', docstring(question), 1)
 
 
-def completion_text(full_text: str, task: Task = PAPER) -> str:
-    """The answer inside the decoded text of prompt and response: what follows the last `task.after`, stripped.
-
-    Prompt and response must be decoded together: sentencepiece drops the first line's indent of a response alone.
-    """
-    return full_text.rpartition(task.after)[2].strip()
-
-
-def rerank_text(question: str, completion: str, task: Task = PAPER) -> str:
-    """What the reranker reads: the prompt and one completion (a `completion_text`), without EOS."""
-    return prompt_text(question, task) + completion
+def completion_text(full_text: str, after: str = PAPER.after) -> str:
+    """The answer inside the decoded text of prompt and response: what follows the last `after`, stripped."""
+    return full_text.rpartition(after)[2].strip()

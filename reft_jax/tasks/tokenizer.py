@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from reft_jax.model_folder import CONFIG, TOKENIZER_CONFIG, end_ids, read_settings, tokenizer_files, write_tokenizer
 from reft_jax.tasks.prompts import rollout_prompt
-from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -201,33 +200,20 @@ def all_end_ids(tok: PreTrainedTokenizerFast, folder: Path) -> list[int]:
     return sorted({tok.eos_token_id, *end_ids(folder)})
 
 
-def encode(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of the whole `text`, with no special token before, after or within it.
+def encode(tok: PreTrainedTokenizerFast, text: str, *, special: bool = False) -> list[int]:
+    """The ids of the whole `text`, with no token added before or after it.
 
-    This bypasses the class in transformers: CodeLlama's class would cut a text at the word `<FILL_ME>`.
+    A special token that `text` spells is ordinary text; with `special` it becomes its id. This bypasses the class in
+    transformers: CodeLlama's class would cut a text at the word `<FILL_ME>`.
     """
-    return _encode(tok.backend_tokenizer, text)
+    return _encode(tok.backend_tokenizer, text, special)
 
 
-def _encode(backend: Tokenizer, text: str) -> list[int]:
-    backend.encode_special_tokens = True
+def _encode(backend: Tokenizer, text: str, special: bool = False) -> list[int]:
+    backend.encode_special_tokens = not special
     backend.no_truncation()
     backend.no_padding()
     return backend.encode(text, add_special_tokens=False).ids
-
-
-def encode_rollout(tok: PreTrainedTokenizerFast, question: str, answer_format: str, task: Task = PAPER) -> list[int]:
-    """The ids that a rollout continues: one string, tokenized once, cut where the training rows have a cut too.
-
-    Many byte-level tokenizers make one id of a newline and the indent after it. Training then never saw the id of the
-    prefix's last newline in this place, and the model answers with a second `def solution():`. With such a tokenizer
-    the newline is left to the model. Sentencepiece models (CodeLlama) keep it.
-    """
-    text = rollout_prompt(question, answer_format, task)
-    ids = encode(tok, text)
-    if answer_format == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
-        return encode(tok, text[:-1])
-    return ids
 
 
 def decode(tok: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:

@@ -13,15 +13,33 @@ TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
 LOCK = "reft_jax.run.lock"
 PROMPTS = "reft_jax.tasks.prompts"
+PROMPTER = "reft_jax.tasks.prompter"
+ASKED = ("test_prompter.py::test_a_prompt_is_that_of_apply_chat_template_and_the_forced_prefix",)
 REGISTRY = "reft_jax.tasks.registry"
 WATCH = "reft_jax.run.watch"
 TRAINING = "reft_jax.stages.loop"
 PLANTED = [
     ("the reranker judges one token early", "reft_jax.stages.rerank", "Packing(rows, lengths - 1,",
      "Packing(rows, lengths - 2,", PACKING),
-    ("end ids: the one that ended it is text", "reft_jax.run.inputs",
+    ("end ids: the one that ended it is text", "reft_jax.tasks.prompter",
      "completion.tokens[:-1] if completion.finished", "completion.tokens if completion.finished",
      (f"{TOKENIZERS}::test_the_id_that_ended_a_completion_is_not_its_text",)),
+    ("chat: the forced prefix is left out", PROMPTER, "        ids = self.ids(question, prefix)\n",
+     "        ids = self.ids(question)\n", ASKED),
+    ("chat: rows end with the tokenizer's EOS", PROMPTER, "tok.convert_tokens_to_ids(ended[0]) if ended else ", "",
+     ASKED),
+    ("chat: only the template's end ends a row", "reft_jax.run.inputs", "*all_end_ids(self.tokenizer, self.base), ",
+     "", ("test_prompter.py::test_a_row_ends_at_either_end",)),
+    ("chat: only the tokenizer's EOS ends a row", "reft_jax.run.inputs", ", self.prompter.frame.end}", "}",
+     ("test_prompter.py::test_a_row_ends_at_either_end",)),
+    ("chat: a system prompt is ignored", PROMPTER, '[{"role": "system", "content": system}] if system else []', "[]",
+     ASKED),
+    ("chat: a template may ignore the system prompt", PROMPTER, "if system.strip() not in before:", "if False:",
+     ("test_prompter.py::test_a_template_that_does_not_fit_is_one_line",)),
+    ("chat: a question's special tokens are read", PROMPTER, "if special.fullmatch(part):", "if False:",
+     ("test_prompter.py::test_a_special_token_that_a_question_or_an_answer_spells_is_text",)),
+    ("chat: the prompt has today's date", PROMPTER, '(ONE_DATE if "strftime_now" in source else "") + ', "",
+     ("test_prompter.py::test_other_kinds_of_template",)),
     ("export: another model's figures in the card", "reft_jax.commands.export",
      "if checksum(run, name, Path(folder) / \"checksums.json\") != before[name]]", "if not before[name]]",
      ("test_export.py::test_the_figures_of_another_model_are_not_in_the_card",)),
@@ -129,7 +147,7 @@ PLANTED = [
     ("a broken docstring is taught", PROMPTS, "docstring(question), 1)", "f'{question}', 0)",
      ("test_answerable.py::test_the_worked_solution_is_taught_with_the_docstring_that_a_rollout_begins_with",)),
     ("hopeless questions are trained on", "reft_jax.tasks.answerable",
-     "reasons |= unanswerable(tok, examples, answer_format, sys.maxsize, task)", "pass",
+     "reasons |= unanswerable(prompter, examples, sys.maxsize)", "pass",
      ("test_answerable.py::test_rows_that_teach_nothing_are_left_out_of_training_and_named",)),
     ("a byte order mark is data", "reft_jax.store", 'encoding="utf-8-sig"', 'encoding="utf-8"',
      ("test_datasets.py::test_a_byte_order_mark_and_a_list_in_a_jsonl_file_are_read",)),

@@ -74,6 +74,9 @@ class DataSettings:
         0, at_least(0), "training questions held out to choose checkpoints if data.dev is empty; 0: the test file does"
     )
     format: str = setting("python", one_of("python", "nl"), "what a solution is: a Python program, or text (nl)")
+    reading: str = setting(
+        "strict", one_of("strict", "lenient"), "how answers are read: as the paper does, or as a careful person does"
+    )
     train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
     test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
     max_dropped: float = setting(

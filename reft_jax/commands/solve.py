@@ -24,7 +24,8 @@ def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len
         raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
     settings = trained_with(source)
-    answer_format, task = answer_format or settings.get("data.format", "python"), load_task(settings.get("task", ""))
+    answer_format = answer_format or settings.get("data.format", "python")
+    task = load_task(settings.get("task", ""), settings.get("data.reading", "strict"))
     tokenizer = checked_tokenizer(source.base)
     prompt = encode_rollout(tokenizer, question, answer_format, task)
     if len(prompt) >= max_len:

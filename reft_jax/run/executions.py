@@ -113,9 +113,10 @@ def read_executions(path: Path) -> Iterator[dict]:
 def replay(workdir: Path) -> bool:
     """Grade every logged outcome again, print counts and times by purpose, and return whether all verdicts are equal.
 
-    Reads the log and the work directory's `task` only: no model, no data, no program, no accelerator.
+    Reads the log and the work directory's settings only: no model, no data, no program, no accelerator.
     """
-    task = load_task((recorded(workdir) or {}).get("task", ""))
+    settings = recorded(workdir) or {}
+    task = load_task(settings.get("task", ""), settings.get("data.reading", "strict"))
     outcomes, times, correct = defaultdict(Counter), defaultdict(list), Counter()
     different = []
     for line in read_executions(workdir / LOG_NAME):

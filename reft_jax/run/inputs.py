@@ -56,7 +56,7 @@ class Inputs:
     @property
     def task(self) -> Task:
         """What the questions ask for."""
-        return load_task(self.config.task)
+        return load_task(self.config.task, self.config.data.reading)
 
     @cached_property
     def sft_rows(self) -> list[Row]:
@@ -150,7 +150,7 @@ def _hash(text: str) -> str:
 
 def load_data(config, paths: dict[str, str]) -> Data:
     """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
-    data, task = config.data, load_task(config.task)
+    data, task = config.data, load_task(config.task, config.data.reading)
     train = shorten(datasets.load_examples(paths["train"], task, need_cot=True), data.train_limit, config.seed)
     test = shorten(datasets.load_examples(paths["test"], task, need_cot=False), data.test_limit, config.seed)
     if shared := datasets.shared_questions(train, test):

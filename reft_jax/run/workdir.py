@@ -22,6 +22,7 @@ FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "check
 FILES += ("sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 PLUGINS = ("task", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
+ADDED = (*PLUGINS, "data.reading")  # settings that older versions did not have; they did what the default does
 
 
 def with_absolute_paths(config, workdir: Path) -> Config:
@@ -74,7 +75,7 @@ def check_workdir(
     before = recorded(workdir)
     if before is not None:
         before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
-        before = {key: SETTINGS[key].default for key in PLUGINS} | before  # older versions did not record these
+        before = {key: SETTINGS[key].default for key in ADDED} | before
         now = json.loads(to_json(config))
         changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)

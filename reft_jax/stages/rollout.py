@@ -52,7 +52,11 @@ class Grading:
     """
 
     def __init__(self, run: Run):
-        self.config, self.guards, self.task = run.config, run.guards, load_task(run.config.task)
+        self.config, self.guards, self.task = (
+            run.config,
+            run.guards,
+            load_task(run.config.task, run.config.data.reading),
+        )
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
         self.seconds: dict[str, float] = {}
         self.outcomes: Counter[str] = Counter()
@@ -69,7 +73,8 @@ class Grading:
         """Starts to grade a completion; `collect` returns its verdict with this `number`."""
         future = None
         if self.config.data.format == "python":
-            future = self._stream(self.task.of(example.item_id).want).submit(text)
+            task = self.task.of(example.item_id)
+            future = self._stream(task.returns).submit(task.program(text, example))
         self.under_way.append((number, example, text, future))
 
     def collect(self, wait: bool = False) -> Iterator[tuple[int, Verdict]]:

@@ -50,6 +50,7 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
     } | ({"task": task.name} if task.name else {})
+    identity |= {} if task.reading == "strict" else {"reading": task.reading}
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
     about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}
     return MadeBy(kind, identity, recorded(examples, **about), task)

@@ -52,11 +52,8 @@ class Grading:
     """
 
     def __init__(self, run: Run):
-        self.config, self.guards, self.task = (
-            run.config,
-            run.guards,
-            load_task(run.config.task, run.config.data.reading),
-        )
+        self.config, self.guards = run.config, run.guards
+        self.task = load_task(run.config.task, run.config.data.reading)
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
         self.seconds: dict[str, float] = {}
         self.outcomes: Counter[str] = Counter()

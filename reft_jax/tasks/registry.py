@@ -184,8 +184,8 @@ def load_task(setting: str, reading: str = "strict") -> Task:
     kind = type(task)
     if kind.read is not Task.read and kind.read_lenient is Task.read_lenient and task.want != "tests":
         raise InputError(
-            f"data.reading={reading!r}: task={setting!r} reads answers in its own way and has no lenient one; give it a "
-            "method read_lenient, or choose strict"
+            f"data.reading={reading!r}: task={setting!r} reads answers in its own way and has no lenient one; give it "
+            "a method read_lenient, or choose strict"
         )
     return replace(task, reading=reading)
 

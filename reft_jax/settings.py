@@ -230,6 +230,9 @@ class Config:
     name: str = setting("reft", ANY, "title of the report")
     seed: int = setting(42, at_least(0), "initial heads, data order and sampling are functions of it")
     task: str = setting("", ANY, "empty: by item id; or a name in tasks/registry.py, or path.py:NAME")
+    reward: str = setting("", ANY, "empty: the task's reward; or path.py:NAME, a function (docs/rewards.md)")
+    reward_timeout_s: float = setting(30.0, POSITIVE, "wall-clock seconds per completion for `reward`")
+    reward_workers: int = setting(4, POSITIVE, "processes that compute `reward`")
     tracking: str = setting(
         "jsonl,tensorboard",
         Rule("names of trackers with commas, jsonl among them", lambda v: "jsonl" in map(str.strip, v.split(","))),

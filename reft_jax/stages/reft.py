@@ -14,7 +14,7 @@ from reft_jax.parallel.mesh import round_up
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import abstract_policy, finished, load_model, sources
-from reft_jax.stages.rollout import roll_out_once
+from reft_jax.stages.rollout import open_rewards, roll_out_once
 from reft_jax.train.batches import minibatches, rollout_rows
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.iteration import Iteration
@@ -34,7 +34,7 @@ def run_reft(run: Run) -> dict:
     made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
     start = {"best": 0, "best_dev_top1": -1.0}
     state_parts = abstract_policy(run), optimizer, partial(load_model, run, "warmup")
-    with Training(run, "reft", *state_parts, start, made_from) as training:
+    with Training(run, "reft", *state_parts, start, made_from) as training, open_rewards(run) as rewards:
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
         functions = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
         row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
@@ -45,7 +45,7 @@ def run_reft(run: Run) -> dict:
 
             # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
             prompts, graded, metrics = roll_out_once(
-                run, state.params["lm"], examples, "reft rollout", number, samples=algorithm.samples
+                run, state.params["lm"], examples, "reft rollout", number, samples=algorithm.samples, rewards=rewards
             )
             completions, rewards = [one.completion for one in graded], [one.verdict.reward for one in graded]
             rollout = rollout_rows(prompts, completions, rewards, row_length)

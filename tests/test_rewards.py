@@ -1,5 +1,6 @@
 """Rewards of one's own: what they get, where they run, and that none of their mistakes becomes a reward."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import time
 
 import numpy as np
 import pytest
+from faults.starts import run
 
+from reft_jax.run.executions import read_executions
 from reft_jax.tasks.rewards import Paid, RewardError, Rewards, check_reward
 from reft_jax.types import Example, InputError, Verdict
 
@@ -233,3 +236,35 @@ def test_a_wrong_file_is_found_at_the_start(file, name, told):
 
 def test_no_reward_needs_no_process():
     check_reward("")
+
+
+RUN = """
+def reward(completion, example, verdict):
+    print(example.item_id)
+    {line}
+    return 2 * verdict.reward, {{"format": 0.25}}
+"""
+
+
+def test_a_run_pays_it_ends_with_its_error_and_resumes_with_the_corrected_file(tmp_path):
+    """On the toy: the reward fails in the first iteration, the file is corrected, and the stage resumes."""
+    file, workdir, cache = tmp_path / "mine.py", tmp_path / "run", tmp_path / "compiled"
+    file.write_text(RUN.format(line="assert completion is None"))
+    chosen = [f"--config.reward={file}:reward", "--config.reward_workers=2", "--config.rl.iterations=2"]
+    chosen.append("--config.rl.eval_every=2")
+    assert run("sft", workdir, cache, *chosen).returncode == 0
+    failed = run("reft", workdir, cache, *chosen)
+    assert failed.returncode == 2 and "assert completion is None" in failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: reward='{file}:reward': item 'toy_") and "AssertionError" in last
+    file.write_text(RUN.format(line="pass"))
+    done = run("reft", workdir, cache, *chosen)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (workdir / "reft" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["reward/format"] == 0.25 for line in lines)
+    executions = list(read_executions(workdir / "executions.jsonl.gz"))
+    paid_for = [one for one in executions if "parts" in one]
+    assert len(paid_for) == 2 * 16 and {one["purpose"] for one in paid_for} == {"reft rollout"}
+    assert np.mean([line["reward"] for line in lines]) == pytest.approx(np.mean([one["reward"] for one in paid_for]))
+    assert {one["reward"] for one in paid_for} <= {0.0, 0.2, 2.0} and max(one["reward"] for one in paid_for) > 0
+    assert "toy_" in (workdir / "logs" / "rewards_0.log").read_text() and "toy_" not in done.stdout

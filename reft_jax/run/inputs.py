@@ -151,6 +151,8 @@ def _hash(text: str) -> str:
 def load_data(config, paths: dict[str, str]) -> Data:
     """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
     data, task = config.data, load_task(config.task, config.data.reading)
+    if task.want == "tests" and data.format != "python":
+        raise InputError(f"config: data.format={data.format!r} must be 'python': task={config.task!r} runs its answers")
     train = shorten(datasets.load_examples(paths["train"], task, need_cot=True), data.train_limit, config.seed)
     test = shorten(datasets.load_examples(paths["test"], task, need_cot=False), data.test_limit, config.seed)
     if shared := datasets.shared_questions(train, test):

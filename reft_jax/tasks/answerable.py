@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reft_jax.tasks.datasets import leave_out, named
-from reft_jax.tasks.prompts import completion_text, is_text, parsed, sft_target
+from reft_jax.tasks.prompts import completion_text, forced_prefix, is_text, parsed, sft_target
 from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.tasks.tokenizer import decode, encode_rollout
 from reft_jax.types import Example, InputError
@@ -37,7 +37,9 @@ def unanswerable(
         ids = encode_rollout(tok, example.question, answer_format, task)
         if len(ids) >= max_len:
             reasons[example.item_id] = NO_ROOM
-        elif answer_format == "python" and not can_begin_program(completion_text(decode(tok, ids), task)):
+        elif forced_prefix(example.question, answer_format, task) and not can_begin_program(
+            completion_text(decode(tok, ids), task)
+        ):
             reasons[example.item_id] = NO_PROGRAM
     return reasons
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reft_jax.model_folder import CONFIG, TOKENIZER_CONFIG, end_ids, read_settings, tokenizer_files, write_tokenizer
-from reft_jax.tasks.prompts import rollout_prompt
+from reft_jax.tasks.prompts import forced_prefix, rollout_prompt
 from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
@@ -225,7 +225,7 @@ def encode_rollout(tok: PreTrainedTokenizerFast, question: str, answer_format: s
     """
     text = rollout_prompt(question, answer_format, task)
     ids = encode(tok, text)
-    if answer_format == "python" and encode(tok, text + "    a")[: len(ids)] != ids:
+    if forced_prefix(question, answer_format, task) and encode(tok, text + "    a")[: len(ids)] != ids:
         return encode(tok, text[:-1])
     return ids
 

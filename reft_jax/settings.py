@@ -74,6 +74,9 @@ class DataSettings:
         "method", one_of("method", "chat"), "the prompt: the method's, or that in the base model's chat template"
     )
     system: str = setting("", ANY, "system prompt of the chat template; empty: the template's own")
+    reading: str = setting(
+        "strict", one_of("strict", "lenient"), "how answers are read: as the paper does, or as a careful person does"
+    )
     train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
     test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
     max_dropped: float = setting(0.2, between(0, 1), "largest share of training rows to drop: too long, never rewarded")
@@ -243,6 +246,9 @@ class Config:
     name: str = setting("reft", ANY, "title of the report")
     seed: int = setting(42, at_least(0), "initial heads, data order and sampling are functions of it")
     task: str = setting("", ANY, "empty: by item id; or a name in tasks/registry.py, or path.py:NAME")
+    reward: str = setting("", ANY, "empty: the task's reward; or path.py:NAME, a function (docs/rewards.md)")
+    reward_timeout_s: float = setting(30.0, POSITIVE, "wall-clock seconds per completion for `reward`")
+    reward_workers: int = setting(4, POSITIVE, "processes that compute `reward`")
     tracking: str = setting(
         "jsonl,tensorboard",
         Rule("names of trackers with commas, jsonl among them", lambda v: "jsonl" in map(str.strip, v.split(","))),

@@ -82,12 +82,16 @@ class Completion(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The grade of one completion. The reward is the task's: by default 1 if correct, 0.1 if wrong, 0 for no answer."""
+    """The grade of one completion. The reward is the task's: by default 1 if correct, 0.1 if wrong, 0 for no answer.
+
+    parts: the named parts of the reward if the setting `reward` gave it (tasks/rewards.py), else None.
+    """
 
     value: float | str | None
     correct: bool
     reward: float
     status: str
+    parts: dict[str, float] | None = None
 
 
 class Rollout(NamedTuple):

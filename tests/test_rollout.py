@@ -7,13 +7,15 @@ import pytest
 
 from reft_jax import executor
 from reft_jax.config import default_config
-from reft_jax.run.executions import ExecutionLog, read_executions
+from reft_jax.run.executions import ExecutionLog, execution, read_executions, replay
 from reft_jax.run.guards import Guards
 from reft_jax.run.inputs import Data, Inputs
 from reft_jax.run.machine import Machine
 from reft_jax.run.open import Run, Workdir
-from reft_jax.stages.rollout import Clock, roll_out, top1
-from reft_jax.types import Completion, Example, Prompt
+from reft_jax.stages import rollout
+from reft_jax.stages.rollout import Clock, reward_parts, roll_out, top1
+from reft_jax.tasks.rewards import RewardError, Rewards
+from reft_jax.types import Completion, Example, Prompt, Stopped, Verdict
 
 PROGRAMS = [
     "def solution():\n    return 7",
@@ -90,3 +92,68 @@ def test_an_executor_that_fails_is_an_error_and_no_reward(tmp_path, monkeypatch)
     run = run_with(FakeEngine(), tmp_path, monkeypatch)
     with pytest.raises(executor.InfrastructureError):
         dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test"))
+
+
+REWARD = """
+import time
+
+def reward(completion, example, verdict):
+    return 10 + verdict.reward, {"answer": verdict.reward, "item": int(example.item_id[-1])}
+
+def raises(completion, example, verdict):
+    return 1.0 if verdict.correct else missing
+
+def slow(completion, example, verdict):
+    time.sleep(0.5)
+    return 1.0
+"""
+
+
+def paying(tmp_path, name: str, workers: int = 2) -> Rewards:
+    (tmp_path / "mine.py").write_text(REWARD)
+    return Rewards(f"{tmp_path}/mine.py:{name}", workers, 30.0, tmp_path / "log")
+
+
+def test_a_reward_of_ones_own_is_paid_for_the_graded_completion(tmp_path, monkeypatch, capsys):
+    run = run_with(FakeEngine(), tmp_path, monkeypatch)
+    with paying(tmp_path, "reward") as rewards:
+        found = dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test", rewards=rewards))
+    verdicts = [found[i].verdict for i in range(4)]
+    assert [one.reward for one in verdicts] == [11.0, 10.1, 10.0, 11.0]
+    assert [one.correct for one in verdicts] == [True, False, False, True]
+    assert [one.parts["item"] for one in verdicts] == [0, 1, 2, 3]
+    assert reward_parts(list(found.values())) == {"reward/answer": pytest.approx(2.1 / 4), "reward/item": 1.5}
+    assert dict(roll_out(run, None, PROMPTS, EXAMPLES, "another"))[0].verdict == Verdict(7.0, True, 1.0, "ok")
+    assert reward_parts([]) == {}
+
+    # The log has what was paid. It does not have the completion, so it is checked only whether the answer is correct.
+    logged = list(read_executions(tmp_path / "executions.jsonl.gz"))
+    assert [line["reward"] for line in logged] == [10.0, 11.0, 11.0, 10.1, 0.0, 1.0, 1.0, 0.1]
+    assert [line["parts"]["item"] for line in logged[:4]] == [2, 0, 3, 1] and "parts" not in logged[4]
+    (tmp_path / "config.json").write_text("{}")
+    assert replay(tmp_path)
+    assert "4 rewards are not checked: the setting `reward` gave them" in capsys.readouterr().out
+    wrong = verdicts[0]._replace(correct=False)
+    run.workdir.executions.append([execution("a test", EXAMPLES[0], "text", wrong, 1.0)])
+    assert not replay(tmp_path)
+
+
+def test_a_reward_that_fails_stops_the_rollout_and_says_where(tmp_path, monkeypatch, capfd):
+    run = run_with(FakeEngine(), tmp_path, monkeypatch)
+    with paying(tmp_path, "raises") as rewards, pytest.raises(RewardError, match="item 'gsm8k_2': NameError"):
+        dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test", rewards=rewards))
+    assert "in raises\n    return 1.0 if verdict.correct else missing" in capfd.readouterr().err
+
+
+def test_slow_rewards_are_shown_as_they_come(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(rollout, "SHOWN_AFTER_S", 0.1)
+    run = run_with(FakeEngine(), tmp_path, monkeypatch)
+    with paying(tmp_path, "slow") as rewards:
+        assert len(dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test", rewards=rewards))) == 4
+    assert "a test: grading  4/" in capfd.readouterr().err
+
+
+def test_a_signal_while_rewards_are_computed_stops_the_run(tmp_path, monkeypatch):
+    run = run_with(FakeEngine(lambda: setattr(run.guards, "asked", "SIGTERM")), tmp_path, monkeypatch)
+    with paying(tmp_path, "slow") as rewards, pytest.raises(Stopped):
+        dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test", rewards=rewards))

@@ -114,7 +114,7 @@ def check_tokenizer(inputs: Inputs) -> Finding:
     texts += [prompts.sft_target(example, answer_format) for example in examples]
     changed = [text for text in texts if decode(inputs.tokenizer, encode(inputs.tokenizer, text)) != text]
     for example in examples:
-        prefix = prompts.forced_prefix(example.question, answer_format).strip()
+        prefix = inputs.prompter.prefix(example.question).strip()
         if inputs.prompter.answer(inputs.prompter.prompt(example.question)) != prefix:
             changed.append(prefix)
     figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"

@@ -17,7 +17,6 @@ from reft_jax.run.open import Run
 from reft_jax.stages.models import TITLES, abstract_reranker, checksum, done, load_model
 from reft_jax.store import writing
 from reft_jax.tasks.prompter import Prompter
-from reft_jax.tasks.prompts import forced_prefix
 from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
 
@@ -78,7 +77,7 @@ def prompt_format(prompter: Prompter, task: Task, *, is_reranker: bool) -> str:
         text = prompter.text("{question}", "{completion}")
         then = "Class 1 is the probability that the completion is right."
     else:
-        text = prompter.text("{question}", forced_prefix("{question}", answer_format))
+        text = prompter.text("{question}", prompter.prefix("{question}"))
         program = "The program, from `def solution():` on, is executed; the answer is what `solution()` returns."
         then = program if answer_format == "python" else f"The answer follows the last `{task.phrase}`."
     special = "with the chat template's special tokens" if prompter.frame.special else "without special tokens"

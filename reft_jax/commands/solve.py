@@ -40,7 +40,8 @@ def run_solve(
         raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
     settings = trained_with(source)
-    answer_format, task = answer_format or settings.get("data.format", "python"), load_task(settings.get("task", ""))
+    answer_format = answer_format or settings.get("data.format", "python")
+    task = load_task(settings.get("task", ""), settings.get("data.reading", "strict"))
     template = template or settings.get("data.template", "method")
     if system and template != "chat":
         raise InputError("--system is set, and only --template=chat has a system prompt")

@@ -178,7 +178,7 @@ def run_sweep(
     """
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
     config = checked_settings(config, workdir, [], allowed)
-    task = load_task(config.task)
+    task = load_task(config.task, config.data.reading)
     data = {
         name: shorten(load_examples(file, task, need_cot=False), config.data.test_limit, config.seed)
         for name, file in files.items()

@@ -274,7 +274,7 @@ def _stored(records: list[dict], task: Task) -> Iterator[Verdict]:
 def _executed(records: list[dict], run_programs: RunPrograms, task: Task) -> Iterator[Verdict]:
     """Runs all programs in one call, so that equal ones run once."""
     flat = [(example, prediction["completion"]) for example, prediction in _flat(records)]
-    is_program = [PROGRAM_HEAD.strip() in text for _, text in flat]
+    is_program = [PROGRAM_HEAD.strip() in text or task.want == "tests" for _, text in flat]
     graded = {}
     for answer_format in ("python", "nl"):
         chosen = [i for i, program in enumerate(is_program) if program == (answer_format == "python")]

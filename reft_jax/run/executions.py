@@ -25,7 +25,10 @@ FIELDS = {"purpose", "item_id", "answer_value", "outcome", "ms", "value", "corre
 
 
 def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: float) -> dict:
-    """One line of the log: `purpose` is what the completion was for ("reft rollout"), `ms` its program's run time."""
+    """One line of the log: `purpose` is what the completion was for ("reft rollout"), `ms` its program's run time.
+
+    It has `parts` if the setting `reward` gave the reward.
+    """
     return {
         "purpose": purpose,
         "item_id": example.item_id,
@@ -36,7 +39,7 @@ def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: f
         "value": verdict.value,
         "correct": verdict.correct,
         "reward": verdict.reward,
-    }
+    } | ({} if verdict.parts is None else {"parts": verdict.parts})
 
 
 class ExecutionLog:
@@ -104,11 +107,12 @@ def read_executions(path: Path) -> Iterator[dict]:
 def replay(workdir: Path) -> bool:
     """Grade every logged outcome again, print counts and times by purpose, and return whether all verdicts are equal.
 
-    Reads the log and the work directory's `task` only: no model, no data, no program, no accelerator.
+    Reads the log and the work directory's settings only: no model, no data, no program, no accelerator.
     """
-    task = load_task((recorded(workdir) or {}).get("task", ""))
+    settings = recorded(workdir) or {}
+    task = load_task(settings.get("task", ""), settings.get("data.reading", "strict"))
     outcomes, times, correct = defaultdict(Counter), defaultdict(list), Counter()
-    different = []
+    different, own_rewards = [], 0
     for line in read_executions(workdir / LOG_NAME):
         purpose = line["purpose"]
         outcomes[purpose][line["outcome"]] += 1
@@ -116,6 +120,9 @@ def replay(workdir: Path) -> bool:
         correct[purpose] += line["correct"]
         example = Example(line["item_id"], "", line["answer_value"])
         again = task.of(example.item_id).judge(line["value"], line["outcome"], example)
+        if "parts" in line:  # the reward of a function of the user's, which needs the completion
+            again = again._replace(reward=line["reward"])
+            own_rewards += 1
         if (again.correct, again.reward) != (line["correct"], line["reward"]):
             different.append(f"{line['item_id']} ({purpose}): logged reward {line['reward']}, graded {again.reward}")
     for purpose, counted in outcomes.items():
@@ -125,6 +132,8 @@ def replay(workdir: Path) -> bool:
     if not (total := sum(counted.total() for counted in outcomes.values())):
         raise InputError(f"{workdir / LOG_NAME}: holds no execution, so nothing was checked; restore it from a copy")
     print(f"{total - len(different)} of {total} verdicts are what the log says")
+    if own_rewards:
+        print(f"{own_rewards} rewards are not checked: the setting `reward` gave them")
     for line in different[:5]:
         print(f"  {line}")
     return not different

@@ -57,7 +57,7 @@ class Inputs:
     @property
     def task(self) -> Task:
         """What the questions ask for."""
-        return load_task(self.config.task)
+        return load_task(self.config.task, self.config.data.reading)
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -153,7 +153,9 @@ def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
 
 def load_data(config, paths: dict[str, str]) -> Data:
     """The three splits, shortened as the config says. `paths` has train, dev ("" if there is none) and test."""
-    data, task = config.data, load_task(config.task)
+    data, task = config.data, load_task(config.task, config.data.reading)
+    if task.want == "tests" and data.format != "python":
+        raise InputError(f"config: data.format={data.format!r} must be 'python': task={config.task!r} runs its answers")
     train = shorten(datasets.load_examples(paths["train"], task, need_cot=True), data.train_limit, config.seed)
     test = shorten(datasets.load_examples(paths["test"], task, need_cot=False), data.test_limit, config.seed)
     if shared := datasets.shared_questions(train, test):

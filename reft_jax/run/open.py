@@ -27,6 +27,7 @@ from reft_jax.run.machine import Machine, check_rows, make_machine, open_mesh, r
 from reft_jax.run.watch import Silence
 from reft_jax.run.workdir import check_workdir, create_workdir, with_absolute_paths
 from reft_jax.settings import Config
+from reft_jax.tasks.rewards import check_reward
 from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.toy.model import write_data, write_model
 from reft_jax.train.state import abstract_params
@@ -80,6 +81,7 @@ def open_run(
     config = checked_settings(config, workdir, needs, allowed, read_only=read_only)
     make_algorithm(config)  # a wrong one is found now, not after SFT
     load_trackers(config.tracking)
+    check_reward(config.reward)
     with Guards(config.watchdog_minutes) as guards:
         with _opened(config, workdir, guards, read_only) as run:
             guards.check()

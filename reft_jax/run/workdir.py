@@ -16,13 +16,13 @@ from reft_jax.types import InputError
 
 # Settings that may change between two starts of one run: they decide where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
-MACHINE += ("tracking", "watchdog_minutes")
+MACHINE += ("reward_timeout_s", "reward_workers", "tracking", "watchdog_minutes")
 FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
 FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "checksums.json", "versions.json")
 FILES += ("sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
-PLUGINS = ("task", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
-LATER = (*PLUGINS, "data.template", "data.system")  # settings that older versions did not record
+PLUGINS = ("task", "reward", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
+LATER = (*PLUGINS, "data.template", "data.system", "data.reading")  # settings that older versions did not record
 
 
 def with_absolute_paths(config, workdir: Path) -> Config:

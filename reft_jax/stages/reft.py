@@ -16,7 +16,8 @@ from reft_jax.parallel.mesh import round_up
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import abstract_policy, finished, load_model, sources, start_policy
-from reft_jax.stages.rollout import Graded, roll_out_once
+from reft_jax.stages.rollout import Graded, open_rewards, roll_out_once
+from reft_jax.tasks.rewards import Rewards
 from reft_jax.train.batches import minibatches, rollout_rows
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.iteration import Iteration, Scores
@@ -40,7 +41,7 @@ def run_reft(run: Run) -> dict:
         made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
     start = {"best": 0, "best_dev_top1": -1.0}
     state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
-    with Training(run, "reft", *state_parts, start, made_from) as training:
+    with Training(run, "reft", *state_parts, start, made_from) as training, open_rewards(run) as rewards:
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
         functions = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
         row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
@@ -49,10 +50,10 @@ def run_reft(run: Run) -> dict:
             state, examples = training.state, [questions[i] for i in drawn]
 
             # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
-            prompts, graded, metrics = sampled(run, state.params["lm"], examples, number, algorithm)
+            prompts, graded, metrics = sampled(run, state.params["lm"], examples, number, algorithm, rewards)
             item_ids = [prompt.item_id for prompt in prompts[:: algorithm.samples]]
-            completions, rewards = [one.completion for one in graded], [one.verdict.reward for one in graded]
-            rollout = rollout_rows(prompts, completions, rewards, row_length)
+            completions, paid = [one.completion for one in graded], [one.verdict.reward for one in graded]
+            rollout = rollout_rows(prompts, completions, paid, row_length)
             rollout_end = time.monotonic()
 
             # Log-probabilities under the policy and the reference, and values. Then KL penalty and advantages.
@@ -84,7 +85,7 @@ def run_reft(run: Run) -> dict:
 
 
 def sampled(
-    run: Run, lm, examples: list[Example], number: int, algorithm: Algorithm
+    run: Run, lm, examples: list[Example], number: int, algorithm: Algorithm, rewards: Rewards | None
 ) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
     """The rollout of iteration `number`: prompts, the graded response to each, and metrics.
 
@@ -93,7 +94,7 @@ def sampled(
     and redrawn is the number of questions that were replaced.
     """
     samples, seen, questions = algorithm.samples, Counter(), run.inputs.questions
-    prompts, graded, metrics = roll_out_once(run, lm, examples, "reft rollout", number, samples, seen)
+    prompts, graded, metrics = roll_out_once(run, lm, examples, "reft rollout", number, samples, rewards, seen)
     redraws = algorithm.redraws if algorithm.leaves_out else 0
     metrics |= {"redrawn": 0} if redraws else {}
     for attempt in range(redraws):
@@ -103,7 +104,7 @@ def sampled(
             break
         draw = np.random.default_rng([run.config.seed, number, attempt]).integers(len(questions), size=len(same))
         others = [questions[i] for i in draw]
-        new_prompts, new_graded, more = roll_out_once(run, lm, others, "reft rollout", number, samples, seen)
+        new_prompts, new_graded, more = roll_out_once(run, lm, others, "reft rollout", number, samples, rewards, seen)
         for to, row in enumerate((same[:, None] * samples + np.arange(samples)).ravel()):
             prompts[row], graded[row] = new_prompts[to], new_graded[to]
         for name in ("seconds_rollout", "seconds_reward", "seconds_programs", "prompt_tokens", "tokens"):

@@ -4,11 +4,12 @@ Every host has all completions. It runs its share of the programs and gets the o
 """
 
 import contextlib
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,11 +19,13 @@ from reft_jax.run.executions import execution
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
 from reft_jax.tasks.registry import load_task
+from reft_jax.tasks.rewards import RewardError, Rewards
 from reft_jax.train.progress import Progress
 from reft_jax.types import Completion, Example, Prompt, Verdict
 
 LOGGED_AT_ONCE = 512  # lines of the audit log
 POLL_S = 0.2  # how often to check whether to stop, while a program runs
+SHOWN_AFTER_S = 5.0  # waiting for the last verdicts, before a line shows how many are left
 
 
 class Graded(NamedTuple):
@@ -47,13 +50,19 @@ class Clock:
 class Grading:
     """Grades completions in the order in which they arrive; a context that ends with their programs.
 
-    If the executor fails, InfrastructureError is raised here: that is never a reward of 0. seconds: the run time of
-    each distinct program, by its text. outcomes: how many programs ended in each way.
+    If the executor fails, InfrastructureError is raised here, and if a reward function does, RewardError: neither is
+    ever a reward of 0. seconds: the run time of each distinct program, by its text. outcomes: how many programs ended
+    in each way.
+
+    Args:
+        rewards: what gives the rewards; None: the task.
     """
 
-    def __init__(self, run: Run):
-        self.config, self.guards, self.task = run.config, run.guards, load_task(run.config.task)
+    def __init__(self, run: Run, rewards: Rewards | None = None):
+        self.config, self.guards = run.config, run.guards
+        self.task = load_task(run.config.task, run.config.data.reading)
         self.under_way: deque[tuple[int, Example, str, Future | None]] = deque()
+        self.rewards, self.unpaid = rewards, deque()  # (number, verdict, future of its reward)
         self.seconds: dict[str, float] = {}
         self.outcomes: Counter[str] = Counter()
         self._streams: dict[str, executor.Stream] = {}
@@ -69,11 +78,25 @@ class Grading:
         """Starts to grade a completion; `collect` returns its verdict with this `number`."""
         future = None
         if self.config.data.format == "python":
-            future = self._stream(self.task.of(example.item_id).want).submit(text)
+            task = self.task.of(example.item_id)
+            future = self._stream(task.returns).submit(task.program(text, example))
         self.under_way.append((number, example, text, future))
 
     def collect(self, wait: bool = False) -> Iterator[tuple[int, Verdict]]:
         """The verdicts that are known, by number, in the order of `submit`; with `wait`, all of them."""
+        if self.rewards is None:
+            yield from ((number, verdict) for number, _, _, verdict in self._verdicts(wait))
+            return
+        for number, example, text, verdict in self._verdicts(wait):
+            self.unpaid.append((number, verdict, self.rewards.submit(text, example, verdict)))
+        while self.unpaid and (wait or self.unpaid[0][2].done()):
+            number, verdict, future = self.unpaid.popleft()
+            paid = self._result(future)
+            self.guards.step(alone=True)
+            yield number, verdict._replace(reward=paid.reward, parts=paid.parts)
+
+    def _verdicts(self, wait: bool) -> Iterator[tuple[int, Example, str, Verdict]]:
+        """What is graded, with the task's reward."""
         while self.under_way and (wait or self.under_way[0][3] is None or self.under_way[0][3].done()):
             number, example, text, future = self.under_way.popleft()
             task = self.task.of(example.item_id)
@@ -85,10 +108,13 @@ class Grading:
                 self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
                 self.seconds[text] = result.ms / 1000
             self.guards.step(alone=True)
-            yield number, verdict
+            yield number, example, text, verdict
 
-    def _result(self, future: Future) -> executor.ExecResult:
-        """Waits for a program's result. Raises Stopped if the run is asked to stop first; there is no verdict then."""
+    def _result(self, future: Future) -> Any:
+        """Waits for a program or a reward. Raises Stopped if the run is asked to stop first; there is no verdict then.
+
+        Prints where a reward function failed: the error itself is one line.
+        """
         while True:
             try:
                 return future.result(timeout=POLL_S)
@@ -96,6 +122,9 @@ class Grading:
                 self.guards.check(alone=True)
             except executor.InfrastructureError:
                 self.guards.check(alone=True)  # when the machine shuts down, the executor may end first
+                raise
+            except RewardError as error:
+                print(f"\n{error.traceback.rstrip()}", file=sys.stderr, flush=True)
                 raise
 
     def _stream(self, want: str) -> executor.Stream:
@@ -114,17 +143,24 @@ class Grading:
 
 
 def roll_out(
-    run: Run, lm, prompts: list[Prompt], examples: list[Example], purpose: str, clock: Clock | None = None, **sampling
+    run: Run,
+    lm,
+    prompts: list[Prompt],
+    examples: list[Example],
+    purpose: str,
+    clock: Clock | None = None,
+    rewards: Rewards | None = None,
+    **sampling,
 ) -> Iterator[tuple[int, Graded]]:
     """Yields (index of the prompt, graded completion) as verdicts come; with several hosts, after all have come.
 
-    examples[i] is the question of prompts[i]. purpose: the name of the rollout in the audit log. sampling: arguments of
-    `Engine.generate` (max_len, temperature, top_k, iteration).
+    examples[i] is the question of prompts[i]. purpose: the name of the rollout in the audit log. rewards: what gives
+    the rewards; None: the task. sampling: arguments of `Engine.generate` (max_len, temperature, top_k, iteration).
     """
     clock, owners, alone, tally = clock or Clock(), shares(prompts), hosts.count() == 1, Tally()
     ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
     mine: dict[int, Verdict] = {}
-    with Grading(run) as grading, contextlib.closing(Log(run)) as log:
+    with Grading(run, rewards) as grading, contextlib.closing(Log(run)) as log:
 
         def settled(verdicts, seconds) -> Iterator[tuple[int, Graded]]:
             for i, verdict in verdicts:
@@ -143,10 +179,11 @@ def roll_out(
             else:
                 mine |= grading.collect()
         clock.decoding, begun = time.monotonic() - begun, time.monotonic()
+        rest = shown(grading.collect(wait=True), f"{purpose}: grading", len(grading.under_way) + len(grading.unpaid))
         if alone:
-            yield from settled(grading.collect(wait=True), grading.seconds)
+            yield from settled(rest, grading.seconds)
         else:
-            mine |= grading.collect(wait=True)
+            mine |= rest
         verdicts, seconds = {}, {}
         for theirs in hosts.gather(f"verdicts of {purpose}", [mine, grading.seconds, grading.outcomes]):
             verdicts |= {int(i): Verdict(*verdict) for i, verdict in theirs[0].items()}
@@ -156,6 +193,18 @@ def roll_out(
         clock.waiting = time.monotonic() - begun
         yield from settled([(i, verdicts[i]) for i in ended], seconds)
     run.silence.ended(purpose, tally, SILENT_ROLLOUTS if "iteration" in sampling else 1)
+
+
+def shown(verdicts: Iterator[tuple[int, Verdict]], what: str, total: int) -> Iterator[tuple[int, Verdict]]:
+    """Passes the verdicts on. If they take long, a line shows how many there are."""
+    progress, begun, shows = Progress(what, total, "completion"), time.monotonic(), False
+    for done, one in enumerate(verdicts, 1):
+        yield one
+        if time.monotonic() - begun > SHOWN_AFTER_S:
+            shows = True
+            progress.update(done)
+    if shows:
+        progress.close()
 
 
 class Log:
@@ -196,7 +245,14 @@ def prompts_of_iteration(
 
 
 def roll_out_once(
-    run: Run, lm, examples: list[Example], purpose: str, iteration: int, samples: int = 1, seen: Counter | None = None
+    run: Run,
+    lm,
+    examples: list[Example],
+    purpose: str,
+    iteration: int,
+    samples: int = 1,
+    rewards: Rewards | None = None,
+    seen: Counter | None = None,
 ) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
     """The rollout of one training iteration: prompts, the graded response to each, and metrics.
 
@@ -206,7 +262,7 @@ def roll_out_once(
     prompts = prompts_of_iteration(run, examples, samples, seen)
     asked = [example for example in examples for _ in range(samples)]
     sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
-    found = dict(roll_out(run, lm, prompts, asked, purpose, clock, **sampling))
+    found = dict(roll_out(run, lm, prompts, asked, purpose, clock, rewards, **sampling))
     graded = [found[i] for i in range(len(prompts))]
     decoded = run.machine.engine.counts - before
     return (
@@ -225,8 +281,30 @@ def roll_out_once(
             "prompt_tokens": decoded["prompt_tokens"],
             "tokens": decoded["tokens"],
             "slots_busy": decoded["tokens"] / decoded["slot_steps"],
-        },
+        }
+        | reward_parts(graded),
     )
+
+
+def reward_parts(graded: list[Graded]) -> dict[str, float]:
+    """{"reward/NAME": mean of this part over the completions that have it}."""
+    parts: dict[str, list[float]] = {}
+    for one in graded:
+        for name, part in (one.verdict.parts or {}).items():
+            parts.setdefault(f"reward/{name}", []).append(part)
+    return {name: float(np.mean(values)) for name, values in sorted(parts.items())}
+
+
+@contextlib.contextmanager
+def open_rewards(run: Run) -> Iterator[Rewards | None]:
+    """The workers of the setting `reward`; None if it is empty and the task gives the rewards."""
+    config = run.config
+    if not config.reward:
+        yield None
+        return
+    log = run.workdir.path / "logs" / f"rewards_{hosts.number()}.log"
+    with Rewards(config.reward, config.reward_workers, config.reward_timeout_s, log) as rewards:
+        yield rewards
 
 
 def greedy(run: Run, lm, examples: list[Example], purpose: str) -> list[Graded]:

@@ -47,6 +47,7 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     identity = {"model": weights.checksum, "format": run.config.data.format} | sampling
     identity |= {"seed": run.config.seed, "dtype": run.config.model.dtype}
     identity |= {key: value for key, value in (("task", task.name), ("template", run.inputs.template)) if value}
+    identity |= {} if task.reading == "strict" else {"reading": task.reading}
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
     about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}
     return MadeBy(kind, identity, recorded(examples, **about), task)

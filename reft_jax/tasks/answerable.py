@@ -31,7 +31,7 @@ def unanswerable(prompter: Prompter, examples: Sequence[Example], max_len: int) 
         ids = prompter.prompt(example.question)
         if len(ids) >= max_len:
             reasons[example.item_id] = NO_ROOM
-        elif prompter.answer_format == "python" and not can_begin_program(prompter.answer(ids)):
+        elif prompter.prefix(example.question) and not can_begin_program(prompter.answer(ids)):
             reasons[example.item_id] = NO_PROGRAM
     return reasons
 

@@ -50,6 +50,7 @@ class Prompter:
 
     tok: PreTrainedTokenizerFast
     answer_format: str
+    task: Task
     frame: Frame
     read: str
 
@@ -77,6 +78,10 @@ class Prompter:
             run += own
         return ids + encode(self.tok, run, special=True)
 
+    def prefix(self, question: str) -> str:
+        """The forced beginning of an answer; empty if there is none."""
+        return forced_prefix(question, self.answer_format, self.task)
+
     def prompt(self, question: str) -> list[int]:
         """The ids that a rollout continues, the forced prefix included, cut where the training rows have a cut too.
 
@@ -84,7 +89,7 @@ class Prompter:
         the prefix's last newline in this place, and the model answers with a second `def solution():`. With such a
         tokenizer the newline is left to the model. Sentencepiece models (CodeLlama) keep it.
         """
-        prefix = forced_prefix(question, self.answer_format)
+        prefix = self.prefix(question)
         ids = self.ids(question, prefix)
         if prefix and self.ids(question, prefix + "    a")[: len(ids)] != ids:
             return self.ids(question, prefix[:-1])
@@ -134,10 +139,10 @@ def make_prompter(
     """
     if template == "method":
         frame = Frame(task.before, task.after, "", tok.eos_token_id, None)
-        return Prompter(tok, answer_format, frame, task.after)
-    made = Prompter(tok, answer_format, chat_frame(tok, task, system), "")
+        return Prompter(tok, answer_format, task, frame, task.after)
+    made = Prompter(tok, answer_format, task, chat_frame(tok, task, system), "")
     read = decode(tok, made.ids(QUESTION)).rpartition(QUESTION)[2]
-    return Prompter(tok, answer_format, made.frame, read)
+    return Prompter(tok, answer_format, task, made.frame, read)
 
 
 def chat_frame(tok: PreTrainedTokenizerFast, task: Task, system: str) -> Frame:

@@ -20,9 +20,13 @@ def prompt_text(question: str, task: Task = PAPER) -> str:
     return f"{task.before}{question.strip()}{task.after}"
 
 
-def forced_prefix(question: str, answer_format: str) -> str:
-    """The beginning of every rollout's answer: two lines of program for `python`, nothing for `nl`."""
-    return f"{PROGRAM_HEAD}    {docstring(question.strip())}\n" if answer_format == "python" else ""
+def forced_prefix(question: str, answer_format: str, task: Task = PAPER) -> str:
+    """The beginning of every rollout's answer: two lines of program for `python`, nothing for `nl`.
+
+    Nothing either if the task wants tests to pass: its programs define what the tests call.
+    """
+    forced = answer_format == "python" and task.want != "tests"
+    return f"{PROGRAM_HEAD}    {docstring(question.strip())}\n" if forced else ""
 
 
 def docstring(question: str) -> str:
@@ -62,7 +66,7 @@ def parsed(source: str) -> list[ast.stmt]:
 
 def rollout_prompt(question: str, answer_format: str, task: Task = PAPER) -> str:
     """What a rollout continues: one string, tokenized once, since sentencepiece splits differently at another cut."""
-    return prompt_text(question, task) + forced_prefix(question, answer_format)
+    return prompt_text(question, task) + forced_prefix(question, answer_format, task)
 
 
 def sft_target(example: Example, answer_format: str, task: Task = PAPER) -> str:
@@ -75,6 +79,8 @@ def sft_target(example: Example, answer_format: str, task: Task = PAPER) -> str:
     model then never answers.
     """
     cot = example.answer_cot.strip()
+    if task.want == "tests":
+        return cot
     is_program = PROGRAM_HEAD.strip() in cot
     if is_program != (answer_format == "python"):
         kind = "a program" if is_program else "not a program"

@@ -131,7 +131,7 @@ PLANTED = [
      '    check_keys(opened["allowed"], "--allow_config_change")\n', "",
      ("test_bad_input.py::test_named_settings_may_change_and_where_a_run_computes_always",)),
     ("sweep: a stage's reranker has a policy's shapes", "reft_jax.commands.sweep",
-     '(RerankHead(), "rerank_head") if self.reranker else (V', "(V",
+     "        if self.reranker:\n            return abstract_params", "        if False:\n            return abstract_params",
      ("test_sweep.py::test_a_stages_model_of_another_kind_or_shape_is_found_before_anything_is_made",)),
     ("sweep: a stage's reranker as a policy", "reft_jax.commands.sweep",
      'if path.name.startswith("rerank_") != reranker:', "if False:",

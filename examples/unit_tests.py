@@ -1,0 +1,59 @@
+"""Questions whose answer is a program that passes tests, as in MBPP and HumanEval. Its reward is ReFT's: 1, 0.1 or 0.
+
+    python -m reft_jax pipeline --config=… --workdir=… --config.task=examples/unit_tests.py:UNIT_TESTS
+
+In a data file, `answer_value` is Python. Its asserts and its calls, as `check(add)`, are the tests; what else is in it
+(imports, `def check(candidate):`) runs before them. The answer of a completion is the share of tests that pass. It is
+correct if that is 1; a program that does not run has no answer. The sandbox and the limits are those of every program.
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+
+from reft_jax.tasks.registry import Task
+
+# The completion runs in names of its own, so it cannot replace `solution` or what `solution` uses by accident.
+HARNESS = """
+def solution(exec=exec, Exception=Exception):
+    names = {{"__name__": "solution"}}
+    exec({code!r}, names)
+    passed = 0
+    for statement, is_test in {statements!r}:
+        try:
+            exec(statement, names)
+            passed += is_test
+        except Exception:
+            pass
+    return passed / {tests}
+"""
+
+
+def statements(tests: str) -> list[tuple[str, bool]]:
+    """The statements of a text and whether each is a test. None if it is not Python."""
+    try:
+        return [(ast.unparse(one), isinstance(one, ast.Assert | ast.Expr)) for one in ast.parse(tests).body]
+    except (SyntaxError, ValueError):
+        return []
+
+
+@dataclass(frozen=True)
+class UnitTests(Task):
+    after: str = "\nProgram:\n"
+    want: str = "tests"
+    allowed: str = "Python with at least one assert or call"
+
+    def program(self, completion, example):
+        fenced = re.search(r"```(?:python)?\n(.*?)(?:```|$)", completion, re.DOTALL)
+        found = statements(example.answer_value)
+        tests = sum(is_test for _, is_test in found)
+        return HARNESS.format(code=fenced[1] if fenced else completion, statements=found, tests=tests)
+
+    def target(self, answer_value):
+        return 1.0 if any(is_test for _, is_test in statements(answer_value)) else None
+
+    def same(self, value, target):
+        return value == target
+
+
+UNIT_TESTS = UnitTests("unit-tests")

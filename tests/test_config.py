@@ -231,7 +231,7 @@ def test_values_of_a_file_and_of_the_command_line_are_of_one_kind(parse):
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("rl.kl", "rl.kl_coef"),  # what it begins with
+        ("rl.vf", "rl.vf_coef"),  # what it begins with
         ("rl.epoch", "rl.epochs"),
         ("sft.lr", "sft.learning_rate"),  # initials, before lr_warmup
         ("rerank.lr", "rerank.learning_rate"),  # of its own section

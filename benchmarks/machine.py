@@ -51,7 +51,7 @@ def limits(dtype: str) -> tuple[float, float]:
     import jax.numpy as jnp
 
     square = jnp.ones((2048, 2048), dtype)
-    product = jax.jit(lambda a, b: a @ b)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     flops = 2 * 2048**3 / seconds(lambda: product(square, square), 9)
     copy, kept = jax.jit(lambda x: x + 1, donate_argnums=0), [jnp.ones(1 << 26, jnp.float32)]
 

@@ -122,7 +122,8 @@ def _to_operands(q, k, to_scores, weights, gradient):
         return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32).astype(q.dtype)
 
     # A sum over two axes: XLA transposes the smaller side first. Over one, its CPU backend multiplies in float32.
-    q, gradient, to, by = (x.reshape(*x.shape[:2], 2, -1, x.shape[-1]) for x in (q, gradient, to_scores, weights))
+    halves = 2 - q.shape[2] % 2
+    q, gradient, to, by = (x.reshape(*x.shape[:2], halves, -1, x.shape[-1]) for x in (q, gradient, to_scores, weights))
     to_q = summed("BKQS,BKHS->BKQH", to_scores, k)
     to_k, to_v = summed("BKcQH,BKcQS->BKHS", q, to), summed("BKcQH,BKcQS->BKHS", gradient, by)
     return to_q, to_k, to_v.swapaxes(-1, -2)

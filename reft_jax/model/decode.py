@@ -56,11 +56,11 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
         positions = write(positions, at, k, v)
         written.append(positions)
         heads = attend(q, (*positions, seen)).reshape(batch, -1).T
-        x = _residual_columns(x + own["o"] @ heads)
+        x = _residual_columns(x + product(own["o"], heads))
 
         y = rms_norm(x, own["mlp_norm"], c.rms_norm_eps, axis=0)
-        y = nn.with_logical_constraint(nn.silu(own["gate"] @ y) * (own["up"] @ y), ("mlp", "batch"))
-        x = _residual_columns(x + own["down"] @ y)
+        y = nn.with_logical_constraint(nn.silu(product(own["gate"], y)) * product(own["up"], y), ("mlp", "batch"))
+        x = _residual_columns(x + product(own["down"], y))
     hidden = rms_norm(x, weights["final_norm"], c.rms_norm_eps, axis=0)
     output = weights["embed"] if c.tie_embeddings else weights["lm_head"]["kernel"]
     return jnp.matmul(output, hidden, preferred_element_type=jnp.float32), tuple(written)

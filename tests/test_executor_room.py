@@ -12,7 +12,7 @@ from executor_tools import body, linux, patched_zygote, run_one, wait_until, zyg
 from test_executor_corners import denied
 
 from reft_jax import executor
-from reft_jax.executor import InfrastructureError, calls, process, room, run_programs, start
+from reft_jax.executor import InfrastructureError, calls, pool, process, room, run_programs, start
 
 SLEEPS = body("import time", "time.sleep(1.5)", "return 7")
 GROUPS = Path("/sys/fs/cgroup")
@@ -146,6 +146,22 @@ def test_stopped_children_that_hold_megabytes_end_at_once(fresh):
         assert len(children(345, isolated)) >= kept
     large = [pid for pid in children(345, isolated) if resident(pid) > 20 << 20]
     assert len(large) <= 1  # the last one is looked at with the next program
+
+
+@linux
+def test_children_made_before_a_call_end_after_it(fresh):
+    """The end of a process takes longer than most programs: it must not delay the next one."""
+    fresh.setattr(process, "COMMAND", patched_zygote("zygote.IDLE_S = 3600", "zygote.PATIENCE_S = 60"))
+    if "seccomp" not in (line := start(1, 346)):
+        pytest.skip("no child is made before a call without seccomp")
+    isolated, programs = "namespaces" in line, [body(f"return {i}") for i in range(12)]
+    pool.keep_spares((False, 346), 1, len(programs))
+    assert wait_until(lambda: len(children(346, isolated)) == 15)
+    made = children(346, isolated)
+    batch = calls.Stream(20.0, 1, "number", 346)  # not closed: that would have spares made
+    assert [batch.submit(program).result().value for program in programs] == list(range(12))
+    time.sleep(0.1)
+    assert children(346, isolated) == made
 
 
 def resident(pid: int) -> int:

@@ -162,6 +162,8 @@ class Zygote:
         program, timeout_s, want = marshal.loads(message[8:])
         resource.setrlimit(*lockdown.possible_limit("CPU", math.ceil(timeout_s) + 2))
         write(LINK, inside.solve(program, want, self.namespace))
+        if warm:
+            os.read(LINK, 1)  # waits for the zygote to end it: ending by itself would delay the next program
 
     def take(self) -> tuple[int, int]:
         """Returns a locked-down child, a warm one if there is any. Raises NoRoom if none can be made."""

@@ -27,6 +27,8 @@ PLANTED = [
      (f"{ROOM}what_cannot_be_made_is_tried_again_then_an_error_that_the_next_call_recovers_from",)),
     ("executor: stopped children keep their memory", f"{E}.zygote", "usage.ru_maxrss > self.large", "False",
      (f"{ROOM}stopped_children_that_hold_megabytes_end_at_once",)),
+    ("executor: a child ends during a call", f"{E}.zygote", "        if warm:\n            os.read(LINK, 1)",
+     "        if False:\n            os.read(LINK, 1)", (f"{ROOM}children_made_before_a_call_end_after_it",)),
     ("executor: the host's signals", f"{E}.zygote", "    begin.own_signals()\n    try:", "    try:",
      ("test_executor_hosts.py::test_odd_host",)),
     ("executor: orphans of a lost zygote stay", f"{E}.process", "        collect_orphans()\n", "",

@@ -53,11 +53,13 @@ part() {
   fi
 }
 
-config=(--config=configs/quickstart.py --config.executor.allow_unsandboxed)  # only the toy's own programs run
+config=(--config=configs/quickstart.py "--config.compiled=$work/compiled")
+config+=(--config.executor.allow_unsandboxed)  # only programs of the toy's own model run
 few=(--config.toy.train_rows=256 --config.toy.dev_rows=16 --config.toy.test_rows=16)
 few+=(--config.sft.epochs=3 --config.sft.warmup_epoch=1 --config.sft.eval_every=3)
 tiny=()
 if [[ -n "$toy" ]]; then
+  few+=(--config.data.pad_multiple=128)  # one length of rows: fewer functions to compile
   tiny=("${few[@]}" --config.rl.iterations=2 --config.rl.questions=32 --config.rl.eval_every=2 --config.sample.n=2)
   tiny+=(--config.sample.train_n=2 --config.sample.train_limit=32 --config.rerank.epochs=1)
 fi

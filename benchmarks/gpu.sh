@@ -27,11 +27,14 @@ names = "jax flax optax orbax numpy ml_collections absl transformers tokenizers 
 print(*(name for name in [*names.split(), "tensorboardX", "matplotlib"] if find_spec(name) is None))' 2>&1)"
 [[ -z "$missing" ]] || echo "missing in $python: $missing; the parts that need them will fail" | tee "$out/missing.txt"
 
-toy="${2:-}"
-if [[ -z "$toy" && "$("$python" -c 'import jax; print(jax.default_backend())' 2>/dev/null)" == cpu ]]; then
-  toy=--toy
-  echo "no GPU here: toy sizes"
+# The platform is named, because JAX would also look for a TPU, and wait for one.
+if [[ -z "${JAX_PLATFORMS:-}" ]]; then
+  JAX_PLATFORMS=cuda "$python" -c 'import jax; jax.devices()' >/dev/null 2>&1 && JAX_PLATFORMS=cuda
 fi
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+toy="${2:-}"
+[[ "$JAX_PLATFORMS" != cpu ]] || toy=--toy
+echo "platform $JAX_PLATFORMS${toy:+, toy sizes}"
 
 # part NAME SECONDS COMMAND…: runs it with a time limit, its output in OUT_DIR/NAME.txt. SIGKILL reaches all of its
 # processes at once: after SIGTERM a stage would go on to a point where it can save, and slow the next part.
@@ -50,11 +53,13 @@ part() {
   fi
 }
 
-config=(--config=configs/quickstart.py --config.executor.allow_unsandboxed)  # only the toy's own programs run
+config=(--config=configs/quickstart.py "--config.compiled=$work/compiled")
+config+=(--config.executor.allow_unsandboxed)  # only programs of the toy's own model run
 few=(--config.toy.train_rows=256 --config.toy.dev_rows=16 --config.toy.test_rows=16)
 few+=(--config.sft.epochs=3 --config.sft.warmup_epoch=1 --config.sft.eval_every=3)
 tiny=()
 if [[ -n "$toy" ]]; then
+  few+=(--config.data.pad_multiple=128)  # one length of rows: fewer functions to compile
   tiny=("${few[@]}" --config.rl.iterations=2 --config.rl.questions=32 --config.rl.eval_every=2 --config.sample.n=2)
   tiny+=(--config.sample.train_n=2 --config.sample.train_limit=32 --config.rerank.epochs=1)
 fi

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model_folder import read_json
 from reft_jax.parallel.mesh import make_mesh, on_mesh, unboxed
-from reft_jax.run.about import commit, versions
+from reft_jax.run.about import PACKAGES, commit
 from reft_jax.train.state import abstract_params
 
 TOY = {"num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 1024}
@@ -86,7 +87,9 @@ def machine() -> dict:
     flops, copied = limits("bfloat16")
     device, system = jax.devices()[0], f"{platform.machine()}, {platform.system()} {platform.release()}"
     found = {"device": device.device_kind, "devices": jax.device_count(), "backend": jax.default_backend()}
-    found |= {"cores": os.cpu_count(), "system": system, "versions": versions() | {"commit": commit()}}
+    there = {name: version(name) for name in PACKAGES if any(distributions(name=name))}  # others are not needed here
+    there |= {"python": platform.python_version(), "commit": commit()}
+    found |= {"cores": os.cpu_count(), "system": system, "versions": there}
     return found | {"matmul_2048_bfloat16_flop_per_s": flops, "copy_bytes_per_s": copied}
 
 

@@ -52,6 +52,8 @@ def sampling_of(config) -> tuple:
 
 
 class FakeInputs(Inputs):
+    prompter = None  # there is no tokenizer
+
     def prompts(self, examples, n=1):
         return [Prompt(example.item_id, i, ()) for example in examples for i in range(n)]
 

@@ -15,6 +15,7 @@ from tiny import tiny_model, tiny_policy
 
 from reft_jax import load_hf, load_value_head, save_hf
 from reft_jax.commands import export
+from reft_jax.config import default_config
 from reft_jax.model.hf import VALUE_HEAD_FILE
 from reft_jax.model.safetensors import map_tensor, read_header
 from reft_jax.model_folder import check_new_folder
@@ -62,7 +63,7 @@ def exported(base: Path, out: Path, monkeypatch, dtype=None, head="value_head") 
     monkeypatch.setattr(export, "load_model", lambda run, name, abstract=None: params)
     monkeypatch.setattr(export, "abstract_reranker", lambda run: None)
     monkeypatch.setattr(export, "model_card", lambda run, name, licences: f"card of {name}")
-    inputs = Inputs(None, base, load_tokenizer(base), Data([], [], [], ""))
+    inputs = Inputs(default_config(), base, load_tokenizer(base), Data([], [], [], ""))
     run = Run(inputs, Machine(None, model, None), Workdir(base.parent, None), None)
     export.run_export(run, "rerank_reft" if head == "rerank_head" else "reft", out, dtype)
     return json.loads((out / "config.json").read_text())

@@ -8,12 +8,17 @@ import pytest
 from test_tokenizer import PROGRAM_TAIL, QUESTION, TEXTS
 from tiny import tiny_model
 
+from reft_jax.commands.evaluate import about
 from reft_jax.commands.export import prompt_format
 from reft_jax.config import check_config, default_config
 from reft_jax.model.hf_write import save_hf
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.run.inputs import Data, Inputs
 from reft_jax.run.machine import make_machine
+from reft_jax.run.open import Run, Workdir
+from reft_jax.stages.models import Weights
+from reft_jax.stages.rerank import scores_made_by
+from reft_jax.stages.sample import made_by
 from reft_jax.tasks.answerable import unanswerable
 from reft_jax.tasks.prompter import make_prompter
 from reft_jax.tasks.prompts import forced_prefix, rollout_prompt
@@ -181,6 +186,14 @@ def test_records_name_the_template_and_the_methods_are_as_before(folder):
     settings = [one.data_made["settings"] for one in (method, chat, kind)]
     assert len(set(settings)) == 3
     assert method.made_by()["data"] == method.data.checksum() != chat.made_by()["data"]
+    runs = [Run(one, None, Workdir(folder, None), None) for one in (method, chat, kind)]
+    headers = [made_by(run, Weights("0", None), [], 1).identity for run in runs]
+    assert [header.pop("template", None) for header in headers] == [None, chat.template, kind.template]
+    assert headers[0] == headers[1] == headers[2]
+    scores = [scores_made_by(run, Weights("0", None), []).identity for run in runs]
+    assert [score.get("template") for score in scores] == [None, chat.template, kind.template]
+    told = "in the model's chat template"
+    assert [about(run).get("prompt") for run in runs] == [None, told, f"{told}, system prompt 'Be kind.'"]
 
 
 def test_an_export_keeps_the_template_and_ends_at_its_end(folder, tmp_path_factory):

@@ -112,12 +112,12 @@ def check_tokenizer(inputs: Inputs) -> Finding:
     answer_format, examples = inputs.config.data.format, inputs.data.train
     texts = [prompts.rollout_prompt(example.question, answer_format) for example in examples]
     texts += [prompts.sft_target(example, answer_format) for example in examples]
-    changed = [text for text in texts if decode(inputs.tokenizer, encode(inputs.tokenizer, text)) != text]
-    for example in examples:
-        prefix = inputs.prompter.prefix(example.question).strip()
-        if inputs.prompter.answer(inputs.prompter.prompt(example.question)) != prefix:
-            changed.append(prefix)
-    figure = f"{len(texts) - len(changed)} of {len(texts)} prompts and solutions come back as they were"
+    found = [(text, decode(inputs.tokenizer, encode(inputs.tokenizer, text))) for text in texts]
+    for example in examples:  # what is read after a prompt is the beginning of the answer
+        begun = inputs.prompter.answer(inputs.prompter.prompt(example.question))
+        found.append((inputs.prompter.prefix(example.question).strip(), begun))
+    changed = [text for text, read in found if read != text]
+    figure = f"{len(found) - len(changed)} of {len(found)} prompts and solutions come back as they were"
     return Finding("tokenizer round trip", not changed, figure + (f"; not {changed[0][:60]!r}" if changed else ""))
 
 

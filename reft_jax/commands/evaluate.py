@@ -1,10 +1,13 @@
 """The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
 
+from functools import partial
 from itertools import chain
 
 import numpy as np
 
+from reft_jax import executor
 from reft_jax.config import flatten
+from reft_jax.evaluation import results
 from reft_jax.evaluation.curves import plot_curves
 from reft_jax.evaluation.intervals import slope_interval
 from reft_jax.evaluation.provenance import stored
@@ -20,6 +23,8 @@ from reft_jax.stages.models import POLICIES, TITLES, checksum, done
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, made_by
 from reft_jax.tasks.answerable import wrong_anyway
+from reft_jax.tasks.answers import RunPrograms
+from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
 
 
@@ -62,8 +67,11 @@ def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
     return first + read_metrics(run.workdir.path / stage)
 
 
-def run_evaluate(run: Run) -> dict:
-    """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table."""
+def run_evaluate(run: Run, both_readings: bool = False) -> dict:
+    """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table.
+
+    both_readings: also read all answers in the way that `data.reading` is not.
+    """
     # Before the first answer: a damaged done.json ends the command here.
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
@@ -81,11 +89,31 @@ def run_evaluate(run: Run) -> dict:
         "stages": stages,
     } | found
     if hosts.is_first():
+        if both_readings:
+            report["readings"] = results.both_readings(list(answers), run.config.seed, *tasks(run), run_programs(run))
         write_report(run.workdir.path, report)
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         print_report(report)
     return report
+
+
+def tasks(run: Run) -> tuple[Task, Task]:
+    """The run's task, and the same task with the other reading."""
+    other = {"strict": "lenient", "lenient": "strict"}[run.config.data.reading]
+    return run.inputs.task, load_task(run.config.task, other)
+
+
+def run_programs(run: Run) -> RunPrograms:
+    """The executor with the run's limits."""
+    limits = run.config.executor
+    return partial(
+        executor.run_programs,
+        timeout_s=limits.timeout_s,
+        workers=limits.workers,
+        memory_mb=limits.memory_mb,
+        program_kb=limits.program_kb,
+    )
 
 
 def about(run: Run) -> dict[str, str]:

@@ -24,6 +24,7 @@ HOSTS = (
     Flag("num_processes", int, None, "number of hosts, with --coordinator", low=1),
     Flag("process_id", int, None, "number of this host, from 0, with --coordinator", low=0),
 )
+BOTH_READINGS = Flag("both_readings", bool, False, "also read the answers in the other way (strict, lenient)")
 UNSANDBOXED = Flag("allow_unsandboxed", bool, False, "run programs even if they can read this machine's files")
 
 
@@ -94,7 +95,7 @@ TABLE = (
     Command("rerank", 'trains a model\'s reranker; makes "rerank_MODEL"',
             "reft_jax.stages.rerank:run_rerank", needs=("warmup", "{model}"), flags=(_model(RANKED),)),
     Command("evaluate", "the table of all models in the work directory: report.md, report.json, curves.png",
-            "reft_jax.commands.evaluate:run_evaluate", needs=("sft",)),
+            "reft_jax.commands.evaluate:run_evaluate", needs=("sft",), flags=(BOTH_READINGS,)),
     Command("evaluate --replay", "checks a run's rewards: grades every logged answer again; no model, no program",
             "reft_jax.run.executions:replay", gets=("workdir",), verdict=True,
             flags=(Flag("replay", bool, False, "selects this form", to=None),)),
@@ -108,6 +109,8 @@ TABLE = (
                    Flag("execute", bool, False, "run every program again"),
                    _out("folder for sweep.md and sweep.json; if left out, only prints"),
                    Flag("task", str, "", "what the questions ask for, as the setting `task`; if left out, by item id"),
+                   Flag("reading", ("strict", "lenient"), "strict", "how answers are read, as data.reading"),
+                   BOTH_READINGS,
                    Flag("seed", int, 42, "random seed for subsets and intervals", low=0), UNSANDBOXED)),
     Command("export", "a model as a Hugging Face folder",
             "reft_jax.commands.export:run_export", needs=("{model}",), read_only=True,

@@ -14,6 +14,8 @@ fractions; percentages are only printed. A run has one report, a sweep has one p
                      "no_answer": {"greedy": {"none": 8, "total": 500}, "samples": the same},
                      "rerank_minus_voting": {"difference", "low", "high", "p"}}]
     comparisons      [{"a": "ReFT", "b": "SFT", "column": "top1", "difference", "low", "high", "p"}]
+    readings         [{"model", "column", "strict": {"correct": 309, "total": 500}, "lenient": the same, "difference",
+                     "low", "high", "p"}]: the same completions read in two ways; only if asked for
     notes            [str]
     settings         {name: value}
     checksums        {name under models/: checksum of that model at the time}; not in a sweep
@@ -70,6 +72,16 @@ def markdown_comparisons(report: dict) -> str:
     return _markdown(["points", *(columns[key] for key in used)], lines) if lines else ""
 
 
+def markdown_readings(report: dict) -> str:
+    """A table with one row per model and column: the share in either reading, and lenient minus strict."""
+    columns, lines = _columns(report), []
+    for one in report.get("readings", []):
+        shares = [" ".join(_cell(one[reading])) for reading in ("strict", "lenient")]
+        name = f"{one['model']}, {columns[one['column']]}"
+        lines.append([name, *shares, f"{_difference(one)}, p {one['p']:.2g}"])
+    return _markdown(["the same completions", "read strictly", "read leniently", "points"], lines) if lines else ""
+
+
 def write_report(folder: Path, report: dict) -> None:
     """Writes report.md and report.json into `folder`, each in one go: a reader never sees half a file."""
     _write(folder / "report", markdown(report), report)
@@ -97,6 +109,8 @@ def print_report(report: dict) -> None:
     print(f"\n{report['title']}\n")
     print("\n".join([table[0], "─" * max(map(len, table)), *table[1:]]) + "\n")
     print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in remarks))
+    if readings := markdown_readings(report):
+        print(f"\n{readings}", end="")
 
 
 def markdown(report: dict) -> str:
@@ -107,6 +121,8 @@ def markdown(report: dict) -> str:
         parts += ["## Differences", markdown_comparisons(report), _bullets([*_compared(report), HOW_COMPARED])]
     if curves := markdown_curves(report):
         parts += ["## By number of samples", curves]
+    if readings := markdown_readings(report):
+        parts += ["## Strict and lenient reading", readings]
     times = {stage: _clock(seconds) for stage, seconds in report["seconds"].items()}
     if times:
         parts += ["## Time", _pairs("stage", times)]

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from reft_jax.evaluation.intervals import mcnemar, paired_bootstrap
-from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, RERANK, RERANK_KIND, read_records
+from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, RERANK, RERANK_KIND, read_records, regrade
 from reft_jax.evaluation.subsets import rerank_at, sizes, upper_bound_at, voting_at
 from reft_jax.evaluation.voting import deduplicate, rerank_choice, upper_bound
 from reft_jax.store import short_hash
+from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import InputError
 
@@ -206,6 +207,33 @@ def table(models: list[Answers], seed: int, task: Task = PAPER) -> dict:
     rows = [row(one, seed) for one in models]
     n = max(map(samples_each, models), default=0)
     return {"test_questions": len(asked), "n": n, "rows": rows, "comparisons": comparisons(models, seed)}
+
+
+def both_readings(models: list[Answers], seed: int, task: Task, other: Task, run_programs: RunPrograms) -> list[dict]:
+    """Compares two readings of the same completions; they are never mixed in one number.
+
+    Args:
+        models: their answers, graded as `task` reads.
+        task, other: the same task with its two readings. All programs run again for the second one.
+        seed: of the intervals.
+
+    Returns: for each model and column that it has, {"model", "column", "strict": {"correct", "total"}, "lenient": the
+    same} and what `compared` returns for lenient minus strict.
+    """
+    found = []
+    for one in models:
+        again = {
+            kind: by_item(regrade(list(records.values()), run_programs, other)[0]) if records else {}
+            for kind, records in (("greedy", one.greedy), ("samples", one.samples))
+        }
+        read = {task.reading: one, other.reading: one._replace(**again)}
+        for column in COLUMNS:
+            flags = {reading: by_question(read[reading], column) for reading in ("strict", "lenient")}
+            if flags["strict"] is not None:
+                counts = {reading: count(right) for reading, right in flags.items()}
+                difference = compared(flags["lenient"], flags["strict"], seed)
+                found.append({"model": one.model, "column": column} | counts | difference)
+    return found
 
 
 def check_same(name: str, answered: dict[str, dict], other: str, asked: dict[str, dict], task: Task = PAPER) -> None:

@@ -197,13 +197,13 @@ def roll_out(
 
 def shown(verdicts: Iterator[tuple[int, Verdict]], what: str, total: int) -> Iterator[tuple[int, Verdict]]:
     """Passes the verdicts on. If they take long, a line shows how many there are."""
-    progress, begun, shows = Progress(what, total, "completion"), time.monotonic(), False
+    begun, progress = time.monotonic(), None
     for done, one in enumerate(verdicts, 1):
         yield one
         if time.monotonic() - begun > SHOWN_AFTER_S:
-            shows = True
+            progress = progress or Progress(what, total, "completion")
             progress.update(done)
-    if shows:
+    if progress:
         progress.close()
 
 

@@ -55,6 +55,7 @@ def run_solve(
         print(f"{folder}: reading, then compiling", file=sys.stderr, flush=True)
         mesh, model = make_mesh(-1, 1, 1), Llama(read_config(source.base))
         with on_mesh(mesh):
+            model.config.check_lengths({"--max_len": max_len})
             ends = {*all_end_ids(tokenizer, source.base), prompter.frame.end}
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]

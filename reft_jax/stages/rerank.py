@@ -75,7 +75,8 @@ def run_rerank(run: Run, name: str) -> dict:
 
 def pack(run: Run, rows: list[list[int]]) -> Packing:
     """At most a batch of rows in lines. A row has one decision, its last token, where it is judged."""
-    size = packing_size(run.config, run.config.rerank, run.config.rerank.batch_size)
+    limits = run.config.rerank
+    size = packing_size(run.config, limits.max_len, limits.micro_batch, limits.batch_size)
     lengths = np.array([len(row) for row in rows])
     return Packing(rows, lengths - 1, np.ones_like(lengths), **size)
 

@@ -100,7 +100,7 @@ def online_batch(
         for prompt, one in zip(prompts, graded, strict=True)
         if one.verdict.correct
     ]
-    packing = pack_targets([*sampled, *gold], **packing_size(run.config, rl, 2 * rl.questions))
+    packing = pack_targets([*sampled, *gold], **packing_size(run.config, rl.max_len, rl.micro_batch, 2 * rl.questions))
     is_gold = packing.at[0] >= len(sampled)
     halves = (0.5 * half / max(1, half.sum()) for half in (~is_gold, is_gold))
     return packing, SelfTrainBatch(*map(packing.spread, halves))

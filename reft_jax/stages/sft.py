@@ -66,4 +66,5 @@ def train_supervised(
 
 def pack(run: Run, rows: list[Row]) -> Packing:
     """Supervised rows in lines."""
-    return pack_targets(rows, **packing_size(run.config, run.config.sft, run.config.sft.batch_size))
+    sft = run.config.sft
+    return pack_targets(rows, **packing_size(run.config, sft.max_len, sft.micro_batch, sft.batch_size))

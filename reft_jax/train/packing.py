@@ -97,10 +97,10 @@ class Packing:
         return out
 
 
-def packing_size(config, limits, rows: int) -> dict[str, int]:
-    """The size of a Packing of at most `rows` rows. limits: settings with max_len and micro_batch, as config.sft."""
-    size = {"max_len": limits.max_len, "micro_batch": limits.micro_batch, "multiple": config.data.pad_multiple}
-    return size | {"micro_batches": -(-rows // limits.micro_batch)}
+def packing_size(config, max_len: int, micro_batch: int, rows: int) -> dict[str, int]:
+    """The size of a Packing of at most `rows` rows, each of at most `max_len` tokens."""
+    size = {"max_len": max_len, "micro_batch": micro_batch, "micro_batches": -(-rows // micro_batch)}
+    return size | {"multiple": config.data.pad_multiple}
 
 
 def pack_rollout(rollout: Rollout, **size) -> Packing:

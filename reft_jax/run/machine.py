@@ -16,6 +16,7 @@ from reft_jax.model.llama import Llama
 from reft_jax.parallel.mesh import make_mesh, row_shards
 from reft_jax.types import InputError
 
+LENGTHS = ("sft.max_len", "rl.max_len", "sample.max_len", "rerank.max_len")
 BY_ROW = ("sft.micro_batch", "rl.micro_batch", "rerank.micro_batch", "engine.slots")
 
 
@@ -33,7 +34,9 @@ def make_machine(config, base: Path, end_ids: Sequence[int], mesh, after_chunk: 
 
     `after_chunk` is called between chunks of decode steps. Reads config.json and no weights.
     """
-    model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
+    shapes, settings = read_config(base), flatten(config)
+    shapes.check_lengths({key: settings[key] for key in LENGTHS})
+    model = Llama(shapes, dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
     engine = Engine(
         model,
         mesh,

@@ -6,7 +6,8 @@
     python tests/mutations.py --jobs=1          one process (default: 2)
 
 No file is changed: a mutated module exists only in one process, which imports the package again for every
-mutation. Separate processes read the executor's modules: these are mutated in a copy of the repository.
+mutation. Separate processes read the modules of the executor and of reward functions: these are mutated in a copy of
+the repository.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def survives(mutation: Mutation) -> str:
     if source.count(mutation.old) != 1:
         return f"its text stands {source.count(mutation.old)} times in {path.name}; bring tests/mutations.py up to date"
     mutated = source.replace(mutation.old, mutation.new)
-    if mutation.module.startswith("reft_jax.executor."):
+    if mutation.module.startswith(("reft_jax.executor.", "reft_jax.tasks.reward_worker")):
         code, said = failing_in_copy(mutation.tests, path.relative_to(REPO), mutated)
     else:
         planted = Planted(mutation.module, mutated, path)

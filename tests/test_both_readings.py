@@ -99,21 +99,3 @@ def test_programs_must_run_for_another_reading(tmp_path, capsys, fresh):
     [report] = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert report["rows"][0]["no_answer"]["samples"]["none"] == 3  # '18' is a number for `float`, '$18' is none
     assert [one["strict"]["correct"] for one in report["readings"]] == [2, 2]
-
-
-def test_evaluate_of_a_run_shows_both(tmp_path, monkeypatch, capsys):
-    """With the settings of the run; the other reading is beside it, and nothing that is stored changes."""
-    from types import SimpleNamespace
-
-    from test_readings import settings
-
-    from reft_jax.commands import evaluate
-    from reft_jax.config import check_config
-
-    config = check_config(settings(**{"data.reading": "lenient", "data.format": "nl"}))
-    run = SimpleNamespace(config=config, inputs=SimpleNamespace(task=load_task("", "lenient")))
-    own, other = evaluate.tasks(run)
-    assert (own.reading, other.reading) == ("lenient", "strict")
-    models = [Answers("m", by_item(records(LENIENT)), {}, {})]
-    [found] = both_readings(models, 0, own, other, evaluate.run_programs(run))
-    assert found["column"] == "top1" and found["lenient"]["correct"] >= found["strict"]["correct"]

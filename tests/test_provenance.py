@@ -78,6 +78,19 @@ def test_a_second_look_draws_nothing(world):
     assert world.fakes.drawn == 0 and asides(world) == []
 
 
+def test_the_other_reading_is_shown_beside_the_table_and_nothing_stored_changes(world, capsys):
+    before = {path: path.read_text() for path in world.workdir.rglob("*.jsonl")}
+    report = evaluate.run_evaluate(world.run(), both_readings=True)
+    rows = {row["model"]: row for row in report["rows"]}
+    assert {one["column"] for one in report["readings"]} == {"top1", "voting", "rerank", "upper_bound"}
+    for one in report["readings"]:
+        assert one["strict"] == rows[one["model"]][one["column"]]
+        assert one["lenient"] == {"correct": 0, "total": 6}  # these completions state no answer
+    assert "## Strict and lenient reading" in (world.workdir / "report.md").read_text()
+    assert {path: path.read_text() for path in world.workdir.rglob("*.jsonl")} == before
+    assert "readings" not in evaluate.run_evaluate(world.run())
+
+
 def test_a_model_that_was_trained_again_is_asked_again(world, capsys):
     old = file(world, "reft_test.greedy.jsonl").read_text()
     world.train("reft")

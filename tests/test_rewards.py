@@ -1,5 +1,6 @@
 """Rewards of one's own: what they get, where they run, and that none of their mistakes becomes a reward."""
 
+import contextlib
 import json
 import os
 import signal
@@ -64,6 +65,14 @@ def gives(completion, example, verdict):
 def ends(completion, example, verdict):
     eval(completion)
     return 1.0
+
+
+def waits(completion, example, verdict):
+    if completion:
+        with open(completion, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(1000)
+    return os.getpid()
 
 
 def slow(completion, example, verdict):
@@ -191,28 +200,35 @@ def test_workers_end_with_the_context_also_those_at_work(file):
 
 
 def test_workers_end_with_a_parent_that_is_killed(file, tmp_path):
+    """One is idle, the other at work."""
     script = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-from test_rewards import *
-with opened(__import__("pathlib").Path({str(file)!r}), "slow", 2) as rewards:
-    print(*{{int(rewards.submit("", ITEM, RIGHT).result().reward) for _ in range(4)}}, flush=True)
-    rewards.name = {f"{file}:hangs"!r}
-    rewards.submit("", ITEM, RIGHT)
-    time.sleep(100)
+import time
+from pathlib import Path
+
+from test_rewards import ITEM, RIGHT, opened
+with opened(Path({str(file)!r}), "waits", 2) as rewards:
+    rewards.submit({str(tmp_path / "busy")!r}, ITEM, RIGHT)
+    print(int(rewards.submit("", ITEM, RIGHT).result().reward), flush=True)
+    time.sleep(1000)
 """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(__file__)
-    )
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert pids and all(map(alive, pids))
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < deadline:
+    folder = os.path.dirname(__file__)
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=folder)
+    with parent:
+        pids = [int(parent.stdout.readline()), until(lambda: int((tmp_path / "busy").read_text()))]
+        assert all(map(alive, pids))
+        parent.send_signal(signal.SIGKILL)
+    assert until(lambda: not any(map(alive, pids)) or None)
+
+
+def until(found, seconds: float = 20.0):
+    """What `found()` gives as soon as it gives something."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):
+            if (value := found()) is not None:
+                return value
         time.sleep(0.05)
-    assert not any(map(alive, pids))
+    return None
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import reft_jax
 from reft_jax.types import Example, InputError, Verdict
 
 START_S = 300.0  # to load the function's file, which may read a model
 END_S = 1.0  # to say where a function hangs
-PACKAGE = Path(__file__).resolve().parents[2]  # the folder that holds reft_jax/
+PACKAGE = Path(reft_jax.__file__).resolve().parents[1]  # the folder that holds reft_jax/
 
 
 class Paid(NamedTuple):

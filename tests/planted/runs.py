@@ -18,6 +18,9 @@ ASKED = ("test_prompter.py::test_a_prompt_is_that_of_apply_chat_template_and_the
 REGISTRY = "reft_jax.tasks.registry"
 WATCH = "reft_jax.run.watch"
 TRAINING = "reft_jax.stages.loop"
+WORKER = "reft_jax.tasks.reward_worker"
+REWARDS = "test_rewards.py"
+PAID = "test_rollout.py::test_a_reward_of_ones_own_is_paid_for_the_graded_completion"
 PLANTED = [
     ("the reranker judges one token early", "reft_jax.stages.rerank", "Packing(rows, lengths - 1,",
      "Packing(rows, lengths - 2,", PACKING),
@@ -172,6 +175,27 @@ PLANTED = [
      ("test_commands.py::test_what_is_refused",)),
     ("a verdict that is no Python bool is lost", "reft_jax.__main__", "if row.verdict and not result:",
      "if result is False:", ("test_commands.py::test_a_command_that_finds_a_fault_ends_with_1",)),
+    ("rewards: NaN is a reward", WORKER, "not math.isfinite(value) or abs(value) > LARGEST", "False",
+     (f"{REWARDS}::test_what_is_no_finite_number_is_an_error",)),
+    ("rewards: an error is a 0", WORKER, "return {\"error\": \" \".join(f\"{type(error).__name__}: {error}\".split()), "
+     "\"traceback\": told}", "return {\"reward\": 0.0, \"parts\": {}}",
+     (f"{REWARDS}::test_an_exception_is_an_error_with_the_item_and_the_traceback",)),
+    ("rewards: a print is a reply", WORKER, "os.dup2(2, 1)", "pass",
+     (f"{REWARDS}::test_what_it_prints_goes_to_the_log_and_is_no_reply",)),
+    ("rewards: the time limit is not kept", "reft_jax.tasks.rewards", "time.monotonic() + timeout_s,",
+     "time.monotonic() + 25 * timeout_s,", (f"{REWARDS}::test_the_time_limit_is_kept",)),
+    ("rewards: workers outlive a killed parent", WORKER, "prctl(PR_SET_PDEATHSIG, signal.SIGKILL", "prctl(0, 0",
+     (f"{REWARDS}::test_workers_end_with_a_parent_that_is_killed",)),
+    ("rewards: parts are not logged", "reft_jax.stages.rollout", "(one.verdict.parts or {}).items()", "{}.items()",
+     (PAID,)),
+    ("rewards: the task's is paid", "reft_jax.stages.rollout", "_replace(reward=paid.reward, parts", "_replace(parts",
+     (PAID,)),
+    ("strict answers are read leniently", REGISTRY, 'lenient = self.reading == "lenient" and self.want',
+     "lenient = self.want", ("test_readings.py::test_the_default_reads_strictly",)),
+    ("a number that may be two is read", "reft_jax.tasks.readings", "if value is None or UNSURE.search(rest):",
+     "if value is None:", ("test_readings.py::test_a_number",)),
+    ("both readings are one", "reft_jax.evaluation.results", "run_programs, other)[0]", "run_programs, task)[0]",
+     ("test_both_readings.py::test_both_are_shown_side_by_side",)),
     ("old names in a config.json are other settings", "reft_jax.run.workdir", "renamed(str(key)) or key", "key",
      ("test_workdir.py::test_an_older_work_directory_with_old_names_still_opens",)),
     ("a whole number is no float", "reft_jax.config", "one.type(flat[prefix + one.name])", "flat[prefix + one.name]",

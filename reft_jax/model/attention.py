@@ -108,8 +108,24 @@ def _attend_backward(kept, gradient):
     gradient = gradient.astype(v.dtype)
     to_weights = jnp.matmul(gradient, v.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     to_scores = (weights * (to_weights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
-    to_q, to_k = jnp.matmul(to_scores, k.swapaxes(-1, -2)), jnp.matmul(q.swapaxes(-1, -2), to_scores)
-    return to_q, to_k, jnp.matmul(weights.swapaxes(-1, -2), gradient), None
+    to_q, to_k, to_v = _to_operands(q, k, to_scores, weights, gradient)
+    return to_q, to_k, to_v, None
+
+
+def _to_operands(q, k, to_scores, weights, gradient):
+    """The gradients of queries, keys and values from those of the scores and of the output."""
+    if q.dtype != jnp.bfloat16:
+        to_q, to_k = jnp.matmul(to_scores, k.swapaxes(-1, -2)), jnp.matmul(q.swapaxes(-1, -2), to_scores)
+        return to_q, to_k, jnp.matmul(weights.swapaxes(-1, -2), gradient)
+
+    def summed(axes, a, b):
+        return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32).astype(q.dtype)
+
+    # A sum over two axes: XLA transposes the smaller side first. Over one, its CPU backend multiplies in float32.
+    q, gradient, to, by = (x.reshape(*x.shape[:2], 2, -1, x.shape[-1]) for x in (q, gradient, to_scores, weights))
+    to_q = summed("BKQS,BKHS->BKQH", to_scores, k)
+    to_k, to_v = summed("BKcQH,BKcQS->BKHS", q, to), summed("BKcQH,BKcQS->BKHS", gradient, by)
+    return to_q, to_k, to_v.swapaxes(-1, -2)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

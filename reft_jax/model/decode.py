@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from reft_jax.model.attention import attend
 from reft_jax.model.cache import KVCache, in_blocks, write, write_recent
-from reft_jax.model.llama import causal_attention, causal_inputs, layer, residual, rms_norm, rope_tables
+from reft_jax.model.llama import causal_attention, causal_inputs, layer, product, residual, rms_norm, rope_tables
 from reft_jax.model.rollout_weights import RolloutModel
 
 Cache = tuple[KVCache, ...]  # layer by layer
@@ -51,7 +51,7 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
     x = _residual_columns(weights["embed"][tokens].T)
     for own, positions in zip(_layers(model, weights), cache, strict=True):
         y = rms_norm(x, own["attention_norm"], c.rms_norm_eps, axis=0)
-        q, k, v = ((own[name] @ y).reshape(-1, c.head_dim, batch) for name in "qkv")
+        q, k, v = (_linear_columns(own, name, y).reshape(-1, c.head_dim, batch) for name in "qkv")
         q, k, v = (z.transpose(2, 0, 1) for z in (_rotate_columns(q, tables), _rotate_columns(k, tables), v))
         positions = write(positions, at, k, v)
         written.append(positions)
@@ -98,6 +98,12 @@ def _inputs_first(model: RolloutModel, own: dict[str, jax.Array]) -> dict[str, j
     """A layer's weights with every matrix [in, out]; the compiler makes the transposes part of the products."""
     turned = ("q", "k", "v", "gate", "up") if model.tpu else ("q", "k", "v", "o", "gate", "up", "down")
     return own | {name: own[name].T for name in turned}
+
+
+def _linear_columns(own: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    """`llama.linear` of x [D,B], with matrices [F,D] -> [F,B]."""
+    y, bias = product(own[name], x), own.get(f"{name}_bias")
+    return y if bias is None else y + bias[:, None]
 
 
 def _residual_columns(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Model families: how the folders of each `model_type` of config.json are read and written. Only Llama is built in.
+"""Model families: how the folders of each `model_type` of config.json are read and written, and what it computes.
 
-You can add a family that computes the same as a Llama. Copy LLAMA with the differences in a file of your own, and name
-it with `--config.model.family=path.py:NAME`:
+You can add a family. Copy the nearest of FAMILIES with the differences in a file of your own, and name it with
+`--config.model.family=path.py:NAME`:
 
     MINE = dataclasses.replace(
         LLAMA, model_type="mine", name="Mine", renamed={"rms_norm_eps": "norm_eps"},
@@ -17,6 +17,7 @@ from reft_jax import plugins
 from reft_jax.model.config_fields import FLAG, REQUIRED, SIZE, Field, Kind, is_number, shown
 from reft_jax.types import InputError
 
+SIZE_OR_NULL = Kind(f"{SIZE.words}, or null", lambda value: value is None or SIZE.holds(value))
 _ABSENT = Kind("false; this version computes no biases", lambda value: value is False)
 # Fields of config.json that decide about a Llama's numbers. Defaults are those of transformers 5.
 FIELDS = {
@@ -63,7 +64,12 @@ REFUSED = (
         "layernorm_zero_centered_gamma rms_norm_add_unit_offset".split(),
         (False,),
     )
-    | {"is_causal": (True,), "use_rope": (True,), "position_embedding_type": ("rope", "rotary")}
+    | {
+        "use_sliding_window": (False,),
+        "is_causal": (True,),
+        "use_rope": (True,),
+        "position_embedding_type": ("rope", "rotary"),
+    }
 )
 # Only Gemma's configs have these fields. Gemma scales norms and embeddings, and no field says so.
 GEMMA = ("use_bidirectional_attention", "hidden_activation")
@@ -77,6 +83,9 @@ TENSORS = {
     ("layers", "q"): ("model.layers.{}.self_attn.q_proj.weight", 1),
     ("layers", "k"): ("model.layers.{}.self_attn.k_proj.weight", 1),
     ("layers", "v"): ("model.layers.{}.self_attn.v_proj.weight", 1),
+    ("layers", "q_bias"): ("model.layers.{}.self_attn.q_proj.bias", 0),
+    ("layers", "k_bias"): ("model.layers.{}.self_attn.k_proj.bias", 0),
+    ("layers", "v_bias"): ("model.layers.{}.self_attn.v_proj.bias", 0),
     ("layers", "o"): ("model.layers.{}.self_attn.o_proj.weight", 2),
     ("layers", "mlp_norm"): ("model.layers.{}.post_attention_layernorm.weight", 0),
     ("layers", "gate"): ("model.layers.{}.mlp.gate_proj.weight", 1),
@@ -96,14 +105,31 @@ class Family:
     fields: Mapping[str, Field]  # of config.json, by Llama's names: those that decide about the model's numbers
     refused: Mapping[str, tuple]  # fields that are not computed, with the values at which they change nothing
     tensors: Mapping[tuple[str, ...], tuple[str, int]]  # as TENSORS; embedding and output matrix keep Llama's names
+    qkv_bias: bool = False  # queries, keys and values have biases, without a field that says so
     constants: Mapping[str, Any] = field(default_factory=dict)  # more fields of the config.json that is written for it
     renamed: Mapping[str, str] = field(default_factory=dict)  # Llama's name of a field -> the family's
 
 
 LLAMA = Family(
-    "llama", "Llama", FIELDS, REFUSED, TENSORS, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    "llama",
+    "Llama",
+    FIELDS,
+    REFUSED,
+    TENSORS,
+    constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
 )
-FAMILIES = {LLAMA.model_type: LLAMA}
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2",
+    {name: kind for name, kind in FIELDS.items() if name not in ("attention_bias", "mlp_bias")}
+    | {"num_key_value_heads": Field(SIZE_OR_NULL, 32), "max_position_embeddings": Field(SIZE, 32768)},
+    {name: values for name, values in REFUSED.items() if name != "sliding_window"}
+    | {"attention_bias": (), "mlp_bias": (False,)},
+    TENSORS,
+    qkv_bias=True,
+    constants={"hidden_act": "silu", "use_sliding_window": False},
+)
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2)}
 
 
 def use(setting: str) -> None:

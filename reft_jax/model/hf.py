@@ -155,8 +155,11 @@ def hf_names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
     return [template.format(i) for i in range(config.num_layers)] if path[0] == "layers" else [template]
 
 
-def hf_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
-    return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
+def hf_shape(path: tuple[str, ...], shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
+    """Their shape of our tensor, or of one layer of it: vectors have one axis, matrices two."""
+    if inputs:
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    return (math.prod(shape),) if path[0] == "layers" else shape
 
 
 def checked(
@@ -173,7 +176,7 @@ def checked(
     shapes = {path: shape for path, shape in _shapes(config).items() if not (reranker and path == LM_HEAD)}
     wanted = {}
     for path, shape in shapes.items():
-        one = hf_shape(shape[1:] if path[0] == "layers" else shape, config.family.tensors[path][1])
+        one = hf_shape(path, shape[1:] if path[0] == "layers" else shape, config.family.tensors[path][1])
         wanted |= dict.fromkeys(hf_names(path, config), one)
     known = wanted.keys() | {_HEAD, "score.weight"}
     unknown = [name for name in stored if name not in known and not name.startswith("v_head.")]
@@ -185,7 +188,7 @@ def checked(
         _checked(folder, stored, name, shape)
     if unknown:
         path, why = stored[unknown[0]].path, _why_unknown(unknown[0], config)
-        raise InputError(f"{path}: tensor {unknown[0]} is not part of a Llama{why}")
+        raise InputError(f"{path}: tensor {unknown[0]} is not part of a {config.family.name}{why}")
     if config.tie_embeddings and not reranker and _HEAD in stored:
         _check_tied(folder, stored, shapes[("embed",)])
     return config, stored, shapes

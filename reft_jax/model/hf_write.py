@@ -131,7 +131,9 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
     def make(path: tuple[str, ...], layer: int) -> np.ndarray:
         value = _gathered(flat[path], layer) if path[0] == "layers" else _gathered(flat[path])
         inputs = config.family.tensors[path][1]
-        return value.reshape(math.prod(value.shape[:inputs]), -1).T if inputs else value
+        if inputs:
+            return value.reshape(math.prod(value.shape[:inputs]), -1).T
+        return value.reshape(hf_shape(path, value.shape, 0))
 
     tensors = []
     for path, (_, inputs) in config.family.tensors.items():
@@ -140,7 +142,7 @@ def _layout(config: LlamaConfig, flat: dict, rerank_head: dict | None, dtype: An
             kind = jnp.dtype(dtype or flat[path].dtype)
             for layer, name in enumerate(hf_names(path, config)):
                 made = partial(_converted, name, kind, partial(make, path, layer))
-                tensors.append(_Tensor(name, kind, hf_shape(shape, inputs), made))
+                tensors.append(_Tensor(name, kind, hf_shape(path, shape, inputs), made))
     return tensors + ([_head("score.weight", rerank_head["weight"], np.transpose)] if rerank_head else [])
 
 

@@ -28,7 +28,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# The logical axes of a layer's parameters, in the order in which `init` draws them.
+# The logical axes of a layer's parameters, in the order in which `init` draws them. Only the first nine are in every
+# model (`parameter_names`).
 LAYER_AXES = {
     "attention_norm": ("embed",),
     "q": ("embed", "heads", "head_dim"),
@@ -39,7 +40,16 @@ LAYER_AXES = {
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
 }
+
+
+def parameter_names(config: LlamaConfig) -> list[str]:
+    """The names of LAYER_AXES that a layer of this model has."""
+    absent = set() if config.qkv_bias else {"q_bias", "k_bias", "v_bias"}
+    return [name for name in LAYER_AXES if name not in absent]
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -83,25 +93,65 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.
     return (y * jnp.expand_dims(scale.astype(jnp.float32), along)).astype(x.dtype)
 
 
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, summed in float32, in a's dtype.
+
+    The sum has to be asked for: only then does XLA's CPU backend use the bfloat16 instructions of the machine.
+    """
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
 @jax.custom_vjp
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype."""
-    return x @ weight
+    return product(x, weight)
 
 
 def _project_forward(x, weight):
-    return x @ weight, (x, weight)
+    return product(x, weight), (x, weight)
 
 
 def _project_backward(kept, y):
+    x, weight = kept
+    if x.dtype == jnp.bfloat16:  # `einsum`, because XLA's CPU backend has no bfloat16 product with a transposed matrix
+        sums = {"preferred_element_type": jnp.float32}
+        to_x, to_weight = jnp.einsum("BTF,DF->BTD", y, weight, **sums), jnp.einsum("BTD,BTF->DF", x, y, **sums)
+        return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
     # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes for the weight's gradient
     # into the computations of x and y, and these then write column by column.
-    x, weight = kept
     rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
     return y @ weight.T, rows.T @ outs
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def logits_of(hidden: jax.Array, matrix: jax.Array, axes: str) -> jax.Array:
+    """hidden [...,D] times the output matrix, axes "VD" or "DV" -> logits float32[...,V]."""
+    if hidden.dtype == jnp.bfloat16:
+        return _logits_in_bfloat16(axes, hidden, matrix)
+    return jnp.einsum(f"...D,{axes}->...V", hidden, matrix, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits_in_bfloat16(axes, hidden, matrix):
+    return jnp.einsum(f"...D,{axes}->...V", hidden, matrix, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(axes, hidden, matrix):
+    return _logits_in_bfloat16(axes, hidden, matrix), (hidden, matrix)
+
+
+def _logits_backward(axes, kept, y):
+    # The gradient of the logits is rounded as that of every other product is. In float32, so would be the products.
+    hidden, matrix = kept
+    y, sums = y.astype(hidden.dtype), {"preferred_element_type": jnp.float32}
+    to_hidden = jnp.einsum(f"BWV,{axes}->BWD", y, matrix, **sums)
+    to_matrix = jnp.einsum(f"BWD,BWV->{axes}", hidden, y, **sums)
+    return to_hidden.astype(hidden.dtype), to_matrix.astype(matrix.dtype)
+
+
+_logits_in_bfloat16.defvjp(_logits_forward, _logits_backward)
 
 
 def _matrix(*axes: str):
@@ -112,20 +162,30 @@ def _scale(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.ones, axes)
 
 
+def _bias(*axes: str):
+    return nn.with_logical_partitioning(nn.initializers.zeros, axes)
+
+
 def residual(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+
+def linear(weights: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    """x [B,T,D] times the matrix `name` [D,F], plus its bias [F] if the model has one -> [B,T,F]."""
+    y, bias = project(x, weights[name]), weights.get(f"{name}_bias")
+    return y if bias is None else y + bias
 
 
 def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, tables, attention: Callable):
     """One layer: x dtype[B,T,D] -> (x, what `attention` keeps).
 
     Args:
-        weights: by the names of LAYER_AXES; norms [D], matrices [in, out] in x's dtype.
+        weights: by the names of LAYER_AXES; norms [D], matrices [in, out] and biases [out] in x's dtype.
         tables: those of the positions, of `rope_tables`.
         attention: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (heads [B,T,N,H], anything to keep).
     """
     y = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    q, k, v = (project(y, weights[name]).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
+    q, k, v = (linear(weights, name, y).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
     heads, kept = attention(rotate(q, tables), rotate(k, tables), v)
     x = residual(x + project(heads.reshape(*x.shape[:2], -1), weights["o"]))
 
@@ -166,12 +226,15 @@ class Block(nn.Module):
             "mlp": c.intermediate_size,
         }
         weights = {}
-        for name, axes in LAYER_AXES.items():
-            init = _scale if axes == ("embed",) else _matrix
+        for name in parameter_names(c):
+            axes = LAYER_AXES[name]
+            init = _scale if name.endswith("_norm") else _bias if name.endswith("_bias") else _matrix
             weights[name] = weight = self.param(name, init(*axes), [sizes[axis] for axis in axes])
             if init is _matrix:  # heads and head dimension become one axis
                 shape = (c.hidden_size, -1) if axes[0] == "embed" else (-1, c.hidden_size)
                 weights[name] = weight.astype(self.dtype).reshape(shape)
+            elif init is _bias:
+                weights[name] = weight.astype(self.dtype).reshape(-1)
         return layer(c, weights, x, tables, partial(causal_attention, mask))[0], None
 
 
@@ -184,7 +247,7 @@ class Unembed(nn.Module):
     @nn.compact
     def __call__(self, hidden):
         kernel = self.param("kernel", _matrix("embed", "vocab"), (hidden.shape[-1], self.vocab_size))
-        return jnp.einsum("...D,DV->...V", hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits_of(hidden, kernel.astype(self.dtype), "DV")
 
 
 class Llama(nn.Module):
@@ -234,5 +297,4 @@ class Llama(nn.Module):
         hidden = hidden.astype(self.dtype)
         if not self.config.tie_embeddings:
             return self.lm_head(hidden)
-        embed = self.embed.astype(self.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, embed, preferred_element_type=jnp.float32)
+        return logits_of(hidden, self.embed.astype(self.dtype), "VD")

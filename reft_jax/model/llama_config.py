@@ -39,6 +39,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     max_position_embeddings: int = 2048
     model_type: str = LLAMA.model_type
+    qkv_bias: bool = False
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str) -> "LlamaConfig":
@@ -80,6 +81,7 @@ class LlamaConfig:
             tie_embeddings=fields["tie_word_embeddings"],
             max_position_embeddings=fields["max_position_embeddings"],
             model_type=family.model_type,
+            qkv_bias=family.qkv_bias,
         )
 
     @property

@@ -103,10 +103,10 @@ def test_old_config_layouts_mean_the_same():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen2"}, "field 'model_type' is \"qwen2\""),
+        ({"model_type": "phi3"}, "field 'model_type' is \"phi3\""),
         ({"hidden_act": "gelu"}, "field 'hidden_act' is \"gelu\"; allowed: "),
-        ({"attention_bias": True}, "'attention_bias' is true"),
-        ({"mlp_bias": True}, "'mlp_bias' is true"),
+        ({"attention_bias": 1}, "'attention_bias' is 1"),
+        ({"mlp_bias": None}, "'mlp_bias' is null"),
         ({"hidden_size": None}, "'hidden_size' is null"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "field 'rope_scaling.rope_type' is \"yarn\""),

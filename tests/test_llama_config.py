@@ -6,7 +6,7 @@ import pytest
 import transformers
 from tiny import tiny_config
 
-from reft_jax.model.families import FIELDS, REFUSED
+from reft_jax.model.families import FAMILIES, FIELDS, REFUSED
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.types import InputError
 
@@ -51,8 +51,8 @@ WRONG = {
     "max_position_embeddings": NO_SIZES,
     "rms_norm_eps": [*NO_NUMBERS, 2],
     "tie_word_embeddings": ["false", "true", None, 0, 1, 0.0, []],
-    "attention_bias": [True, None, "false", 0, 1],
-    "mlp_bias": [True, None, "false", 0, 1],
+    "attention_bias": ["true", None, "false", 0, 1],
+    "mlp_bias": ["true", None, "false", 0, 1],
 }
 
 
@@ -185,8 +185,9 @@ EDITED = {
 @pytest.mark.parametrize("family", EDITED)
 def test_another_familys_config_is_refused_as_it_is_and_edited(family):
     raw = getattr(transformers, family)(**SMALL | EDITED[family]).to_dict()
-    line = refusal(raw)
-    assert f"'model_type' is \"{raw['model_type']}\"" in line and "edit" not in line
+    if raw["model_type"] not in FAMILIES:
+        line = refusal(raw)
+        assert f"'model_type' is \"{raw['model_type']}\"" in line and "edit" not in line
     line = refusal(raw | {"model_type": "llama", "architectures": None, "hidden_act": "silu"})
     assert "a Llama has no such field" in line or "partial_rotary_factor" in line, line
 

@@ -32,6 +32,7 @@ from reft_jax.types import InputError, PPOBatch, Prompt
 
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 1, 8), (1, 4, 2)]  # data, fsdp, tensor
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_heads": 16, "num_kv_heads": 8, "head_dim": 4}  # divide by 8
+SHAPE |= {"model_type": "smollm3", "unrotated": (0,), "qkv_bias": True, "o_bias": True, "mlp_bias": True}
 MODEL, PARAMS = tiny_policy(**SHAPE)
 LOSSES = {"sft": sft_loss, "ppo": partial(rl_loss, tiny_ppo()), "rerank": rerank_loss}
 

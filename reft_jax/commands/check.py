@@ -20,6 +20,7 @@ from reft_jax import executor
 from reft_jax.algo.advantages import action_mask, token_rewards
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.algo.losses import token_loss
+from reft_jax.config import flatten
 from reft_jax.engine.generate import Engine
 from reft_jax.model import families
 from reft_jax.model.hf import checked, read_config
@@ -28,7 +29,7 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
-from reft_jax.run.machine import open_mesh, start_executor
+from reft_jax.run.machine import LENGTHS, open_mesh, start_executor
 from reft_jax.stages.models import base_policy, policy_shapes
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import all_end_ids, decode, encode
@@ -100,11 +101,12 @@ def run_check(folder: Path, config) -> bool:
 
 def findings(inputs: Inputs, mesh) -> Iterator[Finding]:
     """From the cheapest to the most expensive."""
+    shapes, settings = read_config(inputs.base), flatten(inputs.config)
+    shapes.check_lengths({key: settings[key] for key in LENGTHS})
     yield check_tokenizer(inputs)
     yield check_executor(inputs)
     yield check_grading(inputs)
-    dtype, remat = inputs.config.model.dtype, inputs.config.model.remat
-    model = Llama(read_config(inputs.base), dtype=jnp.dtype(dtype), remat=remat)
+    model = Llama(shapes, dtype=jnp.dtype(settings["model.dtype"]), remat=settings["model.remat"])
     policy = base_policy(inputs, mesh, model)
     yield from check_weights(inputs, model, policy["lm"])
     yield from check_layers(inputs, mesh, model, policy["lm"])
@@ -183,7 +185,7 @@ def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
         layers = lm["layers"]
         layers = layers | {
             name: jnp.where(kept.reshape(-1, *[1] * (layers[name].ndim - 1)), layers[name], 0.0)
-            for name in ("o", "down")
+            for name in layers.keys() & {"o", "o_bias", "down", "down_bias"}
         }
         lm = lm | {"layers": layers}
         logprob, _ = jax.lax.map(lambda lines: score_lines(model, {"lm": lm}, lines), lines)

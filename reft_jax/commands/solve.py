@@ -40,6 +40,7 @@ def run_solve(folder: Path, question: str, *, answer_format: str | None, max_len
         mesh = make_mesh(-1, 1, 1)
         with on_mesh(mesh):
             model, lm = load_policy(source, mesh)
+            model.config.check_lengths({"--max_len": max_len})
             ends = all_end_ids(tokenizer, source.base)
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]

@@ -33,8 +33,9 @@ def prefill(model: RolloutModel, weights, tokens: jax.Array) -> Cache:
     """The cache after reading tokens int32[B,P]; its keys are in blocks, except on a TPU."""
     tables, mask = causal_inputs(model.config, tokens)
     x, cache = residual(weights["embed"][tokens]), []
-    for own in _layers(model, weights):
-        x, kept = layer(model.config, _inputs_first(model, own), x, tables, partial(causal_attention, mask))
+    for i, own in enumerate(_layers(model, weights)):
+        own_tables = None if i in model.config.unrotated else tables
+        x, kept = layer(model.config, _inputs_first(model, own), x, own_tables, partial(causal_attention, mask))
         cache.append(kept if model.tpu else in_blocks(kept))
     return tuple(cache)
 
@@ -49,18 +50,23 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
     cos, sin = (table[:, 0].transpose(1, 2, 0) for table in rope_tables(c, at[:, None]))  # float32[1,H/2,B]
     tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
     x = _residual_columns(weights["embed"][tokens].T)
-    for own, positions in zip(_layers(model, weights), cache, strict=True):
+    for i, (own, positions) in enumerate(zip(_layers(model, weights), cache, strict=True)):
         y = rms_norm(x, own["attention_norm"], c.rms_norm_eps, axis=0)
         q, k, v = (_linear_columns(own, name, y).reshape(-1, c.head_dim, batch) for name in "qkv")
-        q, k, v = (z.transpose(2, 0, 1) for z in (_rotate_columns(q, tables), _rotate_columns(k, tables), v))
+        if c.qk_norm:
+            q, k = (rms_norm(z, own[name], c.rms_norm_eps, axis=1) for z, name in ((q, "q_norm"), (k, "k_norm")))
+        if i not in c.unrotated:
+            q, k = _rotate_columns(q, tables), _rotate_columns(k, tables)
+        q, k, v = (z.transpose(2, 0, 1) for z in (q, k, v))
         positions = write(positions, at, k, v)
         written.append(positions)
         heads = attend(q, (*positions, seen)).reshape(batch, -1).T
-        x = _residual_columns(x + own["o"] @ heads)
+        x = _residual_columns(x + _linear_columns(own, "o", heads))
 
         y = rms_norm(x, own["mlp_norm"], c.rms_norm_eps, axis=0)
-        y = nn.with_logical_constraint(nn.silu(own["gate"] @ y) * (own["up"] @ y), ("mlp", "batch"))
-        x = _residual_columns(x + own["down"] @ y)
+        y = nn.silu(_linear_columns(own, "gate", y)) * _linear_columns(own, "up", y)
+        y = nn.with_logical_constraint(y, ("mlp", "batch"))
+        x = _residual_columns(x + _linear_columns(own, "down", y))
     hidden = rms_norm(x, weights["final_norm"], c.rms_norm_eps, axis=0)
     output = weights["embed"] if c.tie_embeddings else weights["lm_head"]["kernel"]
     return jnp.matmul(output, hidden, preferred_element_type=jnp.float32), tuple(written)
@@ -82,8 +88,9 @@ def step_beside(
         return attend(q[:, 0], (*positions, old), (added.k.swapaxes(2, 3), added.v, new))[:, None], added
 
     tables, x = rope_tables(c, (begin + step)[:, None]), residual(weights["embed"][tokens[:, None]])
-    for own, *both in zip(_layers(model, weights), cache, recent, strict=True):
-        x, added = layer(c, _inputs_first(model, own), x, tables, partial(attention, *both))
+    for i, (own, *both) in enumerate(zip(_layers(model, weights), cache, recent, strict=True)):
+        own_tables = None if i in c.unrotated else tables
+        x, added = layer(c, _inputs_first(model, own), x, own_tables, partial(attention, *both))
         written.append(added)
     hidden = rms_norm(x, weights["final_norm"], c.rms_norm_eps)[:, 0]
     output = weights["embed"].T if c.tie_embeddings else weights["lm_head"]["kernel"]

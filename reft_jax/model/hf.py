@@ -183,7 +183,9 @@ def checked(
     unknown = [name for name in unknown if not IGNORED.search(name)]
     missing = [name for name in wanted if name not in stored]
     if missing:
-        raise InputError(f"{folder}: tensor {missing[0]} is missing{_why_missing(folder, missing[0], stored, unknown)}")
+        raise InputError(
+            f"{folder}: tensor {missing[0]} is missing{_why_missing(folder, missing[0], stored, unknown, config)}"
+        )
     for name, shape in wanted.items():
         _checked(folder, stored, name, shape)
     if unknown:
@@ -241,14 +243,17 @@ def _check_tied(folder: str | Path, stored: dict[str, Stored], shape: tuple[int,
             )
 
 
-def _why_missing(folder: str | Path, name: str, stored: dict[str, Stored], unknown: list[str]) -> str:
+def _why_missing(
+    folder: str | Path, name: str, stored: dict[str, Stored], unknown: list[str], config: LlamaConfig
+) -> str:
     if listed := why_missing(folder, name):
         return f"{listed}; fetch both again"
     layer = _LAYER.match(name)
     if layer and not any(other.startswith(layer[0]) for other in stored):
         return f" with all of its layer; correct field 'num_hidden_layers' of {CONFIG}, or fetch it again"
     if unknown:
-        return f", and {unknown[0]} is there, which is not part of a Llama; use a Llama checkpoint, or fetch it again"
+        kind = config.family.name
+        return f", and {unknown[0]} is there, which is not part of a {kind}; use a {kind} checkpoint, or fetch it again"
     return "; the checkpoint is incomplete, fetch it again"
 
 
@@ -256,8 +261,8 @@ def _why_unknown(name: str, config: LlamaConfig) -> str:
     layer = _LAYER.match(name)
     if layer and int(layer[1]) >= config.num_layers:
         return f" of {config.num_layers} layers, as field 'num_hidden_layers' of {CONFIG} says; is this its {CONFIG}?"
-    what = "a bias, which this version does not compute" if name.endswith(".bias") else "of another family"
-    return f": it is {what}; use a Llama checkpoint, or is this not its {CONFIG}?"
+    what = f"a bias, and {CONFIG} asks for none there" if name.endswith(".bias") else "of another family"
+    return f": it is {what}; use a {config.family.name} checkpoint, or is this not its {CONFIG}?"
 
 
 def _checked(folder: str | Path, stored: dict[str, Stored], name: str, shape: tuple[int, ...]) -> Stored:

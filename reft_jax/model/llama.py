@@ -1,5 +1,8 @@
 """Llama in Flax Linen, for training and scoring: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
+Its relatives have biases, norms of the heads, or layers without rotation, as LlamaConfig says. A parameter that a model
+does not have does not exist.
+
 The weights of all layers are stacked, and `nn.scan` runs over them: only one layer is compiled. The backward pass
 computes it again (`model.remat`). Rollouts use `layer` below, or its twin in decode.py, with weights that
 rollout_weights.py makes from these.
@@ -28,8 +31,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# The logical axes of a layer's parameters, in the order in which `init` draws them. Only the first nine are in every
-# model (`parameter_names`).
+# The logical axes of a layer's parameters, in the order in which `init` draws them.
 LAYER_AXES = {
     "attention_norm": ("embed",),
     "q": ("embed", "heads", "head_dim"),
@@ -43,6 +45,19 @@ LAYER_AXES = {
     "q_bias": ("heads", "head_dim"),
     "k_bias": ("kv_heads", "head_dim"),
     "v_bias": ("kv_heads", "head_dim"),
+    "o_bias": ("embed",),
+    "gate_bias": ("mlp",),
+    "up_bias": ("mlp",),
+    "down_bias": ("embed",),
+    "q_norm": ("head_dim",),
+    "k_norm": ("head_dim",),
+}
+# Those that only some models have, by the field of LlamaConfig that says so.
+OPTIONAL = {
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "o_bias": ("o_bias",),
+    "mlp_bias": ("gate_bias", "up_bias", "down_bias"),
+    "qk_norm": ("q_norm", "k_norm"),
 }
 
 
@@ -50,10 +65,10 @@ LAYER_AXES = {
 LORA_A, LORA_B = "_lora_a", "_lora_b"
 
 
-def parameter_names(config: LlamaConfig) -> list[str]:
-    """The names of LAYER_AXES that a layer of this model has."""
-    absent = set() if config.qkv_bias else {"q_bias", "k_bias", "v_bias"}
-    return [name for name in LAYER_AXES if name not in absent]
+def layer_axes(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
+    """LAYER_AXES of the parameters that a layer of this model has."""
+    absent = {name for field, names in OPTIONAL.items() if not getattr(config, field) for name in names}
+    return {name: axes for name, axes in LAYER_AXES.items() if name not in absent}
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -179,21 +194,25 @@ def linear(weights: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Arr
     y, bias, a = project(x, weights[name]), weights.get(f"{name}_bias"), weights.get(name + LORA_A)
     if a is not None:
         y = y + project(project(x, a), weights[name + LORA_B])
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias[None, None]
 
 
 def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, tables, attention: Callable):
     """One layer: x dtype[B,T,D] -> (x, what `attention` keeps).
 
     Args:
-        weights: by the names of LAYER_AXES; norms [D], matrices [in, out] and biases [out] in x's dtype. With an
-            adapter also its matrices, [in, rank] and [rank, out].
-        tables: those of the positions, of `rope_tables`.
+        weights: by the names of LAYER_AXES; norms [D] or [H], matrices [in, out] and biases [out] in x's dtype. With
+            an adapter also its matrices, [in, rank] and [rank, out].
+        tables: those of the positions, of `rope_tables`; None: this layer does not rotate.
         attention: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (heads [B,T,N,H], anything to keep).
     """
     y = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
     q, k, v = (linear(weights, name, y).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
-    heads, kept = attention(rotate(q, tables), rotate(k, tables), v)
+    if config.qk_norm:
+        q, k = (rms_norm(z, weights[name], config.rms_norm_eps) for z, name in ((q, "q_norm"), (k, "k_norm")))
+    if tables is not None:
+        q, k = rotate(q, tables), rotate(k, tables)
+    heads, kept = attention(q, k, v)
     x = residual(x + linear(weights, "o", heads.reshape(*x.shape[:2], -1)))
 
     y = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
@@ -216,15 +235,18 @@ def causal_inputs(config: LlamaConfig, tokens: jax.Array, positions: jax.Array |
 
 
 class Block(nn.Module):
-    """One layer with its parameters, in the form that `nn.scan` takes: (x, shared inputs) -> (x, None)."""
+    """One layer with its parameters, in the form that `nn.scan` takes: (x, shared inputs, own input) -> (x, None)."""
 
     config: LlamaConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, tables, mask):
-        """x dtype[B,T,D], mask bool[1 or B,T,T]."""
+    def __call__(self, x, tables, mask, rotated=None):
+        """x dtype[B,T,D], mask bool[1 or B,T,T]; rotated bool[]: whether this layer rotates, None: it does."""
         c = self.config
+        if rotated is not None:  # by angle 0 where it does not, because all layers are one compiled function
+            cos, sin = tables
+            tables = jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)
         sizes = {
             "embed": c.hidden_size,
             "heads": c.num_heads,
@@ -233,8 +255,7 @@ class Block(nn.Module):
             "mlp": c.intermediate_size,
         }
         weights = {}
-        for name in parameter_names(c):
-            axes = LAYER_AXES[name]
+        for name, axes in layer_axes(c).items():
             init = _scale if name.endswith("_norm") else _bias if name.endswith("_bias") else _matrix
             weights[name] = weight = self.param(name, init(*axes), [sizes[axis] for axis in axes])
             if init is _matrix:  # heads and head dimension become one axis
@@ -276,7 +297,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype)
@@ -299,8 +320,14 @@ class Llama(nn.Module):
         tables, mask = causal_inputs(self.config, tokens, positions)
         if segments is not None:
             mask = mask & (segments[:, :, None] == segments[:, None, :])
-        x, _ = self.layers(residual(self.embed[tokens].astype(self.dtype)), tables, mask)
+        x = residual(self.embed[tokens].astype(self.dtype))
+        x, _ = self.layers(x, tables, mask, self._rotated())
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
+
+    def _rotated(self) -> jax.Array | None:
+        """bool[layers]: which layers rotate; None if all do."""
+        c = self.config
+        return jnp.array([i not in c.unrotated for i in range(c.num_layers)]) if c.unrotated else None
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [...,D] -> logits float32[...,V]; the product is in the compute dtype, summed in float32."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from reft_jax.model.config_fields import OBJECT, POSITIVE, REQUIRED, SIZE, Field, Kind, is_number, read_field, shown
 from reft_jax.model.families import FAMILIES, LLAMA, Family, family_of
+from reft_jax.model_folder import CONFIG
 from reft_jax.types import InputError
 
 # The types of rotation, and the fields that each needs.
@@ -24,7 +25,11 @@ _DYNAMIC = (
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shapes and constants of a Llama. `rope_scaling` is None or the items of Hugging Face's dict, sorted."""
+    """Shapes and constants of a model. `rope_scaling` is None or the items of Hugging Face's dict, sorted.
+
+    unrotated: the layers without rotary positions, by index. sliding_window: positions that a token sees, itself
+    included; None: all before it. It is not computed: `check_lengths` says whether rows are short enough.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,6 +45,11 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     model_type: str = LLAMA.model_type
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    unrotated: tuple[int, ...] = ()
+    sliding_window: int | None = None
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str) -> "LlamaConfig":
@@ -66,7 +76,8 @@ class LlamaConfig:
                     f"{source}: hidden_size {hidden_size} over num_attention_heads {num_heads} must be "
                     f"{family.fields['head_dim'].kind.words} if field 'head_dim' is missing; correct them"
                 )
-        rope_theta, rope_scaling = read_rope(raw, source)
+        rope_theta, rope_scaling = read_rope(raw, source, family.rope_theta)
+        attention_bias = fields.get("attention_bias", False)
         return cls(
             vocab_size=fields["vocab_size"],
             hidden_size=hidden_size,
@@ -81,12 +92,26 @@ class LlamaConfig:
             tie_embeddings=fields["tie_word_embeddings"],
             max_position_embeddings=fields["max_position_embeddings"],
             model_type=family.model_type,
-            qkv_bias=family.qkv_bias,
+            qkv_bias=family.qkv_bias or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=fields.get("mlp_bias", False),
+            qk_norm=family.qk_norm,
+            unrotated=_unrotated(fields, source) if "no_rope_layers" in fields else (),
+            sliding_window=fields.get("sliding_window"),
         )
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
+
+    def check_lengths(self, lengths: Mapping[str, int]) -> None:
+        """Raise InputError if a row may be longer than the sliding window; `lengths` has the setting of each limit."""
+        for setting, length in lengths.items():
+            if self.sliding_window is not None and length > self.sliding_window:
+                raise InputError(
+                    f"{setting}={length}: field 'sliding_window' of {CONFIG} is {self.sliding_window}, and this "
+                    f"version computes no window; set {setting} to at most {self.sliding_window}, or use another model"
+                )
 
     def to_hf(self) -> dict[str, Any]:
         """Return the dict of a config.json in the layout of transformers 4, which transformers 5 reads too."""
@@ -104,11 +129,33 @@ class LlamaConfig:
             "tie_word_embeddings": self.tie_embeddings,
             "max_position_embeddings": self.max_position_embeddings,
         }
+        if_known = {
+            "attention_bias": self.o_bias,
+            "mlp_bias": self.mlp_bias,
+            "no_rope_layers": [int(i not in self.unrotated) for i in range(self.num_layers)],
+            "sliding_window": self.sliding_window,
+        }
+        raw |= {name: value for name, value in if_known.items() if name in self.family.fields}
         theirs = {self.family.renamed.get(name, name): value for name, value in raw.items()}
         return {"model_type": self.model_type, **self.family.constants, **theirs}
 
 
-def read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
+def _unrotated(fields: Mapping[str, Any], source: str) -> tuple[int, ...]:
+    """The layers without rotation: those that `no_rope_layers` gives 0, or by default the last of every interval."""
+    layers, flags, every = fields["num_hidden_layers"], fields["no_rope_layers"], fields["no_rope_layer_interval"]
+    if flags is None:
+        return tuple(range(every - 1, layers, every))
+    if len(flags) < layers:
+        raise InputError(
+            f"{source}: field 'no_rope_layers' has {len(flags)} entries, and there are {layers} layers; one is needed "
+            "for each"
+        )
+    return tuple(i for i in range(layers) if not flags[i])
+
+
+def read_rope(
+    raw: Mapping[str, Any], source: str, default_theta: float
+) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
     """Return the base and the scaling of the rotation, as `LlamaConfig` has them.
 
     If both objects are there, `rope_scaling` counts, as in transformers 4 and 5. Raises InputError, also if two fields
@@ -136,7 +183,7 @@ def read_rope(raw: Mapping[str, Any], source: str) -> tuple[float, tuple[tuple[s
             f"{source}: field '{within}.high_freq_factor' is {scaling['high_freq_factor']}; allowed: a number above "
             f"low_freq_factor, which is {scaling['low_freq_factor']}"
         )
-    theta = _rope_theta(raw, objects, within, source)
+    theta = _rope_theta(raw, objects, within, source, default_theta)
     return theta, tuple(sorted({"rope_type": kind, **scaling}.items())) if scaling else None
 
 
@@ -153,7 +200,7 @@ def _rope_type(rope: Mapping[str, Any], source: str, within: str) -> str:
     return read_field(rope, name, Field(kind, REQUIRED if "factor" in rope else "default"), source, within)
 
 
-def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, source: str) -> float:
+def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, source: str, default: float) -> float:
     """The base: of the object that counts, or else of `raw`, or the default. No other value may be given."""
     places = [("", raw), *objects.items()]
     stated = [place for place in places if place[1].get("rope_theta") is not None]
@@ -164,7 +211,7 @@ def _rope_theta(raw: Mapping[str, Any], objects: dict[str, dict], within: str, s
             given[f"{path}.rope_theta" if path else "rope_theta"] = value
     theta = given.get(f"{within}.rope_theta", given.get("rope_theta"))
     if theta is None:
-        theta = 10000.0
+        theta = default
         given |= {f"{within}.rope_theta by default": theta}
     if any(value != theta for value in given.values()):
         raise _differ(source, given)

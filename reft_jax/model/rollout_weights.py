@@ -34,7 +34,7 @@ def rollout_layer(model: RolloutModel, layers, i):
     """Layer i of stacked layers in the form for rollouts, its adapter merged, with its logical axes (boxed)."""
 
     def form(x, axes):
-        if "head_dim" in axes:  # becomes one axis with the heads before it
+        if "head_dim" in axes[1:]:  # becomes one axis with the heads before it
             at = axes.index("head_dim")
             x, axes = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
         return _boxed(model, x, axes, turn=x.ndim == 2 and (axes[0] == "embed" or not model.tpu))

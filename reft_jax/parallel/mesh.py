@@ -71,9 +71,12 @@ def check_divides(mesh: Mesh, boxed) -> None:
         for number, (size, axes) in enumerate(zip(box.value.shape, where.spec, strict=False)):
             ways = math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
             if size % ways:
+                remedy = "choose a mesh that does"
+                if box.names[number] == "kv_heads":
+                    remedy = f"key-value heads are not copied, so mesh.tensor can be at most {size}, and must divide it"
                 raise InputError(
                     f"config: mesh.{axes}={ways} does not divide dimension {number} ({box.names[number]}, {size}) of "
-                    f"{'.'.join(key.key for key in path)} {list(box.value.shape)}; choose a mesh that does"
+                    f"{'.'.join(key.key for key in path)} {list(box.value.shape)}; {remedy}"
                 )
 
 

@@ -16,7 +16,15 @@ def matrix_parameters(config: LlamaConfig) -> int:
 def parameters(config: LlamaConfig) -> int:
     """All parameters of the language model."""
     embeddings = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    return matrix_parameters(config) + embeddings + (2 * config.num_layers + 1) * config.hidden_size
+    return matrix_parameters(config) + embeddings + config.hidden_size + config.num_layers * _vectors(config)
+
+
+def _vectors(config: LlamaConfig) -> int:
+    """Parameters of a layer's norms and biases."""
+    c = config
+    biases = c.qkv_bias * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.o_bias * c.hidden_size
+    biases += c.mlp_bias * (2 * c.intermediate_size + c.hidden_size)
+    return 2 * c.hidden_size + c.qk_norm * 2 * c.head_dim + biases
 
 
 def attention_flops(config: LlamaConfig, rows: int, length: int) -> int:

@@ -32,7 +32,7 @@ from reft_jax.parallel.mesh import check_divides, make_mesh, on_mesh
 from reft_jax.plan import chips
 from reft_jax.plan.functions import Jitted, RunFunctions
 from reft_jax.plan.hlo import Cost, count
-from reft_jax.run.machine import check_rows
+from reft_jax.run.machine import LENGTHS, check_rows
 from reft_jax.store import write_whole
 from reft_jax.toy.model import toy_config
 from reft_jax.types import InputError
@@ -134,6 +134,7 @@ def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print
     devices = topology_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_rows(config, mesh)
+    shapes.check_lengths({key: flatten(config)[key] for key in LENGTHS})
     model = Llama(shapes, dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
     key = cache_key(config, shapes, topology)
     chip = chips.per_device(chips.chip_of(topology), len(devices) // chips.chips_in(topology))

@@ -17,6 +17,7 @@ from reft_jax.parallel.mesh import make_mesh, row_shards
 from reft_jax.tasks.tokenizer import all_end_ids
 from reft_jax.types import InputError
 
+LENGTHS = ("sft.max_len", "rl.max_len", "sample.max_len", "rerank.max_len")
 BY_ROW = ("sft.micro_batch", "rl.micro_batch", "rerank.micro_batch", "engine.slots")
 
 
@@ -34,7 +35,9 @@ def make_machine(config, base: Path, tokenizer, mesh, after_chunk: Callable[[], 
 
     Reads config.json and no weights.
     """
-    model = Llama(read_config(base), dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
+    shapes, settings = read_config(base), flatten(config)
+    shapes.check_lengths({key: settings[key] for key in LENGTHS})
+    model = Llama(shapes, dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
     engine = Engine(
         model,
         mesh,

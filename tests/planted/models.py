@@ -12,6 +12,9 @@ READS = ("test_llama_config.py",)
 KINDS = ("test_hf_folder.py",)
 FILES = ("test_hf_files.py",)
 FAMILY = ("test_families.py",)
+NUMBERS = "test_architectures.py"
+LLAMA = "reft_jax.model.llama"
+DECODE = "reft_jax.model.decode"
 PLANTED = [
     ("end ids: config.json first", "reft_jax.model_folder",
      "listed_ids(folder / GENERATION) or listed_ids(folder / CONFIG)",
@@ -111,6 +114,21 @@ PLANTED = [
     ("family: an export is a Llama's", CONFIG, '{"model_type": self.model_type', '{"model_type": "llama"', FAMILY),
     ("family: an export has Llama's class", "reft_jax.model.hf_write", 'f"{config.family.name}ForCausalLM"',
      '"LlamaForCausalLM"', FAMILY),
+    ("family: a decode step forgets the biases", DECODE, 'own[name] @ x, own.get(f"{name}_bias")',
+     "own[name] @ x, None", (f"{NUMBERS}::test_greedy_rollouts",)),
+    ("family: heads stay as they are", LLAMA, "if config.qk_norm:", "if False:",
+     (f"{NUMBERS}::test_logits_and_sizes",)),
+    ("family: heads normalized along another axis", DECODE, "c.rms_norm_eps, axis=1)", "c.rms_norm_eps, axis=0)",
+     (f"{NUMBERS}::test_greedy_rollouts",)),
+    ("family: training rotates every layer", LLAMA, "if rotated is not None:", "if False:",
+     (f"{NUMBERS}::test_logits_and_sizes",)),
+    ("family: a decode step rotates every layer", DECODE, "if i not in c.unrotated:", "if True:",
+     (f"{NUMBERS}::test_greedy_rollouts",)),
+    ("family: rows may be longer than the window", "reft_jax.run.machine",
+     "shapes.check_lengths({key: settings[key] for key in LENGTHS})", "pass",
+     (f"{NUMBERS}::test_a_run_ends_at_once_if_rows_may_be_longer_than_the_window",)),
+    ("family: an export without its biases", CONFIG, '"attention_bias": self.o_bias', '"attention_bias": False',
+     (f"{NUMBERS}::test_a_folder_that_we_write",)),
     ("plugins: a file that failed is not run again", "reft_jax.plugins", "        del sys.modules[name]\n", "",
      ("test_plugins.py::test_a_corrected_file_is_run_again",)),
 ]  # fmt: skip

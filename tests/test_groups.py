@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from step_rows import LENGTH, MASK, MODEL, PROMPT_LEN, TOKENS, TOTAL_LEN, assert_same, gradient, packed, rng
+from step_rows import LENGTH, MASK, MODEL, PROMPT_LEN, TOKENS, TOTAL_LEN, assert_same, gradient, numbers, packed, rng
 from tiny import tiny_policy, tiny_ppo, tiny_state
 
 from reft_jax.algo import advantages, losses
@@ -232,7 +232,7 @@ def test_a_permuted_batch_changes_nothing(name):
     other, same = make_batch(of_two(name), *permuted)
     for x, y in zip(jax.tree.leaves(batch), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(x[order], y, atol=1e-6)
-    assert jax.device_get(same) == pytest.approx(jax.device_get(metrics), rel=1e-5)
+    assert numbers(same) == pytest.approx(numbers(metrics), rel=1e-5)
     assert metrics["same_score"] == pytest.approx(1 / 4)
 
 
@@ -267,7 +267,7 @@ def test_an_update_does_not_depend_on_the_packing():
     for rows in (packed(), packed([5, 2, 7, 0, 3, 1, 6, 4]), packed(micro_batch=1, micro_batches=8)):
         state = tiny_state(MODEL, params, optimizer)[0]
         state, metrics = step(state, (rows.lines, jax.tree.map(rows.spread, batch)), rows.count)
-        found.append((gradient(state, metrics), jax.device_get(metrics)))
+        found.append((gradient(state, metrics), numbers(metrics)))
     assert found[0][1].keys() == {"loss", "policy_loss", "kl_loss", "clip_share", "ratio_error_max", "grad_norm"}
     assert "value_head" not in found[0][0] and found[0][1]["grad_norm"] > 1e-3
     for other, metrics in found[1:]:

@@ -153,6 +153,17 @@ def test_what_an_algorithm_does_without_is_not_planned():
     assert with_reference.residents["reference"] == policy
 
 
+def test_a_search_counts_all_samples_and_no_reference_that_is_not_there():
+    """GRPO with as many rows as PPO has: without a reference it needs less, and its micro-batches hold whole rows."""
+    grpo = {"rl.algorithm": "grpo", "rl.questions": CONFIG.rl.questions // 8, "rl.samples": 0, "rl.kl_coef": 0.0}
+    ours, theirs = (candidates(one, SEVEN, ["v5e:4x8"]) for one in (replaced(CONFIG, grpo), CONFIG))
+    memory, with_reference = ({one[2:6]: one.memory for one in found} for found in (ours, theirs))
+    assert memory.keys() == with_reference.keys() and all(memory[one] <= with_reference[one] for one in memory)
+    assert sum(memory.values()) < 0.95 * sum(with_reference.values())
+    changed = ours[0].apply(replaced(CONFIG, grpo))
+    assert changed.rl.samples == 8 and CONFIG.rl.questions % changed.rl.micro_batch == 0
+
+
 def test_a_search_ranks_what_divides():
     found = candidates(CONFIG, SEVEN, ["v5e:4x8"])
     assert found[0].memory < 0.9 * 16 * 2**30

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pytest
 from tiny import tiny_policy
 
 from reft_jax import save_hf
@@ -13,7 +14,8 @@ from reft_jax.parallel.mesh import make_mesh, on_mesh
 from reft_jax.run.inputs import Data, Inputs
 from reft_jax.stages import loop
 from reft_jax.stages.loop import Training
-from reft_jax.stages.models import base_policy
+from reft_jax.stages.models import abstract_policy, base_policy, load_model, start_policy
+from reft_jax.train.checkpoints import save_params
 from reft_jax.train.metrics import read_metrics
 from reft_jax.train.trackers import MetricsWriter
 
@@ -34,6 +36,26 @@ def test_a_run_goes_on_with_the_value_head_of_an_exported_folder(tmp_path, capsy
     jax.tree.map(np.testing.assert_array_equal, found["exported"], params)
     assert "the value head is that of" in capsys.readouterr().out
     assert not np.any(found["bare"]["value_head"]["weight"])  # the quickstart's value_init is 0
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("saved", ["value_head", ""])
+def test_the_warm_up_model_has_the_heads_of_the_algorithm(tmp_path, algorithm, saved):
+    """GRPO leaves a value head out; PPO makes one if the warm-up model was made without a critic."""
+    config = load_config(str(CONFIG))
+    config.rl.algorithm = algorithm
+    model, params = tiny_policy(saved)
+    mesh, inputs = make_mesh(1, 1, 1), SimpleNamespace(config=check_config(config))
+    run = SimpleNamespace(config=inputs.config, machine=SimpleNamespace(mesh=mesh, model=model), inputs=inputs)
+    run.workdir = SimpleNamespace(model=lambda name: tmp_path / name)
+    with on_mesh(mesh):
+        save_params(tmp_path / "warmup", params)
+        found = start_policy(run)
+    assert found.keys() == jax.tree.map(lambda x: 0, abstract_policy(run)).keys()
+    assert ("value_head" in found) == (algorithm == "ppo")
+    for name in params.keys() & found.keys():
+        jax.tree.map(np.testing.assert_array_equal, found[name], params[name])
+    assert load_model(run, "warmup").keys() == params.keys()
 
 
 class Begun(Training):

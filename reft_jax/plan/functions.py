@@ -149,11 +149,8 @@ class RunFunctions:
 
         def old(shape):
             each = self.rows(shape, jnp.float32)
-            critic, reference = (
-                each if self.algorithm.critic else None,
-                each if self.algorithm.penalty("loss") else None,
-            )
-            return PPOBatch(each, each, critic, each, critic, reference)
+            critic = each if self.algorithm.critic else None
+            return PPOBatch(each, each, critic, each, critic, each if self.algorithm.penalty("loss") else None)
 
         calls = {"calls": rl.ppo_epochs * rl.minibatches, "beside": self.in_training}
         rows = self.rollout_rows // rl.minibatches

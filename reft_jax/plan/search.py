@@ -40,6 +40,7 @@ class Candidate(NamedTuple):
     def apply(self, config):
         """The config with these settings."""
         changes = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.tensor": self.tensor, "model.remat": self.remat}
+        changes["rl.samples"] = make_algorithm(config).samples
         changes["rl.micro_batch"] = rollout_rows(config) // config.rl.minibatches // self.micro_batches
         shards = self.chips // self.tensor
         for name, rows in (("sft", config.sft.batch_size), ("rerank", config.rerank.batch_size)):
@@ -122,9 +123,8 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     def collective(kind, group, size, times):
         return {(kind, group): (times, size * times)} if group > 1 else {}
 
-    passes = (
-        rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 1 + reference
-    )  # over the layers, in updates and scoring
+    # Passes over the layers, in updates and scoring.
+    passes = rl.ppo_epochs * (4 * (work > 1.1) + 3 * (work < 1.1)) + 1 + reference
     layer = 2 * n / shapes.num_layers / tensor
     weights = collective("all-gather", fsdp, layer, shapes.num_layers * passes * micro_batches)
     sums = collective("all-reduce", tensor, 2 * tokens * wide, shapes.num_layers * (2 * passes - rl.ppo_epochs))

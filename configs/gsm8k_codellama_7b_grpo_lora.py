@@ -1,6 +1,6 @@
 """CodeLlama-7B on GSM8K programs with GRPO and LoRA, on 8 chips of TPU v5e.
 
-    python -m reft_jax plan --config=configs/gsm8k_codellama_7b_grpo_lora.py --topology=v5e:2x4
+python -m reft_jax plan --config=configs/gsm8k_codellama_7b_grpo_lora.py --topology=v5e:2x4
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The command `solve`: one model writes a program, or text, for one question; the answer that it gives."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 from reft_jax import executor
@@ -64,12 +65,10 @@ def load_policy(source: Source, mesh):
     """(model, parameters of the language model) in float32."""
     from reft_jax.model.hf import load_hf, read_config
     from reft_jax.model.llama import Llama
-    from reft_jax.parallel.mesh import abstract_arrays
-    from reft_jax.stages.models import policy_shapes
-    from reft_jax.train.checkpoints import has_value_head, load_params
+    from reft_jax.stages.models import load_saved
 
     if not source.is_stage:
         return load_hf(source.folder)
     model = Llama(read_config(source.base))
-    abstract = policy_shapes(model, value_head=has_value_head(source.folder))
-    return model, load_params(source.folder, abstract_arrays(mesh, abstract))["lm"]
+    with tempfile.TemporaryDirectory() as scratch:  # this command writes nothing in the work directory
+        return model, load_saved(source.folder, source.base, mesh, model, Path(scratch) / "checksums.json")["lm"]

@@ -23,9 +23,10 @@ from reft_jax.model import families
 from reft_jax.model.heads import RerankHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
+from reft_jax.model.lora import trained
 from reft_jax.parallel import hosts
 from reft_jax.parallel.compilation import keep_compiled
-from reft_jax.parallel.mesh import abstract_arrays, on_mesh, put, shardings
+from reft_jax.parallel.mesh import on_mesh, put, shardings
 from reft_jax.run import lock
 from reft_jax.run.about import versions
 from reft_jax.run.executions import ExecutionLog
@@ -34,7 +35,7 @@ from reft_jax.run.inputs import Data, Inputs, checked_tokenizer, shorten
 from reft_jax.run.machine import check_rows, make_machine, open_mesh, start_executor
 from reft_jax.run.open import Run, Workdir
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
-from reft_jax.stages.models import Weights, policy_shapes
+from reft_jax.stages.models import Weights, load_saved, policy_shapes, read_adapter
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
@@ -42,7 +43,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import load_tokenizer
-from reft_jax.train.checkpoints import check_shapes, has_value_head, load_params
+from reft_jax.train.checkpoints import check_shapes, has_value_head
 from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params
 from reft_jax.types import Example, InputError
@@ -253,7 +254,11 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint], guards: Gua
 
 def check_stage(source: Source, *, reranker: bool) -> None:
     """InputError unless a stage's model is a policy (or a reranker) with the shapes of its base. Reads no weights."""
-    check_shapes(source.folder, stored_shapes(source, Llama(read_config(source.base)), reranker=reranker))
+    adapter, shapes = (
+        read_adapter(source.folder),
+        stored_shapes(source, Llama(read_config(source.base)), reranker=reranker),
+    )
+    check_shapes(source.folder, trained(adapter.lora if adapter else None, shapes))
 
 
 def stored_shapes(source: Source, model: Llama, *, reranker: bool):
@@ -296,7 +301,8 @@ def with_model(sweep: Sweep, source: Source, *, reranker: bool) -> tuple[Run, We
     @functools.cache
     def load() -> dict:
         if source.is_stage:
-            params = load_params(source.folder, abstract_arrays(mesh, abstract))
+            memory = sweep.workdir.path / MEMORY
+            params = load_saved(source.folder, source.base, mesh, run.machine.model, memory, abstract)
             return params if reranker else params["lm"]
         where = shardings(mesh, abstract)
         _, lm = load_hf(source.folder, dtype=run.machine.model.dtype, shardings=where["lm"], reranker=reranker)

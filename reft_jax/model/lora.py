@@ -90,7 +90,7 @@ def joined(lm, adapter: Mapping[str, jax.Array], lora: Lora):
 
 
 def whole(params, base, lora: Lora | None):
-    """Parameters {'lm', head} from what is trained, `params`, and the frozen `base`; without a base `params` as it is."""
+    """The parameters {'lm', head} of what is trained, `params`, and the frozen `base`; without one, `params`."""
     if base is None:
         return params
     heads = {name: x for name, x in params.items() if name != "lora"}

@@ -127,7 +127,9 @@ class RunFunctions:
         forward = cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops
         flops = 3 * forward(self.model.config, rows, shape[2])
         if self.lora:
-            flops -= forward(self.model.config, rows, shape[2]) - cost.attention_flops(self.model.config, rows, shape[2])
+            flops -= forward(self.model.config, rows, shape[2]) - cost.attention_flops(
+                self.model.config, rows, shape[2]
+            )
         least = 2 * device_bytes(state) + device_bytes((batch, self.base))
         trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
         fields = {"calls": 0, "beside": ()} | fields

@@ -1,4 +1,7 @@
-"""TrainState and its optimizer. Parameters are {'lm': …}, also with 'value_head' or 'rerank_head', float32."""
+"""TrainState and its optimizer.
+
+Parameters are {'lm': …}, also with 'value_head' or 'rerank_head', float32; with LoRA 'lora' is there instead of 'lm'.
+"""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.parallel.mesh import shardings
+from reft_jax.parallel.mesh import shardings, unboxed
 
 
 class TrainState(NamedTuple):
@@ -72,9 +75,10 @@ def state_shardings(mesh, optimizer, abstract) -> TrainState:
 
 
 def new_state(mesh, optimizer, abstract, params) -> TrainState:
-    """A state at step 0 around `params`, which it takes over (donated)."""
+    """A state at step 0 around `params`, which it takes over (donated), in the dtypes of `abstract`."""
 
     def init(params):
+        params = jax.tree.map(lambda x, to: x.astype(to.dtype), params, unboxed(abstract))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(init, out_shardings=state_shardings(mesh, optimizer, abstract), donate_argnums=0)(params)

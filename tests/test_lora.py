@@ -1,8 +1,6 @@
 """LoRA: adapters against a slow version, what is trained and saved, merged rollouts, every stage, PEFT."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 from step_rows import MASK, packed
-from tiny import HEADS, drawn, tiny_model
+from tiny import drawn, tiny_model
 
 from reft_jax.config import check_config, default_config
-from reft_jax.model.llama import LORA_A, LORA_B
+from reft_jax.model.llama import LORA_B
 from reft_jax.model.lora import (
     Lora,
     abstract_adapter,
@@ -23,7 +21,6 @@ from reft_jax.model.lora import (
     make_lora,
     merged_model,
     trained,
-    whole,
 )
 from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
 from reft_jax.parallel.mesh import make_mesh, unboxed

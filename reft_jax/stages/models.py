@@ -144,6 +144,20 @@ class Adapter(NamedTuple):
         return {"of": self.of, "checksum": self.checksum} | asdict(self.lora) | {"targets": list(self.lora.targets)}
 
 
+def adapters_of(run: Run, name: str) -> list[tuple[Lora, dict]]:
+    """The adapters that the base model has in a policy of the work directory, on the host, from the base upwards.
+
+    InputError if one of the models on this way was trained whole.
+    """
+    folder, model = run.workdir.model(name), run.machine.model
+    if (adapter := read_adapter(folder)) is None:
+        raise InputError(f"--adapter: {folder} was trained whole, without an adapter; leave --adapter out")
+    before = adapters_of(run, adapter.of) if adapter.of else []
+    shapes = trained(adapter.lora, policy_shapes(model, value_head=has_value_head(folder)))
+    params = load_params(folder, abstract_arrays(run.machine.mesh, shapes))
+    return [*before, (adapter.lora, hosts.fetch(params["lora"]))]
+
+
 def new_adapter(run: Run, of: str) -> Adapter | None:
     """The adapter that a stage trains on models/OF ("": on the base model); None if lora.rank is 0."""
     if (lora := make_lora(run.config)) is None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from step_rows import MASK, packed
+from step_rows import LENGTH, MASK, packed
+from test_groups import noisy, of_two
 from tiny import drawn, tiny_model
 
 from reft_jax.config import check_config, default_config
@@ -24,6 +25,7 @@ from reft_jax.model.lora import (
 )
 from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
 from reft_jax.parallel.mesh import make_mesh, unboxed
+from reft_jax.train.iteration import Iteration
 from reft_jax.train.scoring import decision_loss, hidden_states
 from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
 from reft_jax.train.steps import make_step, sft_loss
@@ -104,6 +106,33 @@ def test_gradients_are_those_of_a_slow_version_and_of_the_adapter_only():
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4 * np.abs(expected[name]).max())
         assert np.abs(expected[name]).max() > 1e-3
+
+
+def test_a_frozen_output_matrix_has_no_gradient():
+    """No array of an update is as large as the output matrix, in the loop over decisions or after it."""
+    lines = jax.tree.map(lambda x: x[0], packed().lines)
+    about = np.ones(lines.decisions.shape, np.float32)
+
+    def loss(hidden, lm):
+        return decision_loss(lambda x, w: (-(x * w).sum(), {}), MODEL, lm, hidden, lines, about)[0]
+
+    hidden = np.ones((*lines.decisions.shape, 24), np.float32)
+    made = {}
+    for name, lm in {"frozen": joined(BASE, ADAPTER, LORA), "trained": BASE}.items():
+        text = str(jax.make_jaxpr(jax.grad(loss))(hidden, lm))
+        made[name] = text.count("f32[61,24] = add")  # sums of the gradient [V,D]
+    assert made["frozen"] == 0 < made["trained"]
+
+
+def test_the_reference_is_scored_with_the_adapter_off():
+    algorithm = of_two("grpo")
+    optimizer, mesh = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0), make_mesh(1, 1, 1)
+    one = Iteration(MODEL, mesh, optimizer, algorithm, None, LORA, micro_batch=8, max_len=LENGTH, multiple=8)
+    rollout = noisy()[0]
+    found, _ = one.score({"lm": joined(BASE, ADAPTER, LORA)}, BASE, rollout)
+    expected, _ = one.score({"lm": BASE}, BASE, rollout)
+    np.testing.assert_array_equal(found.ref_logprob, expected.logprob)
+    assert np.abs(found.logprob - found.ref_logprob).max() > 0.1
 
 
 def test_an_update_changes_the_adapter_and_nothing_else():

@@ -17,7 +17,6 @@ from reft_jax.model.lora import (
     Lora,
     abstract_adapter,
     has_adapter,
-    init_adapter,
     joined,
     make_lora,
     merged_model,
@@ -27,7 +26,7 @@ from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
 from reft_jax.parallel.mesh import make_mesh, unboxed
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.scoring import decision_loss, hidden_states
-from reft_jax.train.state import abstract_params, make_optimizer, new_state, state_shardings
+from reft_jax.train.state import abstract_params, init_adapter, make_optimizer, new_state, state_shardings
 from reft_jax.train.steps import make_step, sft_loss
 from reft_jax.types import InputError
 

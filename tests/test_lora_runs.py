@@ -20,13 +20,20 @@ from test_pipeline import ROOT, command, metrics, run
 from tiny import drawn, tiny_model
 
 from reft_jax.engine import slots as rollouts
-from reft_jax.model.lora import Lora, abstract_adapter, init_adapter, joined, trained
+from reft_jax.model.lora import Lora, abstract_adapter, joined, trained
 from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.mesh import abstract_arrays, make_mesh, on_mesh, put, put_rows, shardings, unboxed
 from reft_jax.train.checkpoints import Checkpoints
 from reft_jax.train.checksums import array_checksums
 from reft_jax.train.packing import Packing
-from reft_jax.train.state import abstract_params, abstract_state, make_optimizer, new_state, state_shardings
+from reft_jax.train.state import (
+    abstract_params,
+    abstract_state,
+    init_adapter,
+    make_optimizer,
+    new_state,
+    state_shardings,
+)
 from reft_jax.train.steps import make_step, sft_loss
 
 LORA = Lora(2, 4.0, ("q", "k", "v", "o", "gate", "up", "down"))
@@ -146,7 +153,7 @@ def test_grpo_with_lora_resumes_bit_for_bit_and_saves_adapters_only(warmed_up):
 def test_exports_of_the_chain_agree(warmed_up):
     """The whole model, and its adapter relative to the base model, which has the ranks of SFT and of ReFT."""
     folder, settings = warmed_up
-    for name, flags in (("whole", []), ("adapter", ["--adapter=true"])):
+    for name, flags in (("whole", []), ("adapter", ["--adapter"])):
         done = run("export", folder / "sft", *settings, "--model=sft", f"--out_dir={folder / name}", *flags)
         assert done.returncode == 0, done.stderr
     base, merged = (

@@ -26,7 +26,7 @@ from reft_jax.model import families
 from reft_jax.model.hf import checked, read_config
 from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.llama import Llama
-from reft_jax.model.lora import init_adapter, make_lora, trained, whole
+from reft_jax.model.lora import make_lora, trained, whole
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
@@ -39,7 +39,7 @@ from reft_jax.train.batches import rollout_rows
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.packing import Packing
 from reft_jax.train.scoring import score_lines
-from reft_jax.train.state import make_optimizer, new_state, state_shardings
+from reft_jax.train.state import init_adapter, make_optimizer, new_state, state_shardings
 from reft_jax.types import Completion, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on

@@ -5,17 +5,15 @@ these arrays beside its matrices, a layer adds the second term (`llama.linear`).
 the tree of the base with more leaves (`joined`), and the adapter is off where they are absent.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from reft_jax.model.llama import LORA_A, LORA_B
-from reft_jax.parallel.mesh import shardings
 
 
 @dataclass(frozen=True)
@@ -65,24 +63,6 @@ def trained(lora: Lora | None, abstract):
     return {"lora": abstract_adapter(lora, abstract["lm"])} | {name: x for name, x in abstract.items() if name != "lm"}
 
 
-def init_adapter(mesh, lora: Lora, lm, seed: int) -> dict[str, jax.Array]:
-    """A new adapter on the mesh, as PEFT draws it: A uniform in ±1/√inputs, B zero. `lm` as for `abstract_adapter`."""
-    boxed = abstract_adapter(lora, lm)
-
-    def init(key):
-        drawn = {}
-        for number, (name, box) in enumerate(boxed.items()):
-            shape = box.value.shape
-            bound = math.prod(shape[1:-1]) ** -0.5
-            of_name = jax.random.fold_in(key, number)
-            drawn[name] = jax.random.uniform(of_name, shape, jnp.float32, -bound, bound)
-            if name.endswith(LORA_B):
-                drawn[name] = jnp.zeros(shape, jnp.float32)
-        return drawn
-
-    return jax.jit(init, out_shardings=shardings(mesh, boxed))(jax.random.key(seed))
-
-
 def joined(lm, adapter: Mapping[str, jax.Array], lora: Lora):
     """The language model with the adapter on. alpha / rank is multiplied into B here, and nowhere else."""
     beside = {name: x * lora.scale if name.endswith(LORA_B) else x for name, x in adapter.items()}
@@ -117,9 +97,9 @@ def merged(layer: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-@partial(jax.jit, donate_argnums=0)
-def _merged_stack(weight, a, b):
-    return jax.vmap(merge)(weight, a, b)
+@cache
+def _merge_stack(sharding):
+    return jax.jit(jax.vmap(merge), donate_argnums=0, out_shardings=sharding)
 
 
 def merged_model(lm):
@@ -127,7 +107,7 @@ def merged_model(lm):
     layers, stacks = lm["layers"], {}
     for name, x in layers.items():
         if name + LORA_A in layers:
-            stacks[name] = _merged_stack(x, layers[name + LORA_A], layers[name + LORA_B])
+            stacks[name] = _merge_stack(x.sharding)(x, layers[name + LORA_A], layers[name + LORA_B])
         elif not name.endswith((LORA_A, LORA_B)):
             stacks[name] = x
     return lm | {"layers": stacks}

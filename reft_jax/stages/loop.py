@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from reft_jax.executor import InfrastructureError
-from reft_jax.model.lora import init_adapter, trained, whole
+from reft_jax.model.lora import trained, whole
 from reft_jax.parallel import hosts
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import abstract_arrays
@@ -31,7 +31,7 @@ from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.metrics import read_metrics
 from reft_jax.train.progress import Progress, remark
-from reft_jax.train.state import abstract_state, new_state, state_shardings
+from reft_jax.train.state import abstract_state, init_adapter, new_state, state_shardings
 from reft_jax.train.trackers import MetricsWriter
 from reft_jax.types import InputError, SaveError, Stopped
 

@@ -3,6 +3,7 @@
 Parameters are {'lm': …}, also with 'value_head' or 'rerank_head', float32; with LoRA 'lora' is there instead of 'lm'.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.llama import LORA_B
+from reft_jax.model.lora import Lora, abstract_adapter
 from reft_jax.parallel.mesh import shardings, unboxed
 
 
@@ -62,6 +65,21 @@ def init_head(mesh, head: ValueHead | RerankHead, hidden_size: int, seed: int):
     key = jax.random.key(seed)
     where = shardings(mesh, jax.eval_shape(init, key))
     return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=where)(key)
+
+
+def init_adapter(mesh, lora: Lora, lm, seed: int) -> dict[str, jax.Array]:
+    """A new adapter on the mesh, as PEFT draws it: A uniform in ±1/√inputs, B zero. `lm` as for `abstract_adapter`."""
+    boxed = abstract_adapter(lora, lm)
+
+    def init(key):
+        drawn = {}
+        for number, (name, box) in enumerate(boxed.items()):
+            shape = box.value.shape
+            bound = 0.0 if name.endswith(LORA_B) else math.prod(shape[1:-1]) ** -0.5
+            drawn[name] = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
+        return drawn
+
+    return jax.jit(init, out_shardings=shardings(mesh, boxed))(jax.random.key(seed))
 
 
 def abstract_state(optimizer, abstract) -> TrainState:

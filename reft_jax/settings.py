@@ -46,6 +46,15 @@ def one_of(*values) -> Rule:
     return Rule("one of " + ", ".join(map(str, values)), lambda v: v in values)
 
 
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+def _distinct(names: str) -> bool:
+    return len(set(_split(names))) == len(_split(names))
+
+
+LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer
 POSITIVE = Rule("a number > 0", lambda v: 0 < v < math.inf)
 MULTIPLE_OF_32 = Rule("a multiple of 32", lambda v: v > 0 and v % 32 == 0)
 ANY = Rule("", lambda v: True)
@@ -176,6 +185,19 @@ class RlSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """LoRA: the base is frozen, small adapters are trained (docs/lora.md)."""
+
+    rank: int = setting(0, at_least(0), "rank of the adapters; 0: no LoRA, every weight is trained")
+    alpha: float = setting(32.0, POSITIVE, "the adapters' product is multiplied by lora.alpha / lora.rank")
+    targets: str = setting(
+        ",".join(LINEAR),
+        Rule(f"some of {','.join(LINEAR)}, with commas", lambda v: _distinct(v) and set(_split(v)) <= set(LINEAR)),
+        "matrices of a layer that have an adapter",
+    )
+
+
+@dataclass(frozen=True)
 class SelfTrainSettings:
     """Self-training, the paper's two baselines. All else is as in `sft` (offline) and `rl` (online)."""
 
@@ -262,6 +284,7 @@ class Config:
     toy: ToySettings = field(default_factory=ToySettings)
     sft: SftSettings = field(default_factory=SftSettings)
     rl: RlSettings = field(default_factory=RlSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     self_train: SelfTrainSettings = field(default_factory=SelfTrainSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)

@@ -12,10 +12,11 @@ from reft_jax.run.inputs import load_data
 from reft_jax.tasks.answerable import trainable
 from reft_jax.tasks.answers import grade
 from reft_jax.tasks.datasets import load_examples
+from reft_jax.tasks.prompter import make_prompter
 from reft_jax.tasks.prompts import prompt_text, rollout_prompt, sft_target
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.rewards import Rewards
-from reft_jax.tasks.tokenizer import encode_rollout, train_bpe
+from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.types import Example, InputError, Verdict
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
@@ -104,7 +105,7 @@ def test_questions_with_tests_have_prompts_and_targets_without_the_head_of_a_sol
     assert rollout_prompt(MBPP.question, "python", unit_tests) == prompt == prompt_text(MBPP.question, unit_tests)
     assert sft_target(MBPP, "python", unit_tests) == MBPP.answer_cot
     tok = train_bpe([prompt, MBPP.answer_cot], 300)
-    assert tok.decode(encode_rollout(tok, MBPP.question, "python", unit_tests)) == prompt
+    assert tok.decode(make_prompter(tok, "python", unit_tests).prompt(MBPP.question)) == prompt
     assert trainable(tok, [MBPP], "python", 0.0, "train", unit_tests) == [MBPP]
     file = tmp_path / "train.json"
     file.write_text(json.dumps([MBPP._asdict()]))

@@ -26,11 +26,12 @@ from reft_jax.model import families
 from reft_jax.model.hf import checked, read_config
 from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.llama import Llama
+from reft_jax.model.lora import make_lora, trained, whole
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
-from reft_jax.stages.models import base_policy, policy_shapes
+from reft_jax.stages.models import as_base, base_policy, policy_shapes
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import decode, encode
 from reft_jax.toy import problems
@@ -38,7 +39,7 @@ from reft_jax.train.batches import rollout_rows
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.packing import Packing
 from reft_jax.train.scoring import score_lines
-from reft_jax.train.state import make_optimizer, new_state, state_shardings
+from reft_jax.train.state import init_adapter, make_optimizer, new_state, state_shardings
 from reft_jax.types import Completion, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on
@@ -225,13 +226,18 @@ def check_iteration(
         algorithm = replace(algorithm, samples=rows)
     schedule = optax.constant_schedule(rl.learning_rate)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
-    abstract = policy_shapes(model, value_head=algorithm.critic)
+    abstract, lora, base = policy_shapes(model, value_head=algorithm.critic), make_lora(inputs.config), None
+    if lora:
+        base, head = as_base(policy["lm"], model), {name: x for name, x in policy.items() if name != "lm"}
+        trains = {"lora": init_adapter(mesh, lora, abstract["lm"], inputs.config.seed)} | head
+        policy, abstract = whole(trains, base, lora), trained(lora, abstract)
     shardings = state_shardings(mesh, optimizer, abstract)
     rewards = np.resize(np.array([1.0, 0.1, 0.0], np.float32), rows)
     rollout = rollout_rows(asked, completions, rewards, PAD_MULTIPLE)
     size = {"max_len": int(rollout.total_len.max()), "micro_batch": rows, "multiple": PAD_MULTIPLE}
-    one = Iteration(model, mesh, optimizer, algorithm, shardings, **size)
-    scores, packing = one.score(policy, policy["lm"] if algorithm.reference else None, rollout)
+    one = Iteration(model, mesh, optimizer, algorithm, shardings, lora, **size)
+    reference = (base or policy["lm"]) if algorithm.reference else None
+    scores, packing = one.score(policy, reference, rollout)
 
     sampled = np.concatenate([completion.logprobs for completion in completions])
     yield gap("sampler and trainer agree", sampled - scores.logprob[packing.at], dtype)
@@ -248,7 +254,8 @@ def check_iteration(
     yield Finding("rewards are conserved", bool(error < 1e-5), figure)
 
     batch, _ = one.make_batch(rollout, scores)
-    _, metrics = one.update(new_state(mesh, optimizer, abstract, policy), rollout, batch)
+    state = new_state(mesh, optimizer, abstract, trains if lora else policy)
+    _, metrics = one.update(state, rollout, batch, base=base)
     error, norm = float(metrics.get("ratio_error_max", 0.0)), float(metrics["grad_norm"])
     figure = f"|ρ − 1| at most {error:.1e}"
     yield Finding("ratio 1 on the first pass", error <= np.expm1(MAX_GAP[dtype]), figure)

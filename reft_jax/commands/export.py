@@ -11,10 +11,11 @@ from reft_jax import __version__
 from reft_jax.evaluation.report import markdown_table
 from reft_jax.model.hf import stored_in
 from reft_jax.model.hf_write import save_hf
+from reft_jax.model.peft import stacked, write_peft
 from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
-from reft_jax.stages.models import TITLES, abstract_reranker, checksum, done, load_model
+from reft_jax.stages.models import TITLES, abstract_reranker, adapters_of, checksum, done, load_model
 from reft_jax.store import writing
 from reft_jax.tasks.prompter import Prompter
 from reft_jax.tasks.registry import Task
@@ -23,11 +24,21 @@ from reft_jax.types import InputError
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")  # of the base, copied along
 
 
-def run_export(run: Run, name: str, out: Path, dtype: str | None = None) -> None:
+def run_export(run: Run, name: str, out: Path, dtype: str | None = None, adapter: bool = False) -> None:
     """Writes the folder. name: a policy (its value head goes into a subfolder), or a reranker.
 
-    dtype: of the weights; None: the base's. Raises SaveError.
+    dtype: of the weights; None: the base's. adapter: write the language model's adapter alone, in float32, as a PEFT
+    folder. Raises InputError, SaveError.
     """
+    if adapter:
+        if name.startswith("rerank_"):
+            raise InputError(f"--adapter: {name} is a reranker, which PEFT has no folder for; export it whole")
+        lora, arrays = stacked(adapters_of(run, name))
+        if hosts.is_first():
+            with writing(out):
+                write_peft(out, run.machine.model.config, lora, arrays, str(run.inputs.base))
+        print(f"the adapter of {name} -> {out}")
+        return
     licences = sorted({path for pattern in LICENCES for path in run.inputs.base.glob(pattern) if path.is_file()})
     card = model_card(run, name, [path.name for path in licences])
     params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)

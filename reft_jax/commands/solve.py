@@ -1,6 +1,7 @@
 """The command `solve`: one model writes a program, or text, for one question; the answer that it gives."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,9 @@ def run_solve(
             ends = {*all_end_ids(tokenizer, source.base), prompter.frame.end}
             rows = Engine(model, mesh, slots=row_shards(mesh), pad_multiple=64, eos_id=ends, seed=0)
             asked = [Prompt("question", 0, np.array(prompt, np.int32))]
-            [(_, completion)] = rows.generate(source.load(mesh, model), asked, max_len=max_len, temperature=0.0)
+            with tempfile.TemporaryDirectory() as scratch:  # this command writes nothing in a work directory
+                lm = source.load(mesh, model, Path(scratch))
+            [(_, completion)] = rows.generate(lm, asked, max_len=max_len, temperature=0.0)
         text = prompter.completed(prompt, completion)
         # The correct answer is not known here; grading gets 0 instead.
         asked = [Example("toy_0", question, "0")]

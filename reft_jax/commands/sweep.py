@@ -22,22 +22,23 @@ from reft_jax.model import families
 from reft_jax.model.heads import RerankHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
+from reft_jax.model.lora import trained
 from reft_jax.parallel import hosts
-from reft_jax.parallel.mesh import abstract_arrays, put, shardings
+from reft_jax.parallel.mesh import put, shardings
 from reft_jax.run import lock
 from reft_jax.run.guards import Guards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer, shorten
 from reft_jax.run.machine import check_rows, make_machine, open_mesh, running_executor
 from reft_jax.run.open import Run, Workdir, checked_settings, in_workdir
 from reft_jax.run.workdir import recorded
-from reft_jax.stages.models import Weights, policy_shapes
+from reft_jax.stages.models import Weights, load_saved, policy_shapes, read_adapter
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
 from reft_jax.store import write_whole
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
-from reft_jax.train.checkpoints import check_shapes, has_value_head, load_params
+from reft_jax.train.checkpoints import check_shapes, has_value_head
 from reft_jax.train.checksums import MEMORY, model_checksum
 from reft_jax.train.state import abstract_params
 from reft_jax.types import Example, InputError
@@ -77,11 +78,14 @@ class Source(NamedTuple):
             return abstract_params(model, RerankHead(), "rerank_head")
         return policy_shapes(model, value_head=self.is_stage and has_value_head(self.folder))
 
-    def load(self, mesh, model: Llama):
-        """Reads its parameters onto the mesh: of a reranker the trunk and the head, else the language model's."""
+    def load(self, mesh, model: Llama, workdir: Path):
+        """Reads its parameters onto the mesh: of a reranker the trunk and the head, else the language model's.
+
+        workdir: as in `checksum`.
+        """
         abstract = self.abstract(model)
         if self.is_stage:
-            params = load_params(self.folder, abstract_arrays(mesh, abstract))
+            params = load_saved(self.folder, self.base, mesh, model, workdir / MEMORY, abstract)
             return params if self.reranker else params["lm"]
         where = shardings(mesh, abstract)
         _, lm = load_hf(self.folder, dtype=model.dtype, shardings=where["lm"], reranker=self.reranker)
@@ -260,7 +264,8 @@ def open_sweep(config, workdir: Path, checkpoints: list[Checkpoint]) -> Iterator
 
 def check_stage(source: Source) -> None:
     """InputError unless a stage's model is a policy (or a reranker) with the shapes of its base. Reads no weights."""
-    check_shapes(source.folder, source.abstract(Llama(read_config(source.base))))
+    adapter, shapes = read_adapter(source.folder), source.abstract(Llama(read_config(source.base)))
+    check_shapes(source.folder, trained(adapter.lora if adapter else None, shapes))
 
 
 def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
@@ -288,6 +293,6 @@ def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]])
 def with_model(sweep: Sweep, source: Source) -> tuple[Run, Weights]:
     """A run with this model's shape, tokenizer and engine, and its weights, which are read when first needed."""
     config, guards, inputs = sweep.config, sweep.guards, unasked(sweep.config, source)
-    machine = make_machine(config, source.base, inputs.end_ids, sweep.mesh, guards.step)
-    load = functools.cache(functools.partial(source.load, sweep.mesh, machine.model))
-    return Run(inputs, machine, sweep.workdir, guards), Weights(source.checksum(sweep.workdir.path), load)
+    machine, workdir = make_machine(config, source.base, inputs.end_ids, sweep.mesh, guards.step), sweep.workdir.path
+    load = functools.cache(functools.partial(source.load, sweep.mesh, machine.model, workdir))
+    return Run(inputs, machine, sweep.workdir, guards), Weights(source.checksum(workdir), load)

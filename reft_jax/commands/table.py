@@ -116,7 +116,8 @@ TABLE = (
             "reft_jax.commands.export:run_export", needs=("{model}",), read_only=True,
             flags=(_model((*POLICIES, *(f"rerank_{name}" for name in RANKED))),
                    _out("folder to write", required=True, to="out", new=True),
-                   Flag("dtype", DTYPES, None, "number format of the weights; if left out, the base model's"))),
+                   Flag("dtype", DTYPES, None, "number format of the weights; if left out, the base model's"),
+                   Flag("adapter", bool, False, "after LoRA: write the adapter as a PEFT folder, not a whole model"))),
     Command("check", "is a model ready for a run on this machine?",
             "reft_jax.commands.check:run_check", gets=("config",), verdict=True,
             flags=(Flag("model", Path, None, "Hugging Face folder", required=True, to="folder"),)),
@@ -151,6 +152,11 @@ TABLE = (
     Command("convert weights", "writes the weights of pytorch_model*.bin files as a folder with safetensors",
             "reft_jax.commands.convert_weights:run_convert_weights", gets=(),
             flags=(Flag("in", Path, None, "folder with pytorch_model*.bin", required=True, to="source"),
+                   _out("folder to write", required=True))),
+    Command("convert adapter", "writes a base model and a PEFT adapter of it (LoRA) as one folder",
+            "reft_jax.commands.convert_adapter:run_convert_adapter", gets=(),
+            flags=(Flag("in", Path, None, "folder of the adapter", required=True, to="source"),
+                   Flag("base", Path, None, "Hugging Face folder of its base model", required=True),
                    _out("folder to write", required=True))),
 )  # fmt: skip
 COMMANDS = list(dict.fromkeys(row.command for row in TABLE))

@@ -15,7 +15,7 @@ SINGLE, INDEX, ADAPTER = (
     "adapter_config.json",
 )
 WRAPPER = "pretrained_model."  # prefix of a model saved inside TRL's value-head wrapper
-MERGE = "merge it first: load both with peft, then merge_and_unload() and save_pretrained()"
+MERGE = "merge it first: python -m reft_jax convert adapter --in=ADAPTER --base=BASE --out_dir=DIR"
 # Tensors that other programs store and a Llama computes or does not use: rotation tables, causal masks, cache scales.
 IGNORED = re.compile(
     r"rotary_emb\.(original_)?inv_freq$|rotary_emb\.(cos|sin)_cached$|self_attn\.(masked_)?bias$|\.(q|k|v|kv)_scale$"
@@ -134,7 +134,7 @@ def _check_names(folder: Path, stored: dict[str, Stored]) -> None:
                 "model"
             )
     for pattern, what in (
-        (_UNMERGED, f"of an adapter that is not merged; {MERGE}"),
+        (_UNMERGED, "of an adapter that is not merged; save what merge_and_unload() of peft returns"),
         (_METAS, "in Meta's own layout; use the folder in Hugging Face format"),
         (_FUSED, "of several matrices in one, another family's layout; use a Llama checkpoint"),
     ):

@@ -61,6 +61,10 @@ OPTIONAL = {
 }
 
 
+# What the names of an adapter's two matrices end in (model/lora.py).
+LORA_A, LORA_B = "_lora_a", "_lora_b"
+
+
 def layer_axes(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     """LAYER_AXES of the parameters that a layer of this model has."""
     absent = {name for field, names in OPTIONAL.items() if not getattr(config, field) for name in names}
@@ -186,8 +190,10 @@ def residual(x: jax.Array) -> jax.Array:
 
 
 def linear(weights: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
-    """x [B,T,D] times the matrix `name` [D,F], plus its bias [F] if the model has one -> [B,T,F]."""
-    y, bias = project(x, weights[name]), weights.get(f"{name}_bias")
+    """x [B,T,D] times the matrix `name` [D,F], plus its bias [F] and its adapter [D,r], [r,F], if any -> [B,T,F]."""
+    y, bias, a = project(x, weights[name]), weights.get(f"{name}_bias"), weights.get(name + LORA_A)
+    if a is not None:
+        y = y + project(project(x, a), weights[name + LORA_B])
     return y if bias is None else y + bias[None, None]
 
 
@@ -195,7 +201,8 @@ def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, t
     """One layer: x dtype[B,T,D] -> (x, what `attention` keeps).
 
     Args:
-        weights: by the names of LAYER_AXES; norms [D] or [H], matrices [in, out] and biases [out] in x's dtype.
+        weights: by the names of LAYER_AXES; norms [D] or [H], matrices [in, out] and biases [out] in x's dtype. With
+            an adapter also its matrices, [in, rank] and [rank, out].
         tables: those of the positions, of `rope_tables`; None: this layer does not rotate.
         attention: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (heads [B,T,N,H], anything to keep).
     """
@@ -254,6 +261,9 @@ class Block(nn.Module):
             if init is _matrix:  # heads and head dimension become one axis
                 shape = (c.hidden_size, -1) if axes[0] == "embed" else (-1, c.hidden_size)
                 weights[name] = weight.astype(self.dtype).reshape(shape)
+                if self.has_variable("params", name + LORA_A):
+                    a, b = (self.get_variable("params", name + end).astype(self.dtype) for end in (LORA_A, LORA_B))
+                    weights |= {name + LORA_A: a.reshape(-1, a.shape[-1]), name + LORA_B: b.reshape(len(b), -1)}
             elif init is _bias:
                 weights[name] = weight.astype(self.dtype).reshape(-1)
         return layer(c, weights, x, tables, partial(causal_attention, mask))[0], None

@@ -13,6 +13,7 @@ import jax
 
 from reft_jax.model.llama import LAYER_AXES, Llama
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.lora import merged
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def for_rollouts(model: Llama, mesh: jax.sharding.Mesh) -> RolloutModel:
 
 
 def rollout_layer(model: RolloutModel, layers, i):
-    """Layer i of stacked layers in the form for rollouts, with its logical axes (boxed)."""
+    """Layer i of stacked layers in the form for rollouts, its adapter merged, with its logical axes (boxed)."""
 
     def form(x, axes):
         if "head_dim" in axes[1:]:  # becomes one axis with the heads before it
@@ -38,7 +39,8 @@ def rollout_layer(model: RolloutModel, layers, i):
             x, axes = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
         return _boxed(model, x, axes, turn=x.ndim == 2 and (axes[0] == "embed" or not model.tpu))
 
-    return {name: form(x[i], LAYER_AXES[name]) for name, x in layers.items()}
+    own = merged({name: x[i] for name, x in layers.items()})
+    return {name: form(x, LAYER_AXES[name]) for name, x in own.items()}
 
 
 def rollout_rest(model: RolloutModel, lm):

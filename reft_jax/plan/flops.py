@@ -27,15 +27,18 @@ def _vectors(config: LlamaConfig) -> int:
     return 2 * c.hidden_size + c.qk_norm * 2 * c.head_dim + biases
 
 
+def attention_flops(config: LlamaConfig, rows: int, length: int) -> int:
+    """FLOPs of causal attention in a forward pass: scores and sums over half of all pairs, 2·L·N·H·length² per row."""
+    return rows * 2 * config.num_layers * config.num_heads * config.head_dim * length**2
+
+
 def trunk_flops(config: LlamaConfig, rows: int, length: int) -> int:
     """FLOPs of a forward pass over rows of `length` tokens, without the output layer.
 
-    2 per parameter and token, and causal attention: scores and sums over half of all pairs, 2·L·N·H·length² per row.
-    A backward pass costs twice as much as a forward pass.
+    2 per parameter and token, and attention. A backward pass costs twice as much as a forward pass.
     """
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * length**2
     in_layers = matrix_parameters(config) - config.vocab_size * config.hidden_size
-    return rows * (2 * in_layers * length + attention)
+    return rows * 2 * in_layers * length + attention_flops(config, rows, length)
 
 
 def forward_flops(config: LlamaConfig, rows: int, length: int) -> int:

@@ -16,6 +16,7 @@ from reft_jax.engine import slots as rollout
 from reft_jax.engine.generate import Engine
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama
+from reft_jax.model.lora import make_lora, trained
 from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES, abstract_arrays, by_row, on_mesh, round_up, row_shards, with_axes
 from reft_jax.plan import flops as cost
@@ -58,15 +59,19 @@ class RunFunctions:
         head = (ValueHead(), "value_head") if self.algorithm.critic else ()
         self.policy = abstract_params(model, *head)
         self.reranker = abstract_params(model, RerankHead(), "rerank_head")
+        self.lora = make_lora(config)
         self.optimizer = make_optimizer(constant_schedule(1e-6, 0), weight_decay=0.0, clip_norm=1.0)
-        self.state = abstract_arrays(mesh, abstract_state(self.optimizer, self.policy))
-        where = state_shardings(mesh, self.optimizer, self.policy)
+        trains = trained(self.lora, self.policy)
+        self.state = abstract_arrays(mesh, abstract_state(self.optimizer, trains))
+        self.where = state_shardings(mesh, self.optimizer, trains)
+        self.base = frozen(abstract_arrays(mesh, self.policy["lm"]), model.dtype) if self.lora else None
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
-        self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, where, **size)
+        self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, self.where, self.lora, **size)
         self.engine = Engine(
             model, mesh, slots=config.engine.slots, pad_multiple=config.data.pad_multiple, eos_id=EOS, seed=config.seed
         )
-        lm = self.state.params["lm"]
+        self.params = whole(self.state.params, self.base)
+        lm, reference = self.params["lm"], self.base if self.lora else self.params["lm"]
         self.layer = self.abstract(rollout_layer, lm["layers"], 0)
         self.weights = self.abstract(rollout_rest, lm) | {
             f"layers_{i}": self.layer for i in range(model.config.num_layers)
@@ -74,11 +79,14 @@ class RunFunctions:
         self.rollout_rows = rl.questions * self.algorithm.samples
         self.ppo_slots, self.sample_slots = self.slots(self.rollout_rows, rl), self.slots(None, config.sample)
         self.prefix = self.prefill_of(config.rl)
-        state, policy = device_bytes(self.state), device_bytes(lm)
+        state, policy = device_bytes(self.state), device_bytes(self.state.params)
+        # Besides the state: with an adapter its base, which is the reference too, and an argument in training.
+        self.second = ("base",) if self.lora else ("reference",)
+        self.in_training = () if self.lora else ("reference",)
         self.residents = {
             "policy and moments": state,
             "moments": state - policy,
-            "reference": policy if self.algorithm.reference else 0,
+            self.second[0]: device_bytes(reference) if self.lora or self.algorithm.reference else 0,
             "rollout weights": device_bytes(self.weights),
             "slots": device_bytes(self.ppo_slots),
             "prefix": device_bytes(self.prefix),
@@ -91,8 +99,11 @@ class RunFunctions:
                 self.seat(),
                 self.decode("decode, PPO", self.ppo_slots, config.rl, top_k=0),
                 self.decode("decode, sampling", self.sample_slots, config.sample, top_k=config.sample.top_k),
-                self.score("score, policy", self.state.params, ("moments", "reference")),
-                *([self.score("score, reference", {"lm": lm}, ("policy and moments",))] * self.algorithm.reference),
+                self.score("score, policy", self.params, ("moments", *self.in_training)),
+                *(
+                    [self.score("score, reference", {"lm": reference}, ("policy and moments",))]
+                    * self.algorithm.reference
+                ),
                 self.ppo(),
                 self.rerank(),
             ]
@@ -109,21 +120,28 @@ class RunFunctions:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(self.mesh, axis))
 
     def training(self, name: str, step, state, settings, rows: int, old, **fields) -> Jitted:
-        """An update of full lines: the FLOPs of three forward passes. `old` makes its other input from [M,b,T]."""
+        """An update of full lines: the FLOPs of three forward passes, without those of the gradient of frozen weights.
+        `old` makes its other input from [M,b,T]."""
         lines, shape, words = self.lines(settings, rows)
         batch = (lines, old(shape))
         forward = cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops
         flops = 3 * forward(self.model.config, rows, shape[2])
-        least = 2 * device_bytes(state) + device_bytes(batch)
+        if self.lora:
+            flops -= forward(self.model.config, rows, shape[2]) - cost.attention_flops(
+                self.model.config, rows, shape[2]
+            )
+        least = 2 * device_bytes(state) + device_bytes((batch, self.base))
         trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
         fields = {"calls": 0, "beside": ()} | fields
-        return Jitted(
-            name, words, lambda: step.lower(state, batch, shape[0]), trips, 1, flops=flops, least=least, **fields
-        )
+
+        def lower():
+            return step.lower(state, batch, shape[0], self.base)
+
+        return Jitted(name, words, lower, trips, 1, flops=flops, least=least, **fields)
 
     def sft(self) -> Jitted:
-        where, settings = state_shardings(self.mesh, self.optimizer, self.policy), self.config.sft
-        step = make_step(sft_loss, self.model, self.optimizer, where)
+        settings = self.config.sft
+        step = make_step(sft_loss, self.model, self.optimizer, self.where, self.lora)
         return self.training(
             "SFT update", step, self.state, settings, settings.batch_size, lambda shape: self.rows(shape, jnp.float32)
         )
@@ -136,15 +154,16 @@ class RunFunctions:
             critic = each if self.algorithm.critic else None
             return PPOBatch(each, each, critic, each, critic, each if self.algorithm.penalty("loss") else None)
 
-        calls = {"calls": rl.ppo_epochs * rl.minibatches, "beside": ("reference",)}
+        calls = {"calls": rl.ppo_epochs * rl.minibatches, "beside": self.in_training}
         rows = self.rollout_rows // rl.minibatches
         return self.training("PPO update", self.iteration.step, self.state, rl, rows, old, **calls)
 
     def rerank(self) -> Jitted:
         settings = self.config.rerank
-        state = abstract_arrays(self.mesh, abstract_state(self.optimizer, self.reranker))
-        where = state_shardings(self.mesh, self.optimizer, self.reranker)
-        step = make_step(rerank_loss, self.model, self.optimizer, where)
+        trains = trained(self.lora, self.reranker)
+        state = abstract_arrays(self.mesh, abstract_state(self.optimizer, trains))
+        where = state_shardings(self.mesh, self.optimizer, trains)
+        step = make_step(rerank_loss, self.model, self.optimizer, where, self.lora)
 
         def judged(shape):
             return RerankBatch(self.rows(shape), self.rows(shape, jnp.float32))
@@ -192,7 +211,7 @@ class RunFunctions:
         return with_axes(self.mesh, made, rollout.axes(made), ROLLOUT_RULES)
 
     def reshard(self) -> Jitted:
-        layers, count = self.state.params["lm"]["layers"], self.model.config.num_layers
+        layers, count = self.params["lm"]["layers"], self.model.config.num_layers
         return Jitted(
             "rollout weights",
             f"1 of {count} layers",
@@ -202,7 +221,7 @@ class RunFunctions:
             calls=count,
             flops=0,
             least=device_bytes(layers) // count + device_bytes(self.layer),
-            beside=("moments", "reference", "rollout weights"),
+            beside=("moments", *self.in_training, "rollout weights"),
         )
 
     def prefill(self) -> Jitted:
@@ -217,7 +236,7 @@ class RunFunctions:
             calls=math.ceil(self.config.rl.questions / rows),
             flops=cost.trunk_flops(self.model.config, rows, length),
             least=device_bytes((self.weights, self.prefix)),
-            beside=("policy and moments", "reference", "slots"),
+            beside=("policy and moments", *self.second, "slots"),
         )
 
     def seat(self) -> Jitted:
@@ -232,7 +251,7 @@ class RunFunctions:
             calls=math.ceil(self.rollout_rows / row_shards(self.mesh) / shapes.seats),
             flops=0,
             least=2 * device_bytes(self.prefix) * shapes.seats // shapes.prefill_rows,
-            beside=("policy and moments", "reference", "rollout weights"),
+            beside=("policy and moments", *self.second, "rollout weights"),
         )
 
     def decode(self, name: str, slots: rollout.Slots, settings, top_k: int) -> Jitted:
@@ -255,8 +274,21 @@ class RunFunctions:
             calls=steps,
             flops=cost.decode_flops(self.model.config, rows, length),
             least=device_bytes((self.weights, slots.cache)) - looked_up,
-            beside=("policy and moments", "reference", "prefix"),
+            beside=("policy and moments", *self.second, "prefix"),
         )
+
+
+def frozen(lm, dtype):
+    """A language model as the base of an adapter: in the compute dtype."""
+    return jax.tree.map(lambda x: x.update(dtype=dtype), lm)
+
+
+def whole(params, base):
+    """`lora.whole` of abstract arrays."""
+    if base is None:
+        return params
+    joined = base | {"layers": base["layers"] | params["lora"]}
+    return {"lm": joined} | {name: x for name, x in params.items() if name != "lora"}
 
 
 def device_bytes(tree) -> int:

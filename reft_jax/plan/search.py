@@ -111,10 +111,11 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     activations = 2 * shapes.num_layers * numbers * a_time * wide + 8 * a_time * (
         wide + shapes.intermediate_size / tensor
     )
-    gradients = (2 if micro_batches > 1 else 1) * 4 * n / (fsdp * tensor)
+    trains = not config.lora.rank  # every parameter; an adapter's own are left out here, they are few
+    gradients = trains * (2 if micro_batches > 1 else 1) * 4 * n / (fsdp * tensor)
     reference = make_algorithm(config).reference
-    held = 12 + 4 * reference  # bytes per parameter of the state and of the reference
-    update = (held + 2) * n / (fsdp * tensor) + gradients + activations  # and of the compute copy
+    held = 12 + 4 * reference if trains else 2  # bytes per parameter of the state and of the reference, or of the base
+    update = (held + 2 * trains) * n / (fsdp * tensor) + gradients + activations  # and of the compute copy
     slots = config.engine.slots // shards
     cache = cost.cache_bytes(shapes, slots, round_up(config.sample.max_len, config.data.pad_multiple), 2) / tensor
     rollout = held * n / (fsdp * tensor) + 2 * n / tensor + cache
@@ -128,8 +129,9 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     weights = collective("all-gather", fsdp, layer, shapes.num_layers * passes * micro_batches)
     sums = collective("all-reduce", tensor, 2 * tokens * wide, shapes.num_layers * (2 * passes - rl.ppo_epochs))
     forward = cost.forward_flops(shapes, rollout_rows(config), length)
-    flops = forward * (1 + reference + 3 * work * rl.ppo_epochs) / number
-    copies = collective("all-reduce", number // fsdp // tensor, 4 * n / (fsdp * tensor), rl.ppo_epochs * rl.minibatches)
+    flops = forward * (1 + reference + (3 * work - (not trains)) * rl.ppo_epochs) / number
+    updates = trains * rl.ppo_epochs * rl.minibatches
+    copies = collective("all-reduce", number // fsdp // tensor, 4 * n / (fsdp * tensor), updates)
     training = chips.seconds(chip, Cost(int(flops), 0, 0, weights)).estimate
     training += chips.network_seconds(chip, sums) + chips.network_seconds(chip, copies)
     rows = min(-(-rollout_rows(config) // shards), slots)

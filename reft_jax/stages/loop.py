@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from reft_jax.executor import InfrastructureError
+from reft_jax.model.lora import trained, whole
 from reft_jax.parallel import hosts
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import abstract_arrays
@@ -22,6 +23,7 @@ from reft_jax.run.guards import check_finite
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
 from reft_jax.run.workdir import remove_leftovers
+from reft_jax.stages.models import as_base, new_adapter
 from reft_jax.stages.rollout import greedy, top1
 from reft_jax.store import write_whole
 from reft_jax.train.batches import epoch_order, rows_at
@@ -29,7 +31,7 @@ from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.metrics import read_metrics
 from reft_jax.train.progress import Progress, remark
-from reft_jax.train.state import abstract_state, new_state, state_shardings
+from reft_jax.train.state import abstract_state, init_adapter, new_state, state_shardings
 from reft_jax.train.trackers import MetricsWriter
 from reft_jax.types import InputError, SaveError, Stopped
 
@@ -48,18 +50,40 @@ class Training:
     `done`: how many updates (in `epochs`) or iterations (in `iterations`) made `state`. `pending`: numbers of finished
     updates that are not yet in the metrics. `info`: the results so far, as JSON. All of these are saved together. They
     agree between two calls of `updated`, so a stage may stop there.
+
+    With LoRA `state` holds the adapter and the head, and `base` is the frozen language model that the stage starts
+    from; otherwise `base` is None.
     """
 
     def __init__(
-        self, run: Run, stage: str, abstract, optimizer, make_params, info: dict, reference: dict | None = None
+        self,
+        run: Run,
+        stage: str,
+        abstract,
+        optimizer,
+        make_params,
+        info: dict,
+        reference: dict | None = None,
+        of: str = "",
     ):
         """Restores the newest good step of the stage, or starts from `make_params()` with this `info`.
 
-        `reference` says which models the stage needs besides its state: JSON with their checksums. InputError if the
-        data or these models differ from those of the step.
+        abstract: {'lm', head}, of the whole model; with LoRA only an adapter and the head are trained. `reference` says
+        which models the stage needs besides its state: JSON with their checksums. of: the model that it starts from;
+        "": the base. InputError if the data or these models differ from those of the step.
         """
         self.run, self.folder = run, run.workdir.path / stage
         mesh = run.machine.mesh
+        self.base, self.adapter = None, new_adapter(run, of)
+        self.lora = self.adapter.lora if self.adapter else None
+        if self.lora:
+            start, language_model = make_params(), abstract["lm"]
+            self.base = as_base(start.pop("lm"), run.machine.model)
+            abstract, reference = trained(self.lora, abstract), {"adapter": self.adapter.as_json()} | (reference or {})
+
+            def make_params():
+                return {"lora": init_adapter(mesh, self.lora, language_model, run.config.seed)} | start
+
         self.shardings = state_shardings(mesh, optimizer, abstract)
         made_by = run.inputs.made_by() | {"reference": reference}
         self.checkpoints = Checkpoints(self.folder / "checkpoints", run.config.keep_steps, made_by)
@@ -76,6 +100,15 @@ class Training:
         self.metrics = MetricsWriter(self.folder, run.config)
         self.metrics.truncate_after(self.info["step"])
         self._clock = time.monotonic() - self.info["seconds"]
+
+    @property
+    def params(self):
+        """The parameters {'lm', head} of the whole model, with the adapter if there is one."""
+        return whole(self.state.params, self.base, self.lora)
+
+    def save_params(self, folder: Path) -> None:
+        """Saves what is trained; of an adapter also what it belongs to."""
+        save_params(folder, self.state.params, self.adapter.as_json() if self.adapter else None)
 
     def __enter__(self) -> "Training":
         return self
@@ -120,7 +153,7 @@ class Training:
 
         at: the epoch or iteration.
         """
-        lm, stage = self.state.params["lm"], self.folder.name
+        lm, stage = self.params["lm"], self.folder.name
         share = top1(greedy(self.run, lm, self.run.inputs.data.dev, f"{stage} dev"))
         self.keep_if_best(at, share)
         return share
@@ -129,7 +162,7 @@ class Training:
         """Keeps the parameters of epoch or iteration `at` if they are better on dev than all before."""
         self.check_finite()
         if dev_top1 > self.info["best_dev_top1"]:
-            save_params(self.folder / f"best_{at}", self.state.params)
+            self.save_params(self.folder / f"best_{at}")
             self.info |= {"best": at, "best_dev_top1": dev_top1}
 
     def save(self) -> None:
@@ -158,7 +191,7 @@ class Training:
         self.metrics.close()
         self.checkpoints.close()
         if "best" not in self.info:
-            save_params(model, self.state.params)
+            self.save_params(model)
         self.info["seconds"] = time.monotonic() - self._clock
         checksum = digest(array_checksums(self.state))
         result = self.info | result | {"checksum": checksum, "data": self.run.inputs.data_made}

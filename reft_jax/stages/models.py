@@ -2,22 +2,26 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.llama import Llama
+from reft_jax.model.lora import Lora, make_lora, merged_model, trained, whole
+from reft_jax.model_folder import read_json
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
 from reft_jax.train.checkpoints import has_value_head, load_params
-from reft_jax.train.checksums import MEMORY, model_checksum
+from reft_jax.train.checksums import ADAPTER, MEMORY, model_checksum
 from reft_jax.train.state import abstract_params, init_head
 from reft_jax.types import InputError
 
@@ -59,11 +63,11 @@ def abstract_reranker(run: Run):
     return abstract_params(run.machine.model, RerankHead(), "rerank_head")
 
 
-def base_policy(inputs: Inputs, mesh, model: Llama):
-    """The base model's weights, float32, on the mesh. With a critic also the value head of its folder, or a new one."""
+def base_policy(inputs: Inputs, mesh, model: Llama, dtype=jnp.float32):
+    """The base model's weights on the mesh. With a critic also the value head of its folder, or a new one."""
     critic = make_algorithm(inputs.config).critic
     where = shardings(mesh, policy_shapes(model, value_head=critic))
-    _, lm = load_hf(inputs.base, shardings=where["lm"])
+    _, lm = load_hf(inputs.base, dtype=dtype, shardings=where["lm"])
     if not critic:
         return {"lm": lm}
     if head := load_value_head(inputs.base):
@@ -88,12 +92,91 @@ def start_policy(run: Run):
 
 
 def load_model(run: Run, name: str, abstract=None):
-    """The parameters that a stage saved under `name`; InputError if it has not run in this work directory."""
+    """The parameters {'lm', head} that a stage made under `name`; InputError if it has not run in this work directory.
+
+    Those of a model that was trained whole are float32. If it is an adapter, that is merged in the compute dtype.
+    """
     folder = run.workdir.model(name)
     if not folder.exists():
         raise InputError(f"{folder}: no such model; run the stage that makes it with this --workdir first")
-    abstract = abstract or policy_shapes(run.machine.model, value_head=has_value_head(folder))
-    return load_params(folder, abstract_arrays(run.machine.mesh, abstract))
+    memory = run.workdir.path / MEMORY
+    return load_saved(folder, run.inputs.base, run.machine.mesh, run.machine.model, memory, abstract)
+
+
+def load_saved(folder: Path, base: Path, mesh, model: Llama, memory: Path, abstract=None):
+    """`load_model` of the folder RUN/models/NAME, for commands that are not in that run.
+
+    base: the folder of the run's base model. memory: as for `model_checksum`. abstract: {'lm', head}; None: a policy's.
+    """
+    abstract = abstract or policy_shapes(model, value_head=has_value_head(folder))
+    if (adapter := read_adapter(folder)) is None:
+        return load_params(folder, abstract_arrays(mesh, abstract))
+    params = load_params(folder, abstract_arrays(mesh, trained(adapter.lora, abstract)))
+    of = folder.with_name(adapter.of) if adapter.of else base
+    found = hosts.from_first(f"checksum of {of}", lambda: model_checksum(of, base, memory))
+    if found != adapter.checksum:
+        raise InputError(
+            f"{folder}: is an adapter of {of}, which has changed since (its checksum was {adapter.checksum}, is "
+            f"{found}); restore that model"
+        )
+    if adapter.of:
+        lm = load_saved(of, base, mesh, model, memory)["lm"]
+    else:
+        _, lm = load_hf(base, dtype=model.dtype, shardings=shardings(mesh, abstract["lm"]))
+    params = whole(params, as_base(lm, model), adapter.lora)
+    return params | {"lm": merged_model(params["lm"])}
+
+
+def as_base(lm, model: Llama):
+    """The language model in the compute dtype, as training with an adapter holds it."""
+    return jax.tree.map(lambda x: x.astype(model.dtype), lm)
+
+
+class Adapter(NamedTuple):
+    """What a saved adapter says about itself: the name of the model that it belongs to ("": the base), that model's
+    checksum, and its rank, alpha and targets."""
+
+    of: str
+    checksum: str
+    lora: Lora
+
+    def as_json(self) -> dict:
+        return {"of": self.of, "checksum": self.checksum} | asdict(self.lora) | {"targets": list(self.lora.targets)}
+
+
+def adapters_of(run: Run, name: str) -> list[tuple[Lora, dict]]:
+    """The adapters that the base model has in a policy of the work directory, on the host, from the base upwards.
+
+    InputError if one of the models on this way was trained whole.
+    """
+    folder, model = run.workdir.model(name), run.machine.model
+    if (adapter := read_adapter(folder)) is None:
+        raise InputError(f"--adapter: {folder} was trained whole, without an adapter; leave --adapter out")
+    before = adapters_of(run, adapter.of) if adapter.of else []
+    shapes = trained(adapter.lora, policy_shapes(model, value_head=has_value_head(folder)))
+    params = load_params(folder, abstract_arrays(run.machine.mesh, shapes))
+    return [*before, (adapter.lora, hosts.fetch(params["lora"]))]
+
+
+def new_adapter(run: Run, of: str) -> Adapter | None:
+    """The adapter that a stage trains on models/OF ("": on the base model); None if lora.rank is 0."""
+    if (lora := make_lora(run.config)) is None:
+        return None
+    folder, base, memory = run.workdir.model(of) if of else run.inputs.base, run.inputs.base, run.workdir.path / MEMORY
+    made = hosts.from_first(f"checksum of {folder}", lambda: model_checksum(folder, base, memory))
+    return Adapter(of, made, lora)
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """What the adapter in the folder of a stage's model says; None if that model was trained whole."""
+    path = folder / ADAPTER
+    if not path.exists():
+        return None
+    try:
+        raw = dict(read_json(path))
+        return Adapter(raw.pop("of"), raw.pop("checksum"), Lora(**raw | {"targets": tuple(raw["targets"])}))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}); restore the model from a copy") from error
 
 
 def checksum(run: Run, name: str, memory: Path | None = None) -> str:

@@ -36,28 +36,33 @@ def run_reft(run: Run) -> dict:
     schedule = constant_schedule(rl.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
     reference, made_from = None, None
-    if algorithm.reference:
+    if algorithm.reference and not run.config.lora.rank:
         reference = load_model(run, "warmup")["lm"]
         made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
     start = {"best": 0, "best_dev_top1": -1.0}
     state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
-    with Training(run, "reft", *state_parts, start, made_from) as training, open_rewards(run) as rewards:
+    of_warmup = Training(run, "reft", *state_parts, start, made_from, of="warmup")
+    with of_warmup as training, open_rewards(run) as rewards:
+        if algorithm.reference and training.lora:
+            reference = training.base  # the adapter is off
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
-        functions = Iteration(run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, **size)
+        functions = Iteration(
+            run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, training.lora, **size
+        )
         row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
         for number, drawn in training.iterations(len(questions), shown=("reward", "kl")[: 1 + algorithm.reference]):
             start_time, timeouts_before = time.monotonic(), run.programs["timeout"]
-            state, examples = training.state, [questions[i] for i in drawn]
+            state, params, examples = training.state, training.params, [questions[i] for i in drawn]
 
             # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
-            prompts, graded, metrics = sampled(run, state.params["lm"], examples, number, algorithm, rewards)
+            prompts, graded, metrics = sampled(run, params["lm"], examples, number, algorithm, rewards)
             item_ids = [prompt.item_id for prompt in prompts[:: algorithm.samples]]
             completions, paid = [one.completion for one in graded], [one.verdict.reward for one in graded]
             rollout = rollout_rows(prompts, completions, paid, row_length)
             rollout_end = time.monotonic()
 
             # Log-probabilities under the policy and the reference, and values. Then KL penalty and advantages.
-            scores, packing = functions.score(state.params, reference, rollout)
+            scores, packing = functions.score(params, reference, rollout)
             batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
             gap = trainer_gap(scores, packing, completions)
             batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
@@ -70,7 +75,7 @@ def run_reft(run: Run) -> dict:
             for rows in minibatches(
                 run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches, algorithm.samples
             ):
-                state, numbers = functions.update(state, rollout, batch, rows)
+                state, numbers = functions.update(state, rollout, batch, rows, training.base)
                 error = numbers.pop("ratio_error_max", 0.0)  # an algorithm with a loss of its own may not have it
                 batch_metrics.setdefault("ratio_max_error_first", error)
             metrics |= jax.device_get(batch_metrics | numbers)

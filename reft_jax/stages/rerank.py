@@ -54,8 +54,8 @@ def run_rerank(run: Run, name: str) -> dict:
     made_from = sources(run, name, "warmup")
     positive = float(np.mean([label for _, label, _ in rows]))
     state_parts = abstract_reranker(run), optimizer, start
-    with Training(run, stage, *state_parts, {}, made_from) as training:
-        update = make_step(rerank_loss, run.machine.model, optimizer, training.shardings)
+    with Training(run, stage, *state_parts, {}, made_from, of=name) as training:
+        update = make_step(rerank_loss, run.machine.model, optimizer, training.shardings, training.lora)
         for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=settings.epochs):
             for chosen in epoch:
                 ids, labels, item_ids = zip(*(rows[i] for i in chosen), strict=True)
@@ -63,7 +63,7 @@ def run_rerank(run: Run, name: str) -> dict:
                 labels = packing.spread(np.array(labels)[packing.at[0]], np.int32)
                 judged = RerankBatch(labels, packing.spread(1 / len(chosen)))
                 batch = put_rows(run.machine.mesh, (packing.lines, judged), axis=1)
-                state, numbers = update(training.state, batch, packing.count)
+                state, numbers = update(training.state, batch, packing.count, training.base)
                 inputs = packing.lines._asdict() | judged._asdict()
                 epoch.updated(state, numbers, item_ids, inputs, padding=packing.padding)
             means = epoch.means()

@@ -69,16 +69,18 @@ def run_online(run: Run) -> dict:
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
     start, made_from = {"best": 0, "best_dev_top1": -1.0}, sources(run, "warmup")
     state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
-    with Training(run, ONLINE, *state_parts, start, made_from) as training:
-        update = make_step(self_train_loss, run.machine.model, optimizer, training.shardings)
+    with Training(run, ONLINE, *state_parts, start, made_from, of="warmup") as training:
+        update = make_step(self_train_loss, run.machine.model, optimizer, training.shardings, training.lora)
         for number, drawn in training.iterations(len(rows), shown=("loss", "train_correct")):
             started, state = time.monotonic(), training.state
             examples, gold = zip(*(rows[i] for i in drawn), strict=True)
-            prompts, graded, line = roll_out_once(run, state.params["lm"], list(examples), f"{ONLINE} rollout", number)
+            prompts, graded, line = roll_out_once(
+                run, training.params["lm"], list(examples), f"{ONLINE} rollout", number
+            )
             packing, weights = online_batch(run, prompts, graded, gold)
             batch = put_rows(run.machine.mesh, (packing.lines, weights), axis=1)
             for _ in range(settings.updates):
-                state, numbers = update(state, batch, packing.count)
+                state, numbers = update(state, batch, packing.count, training.base)
             line |= jax.device_get(numbers) | {"padding": packing.padding, "seconds": time.monotonic() - started}
             item_ids, inputs = [e.item_id for e in examples], packing.lines._asdict() | weights._asdict()
             training.updated(state, numbers=line, pending=line, item_ids=item_ids, inputs=inputs)

@@ -2,12 +2,13 @@
 
 from functools import partial
 
+import jax.numpy as jnp
+
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.run.inputs import Row
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import abstract_policy, base_policy, finished
-from reft_jax.train.checkpoints import save_params
 from reft_jax.train.packing import Packing, pack_targets, packing_size
 from reft_jax.train.state import linear_schedule, make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
@@ -42,15 +43,18 @@ def train_supervised(
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
     start = {"best": 0, "best_dev_top1": -1.0}
-    state_parts = abstract_policy(run), optimizer, partial(base_policy, run.inputs, run.machine.mesh, run.machine.model)
+    machine = run.machine
+    dtype = machine.model.dtype if run.config.lora.rank else jnp.float32  # of a base that is frozen, or trained
+    make_params = partial(base_policy, run.inputs, machine.mesh, machine.model, dtype)
+    state_parts = abstract_policy(run), optimizer, make_params
     with Training(run, stage, *state_parts, start, sources) as training:
-        update = make_step(sft_loss, run.machine.model, optimizer, training.shardings)
+        update = make_step(sft_loss, run.machine.model, optimizer, training.shardings, training.lora)
         for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=last_epoch):
             for chosen in epoch:
                 packing, item_ids = pack(run, [rows[i] for i in chosen]), [rows[i][2] for i in chosen]
                 weight = packing.spread(1 / len(packing.at[0]))
                 batch = put_rows(run.machine.mesh, (packing.lines, weight), axis=1)
-                state, numbers = update(training.state, batch, packing.count)
+                state, numbers = update(training.state, batch, packing.count, training.base)
                 inputs = packing.lines._asdict() | {"weight": weight}
                 epoch.updated(state, numbers, item_ids, inputs, padding=packing.padding)
             at, line = epoch.number, {"epoch": epoch.number, "lr": float(schedule(training.done - 1))} | epoch.means()
@@ -58,7 +62,7 @@ def train_supervised(
                 line["dev_top1"] = training.dev_top1(at)
             if at == warmup_epoch:
                 training.info["warmup_dev_top1"] = line["dev_top1"]
-                save_params(run.workdir.model("warmup"), training.state.params)
+                training.save_params(run.workdir.model("warmup"))
             training.write(line)
         result = {"epochs": last_epoch, "rows": len(rows), "from": sources or {}}
         return training.finish(run.workdir.model(stage), result)

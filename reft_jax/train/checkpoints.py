@@ -21,17 +21,17 @@ import orbax.checkpoint as ocp
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
 from reft_jax.store import DISK, REMEDY, writing
-from reft_jax.train.checksums import ARRAYS, MANIFEST, array_checksums, damage, damaged, write_manifest
+from reft_jax.train.checksums import ADAPTER, ARRAYS, MANIFEST, array_checksums, damage, damaged, write_manifest
 from reft_jax.types import InputError, SaveError
 
 # Orbax also raises what it logs as an error with the stacks of its threads; our one line is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
 
 
-def save_params(folder: Path, params) -> None:
+def save_params(folder: Path, params, adapter: dict | None = None) -> None:
     """Writes a parameter tree. An older one is removed only when this one is complete (Orbax's `force` deletes first).
 
-    Raises SaveError.
+    adapter: JSON about an adapter, written beside it. Raises SaveError.
     """
     whole = folder.with_name(folder.name + ".new").absolute()
     checksums = array_checksums(params)
@@ -47,6 +47,8 @@ def save_params(folder: Path, params) -> None:
     if hosts.is_first():
         with writing(folder):
             (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
+            if adapter:
+                (whole / ADAPTER).write_text(json.dumps(adapter, indent=1) + "\n")
             write_manifest(whole)
             old = folder.with_name(folder.name + ".old")
             if folder.exists():

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.model_folder import read_json
 from reft_jax.store import short_hash, write_whole
 from reft_jax.types import InputError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
+ADAPTER = "adapter.json"  # of saved parameters that are an adapter: what it is, and of which model (stages/models.py)
 MEMORY = "checksums.json"  # in a work directory: what was hashed before
 # The files of a Hugging Face folder that decide which tokens a model reads and what it computes.
 SMALL, WEIGHTS = (
@@ -97,13 +99,16 @@ def damaged(folder: Path, problem: str | Exception) -> InputError:
 def model_checksum(weights: Path, base: Path, memory: Path) -> str:
     """A checksum of a model, 16 hex digits: its weights, and config.json and tokenizer of `base`. Paths do not matter.
 
-    For saved parameters it uses the checksums of their arrays and reads nothing large. Files of a Hugging Face folder
+    For saved parameters it uses the checksums of their arrays and reads nothing large; an adapter records the checksum
+    of the model that it belongs to. Files of a Hugging Face folder
     are hashed whole, once: `memory` is a JSON file that keeps a hash while inode, size and times of its file stay.
 
     Raises InputError if files of saved parameters are missing, too many or of another size.
     """
     if (weights / MANIFEST).is_file():
         arrays, large = _saved_arrays(weights), []
+        if (weights / ADAPTER).is_file():
+            arrays = arrays | read_json(weights / ADAPTER)
     else:
         arrays, large = {}, [path for pattern in WEIGHTS for path in weights.glob(pattern)]
     files = {path for pattern in SMALL for path in base.glob(pattern)} | set(large)

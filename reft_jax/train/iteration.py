@@ -9,6 +9,7 @@ import numpy as np
 
 from reft_jax.algo.advantages import action_mask
 from reft_jax.algo.algorithms import Algorithm, Scored
+from reft_jax.model.lora import Lora
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.train.packing import Packing, pack_rollout
 from reft_jax.train.scoring import make_scorer
@@ -30,14 +31,24 @@ class Iteration:
     """The compiled functions of an iteration, and how its rows are packed."""
 
     def __init__(
-        self, model, mesh, optimizer, algorithm: Algorithm, shardings, *, micro_batch: int, max_len: int, multiple: int
+        self,
+        model,
+        mesh,
+        optimizer,
+        algorithm: Algorithm,
+        shardings,
+        lora: Lora | None = None,
+        *,
+        micro_batch: int,
+        max_len: int,
+        multiple: int,
     ):
         """shardings: those of the TrainState. micro_batch, max_len (tokens per row), multiple: see Packing."""
         self.mesh, self.algorithm = mesh, algorithm
         self.size = {"micro_batch": micro_batch, "max_len": max_len, "multiple": multiple}
         self.score_lines = make_scorer(model, algorithm.temperature)
         self.make_batch = jax.jit(partial(make_batch, algorithm), static_argnames="minibatches")
-        self.step = make_step(partial(rl_loss, algorithm), model, optimizer, shardings)
+        self.step = make_step(partial(rl_loss, algorithm), model, optimizer, shardings, lora)
 
     def pack(self, rollout: Rollout) -> Packing:
         """Packs the rows into lines. The arrays have as many lines as rows, so that their shape does not change."""
@@ -60,15 +71,17 @@ class Iteration:
             None if value is None else packing.collect(value, length),
         ), packing
 
-    def update(self, state: TrainState, rollout: Rollout, batch: PPOBatch, rows=slice(None)) -> tuple[TrainState, dict]:
+    def update(
+        self, state: TrainState, rollout: Rollout, batch: PPOBatch, rows=slice(None), base=None
+    ) -> tuple[TrainState, dict]:
         """Makes one update on the chosen `rows`. Returns the new state and the metrics, which stay on the device.
 
-        `state` is donated: do not use it afterwards.
+        base: with an adapter, the frozen language model. `state` is donated: do not use it afterwards.
         """
         rollout, batch = jax.tree.map(lambda x: x[rows], (rollout, batch))
         packing = self.pack(rollout)
         lines = put_rows(self.mesh, (packing.lines, packing.spread_all(batch)), axis=1)
-        return self.step(state, lines, packing.count)
+        return self.step(state, lines, packing.count, base)
 
 
 def make_batch(algorithm: Algorithm, rollout: Rollout, scores: Scores, *, minibatches: int = 1):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from reft_jax.model.heads import ValueHead
+from reft_jax.model.lora import has_adapter
 from reft_jax.parallel.mesh import rows_per_device
 from reft_jax.train.packing import Lines
 
@@ -120,10 +121,11 @@ def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: flo
     them again. (Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, does this for one loss.)
 
     Each row shard adds up its own part of the output matrix's gradient; the parts are summed once, after the last
-    chunk. The matrix is gathered once, before the first chunk.
+    chunk. The matrix is gathered once, before the first chunk. With an adapter it is frozen and has no gradient.
     """
     targets, used = next_tokens(lines)
     chunks = Chunks(*targets.shape, used)
+    arguments = (1,) if has_adapter(lm) else (0, 1)  # of `of_part`, that have a gradient
 
     def with_gradients(head, rest, hidden, targets, about):
         params = _gathered(model, head)
@@ -133,15 +135,16 @@ def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: flo
                 logprob = _logprobs(model, params | rest, hidden, chunks.part(targets, i), temperature)
                 return loss(logprob, chunks.part(about, i))
 
-            return jax.value_and_grad(of_part, (0, 1), has_aux=True)(params, chunks.part(hidden, i))
+            return jax.value_and_grad(of_part, arguments, has_aux=True)(params, chunks.part(hidden, i))
 
         def step(i, carry):
-            total, to_head, to_hidden = carry
-            new, (more, part) = one(params, i)
-            return add_up(total, new), jax.tree.map(jnp.add, to_head, more), chunks.put(to_hidden, part, i)
+            total, *to_head, to_hidden = carry
+            new, (*more, part) = one(params, i)
+            return add_up(total, new), *jax.tree.map(jnp.add, to_head, more), chunks.put(to_hidden, part, i)
 
         total = zeros_of(one, params, 0)[0]
-        zeros = jax.tree.map(jnp.zeros_like, (head, hidden))  # summed in the parameters' float32
+        trained = (head, hidden)[-len(arguments) :]
+        zeros = jax.tree.map(jnp.zeros_like, trained)  # summed in the parameters' float32
         total, *gradients = chunks.loop(step, (total, *zeros))
         return total, gradients
 
@@ -150,8 +153,8 @@ def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: flo
         return with_gradients(*args)[0]
 
     def backward(gradients, cotangent):
-        to_head, to_hidden = jax.tree.map(lambda x: (x * cotangent[0]).astype(x.dtype), gradients)
-        return to_head, None, to_hidden, None, None
+        *to_head, to_hidden = jax.tree.map(lambda x: (x * cotangent[0]).astype(x.dtype), gradients)
+        return *(to_head or [None]), None, to_hidden, None, None
 
     one_shard.defvjp(with_gradients, backward)
     split = jax.tree.map(chunks.split, (hidden, targets, about))

@@ -1,5 +1,9 @@
-"""TrainState and its optimizer. Parameters are {'lm': …}, also with 'value_head' or 'rerank_head', float32."""
+"""TrainState and its optimizer.
 
+Parameters are {'lm': …}, also with 'value_head' or 'rerank_head', float32; with LoRA 'lora' is there instead of 'lm'.
+"""
+
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,7 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.parallel.mesh import shardings
+from reft_jax.model.llama import LORA_B
+from reft_jax.model.lora import Lora, abstract_adapter
+from reft_jax.parallel.mesh import shardings, unboxed
 
 
 class TrainState(NamedTuple):
@@ -61,6 +67,21 @@ def init_head(mesh, head: ValueHead | RerankHead, hidden_size: int, seed: int):
     return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=where)(key)
 
 
+def init_adapter(mesh, lora: Lora, lm, seed: int) -> dict[str, jax.Array]:
+    """A new adapter on the mesh, as PEFT draws it: A uniform in ±1/√inputs, B zero. `lm` as for `abstract_adapter`."""
+    boxed = abstract_adapter(lora, lm)
+
+    def init(key):
+        drawn = {}
+        for number, (name, box) in enumerate(boxed.items()):
+            shape = box.value.shape
+            bound = 0.0 if name.endswith(LORA_B) else math.prod(shape[1:-1]) ** -0.5
+            drawn[name] = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
+        return drawn
+
+    return jax.jit(init, out_shardings=shardings(mesh, boxed))(jax.random.key(seed))
+
+
 def abstract_state(optimizer, abstract) -> TrainState:
     """The shapes of a state around `abstract_params`, with their logical axes."""
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), abstract, jax.eval_shape(optimizer.init, abstract))
@@ -72,9 +93,10 @@ def state_shardings(mesh, optimizer, abstract) -> TrainState:
 
 
 def new_state(mesh, optimizer, abstract, params) -> TrainState:
-    """A state at step 0 around `params`, which it takes over (donated)."""
+    """A state at step 0 around `params`, which it takes over (donated), in the dtypes of `abstract`."""
 
     def init(params):
+        params = jax.tree.map(lambda x, to: x.astype(to.dtype), params, unboxed(abstract))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(init, out_shardings=state_shardings(mesh, optimizer, abstract), donate_argnums=0)(params)

@@ -13,21 +13,23 @@ import jax.numpy as jnp
 from reft_jax.algo import losses
 from reft_jax.algo.algorithms import Algorithm
 from reft_jax.model.heads import RerankHead, ValueHead
+from reft_jax.model.lora import Lora, whole
 from reft_jax.train.packing import Lines
 from reft_jax.train.scoring import add_up, decision_loss, for_micro_batches, hidden_states, zeros_of
 from reft_jax.train.state import TrainState, apply_gradients
 from reft_jax.types import PPOBatch
 
 
-def make_step(loss, model, optimizer, shardings):
-    """Jitted `step(state, (Lines, batch) [M,b,…], count) -> (state, metrics)`; the state is donated.
+def make_step(loss, model, optimizer, shardings, lora: Lora | None = None):
+    """Jitted `step(state, (Lines, batch) [M,b,…], count, base) -> (state, metrics)`; the state is donated.
 
-    `count` micro-batches of M hold rows. metrics: "loss", "grad_norm" (before clipping) and those of the loss.
+    `count` micro-batches of M hold rows. base: with `lora`, the frozen language model. metrics: "loss", "grad_norm"
+    (before clipping) and those of the loss.
     """
 
-    def step(state: TrainState, rows, count):
+    def step(state: TrainState, rows, count, base=None):
         def of_rows(params, rows):
-            return loss(model, params, *rows)
+            return loss(model, whole(params, base, lora), *rows)
 
         grads, total, metrics = over_micro_batches(of_rows, state.params, rows, count)
         decisions = (rows[0].decisions >= 0).sum()

@@ -4,6 +4,7 @@ ALGO = ("test_advantages.py", "test_losses.py")
 A = "reft_jax.algo.advantages"
 L = "reft_jax.algo.losses"
 S = "reft_jax.train.steps"
+LORA = "reft_jax.model.lora"
 ALGORITHMS = "reft_jax.algo.algorithms"
 ITERATION = "reft_jax.train.iteration"
 P = "reft_jax.train.packing"
@@ -227,4 +228,24 @@ PLANTED = [
     ("a file of the same size has the same hash", "reft_jax.train.checksums",
      'f"{at.st_ino} {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}"', 'f"{at.st_size}"',
      (f"{WHOSE}::test_a_hugging_face_folder_is_hashed_once_and_again_when_a_file_changes",)),
+    ("lora: alpha / rank is forgotten", LORA, "x * lora.scale if name.endswith(LORA_B) else x", "x",
+     ("test_lora.py::test_merged_unmerged_and_a_slow_version_agree",)),
+    ("lora: alpha / rank is forgotten in the gradient only", LORA, "return self.alpha / self.rank", "return 1.0",
+     ("test_lora.py::test_gradients_are_those_of_a_slow_version_and_of_the_adapter_only",)),
+    ("lora: rollouts without the adapter", "reft_jax.model.rollout_weights",
+     "own = merged({name: x[i] for name, x in layers.items()})", "own = {name: layers[name][i] for name in LAYER_AXES "
+     "if name in layers}", ("test_lora.py::test_rollout_weights_have_the_adapter_in_them",)),
+    ("lora: every matrix has an adapter", LORA, "for name in lora.targets:\n        box",
+     "for name in ('q', 'k', 'v', 'o', 'gate', 'up', 'down'):\n        box",
+     ("test_lora.py::test_an_update_changes_the_adapter_and_nothing_else",)),
+    ("lora: the whole model is trained too", LORA,
+     '{name: x for name, x in abstract.items() if name != "lm"}', "abstract",
+     ("test_lora.py::test_an_update_changes_the_adapter_and_nothing_else",)),
+    ("lora: the reference has the adapter", "reft_jax.train.iteration", "self.score_lines({\"lm\": reference}, lines",
+     "self.score_lines(policy, lines", ("test_lora.py::test_the_reference_is_scored_with_the_adapter_off",)),
+    ("lora: an output matrix is trained too", "reft_jax.train.scoring",
+     "arguments = (1,) if has_adapter(lm) else (0, 1)", "arguments = (0, 1)",
+     ("test_lora.py::test_a_frozen_output_matrix_has_no_gradient",)),
+    ("peft: two adapters without their scales", "reft_jax.model.peft", "* np.float32(lora.scale / first.scale)", "",
+     ("test_peft.py::test_two_adapters_as_one_add_what_both_add",)),
 ]  # fmt: skip

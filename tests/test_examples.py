@@ -106,7 +106,7 @@ def test_questions_with_tests_have_prompts_and_targets_without_the_head_of_a_sol
     assert sft_target(MBPP, "python", unit_tests) == MBPP.answer_cot
     tok = train_bpe([prompt, MBPP.answer_cot], 300)
     assert tok.decode(make_prompter(tok, "python", unit_tests).prompt(MBPP.question)) == prompt
-    assert trainable(tok, [MBPP], "python", 0.0, "train", unit_tests) == [MBPP]
+    assert trainable(make_prompter(tok, "python", unit_tests), [MBPP], 0.0, "train", unit_tests) == [MBPP]
     file = tmp_path / "train.json"
     file.write_text(json.dumps([MBPP._asdict()]))
     assert load_examples(file, unit_tests, need_cot=True) == [MBPP]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from step_rows import LENGTH, MASK, packed
 from test_groups import noisy, of_two
 from tiny import drawn, tiny_model
 
-from reft_jax.config import check_config, default_config
+from reft_jax.config import check_config, default_config, load_config
 from reft_jax.model.llama import LORA_B
 from reft_jax.model.lora import (
     Lora,
@@ -24,7 +25,8 @@ from reft_jax.model.lora import (
     trained,
 )
 from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
-from reft_jax.parallel.mesh import make_mesh, unboxed
+from reft_jax.parallel.mesh import make_mesh, on_mesh, unboxed
+from reft_jax.plan.functions import RunFunctions
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.scoring import decision_loss, hidden_states
 from reft_jax.train.state import abstract_params, init_adapter, make_optimizer, new_state, state_shardings
@@ -167,3 +169,22 @@ def test_settings_make_an_adapter_and_wrong_targets_are_refused():
         config.lora.targets = wrong
         with pytest.raises(InputError, match="lora.targets=.*must be some of q,k,v,o,gate,up,down"):
             check_config(config)
+
+
+def test_a_plan_holds_the_base_once_and_moments_of_adapters_only():
+    """`base` is the reference too, in bfloat16; updates lower; the same functions as of a run without LoRA."""
+    config = load_config(str(Path(__file__).parent.parent / "configs" / "quickstart.py"))
+    config.model.dtype, config.rl.algorithm = "bfloat16", "grpo"
+    config.lora.update(rank=2, targets="q,v")
+    model = MODEL.clone(dtype=jnp.dtype("bfloat16"))
+    functions = RunFunctions(check_config(config), model, make_mesh(1, 1, 1))
+    adapter = 4 * 2 * 2 * (24 + 32 + 24 + 16)  # bytes × layers × rank × (inputs and outputs of q, of v)
+    held = functions.residents
+    assert held["policy and moments"] == 3 * adapter + 4 * 3 and held["moments"] == 2 * adapter + 4 * 3
+    assert held["base"] == 2 * sum(x.size for x in jax.tree.leaves(BASE)) and "reference" not in held
+    beside = {one.name: one.beside for one in functions.all}
+    assert "base" in beside["decode, PPO"] and "base" not in beside["PPO update"] + beside["score, reference"]
+    with on_mesh(functions.mesh):
+        for one in functions.all:
+            if one.name in ("PPO update", "rollout weights"):
+                one.lower()

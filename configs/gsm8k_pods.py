@@ -1,6 +1,6 @@
 """GSM8K programs on other models, with the settings of the paper's main row.
 
-They have not been run here; docs/pods.md has their plans.
+They have not been run here; `plan` says whether they fit:
 
     python -m reft_jax plan --config=configs/gsm8k_pods.py:Qwen2.5-Coder-7B --topology=v5e:4x8
     python -m reft_jax plan --config=configs/gsm8k_pods.py:Llama-3.1-8B --topology=v5e:4x8

@@ -232,7 +232,7 @@ def test_a_mesh_of_more_than_the_key_value_heads_is_one_line():
 
 @pytest.mark.long
 def test_real_weights_of_qwen(capsys):
-    """Qwen2.5-Coder-0.5B-Instruct: the same first choice at every position of a prompt, and the largest difference."""
+    """Qwen2.5-Coder-0.5B-Instruct: the same first choice at every position of a prompt, and the same greedy text."""
     folder = os.environ.get("QWEN_CODER")
     if not folder:
         pytest.skip("set QWEN_CODER to the folder of Qwen2.5-Coder-0.5B-Instruct")
@@ -247,3 +247,9 @@ def test_real_weights_of_qwen(capsys):
         print(f"\n[Qwen2.5-Coder-0.5B: largest difference of {want.size} logits {np.abs(ours - want).max():.1e}]")
     np.testing.assert_array_equal(ours.argmax(-1), want.argmax(-1))
     assert np.abs(ours - want).max() <= 2e-3
+    engine = generate.Engine(model, make_mesh(1, 1, 1), slots=1, pad_multiple=64, eos_id=151645, seed=0)
+    [(_, found)] = engine.generate(
+        params, [Prompt("gsm8k_0", 0, tokens[0])], max_len=len(tokens[0]) + 40, temperature=0.0
+    )
+    text = theirs.generate(torch.tensor(tokens, dtype=torch.int64), max_new_tokens=40, do_sample=False)
+    np.testing.assert_array_equal(found.tokens, text[0, len(tokens[0]) :].numpy())

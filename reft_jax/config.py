@@ -123,8 +123,8 @@ def check_config(config: ConfigDict | Config) -> Config:
         if flat[whole] % flat[part]:
             raise InputError(f"config: {whole}={flat[whole]} must be a multiple of {part}={flat[part]}")
     questions, samples, parts = flat["rl.questions"], flat["rl.samples"], flat["rl.minibatches"]
-    # With rl.samples=0 the algorithm decides later: what holds for one sample then holds for its number too.
-    if questions % parts or questions * (samples or 1) % (parts * flat["rl.micro_batch"]):
+    known = samples or flat["rl.algorithm"] == "ppo"  # else the algorithm's number: make_algorithm checks it
+    if questions % parts or (known and questions * (samples or 1) % (parts * flat["rl.micro_batch"])):
         rows = f"rl.questions={questions}" + f" * rl.samples={samples}" * (samples > 0)
         raise InputError(
             f"config: {rows} must be a multiple of rl.minibatches={parts} * rl.micro_batch={flat['rl.micro_batch']}, "

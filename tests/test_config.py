@@ -175,6 +175,7 @@ def test_minibatches_hold_whole_questions_and_whole_micro_batches():
         ({"rl.minibatches": 8, "rl.micro_batch": 4}, r"rl\.questions=4 \* rl\.samples=8"),  # half a question each
         ({"rl.micro_batch": 32}, r"rl\.questions=4 \* rl\.samples=8"),
         ({"rl.samples": 0}, r"rl\.questions=4"),
+        ({"rl.algorithm": "grpo", "rl.samples": 0, "rl.minibatches": 8}, r"rl\.questions=4"),
     ):
         with pytest.raises(InputError, match=rows + r" must be a multiple of rl\.minibatches=\d \* rl\.micro_batch="):
             check_config(replaced(config, whole | changes))

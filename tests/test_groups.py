@@ -200,6 +200,14 @@ def test_each_algorithm_has_its_own_choices_and_the_settings_go_before():
     assert one.reference and (one.max_prompt, one.max_len) == (96, 128)
 
 
+def test_the_algorithms_own_number_of_samples_must_fill_whole_micro_batches():
+    assert chosen(algorithm="grpo", questions=16, minibatches=2, micro_batch=16).samples == 8
+    with pytest.raises(
+        InputError, match=r"rl\.questions=2 \* 8 samples of grpo must be a multiple of rl\.minibatches=2"
+    ):
+        chosen(algorithm="grpo", questions=2, minibatches=2, micro_batch=16)
+
+
 def test_ppo_may_have_its_penalty_in_the_loss():
     paid = Scored(
         *(np.ones(2, np.float32), np.zeros((2, 4), np.float32), np.ones((2, 4), np.float32), None),

@@ -259,4 +259,9 @@ def make_algorithm(config) -> Algorithm:
             f"config: rl.samples={rl.samples}: {rl.algorithm} compares the samples of a question; "
             f"it must be at least {algorithm.fewest}, or 0 for {made.samples}"
         )
+    if rl.questions * algorithm.samples % (rl.minibatches * rl.micro_batch):
+        raise InputError(
+            f"config: rl.questions={rl.questions} * {algorithm.samples} samples of {rl.algorithm} must be a multiple "
+            f"of rl.minibatches={rl.minibatches} * rl.micro_batch={rl.micro_batch}"
+        )
     return algorithm

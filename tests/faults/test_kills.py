@@ -19,6 +19,17 @@ KILLS = [
 ]
 
 
+# The tiny model solves nothing, so all scores are 0: here a shorter response earns more.
+SHORTER = """
+from reft_jax.algo.algorithms import GRPO
+
+
+class Shorter(GRPO):
+    def rewards(self, scored):
+        return super().rewards(scored) - 0.01 * scored.mask.sum(1)
+"""
+
+
 def assert_same_stage(stage: str, workdir: Path, reference: Path) -> None:
     assert starts.lines(workdir, stage) == starts.lines(reference, stage)
     assert starts.result(workdir, stage) == starts.result(reference, stage)
@@ -51,7 +62,14 @@ def test_a_pipeline_killed_in_every_stage(reference, cache, tmp_path):
 
 def test_grpo_killed_in_an_update_after_a_warm_up_with_a_value_head(reference, cache, tmp_path):
     """The warm-up model's value head is left out: nothing of it is in the steps and in the model that GRPO saves."""
-    changed = {"rl.algorithm": "grpo", "rl.questions": 4, "rl.samples": 4, "rl.iterations": 4, "rl.save_every": 1}
+    (tmp_path / "shorter.py").write_text(SHORTER)
+    changed = {
+        "rl.algorithm": f"{tmp_path / 'shorter.py'}:Shorter",
+        "rl.questions": 4,
+        "rl.samples": 4,
+        "rl.iterations": 4,
+        "rl.save_every": 1,
+    }
     changed |= {"rl.sampler_correction": "mis", "rl.max_gap": 0.5}
     arguments = [f"--config.{key}={value}" for key, value in changed.items()]
     arguments.append(f"--allow_config_change={','.join(changed)}")
@@ -69,7 +87,8 @@ def test_grpo_killed_in_an_update_after_a_warm_up_with_a_value_head(reference, c
         "value_head" in name
         for name in starts.arrays(workdirs[0], "warmup").keys() - starts.arrays(workdirs[0], "reft")
     )
-    assert not any("value" in name for name in starts.lines(workdirs[0], "reft")[0])
+    lines = starts.lines(workdirs[0], "reft")
+    assert all(line["grad_norm"] > 0 for line in lines) and not any("value" in name for name in lines[0])
 
 
 @pytest.mark.long

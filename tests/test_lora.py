@@ -3,6 +3,7 @@
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from step_rows import LENGTH, MASK, packed
 from test_groups import noisy, of_two
 from tiny import drawn, tiny_model
 
+from reft_jax import save_hf
 from reft_jax.config import check_config, default_config, load_config
 from reft_jax.model.llama import LORA_B
 from reft_jax.model.lora import (
@@ -27,6 +29,8 @@ from reft_jax.model.lora import (
 from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
 from reft_jax.parallel.mesh import make_mesh, on_mesh, unboxed
 from reft_jax.plan.functions import RunFunctions
+from reft_jax.stages.models import checksum, load_model, new_adapter
+from reft_jax.train.checkpoints import save_params
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.scoring import decision_loss, hidden_states
 from reft_jax.train.state import abstract_params, init_adapter, make_optimizer, new_state, state_shardings
@@ -188,3 +192,27 @@ def test_a_plan_holds_the_base_once_and_moments_of_adapters_only():
         for one in functions.all:
             if one.name in ("PPO update", "rollout weights"):
                 one.lower()
+
+
+def test_a_saved_chain_of_adapters_is_merged_and_a_changed_base_is_refused(tmp_path):
+    """models/reft is an adapter of models/warmup, and that one of the base: what training had, by the names of both."""
+    mesh, models = make_mesh(1, 1, 1), tmp_path / "models"
+    save_hf(tmp_path / "base", MODEL, BASE)
+    run = SimpleNamespace(inputs=SimpleNamespace(base=tmp_path / "base"), config=default_config())
+    run.workdir = SimpleNamespace(path=tmp_path, model=lambda name: models / name)
+    run.machine = SimpleNamespace(mesh=mesh, model=MODEL)
+    run.config.lora.update(rank=LORA.rank, alpha=LORA.alpha)
+    models.mkdir()
+    with on_mesh(mesh):
+        for name, of in (("warmup", ""), ("reft", "warmup")):
+            save_params(models / name, {"lora": ADAPTER}, new_adapter(run, of).as_json())
+        found = load_model(run, "reft")
+        once = slow(ADAPTER)["layers"]
+        assert found.keys() == {"lm"} and found["lm"].keys() == BASE.keys()
+        for name, x in found["lm"]["layers"].items():  # both add the same
+            np.testing.assert_allclose(x, 2 * once[name] - BASE["layers"][name], atol=1e-5)
+        before = checksum(run, "reft")
+        save_params(models / "warmup", {"lora": jax.tree.map(lambda x: 2 * x, ADAPTER)}, new_adapter(run, "").as_json())
+        with pytest.raises(InputError, match="is an adapter of .*warmup, which has changed since"):
+            load_model(run, "reft")
+    assert checksum(run, "reft") == before != checksum(run, "warmup")

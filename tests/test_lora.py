@@ -1,6 +1,9 @@
 """LoRA: adapters against a slow version, what is trained and saved, merged rollouts, every stage, PEFT."""
 
 import functools
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,8 @@ from step_rows import LENGTH, MASK, packed
 from test_groups import noisy, of_two
 from tiny import drawn, tiny_model
 
-from reft_jax.config import check_config, default_config
+from reft_jax import save_hf
+from reft_jax.config import check_config, default_config, load_config
 from reft_jax.model.llama import LORA_B
 from reft_jax.model.lora import (
     Lora,
@@ -23,7 +27,10 @@ from reft_jax.model.lora import (
     trained,
 )
 from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
-from reft_jax.parallel.mesh import make_mesh, unboxed
+from reft_jax.parallel.mesh import make_mesh, on_mesh, unboxed
+from reft_jax.plan.functions import RunFunctions
+from reft_jax.stages.models import checksum, load_model, new_adapter
+from reft_jax.train.checkpoints import save_params
 from reft_jax.train.iteration import Iteration
 from reft_jax.train.scoring import decision_loss, hidden_states
 from reft_jax.train.state import abstract_params, init_adapter, make_optimizer, new_state, state_shardings
@@ -119,7 +126,7 @@ def test_a_frozen_output_matrix_has_no_gradient():
     made = {}
     for name, lm in {"frozen": joined(BASE, ADAPTER, LORA), "trained": BASE}.items():
         text = str(jax.make_jaxpr(jax.grad(loss))(hidden, lm))
-        made[name] = text.count("f32[61,24] = add")  # sums of the gradient [V,D]
+        made[name] = len(re.findall(r"f32\[[\d,]*61,24\] = (?:add|mul)", text))  # sums of the gradient [V,D]
     assert made["frozen"] == 0 < made["trained"]
 
 
@@ -166,3 +173,46 @@ def test_settings_make_an_adapter_and_wrong_targets_are_refused():
         config.lora.targets = wrong
         with pytest.raises(InputError, match="lora.targets=.*must be some of q,k,v,o,gate,up,down"):
             check_config(config)
+
+
+def test_a_plan_holds_the_base_once_and_moments_of_adapters_only():
+    """`base` is the reference too, in bfloat16; updates lower; the same functions as of a run without LoRA."""
+    config = load_config(str(Path(__file__).parent.parent / "configs" / "quickstart.py"))
+    config.model.dtype, config.rl.algorithm = "bfloat16", "grpo"
+    config.lora.update(rank=2, targets="q,v")
+    model = MODEL.clone(dtype=jnp.dtype("bfloat16"))
+    functions = RunFunctions(check_config(config), model, make_mesh(1, 1, 1))
+    adapter = 4 * 2 * 2 * (24 + 32 + 24 + 16)  # bytes × layers × rank × (inputs and outputs of q, of v)
+    held = functions.residents
+    assert held["policy and moments"] == 3 * adapter + 4 * 3 and held["moments"] == 2 * adapter + 4 * 3
+    assert held["base"] == 2 * sum(x.size for x in jax.tree.leaves(BASE)) and "reference" not in held
+    beside = {one.name: one.beside for one in functions.all}
+    assert "base" in beside["decode, PPO"] and "base" not in beside["PPO update"] + beside["score, reference"]
+    with on_mesh(functions.mesh):
+        for one in functions.all:
+            if one.name in ("PPO update", "rollout weights"):
+                one.lower()
+
+
+def test_a_saved_chain_of_adapters_is_merged_and_a_changed_base_is_refused(tmp_path):
+    """models/reft is an adapter of models/warmup, and that one of the base: what training had, by the names of both."""
+    mesh, models = make_mesh(1, 1, 1), tmp_path / "models"
+    save_hf(tmp_path / "base", MODEL, BASE)
+    run = SimpleNamespace(inputs=SimpleNamespace(base=tmp_path / "base"), config=default_config())
+    run.workdir = SimpleNamespace(path=tmp_path, model=lambda name: models / name)
+    run.machine = SimpleNamespace(mesh=mesh, model=MODEL)
+    run.config.lora.update(rank=LORA.rank, alpha=LORA.alpha)
+    models.mkdir()
+    with on_mesh(mesh):
+        for name, of in (("warmup", ""), ("reft", "warmup")):
+            save_params(models / name, {"lora": ADAPTER}, new_adapter(run, of).as_json())
+        found = load_model(run, "reft")
+        once = slow(ADAPTER)["layers"]
+        assert found.keys() == {"lm"} and found["lm"].keys() == BASE.keys()
+        for name, x in found["lm"]["layers"].items():  # both add the same
+            np.testing.assert_allclose(x, 2 * once[name] - BASE["layers"][name], atol=1e-5)
+        before = checksum(run, "reft")
+        save_params(models / "warmup", {"lora": jax.tree.map(lambda x: 2 * x, ADAPTER)}, new_adapter(run, "").as_json())
+        with pytest.raises(InputError, match="is an adapter of .*warmup, which has changed since"):
+            load_model(run, "reft")
+    assert checksum(run, "reft") == before != checksum(run, "warmup")

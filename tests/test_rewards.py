@@ -258,7 +258,7 @@ RUN = """
 def reward(completion, example, verdict):
     print(example.item_id)
     {line}
-    return 2 * verdict.reward, {{"format": 0.25}}
+    return 0.5 + 2 * verdict.reward, {{"format": 0.25}}
 """
 
 
@@ -282,5 +282,5 @@ def test_a_run_pays_it_ends_with_its_error_and_resumes_with_the_corrected_file(t
     paid_for = [one for one in executions if "parts" in one]
     assert len(paid_for) == 2 * 16 and {one["purpose"] for one in paid_for} == {"reft rollout"}
     assert np.mean([line["reward"] for line in lines]) == pytest.approx(np.mean([one["reward"] for one in paid_for]))
-    assert {one["reward"] for one in paid_for} <= {0.0, 0.2, 2.0} and max(one["reward"] for one in paid_for) > 0
+    assert {one["reward"] for one in paid_for} <= {0.5, 0.7, 2.5}
     assert "toy_" in (workdir / "logs" / "rewards_0.log").read_text() and "toy_" not in done.stdout

@@ -45,9 +45,9 @@ def test_the_warm_up_model_has_the_heads_of_the_algorithm(tmp_path, algorithm, s
     config = load_config(str(CONFIG))
     config.rl.algorithm = algorithm
     model, params = tiny_policy(saved)
-    mesh, inputs = make_mesh(1, 1, 1), SimpleNamespace(config=check_config(config))
+    mesh, inputs = make_mesh(1, 1, 1), SimpleNamespace(config=check_config(config), base=tmp_path)
     run = SimpleNamespace(config=inputs.config, machine=SimpleNamespace(mesh=mesh, model=model), inputs=inputs)
-    run.workdir = SimpleNamespace(model=lambda name: tmp_path / name)
+    run.workdir = SimpleNamespace(path=tmp_path, model=lambda name: tmp_path / name)
     with on_mesh(mesh):
         save_params(tmp_path / "warmup", params)
         found = start_policy(run)
@@ -67,9 +67,10 @@ class Begun(Training):
         inputs = Inputs(config, tmp_path, None, Data([], [], [], ""))
         self.run, self.folder = SimpleNamespace(config=config, inputs=inputs), tmp_path / "reft"
         self.done, self.state, self.pending = 0, SimpleNamespace(params={"lm": 0}), {}
+        self.base = self.lora = self.adapter = None
         self.info, self.metrics = {"best": 0, "best_dev_top1": -1.0}, MetricsWriter(self.folder)
         self.kept, self.evaluated = [], []
-        monkeypatch.setattr(loop, "save_params", lambda folder, params: self.kept.append(folder.name))
+        monkeypatch.setattr(loop, "save_params", lambda folder, *_: self.kept.append(folder.name))
         monkeypatch.setattr(loop, "greedy", lambda run, lm, *_: self.evaluated.append(lm) or [dev_top1[lm]])
         monkeypatch.setattr(loop, "top1", lambda graded: graded[0])
 

@@ -121,12 +121,13 @@ def read_peft(folder: str | Path, config: LlamaConfig, layers) -> tuple[Lora, di
                 "merge_and_unload(), then save_pretrained()"
             )
     stored, adapter = read_header(path.parent / WEIGHTS), {}
-    targets = tuple(name for name in layers if _there(config, name, stored))
+    ours = [path[1] for path in config.family.tensors if path[0] == "layers" and path[1] in layers]
+    targets = tuple(name for name in ours if tensor_name(config, name, 0, LORA_A) in stored)
     for name in targets:
         shape, cut = layers[name].shape, 1 + inputs(name)
-        for end, ours in ((LORA_A, (*shape[1:cut], rank)), (LORA_B, (rank, *shape[cut:]))):
+        for end, size in ((LORA_A, (*shape[1:cut], rank)), (LORA_B, (rank, *shape[cut:]))):
             parts = []
-            theirs = (rank, math.prod(ours[:-1])) if end == LORA_A else (math.prod(ours[1:]), rank)
+            theirs = (rank, math.prod(size[:-1])) if end == LORA_A else (math.prod(size[1:]), rank)
             for layer in range(shape[0]):
                 tensor = tensor_name(config, name, layer, end)
                 found = stored.pop(tensor, None)
@@ -136,7 +137,7 @@ def read_peft(folder: str | Path, config: LlamaConfig, layers) -> tuple[Lora, di
                         f"{path.parent / WEIGHTS}: tensor {tensor} {what}; {theirs} is needed: is this the base of "
                         "the adapter, and does every layer have one?"
                     )
-                parts.append(map_tensor(found).astype(np.float32).T.reshape(ours))
+                parts.append(map_tensor(found).astype(np.float32).T.reshape(size))
             adapter[name + end] = np.stack(parts)
     if stored:
         raise InputError(
@@ -146,7 +147,3 @@ def read_peft(folder: str | Path, config: LlamaConfig, layers) -> tuple[Lora, di
     if not targets:
         raise InputError(f"{path.parent / WEIGHTS}: holds no tensors; fetch it again")
     return Lora(rank, float(alpha), targets), adapter
-
-
-def _there(config: LlamaConfig, target: str, stored: dict) -> bool:
-    return ("layers", target) in config.family.tensors and tensor_name(config, target, 0, LORA_A) in stored

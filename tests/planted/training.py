@@ -230,7 +230,7 @@ PLANTED = [
      (f"{WHOSE}::test_a_hugging_face_folder_is_hashed_once_and_again_when_a_file_changes",)),
     ("lora: alpha / rank is forgotten", LORA, "x * lora.scale if name.endswith(LORA_B) else x", "x",
      ("test_lora.py::test_merged_unmerged_and_a_slow_version_agree",)),
-    ("lora: alpha / rank is forgotten in the gradient only", LORA, "return self.alpha / self.rank", "return 1.0",
+    ("lora: alpha is forgotten", LORA, "return self.alpha / self.rank", "return 1.0",
      ("test_lora.py::test_gradients_are_those_of_a_slow_version_and_of_the_adapter_only",)),
     ("lora: rollouts without the adapter", "reft_jax.model.rollout_weights",
      "own = merged({name: x[i] for name, x in layers.items()})", "own = {name: layers[name][i] for name in LAYER_AXES "

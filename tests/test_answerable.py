@@ -8,8 +8,7 @@ from reft_jax import executor
 from reft_jax.tasks.answerable import can_begin_program, trainable, unanswerable, unteachable, wrong_anyway
 from reft_jax.tasks.answers import grade
 from reft_jax.tasks.datasets import named
-from reft_jax.tasks.prompter import make_prompter
-from reft_jax.tasks.prompts import docstring, forced_prefix, sft_target
+from reft_jax.tasks.prompts import docstring, forced_prefix, make_prompter, sft_target
 from reft_jax.tasks.registry import PAPER
 from reft_jax.tasks.tokenizer import decode, train_bpe
 from reft_jax.types import Example, InputError
@@ -93,7 +92,7 @@ def test_what_cannot_be_escaped_is_named(prompter):
 
 def test_a_tokenizer_that_changes_quotes_makes_a_question_unanswerable(prompter, monkeypatch):
     """What counts is the text that grading sees, decoded from ids."""
-    from reft_jax.tasks import prompter as module
+    from reft_jax.tasks import prompts as module
 
     monkeypatch.setattr(module, "decode", lambda tok, ids: decode(tok, ids).replace('\\"', '"'))
     assert list(unanswerable(prompter, examples(['says "3"', "3?"]), 999)) == ["gsm8k_0"]

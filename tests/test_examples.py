@@ -12,8 +12,7 @@ from reft_jax.run.inputs import load_data
 from reft_jax.tasks.answerable import trainable
 from reft_jax.tasks.answers import grade
 from reft_jax.tasks.datasets import load_examples
-from reft_jax.tasks.prompter import make_prompter
-from reft_jax.tasks.prompts import prompt_text, rollout_prompt, sft_target
+from reft_jax.tasks.prompts import make_prompter, prompt_text, rollout_prompt, sft_target
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.rewards import Rewards
 from reft_jax.tasks.tokenizer import train_bpe

@@ -34,7 +34,7 @@ from reft_jax.parallel.mesh import abstract_arrays, make_mesh
 from reft_jax.run.executions import LOG_NAME, read_executions
 from reft_jax.stages.rollout import shares
 from reft_jax.tasks import prompts
-from reft_jax.tasks.prompter import make_prompter
+from reft_jax.tasks.prompts import make_prompter
 from reft_jax.tasks.tokenizer import encode, train_bpe
 from reft_jax.train.checkpoints import load_params
 from reft_jax.train.state import abstract_params

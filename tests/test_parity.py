@@ -15,7 +15,7 @@ from reft_jax.engine.generate import Engine
 from reft_jax.model.hf import VALUE_HEAD_FILE, load_rerank_head, load_value_head
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import make_mesh
-from reft_jax.tasks.prompter import make_prompter
+from reft_jax.tasks.prompts import make_prompter
 from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.train.batches import pad_tokens
 from reft_jax.train.packing import Packing

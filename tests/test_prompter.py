@@ -20,8 +20,7 @@ from reft_jax.stages.models import Weights
 from reft_jax.stages.rerank import scores_made_by
 from reft_jax.stages.sample import made_by
 from reft_jax.tasks.answerable import unanswerable
-from reft_jax.tasks.prompter import make_prompter
-from reft_jax.tasks.prompts import forced_prefix, rollout_prompt
+from reft_jax.tasks.prompts import forced_prefix, make_prompter, rollout_prompt
 from reft_jax.tasks.registry import PAPER
 from reft_jax.tasks.tokenizer import encode, load_tokenizer, train_bpe
 from reft_jax.types import Completion, Example, InputError
@@ -208,5 +207,5 @@ def test_an_export_keeps_the_template_and_ends_at_its_end(folder, tmp_path_facto
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
     again = make_prompter(load_tokenizer(out), "python", PAPER, "chat")
     assert again.prompt(QUESTION) == run.prompter.prompt(QUESTION)
-    card = "\n".join(prompt_format(run.prompter, PAPER, is_reranker=False))
+    card = prompt_format(run.prompter, PAPER, is_reranker=False)
     assert "<|im_start|>assistant\ndef solution():\n" in card and "with the chat template's special tokens" in card

@@ -8,10 +8,9 @@ import pytest
 from step_rows import PROMPT_LEN, TOTAL_LEN
 
 from reft_jax.algo.algorithms import DAPO, GRPO
-from reft_jax.algo.sampler import gap_metrics, importance_weights
 from reft_jax.stages import reft
 from reft_jax.stages.rollout import Graded, prompts_of_iteration
-from reft_jax.train.iteration import Scores
+from reft_jax.train.iteration import Scores, gap_metrics, importance_weights
 from reft_jax.train.packing import Packing
 from reft_jax.types import Completion, Example, PPOBatch, Prompt, SamplerGapError, Verdict
 
@@ -96,7 +95,7 @@ def drawn_again(monkeypatch, algorithm, rewards: list[list[list[float]]]):
     )
     asked = []
 
-    def roll_out(run, lm, examples, purpose, number, samples, seen):
+    def roll_out(run, lm, examples, purpose, number, samples, rewards_of_ones_own, seen):
         prompts = prompts_of_iteration(run, examples, samples, seen)
         asked.append([(prompt.item_id, prompt.sample) for prompt in prompts])
         flat = np.ravel(rewards[len(asked) - 1])
@@ -108,7 +107,7 @@ def drawn_again(monkeypatch, algorithm, rewards: list[list[list[float]]]):
         return prompts, graded, dict.fromkeys(names, len(asked))
 
     monkeypatch.setattr(reft, "roll_out_once", roll_out)
-    prompts, graded, metrics = reft.sampled(run, None, EXAMPLES[:3], 5, algorithm)
+    prompts, graded, metrics = reft.sampled(run, None, EXAMPLES[:3], 5, algorithm, None)
     return prompts, [one.verdict.reward for one in graded], metrics, asked
 
 

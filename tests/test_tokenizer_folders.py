@@ -22,8 +22,7 @@ from tiny import tiny_model
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model_folder import check_ids
 from reft_jax.run.inputs import checked_tokenizer
-from reft_jax.tasks.prompter import make_prompter
-from reft_jax.tasks.prompts import rollout_prompt
+from reft_jax.tasks.prompts import make_prompter, rollout_prompt
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, decode, encode, load_tokenizer, train_bpe
 from reft_jax.types import Completion, InputError
 

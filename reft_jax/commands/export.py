@@ -17,7 +17,7 @@ from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
 from reft_jax.stages.models import TITLES, abstract_reranker, adapters_of, checksum, done, load_model
 from reft_jax.store import writing
-from reft_jax.tasks.prompter import Prompter
+from reft_jax.tasks.prompts import Prompter
 from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
 

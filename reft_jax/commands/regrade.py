@@ -43,7 +43,7 @@ def run_regrade(
     also if programs must run for a reading that is not the file's and `execute` is not given.
     """
     began, asked = time.monotonic(), load_task(task, reading)
-    other = load_task(task, "lenient" if reading == "strict" else "strict")
+    other = load_task(task, "lenient" if reading == "strict" else "strict") if both_readings else None
     if out_dir:
         check_writable("--out_dir", out_dir)
     files = {path: read_answers(label, path, asked) for path, label in labels(sample_files(sources)).items()}
@@ -57,7 +57,7 @@ def run_regrade(
             title = ", ".join(answers.model for answers in models)
             report = {"title": title, "chosen_on": "", "notes": [], "settings": {}, "seconds": {}}
             report |= table(models, seed, asked)
-            if both_readings:
+            if other:
                 programs = _run_programs if execute else _refuse(title, other.reading)
                 report["readings"] = results.both_readings(models, seed, asked, other, programs)
             reports.append(report)

@@ -15,7 +15,7 @@ from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
 from reft_jax.run.machine import running_executor
 from reft_jax.run.workdir import recorded
 from reft_jax.tasks import answers
-from reft_jax.tasks.prompter import make_prompter
+from reft_jax.tasks.prompts import make_prompter
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import all_end_ids
 from reft_jax.types import Example, InputError, Prompt

@@ -129,7 +129,8 @@ class _Rollout:
         groups, size = group_prompts(prompts, fits), shapes.slots
         self.schedule = Schedule(groups, shards=engine.shards, slots=size, rows=shapes.prefill_rows)
         self.weights = device.rollout_weights(engine.model, lm)
-        self.slots = device.empty_slots(engine.model, size * engine.shards, self.width, self.lengths[0])
+        self.length = self.lengths[0]  # positions of the cache now
+        self.slots = device.empty_slots(engine.model, size * engine.shards, self.width, self.length)
         self.prefixes: dict[int, device.Prefix] = {}
 
     def run(self) -> Iterator[tuple[int, Completion]]:
@@ -142,7 +143,7 @@ class _Rollout:
             queued = schedule.queued
             longest = int(total_len[schedule.owner.reshape(-1) >= 0].max())
             self.make_room(longest + 1)
-            steps = min(device.CHUNK, self.slots.cache[0].length + 1 - longest)
+            steps = min(device.CHUNK, self.length + 1 - longest)
             enough = self.enough()
             self.slots = device.decode(
                 engine.model, self.weights, self.slots, engine.key, self.iteration, steps, enough, **self.settings
@@ -198,7 +199,8 @@ class _Rollout:
     def make_room(self, positions: int) -> None:
         """Grow the cache to the next length that holds `positions`."""
         length = next(length for length in self.lengths if length >= min(positions, self.width))
-        if length > self.slots.cache[0].length:
+        if length > self.length:
+            self.length = length
             layers = list(self.slots.cache)
             self.slots = self.slots._replace(cache=())
             for i, layer in enumerate(layers):

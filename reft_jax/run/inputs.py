@@ -20,7 +20,7 @@ from reft_jax.run.workdir import MACHINE
 from reft_jax.store import short_hash
 from reft_jax.tasks import datasets, prompts
 from reft_jax.tasks.answerable import trainable, wrong_anyway
-from reft_jax.tasks.prompter import Prompter, make_prompter
+from reft_jax.tasks.prompts import Prompter, make_prompter
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.tasks.tokenizer import all_end_ids, check_vocabulary, load_tokenizer
 from reft_jax.types import Completion, Example, InputError, Prompt

@@ -104,7 +104,7 @@ class Training:
     @property
     def params(self):
         """The parameters {'lm', head} of the whole model, with the adapter if there is one."""
-        return whole(self.state.params, self.base, self.lora)
+        return whole(self.state.params, self.base, self.lora) if self.lora else self.state.params
 
     def save_params(self, folder: Path) -> None:
         """Saves what is trained; of an adapter also what it belongs to."""

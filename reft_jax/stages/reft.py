@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from reft_jax.algo.algorithms import Algorithm, make_algorithm
-from reft_jax.algo.sampler import gap_metrics, importance_weights
 from reft_jax.parallel.mesh import round_up
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
@@ -20,7 +19,7 @@ from reft_jax.stages.rollout import Graded, open_rewards, roll_out_once
 from reft_jax.tasks.rewards import Rewards
 from reft_jax.train.batches import minibatches, rollout_rows
 from reft_jax.train.checksums import array_checksums, digest
-from reft_jax.train.iteration import Iteration, Scores
+from reft_jax.train.iteration import Iteration, Scores, gap_metrics, importance_weights
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import constant_schedule, make_optimizer
 from reft_jax.types import Completion, Example, PPOBatch, Prompt, SamplerGapError

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from reft_jax.tasks.datasets import leave_out, named
-from reft_jax.tasks.prompter import Prompter
-from reft_jax.tasks.prompts import is_text, parsed, sft_target
+from reft_jax.tasks.prompts import Prompter, is_text, parsed, sft_target
 from reft_jax.tasks.registry import PAPER, Task
 from reft_jax.types import Example, InputError
 

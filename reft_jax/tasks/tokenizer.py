@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reft_jax.model_folder import CONFIG, TOKENIZER_CONFIG, end_ids, read_settings, tokenizer_files, write_tokenizer
-from reft_jax.tasks.prompts import rollout_prompt
 from reft_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +28,8 @@ SPECIAL = tuple(f"{name}_token" for name in ("eos", "bos", "unk", "pad", "sep", 
 SPLIT = r" ?\p{L}+|_\p{L}+| ?\d| ?[^\s\p{L}\d_]+|\s+(?!\S)|\s+"
 # None begins with a space: Llama's classes and their files differ there, and only there, and no text of a run does it.
 SAMPLES = (
-    rollout_prompt("If Ann has 12 Apples,\nhow  many?", "python") + "    a_1 = 12\n    return a_1",
+    'Question:\nIf Ann has 12 Apples,\nhow  many?\nAnswer reasoning:\ndef solution():\n    """If Ann has 12 Apples,\n'
+    'how  many?"""\n    a_1 = 12\n    return a_1',
     "1234567 is 12,345.67 + 3/4 of 50%, 1e-5 or $1000.",
     "Ann's brother HAS apples_total, café × ½; isn't it?\n\n\nNo.\n",
     "for x in y:\n\tif x:\n        x += [1]\r\n            return {x: -1}  # done\n\n",

@@ -1,4 +1,8 @@
-"""One iteration of reinforcement learning on one rollout: score it, make the batch, update."""
+"""One iteration of reinforcement learning on one rollout: score it, make the batch, update.
+
+Also how far the engine that samples and the policy that is trained are apart. Both have the same parameters, but other
+kernels, layouts and precision.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +20,8 @@ from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import TrainState
 from reft_jax.train.steps import make_step, rl_loss
 from reft_jax.types import PPOBatch, Rollout
+
+LOW, HIGH = 0.5, 2.0  # ratios outside are no rounding
 
 
 class Scores(NamedTuple):
@@ -103,3 +109,31 @@ def make_batch(algorithm: Algorithm, rollout: Rollout, scores: Scores, *, miniba
     value, return_ = (jnp.where(mask, scores.value, 0.0), return_) if algorithm.critic else (None, None)
     ref_logprob = scores.ref_logprob if algorithm.penalty("loss") else None
     return PPOBatch(weight, logprob, value, advantage, return_, ref_logprob), metrics
+
+
+def gap_metrics(gap: np.ndarray) -> dict[str, float]:
+    """How far sampler and trainer are apart. gap: float32[N], log π_trainer − log π_sampler of the N sampled tokens.
+
+    sampler_gap, sampler_gap_mean, sampler_gap_p999: largest |gap|, its mean and its 99.9th percentile, nats.
+    sampler_outside: share of tokens whose ratio exp(gap) is outside [0.5, 2]. sampler_ess: effective sample size of the
+    ratios, `(Σ w)² / (N Σ w²)`, 1 if all are equal.
+    """
+    far, ratio = np.abs(gap), np.exp(gap.astype(np.float64))
+    return {
+        "sampler_gap": far.max(),
+        "sampler_gap_mean": far.mean(),
+        "sampler_gap_p999": np.percentile(far, 99.9),
+        "sampler_outside": np.mean((ratio < LOW) | (ratio > HIGH)),
+        "sampler_ess": ratio.sum() ** 2 / (len(ratio) * np.square(ratio).sum()),
+    }
+
+
+def importance_weights(gap: np.ndarray, correction: str, cap: float) -> np.ndarray:
+    """What multiplies the advantage of each token, float32[N]. gap: as in `gap_metrics`; the ratio is exp(gap).
+
+    "tis": truncated importance sampling, min(ratio, cap) (Yao et al. 2025, "Your efficient RL framework secretly brings
+    you off-policy RL training"). "mis": masked, the ratio or 0 if it is above cap (Liu et al. 2025, "When speed kills
+    stability"; here token by token).
+    """
+    ratio = np.exp(np.minimum(gap, 80.0))  # no overflow: a cap is far below
+    return (np.minimum(ratio, cap) if correction == "tis" else np.where(ratio <= cap, ratio, 0.0)).astype(np.float32)

@@ -13,7 +13,7 @@ TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
 LOCK = "reft_jax.run.lock"
 PROMPTS = "reft_jax.tasks.prompts"
-PROMPTER = "reft_jax.tasks.prompter"
+PROMPTER = "reft_jax.tasks.prompts"
 ASKED = ("test_prompter.py::test_a_prompt_is_that_of_apply_chat_template_and_the_forced_prefix",)
 REGISTRY = "reft_jax.tasks.registry"
 WATCH = "reft_jax.run.watch"
@@ -24,7 +24,7 @@ PAID = "test_rollout.py::test_a_reward_of_ones_own_is_paid_for_the_graded_comple
 PLANTED = [
     ("the reranker judges one token early", "reft_jax.stages.rerank", "Packing(rows, lengths - 1,",
      "Packing(rows, lengths - 2,", PACKING),
-    ("end ids: the one that ended it is text", "reft_jax.tasks.prompter",
+    ("end ids: the one that ended it is text", "reft_jax.tasks.prompts",
      "completion.tokens[:-1] if completion.finished", "completion.tokens if completion.finished",
      (f"{TOKENIZERS}::test_the_id_that_ended_a_completion_is_not_its_text",)),
     ("chat: the forced prefix is left out", PROMPTER, "        ids = self.ids(question, prefix)\n",

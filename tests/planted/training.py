@@ -98,7 +98,7 @@ PLANTED = [
      "Counter(), []", ("test_sampler.py",)),
     ("clip range not wider above", L, "high = 1 + (clip if clip_high is None else clip_high)", "high = 1 + clip",
      GROUPS),
-    ("sampler correction untruncated", "reft_jax.algo.sampler", "np.minimum(ratio, cap) if", "ratio if",
+    ("sampler correction untruncated", "reft_jax.train.iteration", "np.minimum(ratio, cap) if", "ratio if",
      ("test_sampler.py",)),
     ("sampler correction upside down", "reft_jax.stages.reft",
      "return scores.logprob[packing.at] - np.concatenate(", "return -scores.logprob[packing.at] + np.concatenate(",

@@ -144,8 +144,12 @@ def test_stopped_children_that_hold_megabytes_end_at_once(fresh):
         batch = calls.Stream(20.0, 1, "number", 345)  # not closed: that would have spares made
         assert [batch.submit(program).result().value for program in programs] == [size + i for i in range(12)]
         assert len(children(345, isolated)) >= kept
-    large = [pid for pid in children(345, isolated) if resident(pid) > 20 << 20]
-    assert len(large) <= 1  # the last one is looked at with the next program
+    for _ in range(5):  # a program looks at those that have stopped; on a busy machine a child stops late
+        time.sleep(0.5)
+        assert batch.submit(body("return 1")).result().value == 1
+        if not (large := [pid for pid in children(345, isolated) if resident(pid) > 20 << 20]):
+            break
+    assert not large
 
 
 @linux

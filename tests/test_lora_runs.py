@@ -154,12 +154,12 @@ def test_exports_of_the_chain_agree(warmed_up):
     """The whole model, and its adapter relative to the base model, which has the ranks of SFT and of ReFT."""
     folder, settings = warmed_up
     for name, flags in (("whole", []), ("adapter", ["--adapter"])):
-        done = run("export", folder / "sft", *settings, "--model=sft", f"--out_dir={folder / name}", *flags)
+        done = run("export", folder / "sft", *settings, "--model=sft", f"--out_dir={folder / 'out' / name}", *flags)
         assert done.returncode == 0, done.stderr
     base, merged = (
-        load_file(path / "model.safetensors") for path in (folder / "sft" / "toy" / "model", folder / "whole")
+        load_file(path / "model.safetensors") for path in (folder / "sft" / "toy" / "model", folder / "out" / "whole")
     )
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     a, b = (tensors[f"base_model.model.{name}.lora_{end}.weight"] for end in "AB")
     assert np.abs(b).max() > 1e-4

@@ -212,7 +212,9 @@ with opened(Path({str(file)!r}), "waits", 2) as rewards:
     time.sleep(1000)
 """
     folder = os.path.dirname(__file__)
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=folder)
+    this_package = os.environ | {"PYTHONPATH": os.path.dirname(folder)}  # tests/mutations.py tests a copy
+    command = [sys.executable, "-c", script]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=this_package)
     with parent:
         pids = [int(parent.stdout.readline()), until(lambda: int((tmp_path / "busy").read_text()))]
         assert all(map(alive, pids))

@@ -379,15 +379,6 @@ def test_a_read_only_work_directory(write, tmp_path):
     check_line(done.stderr, ("--workdir: cannot write to", "/fixed is not a writable folder", "choose another"))
 
 
-def test_help_is_no_error(monkeypatch, capsys):
-    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    for argv in ([], ["--help"], ["help"], ["sft", "--help"]):
-        monkeypatch.setattr(sys, "argv", ["reft", *argv])
-        __main__.main()
-        first = "sft" if len(argv) == 2 else "COMMAND"
-        assert capsys.readouterr().out.startswith(f"python -m reft_jax {first} [--flag=VALUE …]\n")
-
-
 def processor_seconds() -> float:
     """Of the children that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -186,3 +186,12 @@ def test_the_commands_that_several_hosts_run_together():
     for row in TABLE:
         if row.on_hosts:
             assert all(flag in row.all_flags for flag in (CONFIG, *WORKDIR, *HOSTS))
+
+
+def test_help_is_no_error(monkeypatch, capsys):
+    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for argv in ([], ["--help"], ["help"], ["sft", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["reft", *argv])
+        __main__.main()
+        first = "sft" if len(argv) == 2 else "COMMAND"
+        assert capsys.readouterr().out.startswith(f"python -m reft_jax {first} [--flag=VALUE …]\n")

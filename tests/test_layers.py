@@ -165,3 +165,12 @@ def test_what_is_allowed(tmp_path):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(f'"""A module."""\n{source}\n')
     assert problems(package) == []
+
+
+def test_no_file_has_more_than_400_lines():
+    folders = [PACKAGE.parent / name for name in ("reft_jax", "tests", "benchmarks", "configs", "examples")]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    assert (
+        len(files) > 100
+        and [path.name for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 400] == []
+    )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from acts import Fakes, World, fake_run, printed, save_fake
+from acts import World
+from fakes import Fakes, fake_run, printed, save_fake
 
 from reft_jax.commands import evaluate, sweep
 from reft_jax.config import default_config

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from acts import Fakes, World, number
+from acts import World
+from fakes import Fakes, number
 from tiny import drawn, tiny_policy
 
 from reft_jax.engine.generate import Engine

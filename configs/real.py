@@ -22,7 +22,7 @@ def get_config(argument="svamp,0.5b"):
     config.model.update(path=f"models/Qwen2.5-Coder-{size.upper()}-Instruct", dtype="bfloat16", remat="none")
     config.data.train, config.data.test = f"data/{dataset}_python_sdp.json", f"data/{dataset}_test_set.json"
     config.data.update(dev_rows=200, train_limit=1700, max_dropped=0.3, pad_multiple=32)
-    longer = 2 if dataset == "gsm8k" else 1  # its questions and programs are about twice as long as SVAMP's
+    longer = 2 if dataset == "gsm8k" else 1  # its questions and programs are longer than SVAMP's
     config.sft.update(epochs=3, warmup_epoch=1, batch_size=16, micro_batch=16, learning_rate=1e-5, max_len=192 * longer)
     config.rl.update(iterations=150, questions=32, micro_batch=16, ppo_epochs=1, minibatches=2, learning_rate=3e-6)
     config.rl.update(max_prompt=128 * longer, max_len=224 * longer, eval_every=25, save_every=10)

@@ -23,14 +23,14 @@ def solution(exec=exec, Exception=Exception):
         try:
             exec(statement, names)
             passed += is_test
-        except Exception:
+        except Exception:  # a test that raises has not passed
             pass
     return passed / {tests}
 """
 
 
 def statements(tests: str) -> list[tuple[str, bool]]:
-    """The statements of a text and whether each is a test. None if it is not Python."""
+    """The statements of a text, each with whether it is a test; an empty list if the text is not Python."""
     try:
         return [(ast.unparse(one), isinstance(one, ast.Assert | ast.Expr)) for one in ast.parse(tests).body]
     except (SyntaxError, ValueError):

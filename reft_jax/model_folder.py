@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,18 @@ def write_tokenizer(tok: Any, out: str | Path) -> None:
         if isinstance(raw.get("extra_special_tokens"), list):
             raw["additional_special_tokens"] = raw.pop("extra_special_tokens")
         path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty folder to fill. It takes the name `folder` at the end, and vanishes if filling it fails."""
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
+        target = Path(scratch) / "model"
+        target.mkdir()
+        yield target
+        os.replace(target, folder)
 
 
 def check_new_folder(name: str, folder: Path) -> None:

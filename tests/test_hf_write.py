@@ -38,6 +38,10 @@ GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": 0, "do_
 
 @pytest.fixture
 def base(tmp_path) -> Path:
+    return published_folder(tmp_path)
+
+
+def published_folder(tmp_path: Path) -> Path:
     """A folder as people download it: bfloat16, several end ids, files that only some tools read."""
     text, size = published_json(TEXTS, infill=True)
     model, params = tiny_model(vocab_size=size)

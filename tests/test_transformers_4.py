@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from llama_tokenizers import published_config, published_json, special_tokens_map, write_folder
-from test_hf_write import GENERATION, base, exported  # noqa: F401  (a fixture)
+from test_hf_write import GENERATION, exported, published_folder
 from test_tokenizer import TEXTS
 from tiny import tiny_model, tiny_policy
 
@@ -67,7 +67,8 @@ def python4(request: pytest.FixtureRequest) -> Path:
     return python
 
 
-def test_transformers_4_peft_and_a_loader_as_vllms(python4, base, tmp_path, monkeypatch):  # noqa: F811
+def test_transformers_4_peft_and_a_loader_as_vllms(python4, tmp_path, monkeypatch):
+    base = published_folder(tmp_path)
     (base / "tokenizer.model").unlink()  # the stand-in is text
     folders = {
         "policy": exported(base, tmp_path / "policy", monkeypatch) and tmp_path / "policy",

@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from reft_jax.model.hf_folder import check_is_folder
 from reft_jax.model.safetensors import write_json, write_tensors
 from reft_jax.model.torch_bin import BinFile
-from reft_jax.model_folder import SCRATCH, check_new_folder, read_bytes, read_json
+from reft_jax.model_folder import check_new_folder, read_bytes, read_json, whole_folder
 from reft_jax.store import writing
 from reft_jax.types import InputError
 
@@ -39,15 +38,10 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
     others = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(WEIGHTS)]
     for path in others:
         read_bytes(path, 1)
-    with writing(out_dir):
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=SCRATCH) as scratch:
-            target = Path(scratch) / "model"
-            target.mkdir()
-            _write(files, target)
-            for path in others:
-                shutil.copy(path, target / path.name)
-            os.replace(target, out_dir)
+    with writing(out_dir), whole_folder(out_dir) as target:
+        _write(files, target)
+        for path in others:
+            shutil.copy(path, target / path.name)
     left_out = [name for file in files for name in file.left_out]
     if left_out:
         print(f"left out, because they hold no weights: {', '.join(left_out)}")

@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from reft_jax.model.hf import LM_HEAD, VALUE_HEAD_FILE, hf_names, hf_shape
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPE_CODES, write_json, write_tensors
-from reft_jax.model_folder import CONFIG, SCRATCH, check_new_folder, with_end, write_generation, write_tokenizer
+from reft_jax.model_folder import CONFIG, check_new_folder, whole_folder, with_end, write_generation, write_tokenizer
 from reft_jax.types import InputError
 
 
@@ -62,11 +61,7 @@ def save_hf(
             tensor.make()
         return
     check_new_folder("save_hf", Path(folder))
-    folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
-        target = Path(scratch) / "model"
-        target.mkdir()
+    with whole_folder(folder) as target:
         write_json(target / CONFIG, config)
         if tokenizer is not None:
             write_tokenizer(tokenizer, target)
@@ -75,7 +70,6 @@ def save_hf(
         if value:
             (target / VALUE_HEAD_FILE).parent.mkdir()
             _write_file(target / VALUE_HEAD_FILE, value)
-        os.replace(target, folder)
 
 
 def _known_dtype(dtype: Any) -> np.dtype:

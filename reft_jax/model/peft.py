@@ -4,8 +4,6 @@ PEFT has a pair of matrices per layer, lora_A [rank, in] and lora_B [out, rank],
 """
 
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from reft_jax.model.llama import LORA_A, LORA_B
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.lora import Lora, inputs
 from reft_jax.model.safetensors import DTYPES, map_tensor, read_header, write_json, write_tensors
-from reft_jax.model_folder import SCRATCH, check_new_folder, read_json
+from reft_jax.model_folder import check_new_folder, read_json, whole_folder
 from reft_jax.types import InputError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -91,15 +89,10 @@ def write_peft(folder: Path, config: LlamaConfig, lora: Lora, adapter: dict[str,
             a, b = adapter[name + LORA_A][layer], adapter[name + LORA_B][layer]
             tensors[tensor_name(config, name, layer, LORA_A)] = a.reshape(-1, lora.rank).T
             tensors[tensor_name(config, name, layer, LORA_B)] = b.reshape(lora.rank, -1).T
-    folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
-        target = Path(scratch) / "adapter"
-        target.mkdir()
+    with whole_folder(folder) as target:
         write_json(target / ADAPTER, about)
         layout = {name: (np.dtype(np.float32), x.shape) for name, x in tensors.items()}
         write_tensors(target / WEIGHTS, layout, tensors.values())
-        os.replace(target, folder)
 
 
 def read_peft(folder: str | Path, config: LlamaConfig, layers) -> tuple[Lora, dict[str, np.ndarray]]:

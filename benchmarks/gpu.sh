@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures this project on one GPU in at most 9 minutes, without a network and without installing anything:
 # a `check`; decoding, scoring and updates at the shapes of Qwen2.5-Coder-0.5B and CodeLlama-7B; the quickstart.
-#   benchmarks/gpu.sh OUT_DIR                     on a machine without a GPU: toy sizes, about a minute
+#   benchmarks/gpu.sh OUT_DIR                     on a machine without a GPU: toy sizes
 #   benchmarks/gpu.sh OUT_DIR --toy               toy sizes in any case
 #   PYTHON=python3.12 benchmarks/gpu.sh OUT_DIR
 # Every part has a time limit of its own and writes into OUT_DIR as soon as it knows something. A part that fails says

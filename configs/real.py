@@ -5,20 +5,22 @@
         --config.data.train=$DATA_DIR/svamp_python_sdp.json --config.data.test=$DATA_DIR/svamp_test_set.json
 
 The argument is DATASET,SIZE: svamp,0.5b, gsm8k,0.5b or gsm8k,1.5b. Programs for GSM8K come from `convert`. Start the
-same command again to resume. On two CPU cores the 0.5B model needs about 15 GB of memory; the environment variable
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736 keeps the memory of
-one update for the next.
+same command again to resume. On two CPU cores the 0.5B model needs about 15 GB of memory. The environment variable
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736 keeps the memory
+of one update for the next.
 
 The plan, written before the run of svamp,0.5b:
 
 - 1,200 training rows, 200 of them as dev. Dev chooses every checkpoint. All 1,000 test questions, greedy, once.
-- SFT: three epochs at 1e-5, the first as warm-up. More epochs copy the annotations; the base already writes programs.
-- ReFT: 60 iterations of 64 questions, one pass of two updates at 2e-6. The value head starts at 0 and has too few updates
-  to learn. So λ is 1: then each token's advantage is the reward of its row less the mean. With the paper's λ of 0.95 and
-  a value of 0, a pilot (300 questions, 18 iterations of 32, 3e-6) taught the model to write less: 57 tokens a response
-  became 38, the KL reached 8 and dev fell from 81 to 70 of 100. With λ = 1 (64 questions, 2e-6) four iterations showed
-  no shorter responses; that pilot goes on, and can still change the learning rate before ReFT starts.
-- Baselines: one epoch of offline self-training with two samples a question; online self-training for as many iterations.
+- SFT: three epochs at 1e-5, the first as warm-up.
+- ReFT: 60 iterations of 64 questions, one pass of two updates at 2e-6. The value head starts at 0 and has too few
+  updates to learn. So λ is 1: then each token's advantage is the reward of its row less the mean. With the paper's λ of
+  0.95 and a value of 0, early tokens of a row get less than late ones. A pilot with it (300 questions, 18 iterations of
+  32, 3e-6) taught the model to write less: from 57 tokens a response to 38. The KL reached 8. Dev fell from 81 to 70
+  of 100 by iteration 10. A pilot with λ = 1 (64 questions, 2e-6) was stopped after four iterations: responses did not
+  get shorter, the KL was 1.1. It goes on, and may still change the learning rate before ReFT starts.
+- Baselines: one epoch of offline self-training with two samples a question; online self-training for as many
+  iterations.
 - Voting and rerankers: four samples a question. The rerankers learn from four samples of each of 400 questions.
 """
 

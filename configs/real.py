@@ -18,10 +18,10 @@ The plan, written before the run of svamp,0.5b:
   0.95 and a value of 0, early tokens of a row get less than late ones. A pilot with it (300 questions, 18 iterations of
   32, 3e-6) taught the model to write less: from 57 tokens a response to 38. The KL reached 8. Dev fell from 81 to 70
   of 100 by iteration 10. A pilot with λ = 1 (64 questions, 2e-6) was stopped after four iterations: responses did not
-  get shorter, the KL was 1.1. It goes on, and may still change the learning rate before ReFT starts.
-- Baselines: one epoch of offline self-training with two samples a question; online self-training for as many
+  get shorter, the KL was 1.1. It will be resumed, and may still change the learning rate before ReFT starts.
+- Baselines: one epoch of offline self-training with two samples per question; online self-training for as many
   iterations.
-- Voting and rerankers: four samples a question. The rerankers learn from four samples of each of 400 questions.
+- Voting and rerankers: four samples per question. The rerankers learn from four samples of each of 400 questions.
 """
 
 from reft_jax.config import default_config

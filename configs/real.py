@@ -36,7 +36,7 @@ def get_config(argument="svamp,0.5b"):
     config = default_config()
     config.name = f"{dataset} programs, Qwen2.5-Coder-{size.upper()}-Instruct de-quantized from 4 bits"
     path = f"models/Qwen2.5-Coder-{size.upper()}-Instruct"
-    config.model.update(path=path, dtype="bfloat16", remat="full")  # on CPUs "none" is slower: it copies what it keeps
+    config.model.update(path=path, dtype="bfloat16", remat="full")  # "none" saves no time on a CPU
     config.data.train, config.data.test = f"data/{dataset}_python_sdp.json", f"data/{dataset}_test_set.json"
     config.data.update(dev_rows=200, train_limit=1200, max_dropped=0.3, pad_multiple=32)
     longer = 2 if dataset == "gsm8k" else 1  # its questions and programs are longer than SVAMP's

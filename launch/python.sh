@@ -2,7 +2,7 @@
 # Prints the path of the newest Python of 3.13, 3.12 and 3.11 that starts: on PATH, or one that pyenv or uv installed. If
 # there is none (python3 of a TPU VM may be 3.10), it first installs 3.13 into the home directory with uv, which pip
 # installs.
-#   launch/python.sh 3.13 3.12      the newest of these; none is installed, exit code 1 if there is none
+#   launch/python.sh 3.13 3.12      the first of these that is there; installs none, exit code 1 if there is none
 set -euo pipefail
 wanted=("$@")
 ((${#wanted[@]})) || wanted=(3.13 3.12 3.11)

@@ -1,0 +1,72 @@
+// Charts with uPlot. Each has a line of text with the values under the pointer, and answers to the arrow keys.
+const COLOURS = { light: ["#1a5fb4", "#a5420c", "#1a6b35"], dark: ["#8ab8ff", "#ffb27a", "#7fd89a"] };
+const drawn = [];
+
+const theme = () => document.documentElement.dataset.theme;
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function reading(chart, at) {
+  const values = Object.entries(chart.lines).map(([name, ys]) => (name ? name + " " : "") + number(ys[at]));
+  return chart.x + " " + number(chart.xs[at]) + ": " + values.join(", ") + " (" + chart.unit + ")";
+}
+
+function plot(chart, box, output) {
+  const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  const lines = Object.keys(chart.lines).map((name, i) => ({
+    label: name, stroke: COLOURS[theme()][i], width: 2, points: { show: chart.xs.length < 60, size: 5 }, spanGaps: true,
+  }));
+  const values = Object.values(chart.lines).flat().filter((value) => value !== null);
+  const options = {
+    width: box.clientWidth, height: 210, series: [{}, ...lines], cursor: { y: false }, legend: { show: false },
+    scales: { x: { time: false }, y: { range: [Math.min(0, ...values), Math.max(...values) * 1.08 || 1] } },
+    axes: [axis, { ...axis, size: 55 }],
+    hooks: { setCursor: [(self) => {
+      if (self.cursor.idx !== null && self.cursor.idx !== undefined) output.textContent = reading(chart, self.cursor.idx);
+    }] },
+  };
+  return new uPlot(options, [chart.xs, ...Object.values(chart.lines)], box);
+}
+
+function table(chart) {
+  const names = Object.keys(chart.lines);
+  const head = make("tr", "", ...[chart.x, ...names.map((name) => name || chart.unit)].map((text) => make("th", "", text)));
+  const rows = chart.xs.map((x, i) => make("tr", "", make("td", "", number(x)),
+    ...names.map((name) => make("td", "", number(chart.lines[name][i])))));
+  const wide = make("div", "wide", make("table", "", make("thead", "", head), make("tbody", "", ...rows)));
+  return make("details", "", make("summary", "", "Values"), wide);
+}
+
+function figure(chart) {
+  const box = make("div", "plot"), output = make("output", "", chart.unit), last = chart.xs.length - 1;
+  const legend = Object.keys(chart.lines).filter(Boolean).join(", ");
+  const whole = make("figure", "", make("figcaption", "", ...visible(chart.title)), box, output, table(chart));
+  byId("charts").append(whole);
+  box.tabIndex = 0;
+  box.setAttribute("role", "img");
+  box.setAttribute("aria-label", chart.title + (legend ? " (" + legend + ")" : "") + "; last value: " + reading(chart, last));
+  let at = last;
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -last, End: last }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    at = Math.max(0, Math.min(last, at + step));
+    output.textContent = reading(chart, at);
+  });
+  return () => {
+    if (typeof uPlot === "undefined") return;
+    box.replaceChildren();
+    plot(chart, box, output);
+  };
+}
+
+function drawCharts(charts) {
+  if (!charts.length) byId("charts").append(make("p", "", "There are no curves yet."));
+  drawn.push(...charts.map(figure));
+  redraw();
+  let waiting = 0;
+  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(redraw, 150); });
+}
+
+function redraw() {
+  drawn.forEach((draw) => draw());
+}

@@ -1,0 +1,66 @@
+// Completions as text: Python in colours, control characters and bidirectional marks by their names.
+const SHOWN = 6000; // characters of a completion that are shown at once
+const COLOURED = 20000; // characters that get colours
+const WORDS = "and|as|assert|break|class|continue|def|elif|else|except|finally|for|from|if|import|in|is|lambda|not|or|" +
+  "pass|raise|return|try|while|with|yield|None|True|False";
+const ODD = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+const TOKEN = new RegExp(
+  "(?<s>\"\"\"[^]*?(?:\"\"\"|$)|'''[^]*?(?:'''|$)|\"(?:\\\\.|[^\"\\\\\\n])*\"?|'(?:\\\\.|[^'\\\\\\n])*'?)|(?<c>#[^\\n]*)|" +
+  "(?<n>\\b\\d[\\w.]*)|\\b(?<k>" + WORDS + ")\\b", "g");
+
+// Text nodes for `text`, with a marked name in place of each odd character.
+function visible(text) {
+  const nodes = [];
+  let done = 0;
+  for (const found of text.matchAll(ODD)) {
+    if (found.index > done) nodes.push(text.slice(done, found.index));
+    const code = found[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+    nodes.push(make("span", "odd", "U+" + code));
+    done = found.index + 1;
+  }
+  nodes.push(text.slice(done));
+  return nodes;
+}
+
+function coloured(text) {
+  if (text.length > COLOURED) return visible(text);
+  const nodes = [];
+  let done = 0;
+  for (const found of text.matchAll(TOKEN)) {
+    nodes.push(...visible(text.slice(done, found.index)));
+    const kind = Object.keys(found.groups).find((name) => found.groups[name] !== undefined);
+    nodes.push(make("span", kind, ...visible(found[0])));
+    done = found.index + found[0].length;
+  }
+  nodes.push(...visible(text.slice(done)));
+  return nodes;
+}
+
+// A completion in a box; the rest of a long one comes when asked for.
+function code(text) {
+  const box = make("pre", "", ...coloured(text.slice(0, SHOWN)));
+  box.tabIndex = 0;
+  box.setAttribute("role", "group");
+  box.setAttribute("aria-label", "Completion");
+  if (text.length <= SHOWN) return [box];
+  const button = make("button", "all", "Show all " + text.length.toLocaleString("en") + " characters");
+  button.type = "button";
+  button.addEventListener("click", () => {
+    box.replaceChildren(...coloured(text));
+    button.remove();
+    box.focus();
+  });
+  return [box, button];
+}
+
+const number = (value, digits = 4) => value === null || value === undefined ? "–" : String(+(+value).toPrecision(digits));
+
+// What is known about a completion, in one line: verdict first.
+function told(value, correct, rest) {
+  const kind = value === null ? "none" : correct ? "right" : "wrong";
+  const word = value === null ? "no answer" : correct ? "✓ right" : "✗ wrong";
+  const line = make("p", "", make("strong", kind, word));
+  if (value !== null) line.append(": ", ...visible(value.slice(0, 200)));
+  for (const [name, text] of rest) if (text !== null && text !== undefined) line.append(" · ", name + " ", ...visible(String(text)));
+  return line;
+}

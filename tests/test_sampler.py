@@ -91,11 +91,13 @@ def drawn_again(monkeypatch, algorithm, rewards: list[list[list[float]]]):
         prompts=lambda examples, n: [Prompt(e.item_id, 0, [0]) for e in examples for _ in range(n)]
     )
     run = SimpleNamespace(
-        inputs=SimpleNamespace(questions=EXAMPLES, prompts=prompts_of.prompts), config=SimpleNamespace(seed=1)
+        inputs=SimpleNamespace(questions=EXAMPLES, prompts=prompts_of.prompts),
+        config=SimpleNamespace(seed=1),
+        workdir=SimpleNamespace(executions=SimpleNamespace(append=lambda lines: None)),
     )
     asked = []
 
-    def roll_out(run, lm, examples, purpose, number, samples, rewards_of_ones_own, seen):
+    def roll_out(run, lm, examples, purpose, number, samples, rewards_of_ones_own, seen, logged):
         prompts = prompts_of_iteration(run, examples, samples, seen)
         asked.append([(prompt.item_id, prompt.sample) for prompt in prompts])
         flat = np.ravel(rewards[len(asked) - 1])

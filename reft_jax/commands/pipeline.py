@@ -35,5 +35,6 @@ def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
         stage()
     print(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation", flush=True)
     report = run_evaluate(run)
-    print(f"\nreport.md, report.json, curves.png: {run.workdir.path}\nthis run took {time.monotonic() - started:.0f} s")
+    print(f"\nreport.md, report.json, report.html, curves.png: {run.workdir.path}")
+    print(f"this run took {time.monotonic() - started:.0f} s")
     return report

@@ -94,7 +94,7 @@ TABLE = (
             flags=(_model(POLICIES), Flag("split", ("test", "train"), "test", "which questions"))),
     Command("rerank", 'trains a model\'s reranker; makes "rerank_MODEL"',
             "reft_jax.stages.rerank:run_rerank", needs=("warmup", "{model}"), flags=(_model(RANKED),)),
-    Command("evaluate", "the table of all models in the work directory: report.md, report.json, report.html, curves.png",
+    Command("evaluate", "the table of all models in the work directory: report.md, .json and .html, curves.png",
             "reft_jax.commands.evaluate:run_evaluate", needs=("sft",), flags=(BOTH_READINGS,)),
     Command("evaluate --replay", "checks a run's rewards: grades every logged answer again; no model, no program",
             "reft_jax.run.executions:replay", gets=("workdir",), verdict=True,

@@ -105,10 +105,10 @@ def print_report(report: dict) -> None:
         lines.append(["", *(interval for _, interval in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    remarks = [subject(report), *compared(report), *remarks(report), *report["notes"]]
+    told = [subject(report), *compared(report), *remarks(report), *report["notes"]]
     print(f"\n{report['title']}\n")
     print("\n".join([table[0], "─" * max(map(len, table)), *table[1:]]) + "\n")
-    print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in remarks))
+    print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in told))
     if readings := markdown_readings(report):
         print(f"\n{readings}", end="")
 

@@ -100,7 +100,7 @@ def page(workdir: Path) -> str:
 
 
 def _chart_library() -> list[str]:
-    """[script, style] of uPlot, as the extra `page` installs it; empty without it: the page then has tables of points."""
+    """[script, style] of uPlot, which the extra `page` installs; empty without it: then charts are tables only."""
     spec = find_spec("uplot")
     if spec is None or not spec.submodule_search_locations:
         return []

@@ -36,6 +36,7 @@ from reft_jax.types import InputError
 
 GAP = Panel("sampler_gap", "ReFT: largest gap of sampler and trainer", "nats")
 SPLITS = ("test", "train")
+ORDER = ("warmup", "sft", "self_train_offline", "self_train_online", "reft")
 EMPTY = (None, None, None, None)  # what the audit log does not know of a completion
 
 
@@ -94,18 +95,24 @@ def read_answered(workdir: Path) -> list[Answered]:
     task = load_task(settings.get("task", ""), settings.get("data.reading", "strict"))
     sets: dict[str, dict[str, dict[str, dict[str, dict]]]] = {}
     for path in sorted((workdir / "samples").rglob("*.jsonl")):
-        name, suffix, kind = _kind(path)
+        name, kind = _kind(path)
         model, _, split = name.rpartition("_")
         folder = path.parent.relative_to(workdir / "samples").as_posix()
         where = (split, model) if split in SPLITS and folder == "." else (folder if folder != "." else "answers", name)
         sets.setdefault(where[0], {}).setdefault(where[1], {})[kind] = _by_item(path, kind, task)
-    return [Answered(name, sets[name]) for name in sorted(sets)]
+    ordered = {name: dict(sorted(models.items(), key=_place)) for name, models in sorted(sets.items())}
+    return [Answered(name, models) for name, models in ordered.items()]
 
 
-def _kind(path: Path) -> tuple[str, str, str]:
+def _place(named: tuple[str, dict]) -> tuple[int, str]:
+    """The models of a run in the order in which they are trained, then others by name."""
+    return (ORDER.index(named[0]) if named[0] in ORDER else len(ORDER)), named[0]
+
+
+def _kind(path: Path) -> tuple[str, str]:
     for suffix, kind in ((GREEDY, GREEDY_KIND), (RERANK, RERANK_KIND), (".jsonl", SAMPLES_KIND)):
         if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix), suffix, kind
+            return path.name.removesuffix(suffix), kind
     raise AssertionError(path)
 
 
@@ -165,8 +172,9 @@ def shown(value: float | str | None) -> str | None:
 
 
 def summary(one: dict[str, Any]) -> list:
-    """What filters need of a question: [item, question, [per model: null, or [greedy, right, none, n, timeouts, length]]].
+    """What filters need of a question: [item, question, models].
 
+    models: one each, null or [greedy, right, none, n, timeouts, length].
     greedy: 1 right, 0 wrong, -1 without an answer, null if not asked. right, none, timeouts: numbers of samples; n: of
     all. length: of the longest completion, characters. Greedy answers count in timeouts and length.
     """
@@ -231,7 +239,9 @@ def curves(workdir: Path, reports: Iterable[dict]) -> list[dict]:
             xs, ys = series(lines, x_key, panel)
             if xs.size:
                 numbers = [float(f"{y:.5g}") for y in ys]
-                found.append({"title": panel.title, "unit": panel.unit, "x": x, "xs": xs.tolist(), "lines": {"": numbers}})
+                found.append(
+                    {"title": panel.title, "unit": panel.unit, "x": x, "xs": xs.tolist(), "lines": {"": numbers}}
+                )
     for report in reports:
         for row in report["rows"]:
             points = row.get("curve", [])
@@ -243,5 +253,7 @@ def curves(workdir: Path, reports: Iterable[dict]) -> list[dict]:
             if points:
                 title = f"{row['model']}: accuracy by samples per question"
                 ks = [point["k"] for point in points]
-                found.append({"title": title, "unit": "% of questions", "x": "samples per question, k", "xs": ks, "lines": lines})
+                found.append(
+                    {"title": title, "unit": "% of questions", "x": "samples per question, k", "xs": ks, "lines": lines}
+                )
     return found

@@ -202,6 +202,11 @@ def opened(browser):
         one.context.close()
 
 
+def chosen(shown, item: str) -> None:
+    """Waits until this question is shown."""
+    shown.locator("#one h3", has_text=re.compile(f"^{item}$")).wait_for()
+
+
 def picture(shown, name: str) -> None:
     if folder := os.environ.get("REFT_SCREENSHOTS"):
         shown.screenshot(path=Path(folder) / f"{name}.png")
@@ -242,7 +247,7 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     shown.fill("#search", "APPLES 59")  # 11
     assert count.inner_text() == "1 of 60 questions"
     shown.locator("#list a").first.click()  # 12
-    shown.wait_for_function("document.querySelector('#one h3').textContent === 'gsm8k_59'")
+    chosen(shown, "gsm8k_59")
     assert shown.url.endswith("#q=test/gsm8k_59") and "style 0.5" in one.inner_text()
     assert one.locator("pre .k").first.inner_text() == "def"
     shown.fill("#search", "")  # 13
@@ -254,10 +259,10 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     shown.locator("#list a").first.focus()
     shown.keyboard.press("ArrowDown")  # 16
     shown.keyboard.press("Enter")  # 17
-    shown.wait_for_function("document.querySelector('#one h3').textContent === 'gsm8k_1'")
+    chosen(shown, "gsm8k_1")
     assert shown.evaluate("document.activeElement.id") == "one"
     shown.go_back()  # 18
-    shown.wait_for_function("document.querySelector('#one h3').textContent === 'gsm8k_59'")
+    chosen(shown, "gsm8k_59")
     cards = one.locator(".card").count()
     one.locator("button.rest").first.click()  # 19
     assert one.locator(".card").count() == cards + 5
@@ -276,7 +281,7 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     shown.click("#more")  # 23
     assert shown.locator("#sampled .card").count() == 30 and shown.locator("#more").is_disabled()
     shown.select_option("#by", "high")  # 24
-    shown.wait_for_function("document.querySelector('#sampled').textContent.includes('advantage 1.9')")
+    shown.locator("#sampled .card", has_text="advantage 1.9").first.wait_for()
     assert "advantage 1.9 · reinforced" in re.sub(r"\s+", " ", shown.locator("#sampled .card").first.inner_text())
     before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
     shown.click("#theme")  # 25
@@ -310,11 +315,11 @@ def test_hostile_completions_are_text_and_run_nothing(tmp_path, opened):
     assert shown.locator("#sampled .card").count() == len(HOSTILE)
     for q, text in enumerate(HOSTILE):
         shown.evaluate(f"location.hash = '#q=test/gsm8k_{q}'")
-        shown.wait_for_function(f"document.querySelector('#one h3').textContent === 'gsm8k_{q}'")
+        chosen(shown, f"gsm8k_{q}")
         if len(text) < 100 and text.isascii() and text.isprintable():
             assert shown.locator("#one pre").first.inner_text() == text
     shown.evaluate("location.hash = '#q=test/gsm8k_36'")
-    shown.wait_for_function("document.querySelector('#one h3').textContent === 'gsm8k_36'")
+    chosen(shown, "gsm8k_36")
     assert shown.locator("#one pre .odd").first.inner_text() == "U+202E"
     shown.evaluate("location.hash = '#q=test/gsm8k_33'")
     shown.locator("#one button.all").first.click()

@@ -184,6 +184,7 @@ def opened(browser):
 
     def open_file(path: Path, **context):
         one = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context).new_page()
+        one.set_default_timeout(10_000)
         one.on("console", lambda message: said.append(message.text))
         one.on("pageerror", lambda error: said.append(str(error)))
         one.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
@@ -236,7 +237,8 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
         expected["changed"] += was != now
     for name, number in expected.items():  # 4 to 7
         shown.select_option("#filter", name)
-        shown.select_option("#other", "0")
+        if name == "changed":
+            shown.select_option("#other", "0")
         assert count.inner_text() == f"{number} of 60 questions", name
     shown.select_option("#filter", "timeouts")  # 8
     assert 0 < int(count.inner_text().split()[0]) < 60

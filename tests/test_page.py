@@ -18,8 +18,10 @@ import pytest
 from reft_jax.commands.look import run_look
 from reft_jax.evaluation.records import answered, prediction
 from reft_jax.page.build import page, write_page
+from reft_jax.page.collect import question, read_answered, read_log, summary
 from reft_jax.page.text import item_text
 from reft_jax.run.executions import ExecutionLog, execution, reinforced
+from reft_jax.store import short_hash
 from reft_jax.types import Example, InputError, Verdict
 
 RUN = "window.ran = 1"
@@ -151,14 +153,38 @@ def test_an_unknown_item_is_refused_with_the_nearest(tmp_path):
 
 
 def test_a_repeated_iteration_counts_once(tmp_path):
-    from reft_jax.page.collect import read_log
-
     workdir = workdir_with(tmp_path / "w", 3)
     line = execution("reft rollout", Example("gsm8k_1", "", "1"), "text", Verdict(1.0, True, 1.0, "ok"), 1.0)
     twice = [line | reinforced(2, row, "text", float("nan"), 0.1) for row in (0, 1, 0, 1)]
     ExecutionLog(workdir).append(twice)
     found = read_log(workdir).rollouts["reft rollout", 2]
     assert [one["row"] for one in found] == [0, 1] and found[0]["advantage"] is None
+
+
+def test_what_the_page_knows_of_an_answer(tmp_path):
+    """Texts come once, without their common beginning. Reward and parts come from the log, scores from the reranker."""
+    workdir, example = tmp_path / "w", Example("gsm8k_1", "How many?", "4")
+    (workdir / "samples").mkdir(parents=True)
+    right, none = Verdict(4.0, True, 1.0, "ok", {"style": 0.5}), Verdict(None, False, 0.0, "timeout")
+    texts = ["return 2 + 2", "return 4", "return 2 + 2"]
+    record = answered(example, [prediction(text, one) for text, one in zip(texts, (right, none, right), strict=True)])
+    scores = {"item_id": "gsm8k_1", "question": "How many?", "answer_value": "4", "probabilities": [0.75, 0.25]}
+    scores["completions"] = [short_hash(text) for text in texts[:2]]
+    (workdir / "samples" / "sft_test.jsonl").write_text(json.dumps(record) + "\n")
+    (workdir / "samples" / "sft_test.rerank.jsonl").write_text(json.dumps(scores) + "\n")
+    ExecutionLog(workdir).append([execution("sft test", example, texts[0], right, 1.5)])
+    [found] = read_answered(workdir)
+    rows = [[0, "4", True, "ok", 1.0, {"style": 0.5}, 1.5, 0.75], [1, None, False, None, None, None, None, 0.25]]
+    one = question(found, "gsm8k_1", read_log(workdir))
+    assert one["models"] == [
+        {"greedy": None, "samples": {"prefix": "return ", "texts": ["2 + 2", "4"], "rows": [rows[0], rows[1], rows[0]]}}
+    ]
+    assert summary(one) == ["gsm8k_1", "How many?", [[None, 2, 1, 3, 0, 12]]]
+
+    scores["completions"].reverse()  # they judge samples of another time
+    (workdir / "samples" / "sft_test.rerank.jsonl").write_text(json.dumps(scores) + "\n")
+    again = question(read_answered(workdir)[0], "gsm8k_1", read_log(workdir))
+    assert [row[7] for row in again["models"][0]["samples"]["rows"]] == [None, None, None]
 
 
 # --- in a browser

@@ -1,6 +1,7 @@
 // Completions as text: Python in colours, control characters and bidirectional marks by their names.
 const SHOWN = 6000; // characters of a completion that are shown at once
-const COLOURED = 20000; // characters that get colours
+const COLOURED = 20000; // a longer completion has colours only in what is shown at first
+const PIECE = 4000; // characters of a piece of a long completion
 const WORDS = "and|as|assert|break|class|continue|def|elif|else|except|finally|for|from|if|import|in|is|lambda|not|or|" +
   "pass|raise|return|try|while|with|yield|None|True|False";
 const ODD = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
@@ -23,7 +24,6 @@ function visible(text) {
 }
 
 function coloured(text) {
-  if (text.length > COLOURED) return visible(text);
   const nodes = [];
   let done = 0;
   for (const found of text.matchAll(TOKEN)) {
@@ -36,6 +36,23 @@ function coloured(text) {
   return nodes;
 }
 
+// Blocks of at most PIECE characters. A browser needs long to lay out a line of a megabyte. It lays out each block on its
+// own, and those out of sight not at all. A block ends after a line end if it has one.
+function blocks(text) {
+  const found = [];
+  for (let from = 0; from < text.length;) {
+    let to = Math.min(from + PIECE, text.length);
+    if (to < text.length) {
+      const end = text.lastIndexOf("\n", to - 1);
+      if (end >= from) to = end + 1;
+      else if (/[\ud800-\udbff]/.test(text[to - 1])) to -= 1; // no half of a letter
+    }
+    found.push(make("span", "piece", ...visible(text.slice(from, to))));
+    from = to;
+  }
+  return found;
+}
+
 // A completion in a box; the rest of a long one comes when asked for.
 function code(text) {
   const box = make("pre", "", ...coloured(text.slice(0, SHOWN)));
@@ -46,7 +63,7 @@ function code(text) {
   const button = make("button", "all", "Show all " + text.length.toLocaleString("en") + " characters");
   button.type = "button";
   button.addEventListener("click", () => {
-    box.replaceChildren(...coloured(text));
+    box.replaceChildren(...(text.length > COLOURED ? blocks(text) : coloured(text)));
     button.remove();
     box.focus();
   });

@@ -3,7 +3,8 @@
 `executions.jsonl.gz` is only appended to, one gzip member per batch. A crash can leave the last member incomplete; the
 next start cuts it off before its first write. A resumed run executes the interrupted batch again, and logs it again.
 
-The rollouts of reinforcement learning are logged when they are scored: their lines also say what was reinforced.
+The rollouts of reinforcement learning are logged when they are scored: their lines also say what was reinforced. If a
+run ends before that, the log has no line of this rollout, and the resumed run samples the same completions again.
 """
 
 import gzip
@@ -53,7 +54,7 @@ def reinforced(iteration: int, row: int, text: str, advantage: float, gap: float
     null.
     """
     numbers = {"advantage": advantage, "sampler_gap": gap}
-    finite = {name: round(float(x), 6) if math.isfinite(x) else None for name, x in numbers.items()}
+    finite = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in numbers.items()}
     return {"iteration": iteration, "row": row, "completion": text} | finite
 
 

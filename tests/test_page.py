@@ -246,6 +246,8 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     count, one = shown.locator("#count"), shown.locator("#one")
     picture(shown, "page")
     assert count.inner_text() == "60 of 60 questions" and "gsm8k_0" in one.inner_text()
+    bar = shown.locator("#results .bar i").first
+    assert bar.evaluate("one => [one.style.left, one.style.width]") == ["6.15%", "73.08%"]  # Wilson, 1 of 3
     assert shown.locator("#list li").count() == 25 and shown.locator("#back").is_disabled()
 
     shown.click("#next")  # 1
@@ -310,7 +312,7 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     assert shown.locator("#sampled .card").count() == 30 and shown.locator("#more").is_disabled()
     shown.select_option("#by", "high")  # 24
     shown.locator("#sampled .card", has_text="advantage 1.9").first.wait_for()
-    assert "advantage 1.9 · reinforced" in re.sub(r"\s+", " ", shown.locator("#sampled .card").first.inner_text())
+    assert "advantage 1.9, reinforced" in re.sub(r"\s+", " ", shown.locator("#sampled .card").first.inner_text())
     before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
     shown.click("#theme")  # 25
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") != before

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from reft_jax.evaluation.intervals import wilson
 from reft_jax.evaluation.report import cell, columns, compared, remarks, row_name, subject
 from reft_jax.page.collect import (
     curves,
@@ -116,7 +117,16 @@ def _told(report: dict) -> dict[str, Any]:
         "about": report.get("about", {}),
         "subject": subject(report),
         "heads": list(heads.values()),
-        "rows": [(row_name(row, report), [cell(row.get(key)) for key in heads]) for row in report["rows"]],
+        "rows": [(row_name(row, report), [_cell(row.get(key)) for key in heads]) for row in report["rows"]],
         "notes": [*compared(report), *remarks(report), *report["notes"]],
         "settings": report["settings"],
     }
+
+
+def _cell(count: dict | None) -> tuple:
+    """(share, interval, [low, share, width of the interval] in % or None), the last for a bar."""
+    if count is None:
+        return *cell(None), None
+    low, high = wilson(count["correct"], count["total"])
+    share = count["correct"] / count["total"]
+    return *cell(count), [round(100 * part, 2) for part in (low, share, high - low)]

@@ -12,14 +12,14 @@ function reading(chart, at) {
 
 function plot(chart, box, output) {
   const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  const values = Object.values(chart.lines).flat().filter((value) => value !== null);
   const lines = Object.keys(chart.lines).map((name, i) => ({
     label: name, stroke: COLOURS[theme()][i], width: 2, points: { show: chart.xs.length < 60, size: 5 }, spanGaps: true,
   }));
-  const values = Object.values(chart.lines).flat().filter((value) => value !== null);
   const options = {
     width: box.clientWidth, height: 210, series: [{}, ...lines], cursor: { y: false }, legend: { show: false },
     scales: { x: { time: false }, y: { range: [Math.min(0, ...values), Math.max(...values) * 1.08 || 1] } },
-    axes: [axis, { ...axis, size: 55 }],
+    axes: [{ ...axis, size: 30 }, { ...axis, size: 55, values: (self, ticks) => ticks.map((tick) => number(tick)) }],
     hooks: { setCursor: [(self) => {
       if (self.cursor.idx !== null && self.cursor.idx !== undefined) output.textContent = reading(chart, self.cursor.idx);
     }] },
@@ -38,8 +38,9 @@ function table(chart) {
 
 function figure(chart) {
   const box = make("div", "plot"), output = make("output", "", chart.unit), last = chart.xs.length - 1;
-  const legend = Object.keys(chart.lines).filter(Boolean).join(", ");
-  const whole = make("figure", "", make("figcaption", "", ...visible(chart.title)), box, output, table(chart));
+  const names = Object.keys(chart.lines).filter(Boolean), legend = names.join(", ");
+  const keys = names.map((name) => make("span", "", make("i"), name));
+  const whole = make("figure", "", make("figcaption", "", ...visible(chart.title), ...keys), box, output, table(chart));
   byId("charts").append(whole);
   box.tabIndex = 0;
   box.setAttribute("role", "img");
@@ -54,6 +55,7 @@ function figure(chart) {
   });
   return () => {
     if (typeof uPlot === "undefined") return;
+    keys.forEach((key, i) => { key.firstChild.style.background = COLOURS[theme()][i]; });
     box.replaceChildren();
     plot(chart, box, output);
   };

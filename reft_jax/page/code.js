@@ -70,14 +70,21 @@ function code(text) {
   return [box, button];
 }
 
-const number = (value, digits = 4) => value === null || value === undefined ? "–" : String(+(+value).toPrecision(digits));
+function number(value, digits = 4) {
+  if (value === null || value === undefined) return "–";
+  const rounded = +(+value).toPrecision(digits);
+  return rounded !== 0 && Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);
+}
 
-// What is known about a completion, in one line: verdict first.
-function told(value, correct, rest) {
+// What is known about a completion, in one line: the verdict, then chips. rest: [[name, text]], or an element as it is.
+function told(title, value, correct, rest) {
   const kind = value === null ? "none" : correct ? "right" : "wrong";
-  const word = value === null ? "no answer" : correct ? "✓ right" : "✗ wrong";
-  const line = make("p", "", make("strong", kind, word));
-  if (value !== null) line.append(": ", ...visible(value.slice(0, 200)));
-  for (const [name, text] of rest) if (text !== null && text !== undefined) line.append(" · ", name + " ", ...visible(String(text)));
+  const line = make("p", "told", title && make("strong", "", ...visible(title)));
+  line.append(make("span", "chip " + kind, value === null ? "no answer" : correct ? "✓ right" : "✗ wrong"));
+  if (value !== null) line.append(make("span", "", ...visible(value.slice(0, 200))));
+  for (const one of rest) {
+    if (one instanceof Node) line.append(one);
+    else if (one[1] !== null && one[1] !== undefined) line.append(make("span", "chip", one[0] + " ", ...visible(String(one[1]))));
+  }
   return line;
 }

@@ -38,7 +38,7 @@ function search() {
 function sign(counts) {
   const now = verdict(counts), [kind, text] = now === 1 ? ["right", "✓"] : now === 0 ? ["wrong", "✗"] : ["none", now === null ? "·" : "∅"];
   const samples = counts && counts[SAMPLES] ? " " + counts[RIGHT] + "/" + counts[SAMPLES] : "";
-  return make("span", kind, text + samples + " ");
+  return make("span", kind, text + samples);
 }
 
 function list() {
@@ -48,8 +48,10 @@ function list() {
   byId("back").disabled = state.page === 0;
   byId("next").disabled = state.page >= pages - 1;
   byId("list").replaceChildren(...state.found.slice(from, from + PER_PAGE).map((i) => {
-    const [item, question, models] = state.index[i], link = make("a", "", ...models.map(sign));
-    link.append(make("strong", "", ...visible(item)), make("span", "text", ...visible(question.slice(0, 200))));
+    const [item, question, models] = state.index[i], head = make("span", "head", make("strong", "", ...visible(item)));
+    models.forEach((counts, i) => head.append(" ", sign(counts)));
+    const link = make("a", "", head);
+    link.append(make("span", "text", ...visible(question.slice(0, 200))));
     link.href = "#" + address(item);
     link.setAttribute("aria-current", String(item === state.chosen));
     return make("li", "", link);
@@ -60,18 +62,19 @@ const address = (item) => "q=" + encodeURIComponent(state.set.name) + "/" + enco
 
 function answerCard(answers, place, rows) {
   const [, value, correct, outcome, reward, parts, ms, probability] = rows[0];
-  const rest = [["outcome", outcome], ["reward", reward], ["ms", ms], ["reranker", probability]];
+  const rest = [["outcome", outcome], ["reward", reward], ["reranker", probability]];
   for (const [name, part] of Object.entries(parts || {})) rest.push([name, part]);
-  const line = told(value, correct, rest);
-  if (answers.rows.length > 1) line.prepend(rows.length + " × ");
-  return make("div", "card", line, ...code(answers.prefix + answers.texts[place]));
+  if (ms !== null && ms !== undefined) rest.push(make("span", "chip", number(ms, 3) + " ms"));
+  const share = answers.rows.length > 1 ? rows.length + " of " + answers.rows.length : "";
+  return make("div", "card", told(share, value, correct, rest), ...code(answers.prefix + answers.texts[place]));
 }
 
 function answersOf(title, answers) {
   const groups = new Map();
   for (const row of answers.rows) groups.set(row[0], [...(groups.get(row[0]) || []), row]);
   const sorted = [...groups].sort((a, b) => b[1].length - a[1].length), right = answers.rows.filter((row) => row[2]).length;
-  const part = make("div", "", make("h4", "", ...visible(title), ": " + right + " of " + answers.rows.length + " right, " + groups.size + " distinct"));
+  const part = make("div", "", make("h4", "", ...visible(title), answers.rows.length > 1 ?
+    make("span", "", right + " of " + answers.rows.length + " right, " + groups.size + " distinct") : null));
   const show = (from, to) => part.append(...sorted.slice(from, to).map(([place, rows]) => answerCard(answers, place, rows)));
   show(0, FEW);
   if (sorted.length > FEW) {
@@ -108,6 +111,7 @@ async function openSet(set) {
   fill(byId("model"), models);
   fill(byId("other"), models);
   byId("model").value = String(models.length - 1);
+  byId("marks").textContent = "· marks: " + set.models.join(", ") + "; the greedy answer, then right samples";
   search();
   byId("one").replaceChildren();
 }

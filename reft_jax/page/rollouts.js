@@ -8,9 +8,11 @@ const KEYS = {
 
 function rolloutCard(line) {
   const sign = line.advantage > 0 ? "reinforced" : line.advantage < 0 ? "weakened" : null;
-  const rest = [["wanted", line.answer_value], ["reward", line.reward], ...Object.entries(line.parts || {}),
-    ["advantage", number(line.advantage)], ["", sign], ["gap", number(line.sampler_gap, 2)], ["outcome", line.outcome], ["ms", line.ms]];
-  return make("div", "card", make("p", "", make("strong", "", ...visible(line.item_id))), told(line.value, line.correct, rest), ...code(line.completion));
+  const kind = sign === "reinforced" ? "right" : sign === "weakened" ? "wrong" : "";
+  const advantage = make("span", "chip " + kind, "advantage " + number(line.advantage, 3) + (sign ? ", " + sign : ""));
+  const rest = [["wanted", line.answer_value], ["reward", line.reward], ...Object.entries(line.parts || {}), advantage,
+    ["gap", number(line.sampler_gap, 2)], ["outcome", line.outcome], make("span", "chip", number(line.ms, 3) + " ms")];
+  return make("div", "card", told(line.item_id, line.value, line.correct, rest), ...code(line.completion));
 }
 
 async function openRollouts(iterations) {

@@ -35,7 +35,8 @@ def _lines(one: dict, answered) -> Iterator[str]:
 
 def _answers(title: str, answers: dict) -> Iterator[str]:
     rows = answers["rows"]
-    yield f"\n== {title}: {sum(bool(row[2]) for row in rows)} of {len(rows)} right"
+    right = f": {sum(bool(row[2]) for row in rows)} of {len(rows)} right" if len(rows) > 1 else ""
+    yield f"\n== {title}{right}"
     times: dict[int, list] = {}
     for row in rows:
         times.setdefault(row[0], []).append(row)
@@ -43,8 +44,9 @@ def _answers(title: str, answers: dict) -> Iterator[str]:
         _, value, correct, outcome, reward, parts, _, probability = same[0]
         verdict = "no answer" if value is None else f"{plain(value)}, {'right' if correct else 'wrong'}"
         known = {"outcome": outcome, "reward": reward, "reranker": probability} | (parts or {})
-        told = [f"{name} {value}" for name, value in known.items() if value is not None]
-        yield f"\n-- {len(same)} × {', '.join([verdict, *told])}"
+        told = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+        share = f"{len(same)} of {len(rows)}: " if len(rows) > 1 else ""
+        yield f"\n-- {share}{verdict}" + (f"; {told}" if told else "")
         text = plain(answers["prefix"] + answers["texts"][place])
         yield text[:MOST] + (f"\n… {len(text) - MOST} more characters" if len(text) > MOST else "")
 

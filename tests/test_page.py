@@ -4,6 +4,7 @@ In Chromium: no console error, no request besides the file itself, nothing that 
 long the page takes to open. REFT_SCREENSHOTS=FOLDER keeps the pictures that the docs show.
 """
 
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from reft_jax.commands.look import run_look
 from reft_jax.evaluation.records import answered, prediction
@@ -71,7 +73,7 @@ HOSTILE = [
 ]
 
 
-def workdir_with(folder: Path, questions: int, texts=None, samples: int = 3, models=("sft", "reft")) -> Path:
+def workdir_with(folder: Path, questions: int, texts=None, samples=3, models=("sft", "reft"), title="A run") -> Path:
     """A work directory with answers of every model, metrics, a report and one iteration of rollouts."""
     rng = random.Random(0)
     (folder / "samples").mkdir(parents=True)
@@ -107,7 +109,7 @@ def workdir_with(folder: Path, questions: int, texts=None, samples: int = 3, mod
     counts = {"correct": 1, "total": 3}
     curve = [{"k": k, "voting": 0.1 * k, "upper_bound": 0.2 * k} for k in (1, 2, 3)]
     rows = [{"model": m, "n": samples, "top1": counts, "voting": counts, "curve": curve} for m in models]
-    report = {"title": "A <run>", "n": samples, "test_questions": questions, "chosen_on": "", "rows": rows}
+    report = {"title": title, "n": samples, "test_questions": questions, "chosen_on": "", "rows": rows}
     report |= {"comparisons": [], "notes": ["A note."], "settings": {"seed": 1}, "seconds": {}}
     (folder / "report.json").write_text(json.dumps(report))
     return folder
@@ -124,7 +126,7 @@ def test_a_folder_that_is_no_work_directory_is_refused(tmp_path):
 
 
 def test_no_completion_is_in_the_file_as_it_is(tmp_path):
-    text = write_page(workdir_with(tmp_path / "w", len(HOSTILE), HOSTILE)).read_text()
+    text = write_page(workdir_with(tmp_path / "w", len(HOSTILE), HOSTILE, title="A <run>")).read_text()
     assert len(HOSTILE) >= 36
     assert RUN not in text and "127.0.0.1" not in text and "\u202e" not in text and "\x1b" not in text
     assert text.count("</script>") == text.count("<script")
@@ -234,9 +236,13 @@ def chosen(shown, item: str) -> None:
     shown.locator("#one h3", has_text=re.compile(f"^{item}$")).wait_for()
 
 
-def picture(shown, name: str) -> None:
+def picture(shown, name: str, part: str = "") -> None:
+    """Keeps a picture if REFT_SCREENSHOTS names a folder; with `part`, of this part of the page."""
     if folder := os.environ.get("REFT_SCREENSHOTS"):
-        shown.screenshot(path=Path(folder) / f"{name}.png")
+        if part:
+            shown.evaluate(f"document.getElementById('{part}').scrollIntoView()")
+        image = Image.open(io.BytesIO(shown.screenshot()))
+        image.quantize(64).save(Path(folder) / f"{name}.png", optimize=True)
 
 
 def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
@@ -244,7 +250,6 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
         pytest.skip("uplot-python is not installed")
     shown = opened(write_page(workdir_with(tmp_path / "w", 60, samples=15)))
     count, one = shown.locator("#count"), shown.locator("#one")
-    picture(shown, "page")
     assert count.inner_text() == "60 of 60 questions" and "gsm8k_0" in one.inner_text()
     bar = shown.locator("#results .bar i").first
     assert bar.evaluate("one => [one.style.left, one.style.width]") == ["6.15%", "73.08%"]  # Wilson, 1 of 3
@@ -296,10 +301,12 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     cards = one.locator(".card").count()
     one.locator("button.rest").first.click()  # 19
     assert one.locator(".card").count() == cards + 5
+    picture(shown, "page_questions", "questions")
 
     chart = shown.locator("#charts figure").first
     chart.locator(".u-over").hover()  # 20
     assert re.fullmatch(r"iteration 3: 0\.3 \(reward per sample\)", chart.locator("output").inner_text())
+    picture(shown, "page", "results")
     chart.locator(".plot").focus()
     shown.keyboard.press("Home")  # 21
     shown.keyboard.press("ArrowRight")
@@ -316,9 +323,7 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
     shown.click("#theme")  # 25
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") != before
-    picture(shown, "page_dark")
-    shown.locator("#questions").scroll_into_view_if_needed()
-    picture(shown, "page_questions")
+    picture(shown, "page_dark", "rollouts")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,5 +1,6 @@
 // Charts with uPlot. Each has a line of text with the values under the pointer, and answers to the arrow keys.
 const COLOURS = { light: ["#1a5fb4", "#a5420c", "#1a6b35"], dark: ["#8ab8ff", "#ffb27a", "#7fd89a"] };
+const WHOLE = [1, 2, 5].flatMap((one) => [0, 1, 2, 3, 4, 5].map((power) => one * 10 ** power)).sort((a, b) => a - b);
 const drawn = [];
 
 const theme = () => document.documentElement.dataset.theme;
@@ -19,7 +20,7 @@ function plot(chart, box, output) {
   const options = {
     width: box.clientWidth, height: 210, series: [{}, ...lines], cursor: { y: false }, legend: { show: false },
     scales: { x: { time: false }, y: { range: [Math.min(0, ...values), Math.max(...values) * 1.08 || 1] } },
-    axes: [{ ...axis, size: 30 }, { ...axis, size: 55, values: (self, ticks) => ticks.map((tick) => number(tick)) }],
+    axes: [{ ...axis, size: 30, incrs: WHOLE }, { ...axis, size: 55, values: (self, ticks) => ticks.map((tick) => number(tick)) }],
     hooks: { setCursor: [(self) => {
       if (self.cursor.idx !== null && self.cursor.idx !== undefined) output.textContent = reading(chart, self.cursor.idx);
     }] },

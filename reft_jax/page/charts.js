@@ -20,9 +20,13 @@ function plot(chart, box, output) {
   const options = {
     width: box.clientWidth, height: 210, series: [{}, ...lines], cursor: { y: false }, legend: { show: false },
     scales: { x: { time: false }, y: { range: [Math.min(0, ...values), Math.max(...values) * 1.08 || 1] } },
-    axes: [{ ...axis, size: 30, incrs: WHOLE }, { ...axis, size: 55, values: (self, ticks) => ticks.map((tick) => number(tick)) }],
+    axes: [
+      { ...axis, size: 30, incrs: WHOLE },
+      { ...axis, size: 55, values: (self, ticks) => ticks.map((tick) => number(tick)) },
+    ],
     hooks: { setCursor: [(self) => {
-      if (self.cursor.idx !== null && self.cursor.idx !== undefined) output.textContent = reading(chart, self.cursor.idx);
+      const at = self.cursor.idx;
+      if (at !== null && at !== undefined) output.textContent = reading(chart, at);
     }] },
   };
   return new uPlot(options, [chart.xs, ...Object.values(chart.lines)], box);
@@ -30,7 +34,8 @@ function plot(chart, box, output) {
 
 function table(chart) {
   const names = Object.keys(chart.lines);
-  const head = make("tr", "", ...[chart.x, ...names.map((name) => name || chart.unit)].map((text) => make("th", "", text)));
+  const heads = [chart.x, ...names.map((name) => name || chart.unit)];
+  const head = make("tr", "", ...heads.map((text) => make("th", "", text)));
   const rows = chart.xs.map((x, i) => make("tr", "", make("td", "", number(x)),
     ...names.map((name) => make("td", "", number(chart.lines[name][i])))));
   const wide = make("div", "wide", make("table", "", make("thead", "", head), make("tbody", "", ...rows)));
@@ -45,7 +50,8 @@ function figure(chart) {
   byId("charts").append(whole);
   box.tabIndex = 0;
   box.setAttribute("role", "img");
-  box.setAttribute("aria-label", chart.title + (legend ? " (" + legend + ")" : "") + "; last value: " + reading(chart, last));
+  const about = chart.title + (legend ? " (" + legend + ")" : "");
+  box.setAttribute("aria-label", about + "; last value: " + reading(chart, last));
   let at = last;
   box.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1, Home: -last, End: last }[event.key];

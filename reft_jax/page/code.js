@@ -4,7 +4,8 @@ const COLOURED = 20000; // a longer completion has colours only in what is shown
 const PIECE = 4000; // characters of a piece of a long completion
 const WORDS = "and|as|assert|break|class|continue|def|elif|else|except|finally|for|from|if|import|in|is|lambda|not|or|" +
   "pass|raise|return|try|while|with|yield|None|True|False";
-const ODD = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+const ODD = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e" +
+  "\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]|[\\ud800-\\udbff](?![\\udc00-\\udfff])|(?<![\\ud800-\\udbff])[\\udc00-\\udfff]", "g");
 const TOKEN = new RegExp(
   "(?<s>\"\"\"[^]*?(?:\"\"\"|$)|'''[^]*?(?:'''|$)|\"(?:\\\\.|[^\"\\\\\\n])*\"?|'(?:\\\\.|[^'\\\\\\n])*'?)|(?<c>#[^\\n]*)|" +
   "(?<n>\\b\\d[\\w.]*)|\\b(?<k>" + WORDS + ")\\b", "g");
@@ -36,8 +37,8 @@ function coloured(text) {
   return nodes;
 }
 
-// Blocks of at most PIECE characters. A browser needs long to lay out a line of a megabyte. It lays out each block on its
-// own, and those out of sight not at all. A block ends after a line end if it has one.
+// Blocks of at most PIECE characters. A browser needs long to lay out a line of a megabyte. It lays out each block
+// on its own, and those out of sight not at all. A block ends after a line end if it has one.
 function blocks(text) {
   const found = [];
   for (let from = 0; from < text.length;) {
@@ -84,7 +85,9 @@ function told(title, value, correct, rest) {
   if (value !== null) line.append(make("span", "", ...visible(value.slice(0, 200))));
   for (const one of rest) {
     if (one instanceof Node) line.append(one);
-    else if (one[1] !== null && one[1] !== undefined) line.append(make("span", "chip", one[0] + " ", ...visible(String(one[1]))));
+    else if (one[1] !== null && one[1] !== undefined) {
+      line.append(make("span", "chip", one[0] + " ", ...visible(String(one[1]))));
+    }
   }
   return line;
 }

@@ -4,7 +4,8 @@ const OPEN_CHUNKS = 8;
 const opened = new Map();
 
 async function unpacked(number) {
-  const bytes = Uint8Array.from(atob(document.getElementById("c" + number).textContent), (letter) => letter.charCodeAt(0));
+  const text = atob(document.getElementById("c" + number).textContent);
+  const bytes = Uint8Array.from(text, (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return JSON.parse(await new Response(stream).text());
 }

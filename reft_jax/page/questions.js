@@ -28,7 +28,10 @@ function search() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean), order = byId("order").value;
   byId("other-label").hidden = filter !== "changed";
   state.found = state.index.map((one, i) => i).filter((i) => matches(state.index[i], filter, model, other, words));
-  const key = (i) => { const counts = state.index[i][2][model]; return counts ? counts[order === "longest" ? LENGTH : RIGHT] : 0; };
+  const key = (i) => {
+    const counts = state.index[i][2][model];
+    return counts ? counts[order === "longest" ? LENGTH : RIGHT] : 0;
+  };
   if (order === "longest") state.found.sort((a, b) => key(b) - key(a));
   if (order === "hardest") state.found.sort((a, b) => key(a) - key(b));
   state.page = 0;
@@ -36,7 +39,8 @@ function search() {
 }
 
 function sign(counts) {
-  const now = verdict(counts), [kind, text] = now === 1 ? ["right", "✓"] : now === 0 ? ["wrong", "✗"] : ["none", now === null ? "·" : "∅"];
+  const now = verdict(counts), none = ["none", now === null ? "·" : "∅"];
+  const [kind, text] = now === 1 ? ["right", "✓"] : now === 0 ? ["wrong", "✗"] : none;
   const samples = counts && counts[SAMPLES] ? " " + counts[RIGHT] + "/" + counts[SAMPLES] : "";
   return make("span", kind, text + samples);
 }
@@ -58,7 +62,8 @@ function list() {
   }));
 }
 
-const address = (item) => "q=" + encodeURIComponent(state.set.name) + "/" + encodeURIComponent(item.toWellFormed ? item.toWellFormed() : item);
+const encoded = (text) => encodeURIComponent(text.toWellFormed ? text.toWellFormed() : text);
+const address = (item) => "q=" + encoded(state.set.name) + "/" + encoded(item);
 
 function answerCard(answers, place, rows) {
   const [, value, correct, outcome, reward, parts, ms, probability] = rows[0];
@@ -72,10 +77,12 @@ function answerCard(answers, place, rows) {
 function answersOf(title, answers) {
   const groups = new Map();
   for (const row of answers.rows) groups.set(row[0], [...(groups.get(row[0]) || []), row]);
-  const sorted = [...groups].sort((a, b) => b[1].length - a[1].length), right = answers.rows.filter((row) => row[2]).length;
+  const sorted = [...groups].sort((a, b) => b[1].length - a[1].length);
+  const right = answers.rows.filter((row) => row[2]).length;
   const part = make("div", "", make("h4", "", ...visible(title), answers.rows.length > 1 ?
     make("span", "", right + " of " + answers.rows.length + " right, " + groups.size + " distinct") : null));
-  const show = (from, to) => part.append(...sorted.slice(from, to).map(([place, rows]) => answerCard(answers, place, rows)));
+  const card = ([place, rows]) => answerCard(answers, place, rows);
+  const show = (from, to) => part.append(...sorted.slice(from, to).map(card));
   show(0, FEW);
   if (sorted.length > FEW) {
     const button = make("button", "rest", "Show " + (sorted.length - FEW) + " more");
@@ -120,7 +127,11 @@ async function openSet(set) {
 async function follow(sets, focus) {
   const named = /^#q=([^/]*)\/(.*)$/.exec(location.hash);
   let set, item;
-  try { if (named) [set, item] = [decodeURIComponent(named[1]), decodeURIComponent(named[2])]; } catch { set = undefined; }
+  try {
+    if (named) [set, item] = named.slice(1).map(decodeURIComponent);
+  } catch {
+    set = undefined;
+  }
   const wanted = sets.find((one) => one.name === set) || state.set || sets[0];
   if (wanted !== state.set) await openSet(wanted);
   if (item !== undefined) await choose(item, focus);

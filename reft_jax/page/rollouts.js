@@ -17,7 +17,7 @@ function rolloutCard(line) {
 
 async function openRollouts(iterations) {
   if (!iterations.length) {
-    byId("told").textContent = "This work directory has no rollouts with advantages: no iteration is done, or an older version made it.";
+    byId("told").textContent = "There are no rollouts with advantages: no iteration is done, or an older version made them.";
     for (const id of ["iteration", "by", "more"]) byId(id).disabled = true;
     return;
   }
@@ -32,7 +32,8 @@ async function openRollouts(iterations) {
     if (turn !== asked) return;
     const key = KEYS[byId("by").value];
     lines = found.map((line) => [key(line), line]).sort((a, b) => a[0] - b[0] || 0).map(([, line]) => line);
-    byId("told").textContent = one.rollouts + " rollouts, mean reward " + number(one.reward, 3) + ", " + one.positive + " with a positive advantage";
+    byId("told").textContent = one.rollouts + " rollouts, mean reward " + number(one.reward, 3) + ", " + one.positive +
+      " with a positive advantage";
     byId("sampled").replaceChildren();
     more();
   };

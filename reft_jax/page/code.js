@@ -2,12 +2,15 @@
 const SHOWN = 6000; // characters of a completion that are shown at once
 const COLOURED = 20000; // a longer completion has colours only in what is shown at first
 const PIECE = 4000; // characters of a piece of a long completion
-const WORDS = "and|as|assert|break|class|continue|def|elif|else|except|finally|for|from|if|import|in|is|lambda|not|or|" +
-  "pass|raise|return|try|while|with|yield|None|True|False";
-const ODD = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e" +
-  "\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]|[\\ud800-\\udbff](?![\\udc00-\\udfff])|(?<![\\ud800-\\udbff])[\\udc00-\\udfff]", "g");
+const WORDS = "and|as|assert|break|class|continue|def|elif|else|except|finally|for|from|if|import|in|is|lambda|not|" +
+  "or|pass|raise|return|try|while|with|yield|None|True|False";
+const ODD = new RegExp(
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e" +
+  "\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]|" +
+  "[\\ud800-\\udbff](?![\\udc00-\\udfff])|(?<![\\ud800-\\udbff])[\\udc00-\\udfff]", "g");
 const TOKEN = new RegExp(
-  "(?<s>\"\"\"[^]*?(?:\"\"\"|$)|'''[^]*?(?:'''|$)|\"(?:\\\\.|[^\"\\\\\\n])*\"?|'(?:\\\\.|[^'\\\\\\n])*'?)|(?<c>#[^\\n]*)|" +
+  "(?<s>\"\"\"[^]*?(?:\"\"\"|$)|'''[^]*?(?:'''|$)|\"(?:\\\\.|[^\"\\\\\\n])*\"?|'(?:\\\\.|[^'\\\\\\n])*'?)|" +
+  "(?<c>#[^\\n]*)|" +
   "(?<n>\\b\\d[\\w.]*)|\\b(?<k>" + WORDS + ")\\b", "g");
 
 // Text nodes for `text`, with a marked name in place of each odd character.

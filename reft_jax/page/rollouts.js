@@ -17,7 +17,7 @@ function rolloutCard(line) {
 
 async function openRollouts(iterations) {
   if (!iterations.length) {
-    byId("told").textContent = "There are no rollouts with advantages: no iteration is done, or an older version made them.";
+    byId("told").textContent = "There are no rollouts: no iteration is done, or an older version did not keep them.";
     for (const id of ["iteration", "by", "more"]) byId(id).disabled = true;
     return;
   }

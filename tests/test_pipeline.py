@@ -61,6 +61,7 @@ def test_pipeline_leaves_report_curves_and_table(finished):
         assert row["voting"]["correct"] <= row["upper_bound"]["correct"]
     assert "voting@2" in done.stdout and "voting@2" in (workdir / "report.md").read_text()
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "voting@2" in (workdir / "report.html").read_text()
     assert list((workdir / "reft" / "tb").glob("events.*"))
     assert json.loads((workdir / "config.json").read_text())["seed"] == 42
     assert "jax" in json.loads((workdir / "versions.json").read_text())

@@ -14,6 +14,7 @@ from reft_jax.evaluation.provenance import stored
 from reft_jax.evaluation.records import first_samples
 from reft_jax.evaluation.report import print_report, write_report
 from reft_jax.evaluation.results import Answers, by_item, table
+from reft_jax.page.build import write_page
 from reft_jax.parallel import hosts
 from reft_jax.run.about import made
 from reft_jax.run.open import Run
@@ -68,7 +69,7 @@ def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
 
 
 def run_evaluate(run: Run, both_readings: bool = False) -> dict:
-    """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table.
+    """Evaluates every policy that is there, writes report.md, .json and .html and curves.png, prints the table.
 
     both_readings: also read all answers in the way that `data.reading` is not.
     """
@@ -94,6 +95,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         write_report(run.workdir.path, report)
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
+        write_page(run.workdir.path)
         print_report(report)
     return report
 

@@ -133,7 +133,11 @@ def voting() -> Picture:
         p.arrow((310, 40 + 50 * i), (385, 40 + 50 * i), text="runs" if i == 0 else "")
         p.text(490, 45 + 50 * i, score)
     p.text(490, 18, "reranker")
-    for y, name in ((50, "voting\nthe most frequent: 42"), (115, "rerank\nthe best score: 36"), (180, "upper bound\nany that is right")):
+    for y, name in (
+        (50, "voting\nthe most frequent: 42"),
+        (115, "rerank\nthe best score: 36"),
+        (180, "upper bound\nany that is right"),
+    ):
         p.box(740, y, name, MODEL, 190)
         p.arrow((530, 115), (645, y))
     return p

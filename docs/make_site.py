@@ -53,6 +53,7 @@ def stage(folder: Path) -> None:
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
+    shutil.copy(ROOT / "docs" / "site.css", folder / "docs")
     reference = folder / "reference"
     reference.mkdir()
     for name, text in {"settings": settings(), "commands": commands(), **modules()}.items():

@@ -1,19 +1,27 @@
 """A tracker from a file outside the package: what it is told, also across a resume, and that it cannot end a run."""
 
 import json
+import os
 import re
+import struct
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from test_metrics import lines
 
 from reft_jax.config import check_values, default_config
-from reft_jax.train.trackers import DEFAULT, TRACKERS, MetricsWriter, load_trackers
+from reft_jax.train.trackers import DEFAULT, TRACKERS, Guarded, MetricsWriter, load_trackers, share
 from reft_jax.types import InputError
 
 SOURCE = '''"""Appends every call to calls.txt of the stage's folder."""
 
 import json
 import math
+import threading
 
 
 class Calls:
@@ -49,6 +57,12 @@ class Failing(Calls):
 
 def broken(folder):
     raise KeyError("key")
+
+
+class Hanging(Calls):
+    def log(self, step, numbers):
+        self.say("log", step)
+        threading.Event().wait()
 
 
 class NoClose:
@@ -144,7 +158,9 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_continues(tmp_path, con
 
 
 def test_settings_that_cannot_be(tmp_path, config):
-    assert default_config().tracking == DEFAULT and set(load_trackers(DEFAULT)) == set(TRACKERS)
+    assert default_config().tracking == DEFAULT and set(load_trackers(DEFAULT)) == set(
+        TRACKERS
+    )  # none outside the work directory
     for tracking, message in (
         ("jsonl,tensorbord", "'tensorbord' is not known; did you mean 'tensorboard'"),
         ("tensorboard", "jsonl is missing, and a run resumes from it; write jsonl,tensorboard"),
@@ -165,3 +181,124 @@ def test_a_run_id_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "tracking.json").write_text('{"run_id": ')
     with pytest.raises(InputError, match=r"tracking\.json: cannot be read"):
         MetricsWriter(tmp_path)
+
+
+def test_a_tracker_that_hangs_is_one_warning_and_no_write_waits(tmp_path, config, capsys, monkeypatch):
+    monkeypatch.setattr(Guarded, "CALL_SECONDS", 0.3)
+    began = time.monotonic()
+    with MetricsWriter(tmp_path / "reft", config("Hanging")) as writer:
+        for step in range(1, 101):
+            writer.write(step, {"loss": 0.5})
+        assert time.monotonic() - began < 5
+        while not calls_of(tmp_path / "reft", "log"):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        writer.write(101, {"loss": 0.5})
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("(a call took longer than 0.3 s)")
+    assert capsys.readouterr().err == ""
+    assert len(lines(tmp_path / "reft")) == 101 and calls_of(tmp_path / "reft", "log") == [["log", 1]]
+
+
+def calls_of(folder, method: str) -> list[list]:
+    return [call for call in calls(folder) if call[0] == method] if (folder / "calls.txt").exists() else []
+
+
+def test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config(tmp_path, config):
+    (tmp_path / "report.md").write_text("a\nb\n")
+    for _ in range(2):  # evaluated twice: the same run
+        share(tmp_path, config("Calls"), {"jax": "0.10"}, [tmp_path / "report.md"])
+    told = calls(tmp_path)
+    assert [call[0] for call in told] == ["open", "file", "close"] * 2 and told[0] == told[3]
+    assert told[1] == ["file", "report.md", 2]
+    share(tmp_path / "nowhere", default_config(), {}, [])  # the default has no tracker to tell: nothing is written
+    assert not (tmp_path / "nowhere").exists()
+
+
+def three_iterations_in_two_starts(folder, config) -> str:
+    """Steps 1, 2 and a stop; then 2 (computed again), 3 and the end. Returns the run id."""
+    for steps in ((1, 2), (2, 3)):
+        with MetricsWriter(folder, config, {"jax": "0.10"}) as writer:
+            writer.truncate_after(steps[0] - 1)
+            for step in steps:
+                writer.write(step, {"reward": step / 4})
+    return json.loads((folder / "tracking.json").read_text())["run_id"]
+
+
+def in_a_process(code: str, folder, **environment) -> str:
+    """Standard output of the code: both libraries keep a service or threads that a test process should not have."""
+    told = subprocess.run(
+        [sys.executable, "-c", f"from test_trackers import *\nfolder = Path({str(folder)!r})\n{code}"],
+        cwd=Path(__file__).parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told.returncode == 0 and "switched off" not in told.stderr, told.stderr
+    return told.stdout
+
+
+START = """
+config = default_config()
+config.tracking = "jsonl,NAME"
+print(three_iterations_in_two_starts(folder / "run" / "reft", config))
+"""
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs reft_jax[wandb]")
+def test_wandb_offline_has_one_id_for_all_starts_and_each_step_once(tmp_path):
+    in_a_process(START.replace("NAME", "wandb"), tmp_path, WANDB_MODE="offline")
+    folder = tmp_path / "run" / "reft"
+    run_id = json.loads((folder / "tracking.json").read_text())["run_id"]
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and {file.name for file in files} == {f"run-{run_id}.wandb"}
+    found, configs = [], []
+    for file in files:
+        for record in wandb_records(file):
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                found.append((items["_step"], items["reward"]))
+            if record.HasField("run"):
+                configs += [{one.key: one.value_json for one in record.run.config.update}]
+    assert found == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs) and configs
+
+
+def wandb_records(file):
+    """The records of an offline file: LevelDB's log format (blocks of 32 KiB; crc, length, kind) after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits: zeros up to the next block
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="needs reft_jax[trackio]")
+def test_trackio_has_one_run_for_all_starts_and_each_step_once(tmp_path):
+    read = """
+from trackio.sqlite_storage import SQLiteStorage
+(one,) = SQLiteStorage.get_run_records("reft_jax")
+print("READ", json.dumps([one["name"], SQLiteStorage.get_logs("reft_jax", one["name"], run_id=one["id"]),
+      SQLiteStorage.get_run_config("reft_jax", one["name"], run_id=one["id"])]))
+"""
+    told = in_a_process(START.replace("NAME", "trackio") + read, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
+    name, logs, config = json.loads(told.split("READ ")[1])
+    assert name == json.loads((tmp_path / "run" / "reft" / "tracking.json").read_text())["run_id"]
+    assert [(line["step"], line["reward"]) for line in logs] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert config["rl.kl_coef"] == 0.01 and config["versions.jax"] == "0.10"
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_made(monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=rf"{name} is not installed; install reft_jax\[{name}\], or leave"):
+        load_trackers(f"jsonl,{name}")

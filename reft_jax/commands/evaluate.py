@@ -15,7 +15,7 @@ from reft_jax.evaluation.records import first_samples
 from reft_jax.evaluation.report import print_report, write_report
 from reft_jax.evaluation.results import Answers, by_item, table
 from reft_jax.parallel import hosts
-from reft_jax.run.about import made
+from reft_jax.run.about import made, versions
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
 from reft_jax.stages import models
@@ -26,6 +26,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
+from reft_jax.train.trackers import share
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
@@ -95,6 +96,8 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         print_report(report)
+        files = [run.workdir.path / name for name in ("report.md", "report.json", "curves.png")]
+        share(run.workdir.path, run.config, versions(), [path for path in files if path.exists()])
     return report
 
 

@@ -4,9 +4,12 @@
 is always needed: a stage that resumes reads it. With several hosts only the first one has trackers.
 """
 
+import importlib.util
 import json
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +26,7 @@ from reft_jax.parallel.hosts import is_first
 from reft_jax.store import write_whole, writing
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
+from reft_jax.train.services import SERVICES
 from reft_jax.types import InputError
 
 KNOWN = "tracking.json"
@@ -33,7 +37,7 @@ METHODS = ("open", "log", "file", "close")
 class Tracker(Protocol):
     """Takes the numbers of one stage. It is made with the stage's folder, `NAME(folder)`, before anything is logged.
 
-    A user's own tracker cannot end a run: its first exception becomes one warning, and it is switched off.
+    A tracker other than jsonl and tensorboard cannot end or slow a run (see Guarded). A thread calls its methods.
 
     It gets each step once. A resumed run computes the steps after its checkpoint again. Those that were logged before
     are not logged a second time, unless the tracker has a method `rewind(step)`: a resumed run calls it, it must forget
@@ -115,15 +119,22 @@ TRACKERS = {"tensorboard": TensorBoard, "jsonl": JsonLines}
 
 def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
     """By name, what makes each tracker of the setting `tracking`. InputError if one is unknown or incomplete."""
-    found = {}
+    found, known = {}, [*TRACKERS, *SERVICES]
     for name in map(str.strip, setting.split(",")):
         if name in TRACKERS:
             found[name] = TRACKERS[name]
             continue
+        if name in SERVICES:
+            if importlib.util.find_spec(name) is None:
+                raise InputError(
+                    f"tracking={setting!r}: {name} is not installed; install reft_jax[{name}], or leave {name} out"
+                )
+            found[name] = SERVICES[name]
+            continue
         if not plugins.is_plugin(name):
             raise InputError(
-                f"tracking={setting!r}: {name!r} is not known; did you mean {nearest(name, TRACKERS)!r}? Known are "
-                f"{', '.join(TRACKERS)}, and {plugins.FORM} of a file of your own"
+                f"tracking={setting!r}: {name!r} is not known; did you mean {nearest(name, known)!r}? Known are "
+                f"{', '.join(known)}, and {plugins.FORM} of a file of your own"
             )
         found[name] = plugins.load(name, "tracking")
         absent = [method for method in METHODS if isinstance(found[name], type) and not hasattr(found[name], method)]
@@ -136,24 +147,84 @@ def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
 
 
 class Guarded:
-    """A tracker of a user's own: its first exception becomes one warning, and it is switched off."""
+    """A tracker that cannot stop or slow a run: a thread of its own makes it and calls it, in order.
+
+    Its first exception becomes one warning, and it is switched off. So does a call that takes longer than
+    CALL_SECONDS: the thread is left alone, as nothing can end it, and its queue takes nothing more.
+    """
+
+    CALL_SECONDS = 30.0
 
     def __init__(self, name: str, make: Callable[[Path], Tracker], folder: Path):
-        self._name, self._made = name, None
-        self._try(lambda: setattr(self, "_made", make(folder)))
-        self.rewinds = hasattr(self._made, "rewind")
+        self._name, self._make, self._folder = name, make, folder
+        self._on, self._called, self._queue = True, time.monotonic(), queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread.start()
 
-    def __call__(self, method: str, *args) -> None:
-        if self._made is not None:
-            self._try(lambda: getattr(self._made, method)(*args))
+    def __call__(self, method: str, *args, again: bool = False) -> None:
+        """Queues one call and returns at once. again: a step logged before a resume, for trackers that can rewind."""
+        if self._on and (called := self._called) and time.monotonic() - called > self.CALL_SECONDS:
+            self._switch_off(f"a call took longer than {self.CALL_SECONDS:g} s")
+        if self._on:
+            self._queue.put((method, args, again))
 
-    def _try(self, act: Callable[[], None]) -> None:
+    def close(self) -> None:
+        """Closes it, and waits for what is in the queue for at most CALL_SECONDS."""
+        self("close")
+        self._queue.put(None)
+        if self._on:
+            self._thread.join(self.CALL_SECONDS)
+            if self._thread.is_alive():
+                self._switch_off(f"it was not closed within {self.CALL_SECONDS:g} s")
+
+    def _work(self) -> None:
         try:
-            act()
-        except Exception as error:  # whatever a user's code raises
-            self._made = None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            tracker = self._make(self._folder)
+            self._called = 0.0
+            while (one := self._queue.get()) and self._on:
+                method, args, again = one
+                if (again or method == "rewind") and not hasattr(tracker, "rewind"):
+                    continue
+                self._called = time.monotonic()
+                getattr(tracker, method)(*args)
+                self._called = 0.0
+        except Exception as error:  # whatever a tracker raises
+            self._switch_off(" ".join(f"{type(error).__name__}: {error}".split()))
+
+    def _switch_off(self, reason: str) -> None:
+        if self._on:
+            self._on = False
             remark(f"warning: tracker {self._name} is switched off, the run continues without it ({reason})")
+
+
+def share(folder: Path, config, versions: dict[str, str], paths: list[Path]) -> None:
+    """Passes the results of a work directory to the trackers outside it, as a run of their own. Raises InputError."""
+    makers = {name: make for name, make in load_trackers(config.tracking).items() if name not in TRACKERS}
+    if not makers or not is_first():
+        return
+    run_id, flat = _read_known(folder)["run_id"], _described(config, versions)
+    for tell in [Guarded(name, make, folder) for name, make in makers.items()]:
+        tell("open", run_id, dict(flat))
+        for path in paths:
+            tell("file", path)
+        tell.close()
+
+
+def _described(config, versions: dict[str, str]) -> dict[str, Any]:
+    return flatten(config) | {f"versions.{name}": version for name, version in versions.items()}
+
+
+def _read_known(folder: Path) -> dict:
+    path = folder / KNOWN
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {"run_id": str(known["run_id"]), "logged": int(known["logged"])}
+    except FileNotFoundError:
+        known = {"run_id": f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}", "logged": 0}
+        write_whole(path, json.dumps(known) + "\n")
+        return known
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}); restore it from a copy or remove it") from error
 
 
 class MetricsWriter:
@@ -166,16 +237,19 @@ class MetricsWriter:
     `tracking.json` in the stage's folder keeps the run id, and the highest step that was logged before a resume.
     """
 
-    def __init__(self, folder: Path, config=None):
-        """Opens the trackers of `config.tracking`; without a config, DEFAULT. Raises InputError, SaveError."""
-        flat = {} if config is None else flatten(config)
+    def __init__(self, folder: Path, config=None, versions: dict[str, str] | None = None):
+        """Opens the trackers of `config.tracking`; without a config, DEFAULT. Raises InputError, SaveError.
+
+        versions: of packages; the trackers get them with the config, as `versions.NAME`.
+        """
+        flat = {} if config is None else _described(config, versions or {})
         makers = load_trackers(flat.get("tracking", DEFAULT))
         self._folder, self._ours, self._others = folder, [], []
         if not is_first():
             return
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._known = self._read_known()
+        self._known = _read_known(folder)
         # Ours come first: then metrics.jsonl has every step that a user's own tracker was given, also after a kill.
         self._ours = [TRACKERS[name](folder) for name in TRACKERS if name in makers]
         self._others = [Guarded(name, make, folder) for name, make in makers.items() if name not in TRACKERS]
@@ -184,26 +258,13 @@ class MetricsWriter:
         for tell in self._others:
             tell("open", self._known["run_id"], dict(flat))
 
-    def _read_known(self) -> dict:
-        path = self._folder / KNOWN
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return {"run_id": str(known["run_id"]), "logged": int(known["logged"])}
-        except FileNotFoundError:
-            known = {"run_id": f"{self._folder.parent.name}-{self._folder.name}-{secrets.token_hex(4)}", "logged": 0}
-            write_whole(path, json.dumps(known) + "\n")
-            return known
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r}); restore it from a copy or remove it") from error
-
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs the values (anything that `float` takes) of one step. Raises SaveError."""
         step, numbers = int(step), {name: float(value) for name, value in values.items()}
         for tracker in self._ours:
             tracker.log(step, numbers)
         for tell in self._others:
-            if tell.rewinds or step > self._known["logged"]:
-                tell("log", step, dict(numbers))
+            tell("log", step, dict(numbers), again=step <= self._known["logged"])
 
     def truncate_after(self, step: int) -> None:
         """Forgets every later step, for a run that resumes at `step` and computes them again; call it before `write`.
@@ -219,8 +280,7 @@ class MetricsWriter:
         for tracker in self._ours:
             tracker.rewind(step)
         for tell in self._others:
-            if tell.rewinds:
-                tell("rewind", step)
+            tell("rewind", step)
 
     def file(self, path: Path) -> None:
         """Passes a file of the stage to the trackers."""
@@ -234,7 +294,7 @@ class MetricsWriter:
         others, self._others = self._others, []
         for tell in others:
             tell("file", self._folder / FILE)
-            tell("close")
+            tell.close()
         with ExitStack() as stack:  # closes all, whichever fails
             for tracker in self._ours:
                 stack.callback(tracker.close)

@@ -225,7 +225,7 @@ def three_iterations_in_two_starts(folder, config) -> str:
     return json.loads((folder / "tracking.json").read_text())["run_id"]
 
 
-def in_a_process(code: str, folder, **environment) -> str:
+def in_a_process(code: str, folder, code_of_end: int = 0, **environment) -> str:
     """Standard output of the code: both libraries keep a service or threads that a test process should not have."""
     told = subprocess.run(
         [sys.executable, "-c", f"from test_trackers import *\nfolder = Path({str(folder)!r})\n{code}"],
@@ -235,7 +235,7 @@ def in_a_process(code: str, folder, **environment) -> str:
         text=True,
         timeout=120,
     )
-    assert told.returncode == 0 and "switched off" not in told.stderr, told.stderr
+    assert told.returncode == code_of_end and "switched off" not in told.stderr, told.stderr
     return told.stdout
 
 
@@ -295,6 +295,39 @@ print("READ", json.dumps([one["name"], SQLiteStorage.get_logs("reft_jax", one["n
     assert name == json.loads((tmp_path / "run" / "reft" / "tracking.json").read_text())["run_id"]
     assert [(line["step"], line["reward"]) for line in logs] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert config["rl.kl_coef"] == 0.01 and config["versions.jax"] == "0.10"
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="needs reft_jax[trackio]")
+def test_a_killed_and_resumed_run_continues_its_trackio_run(tmp_path):
+    begin = """
+from trackio.sqlite_storage import SQLiteStorage
+config = default_config()
+config.tracking = "jsonl,trackio"
+def logs():
+    return [(one["id"], [line["step"] for line in SQLiteStorage.get_logs("reft_jax", one["name"], run_id=one["id"])])
+            for one in SQLiteStorage.get_run_records("reft_jax")]
+writer = MetricsWriter(folder / "reft", config)
+"""
+    killed = """
+writer.write(1, {"reward": 0.25})
+writer.write(2, {"reward": 0.5})
+while not any(steps == [1, 2] for _, steps in logs()):
+    time.sleep(0.1)
+os.kill(os.getpid(), 9)
+"""
+    resumed = """
+print("READ", json.dumps(logs()))
+writer.truncate_after(1)
+writer.write(2, {"reward": 0.5})
+writer.write(3, {"reward": 0.75})
+writer.close()
+print("READ", json.dumps(logs()))
+"""
+    where = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    in_a_process(begin + killed, tmp_path, code_of_end=-9, **where)
+    _, before, after = in_a_process(begin + resumed, tmp_path, **where).split("READ ")
+    ((run_id, steps),) = json.loads(before.splitlines()[0])
+    assert steps == [1, 2] and json.loads(after.splitlines()[0]) == [[run_id, [1, 2, 3]]]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -248,4 +248,13 @@ PLANTED = [
      ("test_lora.py::test_a_frozen_output_matrix_has_no_gradient",)),
     ("peft: two adapters without their scales", "reft_jax.model.peft", "* np.float32(lora.scale / first.scale)", "",
      ("test_peft.py::test_two_adapters_as_one_add_what_both_add",)),
+    ("trackers: a step is logged twice after a resume", "reft_jax.train.trackers",
+     'again=step <= self._known["logged"]', "again=False",
+     ("test_trackers.py::test_a_resumed_run_has_the_same_id_and_logs_no_step_twice",)),
+    ("trackers: a tracker that hangs is called again and again", "reft_jax.train.trackers",
+     "if self._on and (called := self._called) and", "if not self._on and (called := self._called) and",
+     ("test_trackers.py::test_a_tracker_that_hangs_is_one_warning_and_no_write_waits",)),
+    ("trackers: each evaluation is another run", "reft_jax.train.trackers",
+     "_read_known(folder)[\"run_id\"], _described", "secrets.token_hex(4), _described",
+     ("test_trackers.py::test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config",)),
 ]  # fmt: skip

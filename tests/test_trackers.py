@@ -228,7 +228,11 @@ def three_iterations_in_two_starts(folder, config) -> str:
 def in_a_process(code: str, folder, code_of_end: int = 0, **environment) -> str:
     """Standard output of the code: both libraries keep a service or threads that a test process should not have."""
     told = subprocess.run(
-        [sys.executable, "-c", f"from test_trackers import *\nfolder = Path({str(folder)!r})\n{code}"],
+        [
+            sys.executable,
+            "-c",
+            f"from test_trackers import *\nGuarded.CLOSE_SECONDS = 60.0\nfolder = Path({str(folder)!r})\n{code}",
+        ],
         cwd=Path(__file__).parent,
         env=os.environ | environment,
         capture_output=True,

@@ -154,10 +154,12 @@ class Guarded:
     """
 
     CALL_SECONDS = 30.0
+    CLOSE_SECONDS, CLOSE_SHARE = 10.0, 0.005  # the wait at the end: seconds, or a share of the stage's time if longer
 
     def __init__(self, name: str, make: Callable[[Path], Tracker], folder: Path):
         self._name, self._make, self._folder = name, make, folder
-        self._on, self._called, self._queue = True, time.monotonic(), queue.SimpleQueue()
+        self._began = self._called = time.monotonic()
+        self._on, self._queue = True, queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -169,13 +171,14 @@ class Guarded:
             self._queue.put((method, args, again))
 
     def close(self) -> None:
-        """Closes it, and waits for what is in the queue for at most CALL_SECONDS."""
+        """Closes it, and waits a while for what is in the queue."""
         self("close")
         self._queue.put(None)
         if self._on:
-            self._thread.join(self.CALL_SECONDS)
+            seconds = max(self.CLOSE_SECONDS, self.CLOSE_SHARE * (time.monotonic() - self._began))
+            self._thread.join(seconds)
             if self._thread.is_alive():
-                self._switch_off(f"it was not closed within {self.CALL_SECONDS:g} s")
+                self._switch_off(f"it was not closed within {seconds:.0f} s")
 
     def _work(self) -> None:
         try:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import pytest
 from test_metrics import lines
 
 from reft_jax.config import check_values, default_config
-from reft_jax.train.trackers import DEFAULT, TRACKERS, Guarded, MetricsWriter, load_trackers, share
+from reft_jax.train import trackers
+from reft_jax.train.trackers import DEFAULT, TRACKERS, Guarded, MetricsWriter, Results, deliver, load_trackers
 from reft_jax.types import InputError
 
 SOURCE = '''"""Appends every call to calls.txt of the stage's folder."""
 
 import json
 import math
+import os
 import threading
 
 
@@ -61,7 +64,7 @@ def broken(folder):
 
 class Hanging(Calls):
     def log(self, step, numbers):
-        self.say("log", step)
+        self.say("log", step, os.getpid())
         threading.Event().wait()
 
 
@@ -71,6 +74,13 @@ class NoClose:
 
 number = 3
 '''
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """The tests wait for what a run would leave behind on a slow machine."""
+    monkeypatch.setattr(trackers, "LEAST_SECONDS", 60.0)
+    monkeypatch.setattr(trackers, "MOST_SECONDS", 60.0)
 
 
 @pytest.fixture
@@ -86,6 +96,7 @@ def config(tmp_path):
 
 
 def calls(folder) -> list[list]:
+    deliver()
     return [json.loads(line) for line in (folder / "calls.txt").read_text().splitlines()]
 
 
@@ -114,6 +125,7 @@ def resumed(folder, config) -> list[list]:
         for step in range(1, 6):
             writer.write(step, {"loss": step})
     for last in (4, 6):
+        deliver()  # as at the end of a process
         with MetricsWriter(folder, config) as writer:
             writer.truncate_after(3)
             for step in range(4, last + 1):
@@ -149,6 +161,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_continues(tmp_path, con
     with MetricsWriter(tmp_path / "reft", config(name)) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 0.5})
+    deliver()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: tracker ") and line.endswith(
         f"{name} is switched off, the run continues without it ({reason})"
@@ -158,9 +171,8 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_continues(tmp_path, con
 
 
 def test_settings_that_cannot_be(tmp_path, config):
-    assert default_config().tracking == DEFAULT and set(load_trackers(DEFAULT)) == set(
-        TRACKERS
-    )  # none outside the work directory
+    assert default_config().tracking == DEFAULT
+    assert set(load_trackers(DEFAULT)) == set(TRACKERS)  # none outside the work directory
     for tracking, message in (
         ("jsonl,tensorbord", "'tensorbord' is not known; did you mean 'tensorboard'"),
         ("tensorboard", "jsonl is missing, and a run resumes from it; write jsonl,tensorboard"),
@@ -183,90 +195,149 @@ def test_a_run_id_that_cannot_be_read_is_named(tmp_path):
         MetricsWriter(tmp_path)
 
 
-def test_a_tracker_that_hangs_is_one_warning_and_no_write_waits(tmp_path, config, capsys, monkeypatch):
-    monkeypatch.setattr(Guarded, "CALL_SECONDS", 0.3)
-    began = time.monotonic()
+def until(true, seconds: float = 60.0):
+    """Waits until `true()` is true, and returns it."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def said(folder, method: str) -> list[list]:
+    """The calls of one method so far."""
+    path = folder / "calls.txt"
+    return [one for one in map(json.loads, path.read_text().splitlines()) if one[0] == method] if path.exists() else []
+
+
+def ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return False
+    except ProcessLookupError:
+        return True
+
+
+def test_a_tracker_that_hangs_is_one_warning_and_its_end(tmp_path, config, capsys, monkeypatch):
     with MetricsWriter(tmp_path / "reft", config("Hanging")) as writer:
+        until(lambda: said(tmp_path / "reft", "open"))
+        monkeypatch.setattr(Guarded, "CALL_SECONDS", 0.3)
+        began = time.monotonic()
         for step in range(1, 101):
             writer.write(step, {"loss": 0.5})
         assert time.monotonic() - began < 5
-        while not calls_of(tmp_path / "reft", "log"):
-            time.sleep(0.01)
-        time.sleep(0.5)
-        writer.write(101, {"loss": 0.5})
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("(a call took longer than 0.3 s)")
-    assert capsys.readouterr().err == ""
-    assert len(lines(tmp_path / "reft")) == 101 and calls_of(tmp_path / "reft", "log") == [["log", 1]]
+        (_, step, pid), *more = until(lambda: said(tmp_path / "reft", "log"))
+        until(lambda: ended(pid))
+    assert (step, more) == (1, [])
+    deliver()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("is switched off, the run continues without it (a call took longer than 0.3 s)")
+    assert len(lines(tmp_path / "reft")) == 100
 
 
-def calls_of(folder, method: str) -> list[list]:
-    return [call for call in calls(folder) if call[0] == method] if (folder / "calls.txt").exists() else []
+def test_the_end_of_a_process_waits_once_for_trackers_that_hang(tmp_path, config):
+    """Two stages of one tracker that hangs, one that works; the second warning of a run is not its third."""
+    code = """
+for stage in ("sft", "reft"):
+    writer = MetricsWriter(folder / stage, config)
+    until(lambda: said(folder / stage, "open"))
+    writer.write(1, {"loss": 0.5})
+    writer.close()
+writer = MetricsWriter(folder / "rerank_reft", works)
+until(lambda: said(folder / "rerank_reft", "open"))
+writer.close()
+print(json.dumps([said(folder / stage, "log") for stage in ("sft", "reft")]), time.time())
+"""
+    config, works = config("Hanging").tracking, config("Calls").tracking
+    for name, tracking in (("works", works), ("config", config)):
+        code = f"{name} = default_config()\n{name}.tracking = {tracking!r}\n{code}"
+    told = in_a_process(f"trackers.LEAST_SECONDS = trackers.MOST_SECONDS = 2.0\n{code}", tmp_path)
+    took, (line,) = time.time() - float(told.stdout.split()[-1]), told.stderr.splitlines()
+    name = f"{tmp_path}/mine.py:Hanging"
+    assert line == (
+        f"warning: trackers that were not done 2 s after the end lack the last numbers: {name} of sft, {name} of reft; "
+        "metrics.jsonl has them all"
+    )
+    assert 2 <= took < 30 and said(tmp_path / "rerank_reft", "close")
+    pids = [said(tmp_path / stage, "log")[0][2] for stage in ("sft", "reft")]
+    until(lambda: all(map(ended, pids)))
 
 
 def test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config(tmp_path, config):
     (tmp_path / "report.md").write_text("a\nb\n")
     for _ in range(2):  # evaluated twice: the same run
-        share(tmp_path, config("Calls"), {"jax": "0.10"}, [tmp_path / "report.md"])
+        Results(tmp_path, config("Calls"), {"jax": "0.10"}).close([tmp_path / "report.md"])
+        deliver()
     told = calls(tmp_path)
     assert [call[0] for call in told] == ["open", "file", "close"] * 2 and told[0] == told[3]
     assert told[1] == ["file", "report.md", 2]
-    share(tmp_path / "nowhere", default_config(), {}, [])  # the default has no tracker to tell: nothing is written
+    Results(tmp_path / "nowhere", default_config(), {}).close([])  # the default has no tracker to tell
     assert not (tmp_path / "nowhere").exists()
 
 
-def three_iterations_in_two_starts(folder, config) -> str:
-    """Steps 1, 2 and a stop; then 2 (computed again), 3 and the end. Returns the run id."""
-    for steps in ((1, 2), (2, 3)):
-        with MetricsWriter(folder, config, {"jax": "0.10"}) as writer:
-            writer.truncate_after(steps[0] - 1)
-            for step in steps:
-                writer.write(step, {"reward": step / 4})
-    return json.loads((folder / "tracking.json").read_text())["run_id"]
-
-
-def in_a_process(code: str, folder, code_of_end: int = 0, **environment) -> str:
-    """Standard output of the code: both libraries keep a service or threads that a test process should not have."""
-    told = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"from test_trackers import *\nGuarded.CLOSE_SECONDS = 60.0\nfolder = Path({str(folder)!r})\n{code}",
-        ],
+def in_a_process(code: str, folder, end: int = 0, **environment) -> subprocess.CompletedProcess:
+    """Runs code that may import everything of this file."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from test_trackers import *\nfolder = Path({str(folder)!r})\n{code}"],
         cwd=Path(__file__).parent,
         env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert told.returncode == code_of_end and "switched off" not in told.stderr, told.stderr
-    return told.stdout
+    assert done.returncode == end, done.stderr
+    return done
 
 
-START = """
+KILLED = """
 config = default_config()
-config.tracking = "jsonl,NAME"
-print(three_iterations_in_two_starts(folder / "run" / "reft", config))
+config.tracking = "jsonl,{name}"
+writer = MetricsWriter(folder / "run" / "reft", config, {{"jax": "0.10"}})
+writer.write(1, {{"reward": 0.25}})
+writer.write(2, {{"reward": 0.5}})
+until(lambda: [step for step, _ in {name}_has(folder)[1]] == [1, 2])
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+def killed_and_resumed(name: str, folder, capsys) -> str:
+    """Steps 1, 2 and the kill; then step 2 again, and 3. Returns the run id."""
+    in_a_process(KILLED.format(name=name), folder, end=-signal.SIGKILL)
+    config = default_config()
+    config.tracking = f"jsonl,{name}"
+    with MetricsWriter(folder / "run" / "reft", config, {"jax": "0.10"}) as writer:
+        writer.truncate_after(1)
+        for step in (2, 3):
+            writer.write(step, {"reward": step / 4})
+    deliver()
+    assert capsys.readouterr().err == ""
+    return json.loads((folder / "run" / "reft" / "tracking.json").read_text())["run_id"]
+
+
+STEPS = [(1, 0.25), (2, 0.5), (3, 0.75)]
+
+
 @pytest.mark.skipif(find_spec("wandb") is None, reason="needs reft_jax[wandb]")
-def test_wandb_offline_has_one_id_for_all_starts_and_each_step_once(tmp_path):
-    in_a_process(START.replace("NAME", "wandb"), tmp_path, WANDB_MODE="offline")
-    folder = tmp_path / "run" / "reft"
-    run_id = json.loads((folder / "tracking.json").read_text())["run_id"]
-    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2 and {file.name for file in files} == {f"run-{run_id}.wandb"}
-    found, configs = [], []
-    for file in files:
+def test_wandb_offline_has_one_id_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_id = killed_and_resumed("wandb", tmp_path, capsys)
+    ids, steps, configs = wandb_has(tmp_path)
+    assert ids == [run_id] * 2 and steps == STEPS
+    assert configs and all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs)
+
+
+def wandb_has(folder, stage: str = "run/reft", number: str = "reward") -> tuple[list, list, list]:
+    """Of a stage's offline files: run ids, (step, number) of each logged line, configs."""
+    ids, steps, configs = [], [], []
+    for file in sorted((folder / stage / "wandb").glob("offline-run-*/run-*.wandb")):
+        ids.append(file.stem.removeprefix("run-"))
         for record in wandb_records(file):
             if record.HasField("history"):
                 items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                found.append((items["_step"], items["reward"]))
+                steps.append((items["_step"], items[number]))
             if record.HasField("run"):
-                configs += [{one.key: one.value_json for one in record.run.config.update}]
-    assert found == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    assert all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs) and configs
+                configs.append({one.key: one.value_json for one in record.run.config.update})
+    return ids, steps, configs
 
 
 def wandb_records(file):
@@ -281,57 +352,32 @@ def wandb_records(file):
         length, kind = struct.unpack_from("<HB", data, at + 4)
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4) and at <= len(data):  # whole, or the last part
             yield Record.FromString(whole)
             whole = b""
 
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="needs reft_jax[trackio]")
-def test_trackio_has_one_run_for_all_starts_and_each_step_once(tmp_path):
-    read = """
-from trackio.sqlite_storage import SQLiteStorage
-(one,) = SQLiteStorage.get_run_records("reft_jax")
-print("READ", json.dumps([one["name"], SQLiteStorage.get_logs("reft_jax", one["name"], run_id=one["id"]),
-      SQLiteStorage.get_run_config("reft_jax", one["name"], run_id=one["id"])]))
-"""
-    told = in_a_process(START.replace("NAME", "trackio") + read, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
-    name, logs, config = json.loads(told.split("READ ")[1])
-    assert name == json.loads((tmp_path / "run" / "reft" / "tracking.json").read_text())["run_id"]
-    assert [(line["step"], line["reward"]) for line in logs] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+def test_trackio_has_one_run_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run_id = killed_and_resumed("trackio", tmp_path, capsys)
+    told = in_a_process("print(json.dumps(trackio_has(folder)))", tmp_path).stdout
+    ids, steps, (config,) = json.loads(told.splitlines()[-1])
+    assert ids == [run_id] and list(map(tuple, steps)) == STEPS
     assert config["rl.kl_coef"] == 0.01 and config["versions.jax"] == "0.10"
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="needs reft_jax[trackio]")
-def test_a_killed_and_resumed_run_continues_its_trackio_run(tmp_path):
-    begin = """
-from trackio.sqlite_storage import SQLiteStorage
-config = default_config()
-config.tracking = "jsonl,trackio"
-def logs():
-    return [(one["id"], [line["step"] for line in SQLiteStorage.get_logs("reft_jax", one["name"], run_id=one["id"])])
-            for one in SQLiteStorage.get_run_records("reft_jax")]
-writer = MetricsWriter(folder / "reft", config)
-"""
-    killed = """
-writer.write(1, {"reward": 0.25})
-writer.write(2, {"reward": 0.5})
-while not any(steps == [1, 2] for _, steps in logs()):
-    time.sleep(0.1)
-os.kill(os.getpid(), 9)
-"""
-    resumed = """
-print("READ", json.dumps(logs()))
-writer.truncate_after(1)
-writer.write(2, {"reward": 0.5})
-writer.write(3, {"reward": 0.75})
-writer.close()
-print("READ", json.dumps(logs()))
-"""
-    where = {"TRACKIO_DIR": str(tmp_path / "trackio")}
-    in_a_process(begin + killed, tmp_path, code_of_end=-9, **where)
-    _, before, after = in_a_process(begin + resumed, tmp_path, **where).split("READ ")
-    ((run_id, steps),) = json.loads(before.splitlines()[0])
-    assert steps == [1, 2] and json.loads(after.splitlines()[0]) == [[run_id, [1, 2, 3]]]
+def trackio_has(folder, stage: str = "reft", number: str = "reward") -> tuple[list, list, list]:
+    """Of the runs of a stage in TRACKIO_DIR: run ids, (step, number) of each logged line, configs.
+
+    Call it in a process of its own: the library keeps threads.
+    """
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = [one for one in SQLiteStorage.get_run_records("reft_jax") if f"-{stage}-" in one["name"]]
+    of = [{"project": "reft_jax", "run": one["name"], "run_id": one["id"]} for one in runs]
+    steps = [(line["step"], line[number]) for one in of for line in SQLiteStorage.get_logs(**one)]
+    return [one["name"] for one in runs], steps, [SQLiteStorage.get_run_config(**one) for one in of]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

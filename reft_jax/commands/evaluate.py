@@ -26,7 +26,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
-from reft_jax.train.trackers import share
+from reft_jax.train.trackers import Results
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
@@ -76,6 +76,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
     # Before the first answer: a damaged done.json ends the command here.
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
+    tracked = Results(run.workdir.path, run.config, versions())
     names = [name for name in POLICIES if run.workdir.model(name).exists()]
     answers, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
     found = table(answers, run.config.seed, run.inputs.task)
@@ -97,7 +98,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         print_report(report)
         files = [run.workdir.path / name for name in ("report.md", "report.json", "curves.png")]
-        share(run.workdir.path, run.config, versions(), [path for path in files if path.exists()])
+        tracked.close([path for path in files if path.exists()])
     return report
 
 

@@ -1,4 +1,4 @@
-"""The trackers `wandb` and `trackio`: an extra each, imported when a stage opens them.
+"""The trackers `wandb` and `trackio`: an extra each, imported in a process of its own when a stage opens them.
 
 Both read their own environment variables: WANDB_MODE=offline, WANDB_PROJECT, TRACKIO_DIR, TRACKIO_SERVER_URL, …
 """
@@ -76,3 +76,7 @@ class Trackio:
 
 
 SERVICES = {"wandb": Wandb, "trackio": Trackio}
+SYNC = {  # what sends the rest later, after a run that did not wait for it; {} is the stage's folder
+    "wandb": "wandb sync {}/wandb/*run-*",
+    "trackio": "trackio sends what it kept when the run starts again",
+}

@@ -295,14 +295,15 @@ config.tracking = "jsonl,{name}"
 writer = MetricsWriter(folder / "run" / "reft", config, {{"jax": "0.10"}})
 writer.write(1, {{"reward": 0.25}})
 writer.write(2, {{"reward": 0.5}})
-until(lambda: [step for step, _ in {name}_has(folder)[1]] == [1, 2])
+until(lambda: [step for step, _ in {has}[1]] == [1, 2])
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def killed_and_resumed(name: str, folder, capsys) -> str:
     """Steps 1, 2 and the kill; then step 2 again, and 3. Returns the run id."""
-    in_a_process(KILLED.format(name=name), folder, end=-signal.SIGKILL)
+    has = {"wandb": "wandb_has(folder / 'run' / 'reft')", "trackio": "trackio_has()"}[name]
+    in_a_process(KILLED.format(name=name, has=has), folder, end=-signal.SIGKILL)
     config = default_config()
     config.tracking = f"jsonl,{name}"
     with MetricsWriter(folder / "run" / "reft", config, {"jax": "0.10"}) as writer:
@@ -321,20 +322,20 @@ STEPS = [(1, 0.25), (2, 0.5), (3, 0.75)]
 def test_wandb_offline_has_one_id_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_id = killed_and_resumed("wandb", tmp_path, capsys)
-    ids, steps, configs = wandb_has(tmp_path)
+    ids, steps, configs = wandb_has(tmp_path / "run" / "reft")
     assert ids == [run_id] * 2 and steps == STEPS
     assert configs and all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs)
 
 
-def wandb_has(folder, stage: str = "run/reft", number: str = "reward") -> tuple[list, list, list]:
-    """Of a stage's offline files: run ids, (step, number) of each logged line, configs."""
+def wandb_has(folder) -> tuple[list, list, list]:
+    """Of the offline files of a stage: run ids, (step, reward) of each logged line, configs."""
     ids, steps, configs = [], [], []
-    for file in sorted((folder / stage / "wandb").glob("offline-run-*/run-*.wandb")):
+    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
         ids.append(file.stem.removeprefix("run-"))
         for record in wandb_records(file):
             if record.HasField("history"):
                 items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                steps.append((items["_step"], items[number]))
+                steps.append((items["_step"], items["reward"]))
             if record.HasField("run"):
                 configs.append({one.key: one.value_json for one in record.run.config.update})
     return ids, steps, configs
@@ -361,22 +362,22 @@ def wandb_records(file):
 def test_trackio_has_one_run_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run_id = killed_and_resumed("trackio", tmp_path, capsys)
-    told = in_a_process("print(json.dumps(trackio_has(folder)))", tmp_path).stdout
+    told = in_a_process("print(json.dumps(trackio_has()))", tmp_path).stdout
     ids, steps, (config,) = json.loads(told.splitlines()[-1])
     assert ids == [run_id] and list(map(tuple, steps)) == STEPS
     assert config["rl.kl_coef"] == 0.01 and config["versions.jax"] == "0.10"
 
 
-def trackio_has(folder, stage: str = "reft", number: str = "reward") -> tuple[list, list, list]:
-    """Of the runs of a stage in TRACKIO_DIR: run ids, (step, number) of each logged line, configs.
+def trackio_has(run_id: str = "") -> tuple[list, list, list]:
+    """Of the runs in TRACKIO_DIR, or of one of them: run ids, (step, reward) of each logged line, configs.
 
     Call it in a process of its own: the library keeps threads.
     """
     from trackio.sqlite_storage import SQLiteStorage
 
-    runs = [one for one in SQLiteStorage.get_run_records("reft_jax") if f"-{stage}-" in one["name"]]
+    runs = [one for one in SQLiteStorage.get_run_records("reft_jax") if run_id in one["name"]]
     of = [{"project": "reft_jax", "run": one["name"], "run_id": one["id"]} for one in runs]
-    steps = [(line["step"], line[number]) for one in of for line in SQLiteStorage.get_logs(**one)]
+    steps = [(line["step"], line["reward"]) for one in of for line in SQLiteStorage.get_logs(**one)]
     return [one["name"] for one in runs], steps, [SQLiteStorage.get_run_config(**one) for one in of]
 
 

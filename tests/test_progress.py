@@ -48,6 +48,9 @@ class Terminal:
     def __init__(self, code: str, columns: int = 100, **environment):
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, columns))
+        settings = termios.tcgetattr(theirs)
+        settings[3] &= ~termios.ECHO  # of what a test types
+        termios.tcsetattr(theirs, termios.TCSANOW, settings)
         self.before = termios.tcgetattr(theirs)
         clean = {name: x for name, x in os.environ.items() if name not in ("CI", "NO_COLOR", "COLUMNS", "LINES")}
         self.process = subprocess.Popen(

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -295,15 +296,16 @@ config.tracking = "jsonl,{name}"
 writer = MetricsWriter(folder / "run" / "reft", config, {{"jax": "0.10"}})
 writer.write(1, {{"reward": 0.25}})
 writer.write(2, {{"reward": 0.5}})
-until(lambda: [step for step, _ in {has}[1]] == [1, 2])
+until(lambda: trackers._ALL[0]._queue.empty())
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def killed_and_resumed(name: str, folder, capsys) -> str:
     """Steps 1, 2 and the kill; then step 2 again, and 3. Returns the run id."""
-    has = {"wandb": "wandb_has(folder / 'run' / 'reft')", "trackio": "trackio_has()"}[name]
-    in_a_process(KILLED.format(name=name, has=has), folder, end=-signal.SIGKILL)
+    in_a_process(KILLED.format(name=name), folder, end=-signal.SIGKILL)
+    run_id = json.loads((folder / "run" / "reft" / "tracking.json").read_text())["run_id"]
+    until(lambda: not running(str(folder)))  # its process has closed the run
     config = default_config()
     config.tracking = f"jsonl,{name}"
     with MetricsWriter(folder / "run" / "reft", config, {"jax": "0.10"}) as writer:
@@ -311,8 +313,17 @@ def killed_and_resumed(name: str, folder, capsys) -> str:
         for step in (2, 3):
             writer.write(step, {"reward": step / 4})
     deliver()
-    assert capsys.readouterr().err == ""
-    return json.loads((folder / "run" / "reft" / "tracking.json").read_text())["run_id"]
+    assert capsys.readouterr().err == "" and not running(str(folder))
+    return run_id
+
+
+def running(word: str) -> list[bytes]:
+    """Command lines of the processes that name a folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(path.read_bytes())
+    return [line for line in lines if word.encode() in line and b"tracker_process" in line]
 
 
 STEPS = [(1, 0.25), (2, 0.5), (3, 0.75)]

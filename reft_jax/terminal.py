@@ -18,10 +18,15 @@ INTERRUPTED = 128 + signal.SIGINT
 class Stream(io.TextIOWrapper):
     """Text to a descriptor. Once its reader is gone, text goes to /dev/null.
 
-    Raises SaveError if standard output is a file on a full disk: a table must not be lost unnoticed.
+    Raises SaveError if standard output is a file on a full disk: a table must not be lost unnoticed. above: while the
+    live block is shown, what takes the text instead, also of a library that has kept this stream.
     """
 
+    above = None
+
     def write(self, text: str) -> int:
+        if self.above:
+            return self.above.write(text)
         try:
             return super().write(text)
         except OSError as error:
@@ -66,26 +71,31 @@ class Block:
 
     def __init__(self):
         self._parts: list[Callable[[int], list]] = []
-        self._live, self._lines = None, 0
+        self._live, self._lines, self._streams = None, 0, []
 
     @staticmethod
     def possible() -> bool:
         """Whether standard error is a terminal that can redraw lines. CI is taken for a log file."""
         dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown") or os.environ.get("CI")
-        return sys.stderr.isatty() and not dumb and "utf" in sys.stderr.encoding.lower()
+        stream = sys.stderr
+        return isinstance(stream, Stream) and stream.isatty() and not dumb and "utf" in stream.encoding.lower()
 
     def add(self, part: Callable[[int], list]) -> None:
         """Shows one more part, below the others."""
         self._parts.append(part)
         if self._live is None:
             from rich.console import Console
+            from rich.file_proxy import FileProxy
             from rich.live import Live
 
-            console = Console(file=sys.stderr, highlight=False)
+            console = Console(file=Stream(sys.stderr.buffer, encoding=sys.stderr.encoding), highlight=False)
             console.show_cursor = lambda show=True: False
-            how = {"refresh_per_second": self.PER_SECOND, "redirect_stdout": sys.stdout.isatty()}
+            how = {"refresh_per_second": self.PER_SECOND, "redirect_stdout": False, "redirect_stderr": False}
             self._live = Live(console=console, get_renderable=lambda: self._rendered(console.width), **how)
             self._live.start()
+            self._streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, Stream) and one.isatty()]
+            for stream in self._streams:
+                stream.above = FileProxy(console, stream)
         self._live.refresh()
 
     def remove(self, part: Callable[[int], list]) -> None:
@@ -98,8 +108,12 @@ class Block:
         """Ends the block: what it still shows stays, and the next output begins a line."""
         live, self._live = self._live, None
         if live:
+            for stream in self._streams:
+                stream.above.flush()
+                stream.above = None
             live.transient = not self._parts
             live.stop()
+            live.console.file.detach()  # it would close the descriptor
         self._parts, self._lines = [], 0
 
     def above(self, text: str) -> str:

@@ -290,6 +290,13 @@ def in_a_process(code: str, folder, end: int = 0, **environment) -> subprocess.C
     return done
 
 
+def test_the_tracker_of_a_killed_run_is_closed(tmp_path, config):
+    name = config("Calls").tracking
+    in_a_process(KILLED.format(name=name.removeprefix("jsonl,")), tmp_path, end=-signal.SIGKILL)
+    until(lambda: not running(str(tmp_path)))
+    assert [one[0] for one in calls(tmp_path / "run" / "reft")] == ["open", "log", "log", "close"]
+
+
 KILLED = """
 config = default_config()
 config.tracking = "jsonl,{name}"

@@ -51,7 +51,7 @@ def main(name: str) -> None:
         end = time.time() - ended
         share = (cost - alone + end) / SECONDS
         print(
-            f"{name}: the stage {cost:.3f} s, jsonl alone {alone:.3f} s; the end {end:.1f} s of {SECONDS} s: {share:.2%}"
+            f"{name}: stage {cost:.3f} s, with jsonl alone {alone:.3f} s, end {end:.1f} s, in {SECONDS} s: {share:.2%}"
         )
 
 

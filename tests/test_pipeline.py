@@ -23,7 +23,7 @@ rerank.batch_size=16 rerank.micro_batch=8 rerank.max_len=448 data.pad_multiple=2
 
 
 TRACKERS = [name for name in ("wandb", "trackio") if find_spec(name)]
-TINY.append(f"tracking={','.join(['jsonl', 'tensorboard', *TRACKERS])}")
+TRACKED = f"--config.tracking={','.join(['jsonl', 'tensorboard', *TRACKERS])}"
 
 
 def command(name: str, workdir: Path, *arguments: str) -> list[str]:
@@ -51,7 +51,7 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    done = run("pipeline", workdir)
+    done = run("pipeline", workdir, TRACKED)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -122,9 +122,8 @@ def test_a_run_lands_in_each_tracker(finished, name):
     if name == "wandb":
         ids, steps, _ = wandb_has(workdir / "reft")
     else:
-        read = in_a_process(
-            f"from test_services import trackio_has\nprint(json.dumps(trackio_has({run_id!r})))", workdir
-        ).stdout
+        read = f"from test_services import trackio_has\nprint(json.dumps(trackio_has({run_id!r})))"
+        read = in_a_process(read, workdir).stdout
         ids, steps, _ = json.loads(read.splitlines()[-1])
     assert ids == [run_id]
     assert [tuple(one) for one in steps] == [(line["step"], line["reward"]) for line in metrics(workdir, "reft")]
@@ -157,7 +156,7 @@ def test_second_run_does_nothing_again(finished):
     workdir, _ = finished
     files = [p for p in workdir.rglob("*") if p.is_file() and "report" not in p.name and "wandb" not in p.parts]
     before = {p: p.stat().st_mtime_ns for p in files}
-    again = run("pipeline", workdir)
+    again = run("pipeline", workdir, TRACKED)
     assert again.returncode == 0, again.stderr
     after = {p: p.stat().st_mtime_ns for p in before}
     assert {p.name for p in before if before[p] != after[p]} <= {"curves.png", "trackers.log"}

@@ -15,11 +15,11 @@ from reft_jax.train.trackers import MetricsWriter, deliver
 def killed_and_resumed(name: str, folder, capsys) -> str:
     """Steps 1, 2 and the kill; then step 2 again, and 3. Returns the run id."""
     in_a_process(KILLED.format(name=name), folder, end=-signal.SIGKILL)
-    run_id = json.loads((folder / "run" / "reft" / "tracking.json").read_text())["run_id"]
+    run_id = json.loads((folder / "a run" / "reft" / "tracking.json").read_text())["run_id"]
     until(lambda: not running(str(folder)))  # its process has closed the run
     config = default_config()
     config.tracking = f"jsonl,{name}"
-    with MetricsWriter(folder / "run" / "reft", config, {"jax": "0.10"}) as writer:
+    with MetricsWriter(folder / "a run" / "reft", config, {"jax": "0.10"}) as writer:
         writer.truncate_after(1)
         for step in (2, 3):
             writer.write(step, {"reward": step / 4})
@@ -35,8 +35,8 @@ STEPS = [(1, 0.25), (2, 0.5), (3, 0.75)]
 def test_wandb_offline_has_one_id_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_id = killed_and_resumed("wandb", tmp_path, capsys)
-    ids, steps, configs = wandb_has(tmp_path / "run" / "reft")
-    assert ids == [run_id] * 2 and steps == STEPS
+    ids, steps, configs = wandb_has(tmp_path / "a run" / "reft")
+    assert ids == [run_id.replace(" ", "_")] * 2 and steps == STEPS
     assert configs and all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs)
 
 

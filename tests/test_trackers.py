@@ -303,13 +303,13 @@ def test_the_tracker_of_a_killed_run_is_closed(tmp_path, config):
     name = config("Calls").tracking
     in_a_process(KILLED.format(name=name.removeprefix("jsonl,")), tmp_path, end=-signal.SIGKILL)
     until(lambda: not running(str(tmp_path)))
-    assert [one[0] for one in calls(tmp_path / "run" / "reft")] == ["open", "log", "log", "close"]
+    assert [one[0] for one in calls(tmp_path / "a run" / "reft")] == ["open", "log", "log", "close"]
 
 
 KILLED = """
 config = default_config()
 config.tracking = "jsonl,{name}"
-writer = MetricsWriter(folder / "run" / "reft", config, {{"jax": "0.10"}})
+writer = MetricsWriter(folder / "a run" / "reft", config, {{"jax": "0.10"}})
 writer.write(1, {{"reward": 0.25}})
 writer.write(2, {{"reward": 0.5}})
 until(lambda: trackers._ALL[0]._queue.empty())

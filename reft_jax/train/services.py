@@ -11,6 +11,11 @@ from typing import Any
 PROJECT = "reft_jax"
 
 
+def plain(name: str) -> str:
+    """The last 64 characters, and "_" for those that neither service allows; a folder may have them."""
+    return re.sub(r"[^a-zA-Z0-9_.-]", "_", name)[-64:]
+
+
 class Wandb:
     """The tracker `wandb`: a run of Weights & Biases with our run id, so that a later start continues it.
 
@@ -27,7 +32,7 @@ class Wandb:
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=re.sub(r"[^\w.-]", "_", run_id)[-64:],  # not all characters of a folder are allowed
+            id=plain(run_id),
             name=run_id,
             config=config,
             dir=self._folder,
@@ -69,7 +74,7 @@ class Trackio:
         self._run.log(numbers, step=step)
 
     def file(self, path: Path) -> None:
-        self._run.log_artifact(path, name=f"{self._run.name}-{path.name}", type="file")
+        self._run.log_artifact(path, name=plain(f"{self._run.name}-{path.name}"), type="file")
 
     def close(self) -> None:
         self._run.finish()

@@ -242,7 +242,7 @@ class Guarded:
 
 _ALL: list[Guarded] = []
 _BEGAN = time.monotonic()
-LEAST_SECONDS, MOST_SECONDS, SHARE = 2.0, 10.0, 0.005  # of the wait at the end of the process; SHARE of its time
+LEAST_SECONDS, MOST_SECONDS, SHARE = 1.5, 10.0, 0.005  # of the wait at the end of the process; SHARE of its time
 
 
 @atexit.register

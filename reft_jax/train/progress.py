@@ -82,10 +82,10 @@ class Progress:
         worked, seconds = done - self._done0, elapsed - (compile_seconds() - self._compiled)
         if worked > 0 and seconds > 0:
             per_second = worked / seconds
-            left = _clock((self._total - done) / per_second)
+            left = clock((self._total - done) / per_second)
             rate = f"{per_second:.3g} {self._unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{self._unit}"
         where = [f"{done}/{self._total} {self._unit}s", f"{100 * done // self._total} %", f"left {left}"]
-        return where, [f"{name} {x:.3g}" for name, x in self._numbers.items()], [rate, f"elapsed {_clock(elapsed)}"]
+        return where, [f"{name} {x:.3g}" for name, x in self._numbers.items()], [rate, f"elapsed {clock(elapsed)}"]
 
     def _part(self, width: int) -> list:
         """Its two lines of the live block, for rich."""
@@ -125,5 +125,6 @@ def remark(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:17:30."""
     return str(timedelta(seconds=round(seconds)))

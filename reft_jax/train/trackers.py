@@ -260,7 +260,7 @@ def deliver() -> None:
         told = ", ".join(f"{one.name} of {one.folder.name}" for one in late)
         hints = dict.fromkeys(SYNC[one.name].format(one.folder) for one in late if one.name in SYNC)
         remark(
-            f"warning: trackers that were not done {seconds:.0f} s after the end lack the last numbers: {told}; "
+            f"warning: trackers that were not done {seconds:.2g} s after the end lack the last numbers: {told}; "
             f"{FILE} has them all{''.join(f'; {hint}' for hint in hints)}"
         )
 

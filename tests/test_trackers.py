@@ -227,7 +227,7 @@ def test_a_tracker_that_hangs_is_one_warning_and_its_end(tmp_path, config, capsy
             writer.write(step, {"loss": 0.5})
         assert time.monotonic() - began < 5
         (_, step, pid), *more = until(lambda: said(tmp_path / "reft", "log"))
-        until(lambda: ended(pid))
+        until(lambda: ended(pid), 15)
     assert (step, more) == (1, [])
     deliver()
     (line,) = capsys.readouterr().err.splitlines()

@@ -16,7 +16,7 @@ from reft_jax.evaluation.report import print_report, write_report
 from reft_jax.evaluation.results import Answers, by_item, table
 from reft_jax.page.build import write_page
 from reft_jax.parallel import hosts
-from reft_jax.run.about import made
+from reft_jax.run.about import made, versions
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
 from reft_jax.stages import models
@@ -27,6 +27,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
+from reft_jax.train.trackers import Results
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
@@ -76,6 +77,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
     # Before the first answer: a damaged done.json ends the command here.
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
+    tracked = Results(run.workdir.path, run.config, versions())
     names = [name for name in POLICIES if run.workdir.model(name).exists()]
     answers, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
     found = table(answers, run.config.seed, run.inputs.task)
@@ -97,6 +99,8 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         write_page(run.workdir.path)
         print_report(report)
+        files = [run.workdir.path / name for name in ("report.md", "report.json", "curves.png")]
+        tracked.close([path for path in files if path.exists()])
     return report
 
 

@@ -13,6 +13,7 @@ QUERY_BLOCK = 256  # positions: half of the scores of a long row are masked, and
 TILE_ROWS = 8  # of a TPU's registers
 
 
+@jax.named_scope("attention")
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B,T,N,H], k [B,K,H,T], v [B,K,T,H], mask bool[1 or B,T,T] -> [B,T,N,H]; no position may see a later one.
 
@@ -27,6 +28,7 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     return jnp.concatenate(parts, axis=1)
 
 
+@jax.named_scope("attention")
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     """One token per row, q [B,N,H], to the positions of a cache with keys in blocks -> [B,N,H]. Not for a TPU.
 
@@ -47,6 +49,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Arr
     return out.astype(q.dtype).reshape(q.shape)
 
 
+@jax.named_scope("attention")
 def attend_parts(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     """One token per row, q [B,N,H], to the positions of all `parts` -> [B,N,H]. For a TPU.
 

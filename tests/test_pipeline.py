@@ -175,7 +175,7 @@ def test_a_work_directory_with_old_names_of_settings_is_exported_and_evaluated(f
     done = run("export", workdir, "--model=sft", f"--out_dir={tmp_path / 'sft'}")
     assert done.returncode == 0, done.stderr
     assert config.read_text() == old and (tmp_path / "sft" / "model.safetensors").exists()
-    done = run("evaluate", workdir)
+    done = run("evaluate", workdir, TRACKED)
     assert done.returncode == 0, done.stderr
     assert config.read_text() == text
     assert json.loads((workdir / "report.json").read_text())["rows"] == before["rows"]

@@ -57,8 +57,8 @@ def attend_parts(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -
         parts: each (k [B,K,H,S], v [B,K,S,H], the mask of seen positions bool[1 or B,S]).
 
     The queries of a group are padded to 8 rows. The TPU compiler makes a product with fewer rows a sum on the vector
-    unit. By its own estimate for v5e, 32 rows of 4 heads and 1,024 positions then take 538 thousand cycles in place of
-    60, and two groups of 4 queries 65 in place of 36. The parts stay apart, because to join their scores is a copy.
+    unit: with one row that was three quarters of a step (docs/performance.md). The parts stay apart, because to join
+    their scores is a copy.
     """
     batch, _, size = q.shape
     grouped = q.reshape(batch, parts[0][1].shape[1], -1, size)

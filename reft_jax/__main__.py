@@ -22,6 +22,7 @@ def main() -> None:
     """The console script `reft`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
+    sys.modules.setdefault("torch", None)  # where it is installed, libraries would import it: half of a start's time
     terminal.prepare()
     try:
         with terminal.one_line_on_ctrl_c():

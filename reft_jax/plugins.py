@@ -12,6 +12,12 @@ from reft_jax.types import InputError
 FORM = "path.py:NAME"
 
 
+def show_torch() -> None:
+    """Lets PyTorch be imported after all, where it is installed: main() hides it from libraries."""
+    if "torch" in sys.modules and sys.modules["torch"] is None:
+        del sys.modules["torch"]
+
+
 def is_plugin(name: str) -> bool:
     """Whether a setting's value has the form `path.py:NAME`, and is not one of the names the package knows."""
     path, colon, _ = name.rpartition(":")
@@ -51,6 +57,7 @@ def _module(path: Path, where: str):
     name = "reft_plugin_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
+    show_torch()
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:

@@ -99,6 +99,18 @@ raise SystemExit(str({{"jax", "jaxlib", "flax", "numpy", "transformers"}} & set(
     assert asked.returncode == 0 and asked.stderr == b""
 
 
+def test_libraries_find_no_pytorch_where_it_is_installed():
+    """They would import it at every start."""
+    code = """
+import sys
+from reft_jax import __main__
+__main__.run_command = lambda _: print(sys.modules["torch"])
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None\n", done.stderr
+
+
 @ROWS
 def test_every_flag_is_read_and_arrives(row):
     """One at a time, and all together; the row is the one that was meant."""

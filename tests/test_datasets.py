@@ -1,6 +1,7 @@
 """Reading data files: what is accepted, and the messages for what is refused."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -150,6 +151,12 @@ def hub(tmp_path, monkeypatch):
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     (folder / "m.jsonl").write_text('{"question": "2 and 3?", "answer": "2+3 = <<2+3=5>>5\\n#### 5"}\n')
     (folder / "o.jsonl").write_text('{"item_id": "toy_9", "question": "1?", "answer_value": 1}\n')
+
+
+def test_the_hubs_library_finds_pytorch_where_it_is_installed(hub, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as main() does
+    load_examples("hub:owner/name/other:train", need_cot=False)
+    assert sys.modules.get("torch", "nowhere") is not None
 
 
 def test_hub_datasets(hub):

@@ -1,6 +1,7 @@
 """plugins.load: the object that a user's file defines, or one line that says what is wrong."""
 
 import pickle
+import sys
 
 import pytest
 
@@ -18,6 +19,14 @@ def test_the_object_that_the_file_defines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plugins.load("mine.py:Mine", "model.family") is type(this)  # one module, however it is named
     assert plugins.load("mine.py:runs", "model.family") == [1]
+
+
+def test_a_file_may_import_what_is_hidden_from_libraries(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as main() does
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "torch.py").write_text("X = 3\n")
+    (tmp_path / "mine.py").write_text("from torch import X\n")
+    assert plugins.load(f"{tmp_path}/mine.py:X", "reward") == 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from reft_jax import store
 from reft_jax.evaluation import curves
@@ -222,13 +223,13 @@ REFT += [{"step": s, "reward": s / 50, "no_answer": 0.5, "kl": -0.1 * s, "dev_to
 def drawn(monkeypatch):
     """The figures that were saved, so that a test can look at their panels."""
     figures = []
-    save = curves.Figure.savefig
+    save = Figure.savefig
 
     def keep(figure, *args, **kwargs):
         figures.append(figure)
         save(figure, *args, **kwargs)
 
-    monkeypatch.setattr(curves.Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     return figures
 
 

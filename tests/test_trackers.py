@@ -272,7 +272,8 @@ def test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config(tm
 
 def in_a_process(code: str, folder, end: int = 0, **environment) -> subprocess.CompletedProcess:
     """Runs code that has everything of this file, and the module under test."""
-    begin = f"from test_trackers import *\nfrom reft_jax.train import trackers\nfolder = Path({str(folder)!r})"
+    begin = "import sys\nsys.modules['torch'] = None  # as main() does\nfrom test_trackers import *\n"
+    begin += f"from reft_jax.train import trackers\nfolder = Path({str(folder)!r})"
     paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-c", f"{begin}\n{code}"],

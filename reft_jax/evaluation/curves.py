@@ -4,19 +4,21 @@ Every y axis starts at 0, or lower if a value is negative, and both panels of de
 a small change looks small.
 """
 
+from __future__ import annotations
+
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from reft_jax.store import write_whole
 from reft_jax.types import InputError
+
+if TYPE_CHECKING:  # matplotlib takes a second, and a run draws at its end
+    from matplotlib.axes import Axes
 
 INK, GRID = "#3b3b3b", "#e4e4e4"
 SFT_COLOR, REFT_COLOR = "#2f6db3", "#c4561c"
@@ -58,6 +60,8 @@ def plot_curves(workdir: Path, sft_metrics: Sequence[dict], reft_metrics: Sequen
     shows the best dev accuracy of SFT as a line. Raises InputError if there is nothing to draw, SaveError if the file
     cannot be written.
     """
+    from matplotlib.figure import Figure
+
     panels = [(panel, *series(sft_metrics, "epoch", panel), "epoch", SFT_COLOR) for panel in SFT_PANELS]
     panels += [(panel, *series(reft_metrics, "step", panel), "iteration", REFT_COLOR) for panel in REFT_PANELS]
     panels = [entry for entry in panels if entry[1].size]
@@ -103,6 +107,8 @@ def moving_average(y: np.ndarray, window: int) -> np.ndarray:
 
 
 def _draw(axes: Axes, panel: Panel, x: np.ndarray, y: np.ndarray, x_label: str, color: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     axes.set_ylabel(panel.unit, fontsize=9, color=INK)

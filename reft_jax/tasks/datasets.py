@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from reft_jax import plugins
 from reft_jax.store import read_text
 from reft_jax.tasks.registry import PAPER, Task, plain_answer
 from reft_jax.types import Example, InputError
@@ -158,6 +159,7 @@ def _hub_rows(source: str) -> list[dict]:
     match = HUB_SOURCE.fullmatch(source)
     if not match:
         raise InputError(f"{source}: not of the form hub:owner/name:split or hub:owner/name/config:split; correct it")
+    plugins.show_torch()  # without it this library's own import fails where PyTorch is installed
     import datasets  # takes seconds, and a local file does not need it
 
     try:

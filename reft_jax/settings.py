@@ -276,7 +276,9 @@ class Config:
         Rule("names of trackers with commas, jsonl among them", lambda v: "jsonl" in map(str.strip, v.split(","))),
         "where metrics go: jsonl (resuming needs it), tensorboard, wandb, trackio, path.py:NAME",
     )
-    compiled: str = setting("", ANY, "folder that keeps compiled functions; empty: compiled/ in the work directory")
+    compiled: str = setting(
+        "", ANY, "folder of compiled functions, unless JAX_COMPILATION_CACHE_DIR is set; empty: WORKDIR/compiled"
+    )
     keep_steps: int = setting(2, POSITIVE, "saved steps kept while a stage runs; with 2, one of them may be damaged")
     watchdog_minutes: float = setting(60.0, at_least(0), "end the process if nothing is finished for so long; 0: never")
     model: ModelSettings = field(default_factory=ModelSettings)

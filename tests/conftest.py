@@ -2,14 +2,16 @@
 
 JAX reads its settings from the environment when it is first imported, so they are set here, before any test module
 is. Tests that do not need JAX then never import it. The suite sees one CPU device: a test that needs more starts its
-own process with `JAX_NUM_CPU_DEVICES` set.
+own process with `JAX_NUM_CPU_DEVICES` set. All processes of a suite share what they compile.
 """
 
+import atexit
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] + [B,T] is a bug here, never a convenience
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its thread pool warns at every later fork
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="reft_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+FIRST = ("test_hosts.py", "test_pipeline.py")  # the longest file, and the one that compiles what most others need
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if config.getoption("--long"):
         return
     for item in items:
@@ -81,6 +90,14 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quick_processes():
+    """As `quick_compiles`, for the processes that these tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
 
 
 @pytest.fixture(scope="session")

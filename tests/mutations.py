@@ -24,6 +24,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import conftest  # noqa: F401  (the suite's environment: all processes share what they compile)
 import pytest
 from planted import executor, models, runs, training
 

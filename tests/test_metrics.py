@@ -158,6 +158,18 @@ def test_compile_time_is_in_no_rate(clock, capsys, monkeypatch):
     assert last == "reft  4/10 iterations  40 %  left 0:00:24  4 s/iteration  elapsed 0:02:18"  # 6 left, 4 s each
 
 
+def test_compiled_functions_are_kept_in_the_folder_unless_jaxs_own_variable_names_another(tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    compilation.keep_compiled(tmp_path / "run")
+    assert told == {"jax_persistent_cache_min_compile_time_secs": 0.5}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    compilation.keep_compiled(tmp_path / "run")
+    assert told["jax_compilation_cache_dir"] == str(tmp_path / "run")
+
+
 def test_what_is_compiled_is_counted_with_its_seconds():
     before, seconds = compilation.compiles(), compilation.compile_seconds()
     jax.jit(lambda x: jax.numpy.sin(x) + 0.12345)(np.float32(1))

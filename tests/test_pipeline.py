@@ -37,19 +37,15 @@ def run(name: str, workdir: Path, *arguments: str) -> subprocess.CompletedProces
 
 
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """One compilation cache for the processes of this file, and one folder of trackio."""
+def tracked_here(tmp_path_factory):
+    """Trackers that keep what they get in a folder of this file."""
     os.environ["WANDB_MODE"], os.environ["TRACKIO_DIR"] = "offline", str(tmp_path_factory.mktemp("trackio"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     yield
-    for name in ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        del os.environ[f"JAX_{name}"]
     del os.environ["WANDB_MODE"], os.environ["TRACKIO_DIR"]
 
 
 @pytest.fixture(scope="module")
-def finished(compiled_once, tmp_path_factory):
+def finished(tracked_here, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     done = run("pipeline", workdir, TRACKED)
     assert done.returncode == 0, done.stderr

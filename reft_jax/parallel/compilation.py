@@ -1,5 +1,6 @@
 """Keeps what XLA compiles for later runs, and counts compilations, so that one in the middle of a run is noticed."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -29,6 +30,7 @@ def compile_seconds() -> float:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps compiled functions in `folder`, from where later processes read them."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    """Keeps compiled functions in `folder`, from where later processes read them. JAX's own variables come first."""
+    for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0.5)):
+        if f"JAX_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_{name}", value)

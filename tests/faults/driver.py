@@ -1,8 +1,9 @@
 """A run that gets a signal at a chosen moment: python driver.py POINT NUMBER SIGNAL COMMAND --config=…
 
 When the run passes POINT for the NUMBER-th time, this process gets the signal and says so on stderr. POINT "none"
-never comes. Otherwise the run is a real one. It keeps every compiled function, so that a restart compiles nothing.
+never comes. Otherwise the run is a real one.
 """
+# ruff: noqa: E402
 
 import errno
 import functools
@@ -14,13 +15,12 @@ import threading
 import time
 from pathlib import Path
 
-import jax
+sys.modules["torch"] = None  # as main() does
 
 import reft_jax.train.checkpoints as checkpoints
 from reft_jax import executor
 from reft_jax.__main__ import main
 from reft_jax.engine import slots
-from reft_jax.run import open as opening
 from reft_jax.stages import reft, rerank, sample, sft
 from reft_jax.train import iteration
 
@@ -188,13 +188,6 @@ def run(point: str, number: str, signal_name: str, *arguments: str) -> None:
         return True
 
     POINTS[point](passed)
-    keep = opening.keep_compiled
-
-    def keep_all(folder):
-        keep(folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-    opening.keep_compiled = keep_all
     sys.argv = ["reft", *arguments]
     main()
 

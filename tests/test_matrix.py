@@ -8,7 +8,6 @@ import json
 from itertools import product
 from pathlib import Path
 
-import jax
 import pytest
 from tiny import tiny_model
 
@@ -16,7 +15,6 @@ from reft_jax.commands.pipeline import run_pipeline
 from reft_jax.config import check_config, default_config
 from reft_jax.evaluation.records import read_records
 from reft_jax.model.hf_write import save_hf
-from reft_jax.run import open as opening
 from reft_jax.run.open import open_run
 from reft_jax.tasks.prompts import PROGRAM_HEAD, prompt_text, sft_target
 from reft_jax.tasks.registry import TASKS
@@ -25,6 +23,11 @@ from reft_jax.types import Example
 
 DATASETS, ENGINES = ("gsm8k", "svamp", "mathqa", "mathqa-numeric"), ("python", "nl")
 CELLS = list(product(DATASETS, ENGINES))
+LATER = [
+    ("gsm8k", "nl"),
+    ("svamp", "python"),
+    ("mathqa-numeric", "python"),
+]  # the others have each want, format, dataset
 TRAINED = ("warmup", "sft", "self_train_offline", "self_train_online", "reft", "rerank_sft", "rerank_reft")
 LENGTH = 128
 SETTINGS = {
@@ -83,23 +86,10 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(model):
-    """All programs are kept, however quickly they compiled, for the cells that come later."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-
-    def keep(folder):
-        jax.config.update("jax_compilation_cache_dir", str(model.parent / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "keep_compiled", keep)
-        yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-
-
-@pytest.mark.parametrize(("dataset", "engine"), CELLS, ids=map("-".join, CELLS))
+@pytest.mark.parametrize(
+    ("dataset", "engine"),
+    [pytest.param(*cell, id="-".join(cell), marks=[pytest.mark.long] if cell in LATER else []) for cell in CELLS],
+)
 def test_every_stage(model, tmp_path, dataset, engine, capsys):
     rows = [example._asdict() for example in examples(dataset, engine)]
     for name, fields in (("train", rows), ("test", [row | {"answer_cot": None} for row in rows[:8]])):

@@ -21,7 +21,8 @@ class Run:
     """What the server has of one run."""
 
     def __init__(self):
-        self.starts, self.history, self.files = 0, [], {}  # history: a line of JSON per step
+        self.starts, self.resumes = 0, 0  # those that asked first what is there
+        self.history, self.files = [], {}  # a line of JSON per step; bytes by name
         self.config, self.summary, self.complete = "{}", "{}", False
 
 
@@ -53,15 +54,17 @@ class Handler(BaseHTTPRequestHandler):
         return {"viewer": {"id": "1", "entity": "team", "username": "me", "email": "", "flags": "{}", "teams": teams}}
 
     def RunResumeStatus(self, given: dict) -> dict:
-        known = given["name"] in self.server.runs
-        return {"model": self._project(given) | {"bucket": self._bucket(given["name"]) if known else None}}
+        if run := self.server.runs.get(given["name"]):
+            run.resumes += 1
+        return {"model": self._project(given) | {"bucket": self._bucket(given["name"]) if run else None}}
 
     def UpsertBucket(self, given: dict) -> dict:
+        is_new = given["name"] not in self.server.runs
         run = self.server.runs.setdefault(given["name"], Run())
         run.starts += bool(given["displayName"])  # only the first call of a start has it
         run.config = given["config"] or run.config
         bucket = self._bucket(given["name"]) | {"project": self._project(given), "sweepName": None}
-        return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
     def CreateRunFiles(self, given: dict) -> dict:
         folder = f"http://{self.headers['Host']}/put/{given['run']}"

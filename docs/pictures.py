@@ -113,7 +113,7 @@ def row() -> Picture:
     lines = {
         "log-probability": ["✓"] * 5,
         "KL penalty": ["−β·KL"] * 5,
-        "reward of the answer": ["0", "0", "0", "0", "1"],
+        "answer's reward": ["0", "0", "0", "0", "1"],
         "value, advantage": ["✓"] * 5,
     }
     for j, (name, values) in enumerate(lines.items()):

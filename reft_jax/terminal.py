@@ -90,8 +90,13 @@ class Block:
 
             console = Console(file=Stream(sys.stderr.buffer, encoding=sys.stderr.encoding), highlight=False)
             console.show_cursor = lambda show=True: False
-            how = {"refresh_per_second": self.PER_SECOND, "redirect_stdout": False, "redirect_stderr": False}
-            self._live = Live(console=console, get_renderable=lambda: self._rendered(console.width), **how)
+            self._live = Live(
+                console=console,
+                get_renderable=lambda: self._rendered(console.width),
+                refresh_per_second=self.PER_SECOND,
+                redirect_stdout=False,  # `above` does it, also for streams that a library has kept
+                redirect_stderr=False,
+            )
             self._live.start()
             self._streams = [one for one in (sys.stdout, sys.stderr) if isinstance(one, Stream) and one.isatty()]
             for stream in self._streams:

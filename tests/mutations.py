@@ -42,7 +42,10 @@ class Mutation(NamedTuple):
     tests: tuple[str, ...]
 
 
-COPIED = ("reft_jax.executor.", "reft_jax.tasks.reward_worker", "reft_jax.train.tracker", "reft_jax.terminal")
+COPIED = (
+    "reft_jax.executor.", "reft_jax.tasks.reward_worker", "reft_jax.train.tracker", "reft_jax.train.services",
+    "reft_jax.terminal",
+)  # fmt: skip
 MUTATIONS = [Mutation(*one) for part in (training, models, runs, executor) for one in part.PLANTED]
 
 

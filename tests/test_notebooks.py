@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,31 @@ def test_every_command_is_understood(path, size, monkeypatch):
 @EACH
 def test_a_script_ends_at_its_first_error(path):
     assert len(scripts(path)) >= 4 and all(text.startswith("set -e\n") for text in scripts(path))
+
+
+GIT = """#!/bin/bash
+[[ "$*" == "clone --quiet https://address reft_jax" ]] && mkdir -p reft_jax/{launch,reft_jax}
+printf '#!/bin/bash\\necho "extras $1"' >reft_jax/launch/venv.sh
+chmod +x reft_jax/launch/venv.sh
+"""
+
+
+@EACH
+def test_all_cells_may_run_again(path, tmp_path):
+    """Then the notebook is in the clone already, which has a folder reft_jax of its own."""
+    (tmp_path / "git").write_text(GIT)
+    (tmp_path / "git").chmod(0o755)
+
+    def installed(address: str, folder: Path) -> subprocess.CompletedProcess:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REPOSITORY": address, "EXTRA": "page,tpu"}
+        command = ["bash", "-c", scripts(path)[0]]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    without = installed("", tmp_path)
+    assert without.returncode and "give its address in the first cell" in without.stderr
+    for folder in (tmp_path, tmp_path, tmp_path / "reft_jax"):
+        done = installed("https://address", folder)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "extras page,tpu\n", "")
 
 
 @EACH

@@ -1,4 +1,4 @@
-"""wandb, offline, and trackio: what a run leaves in each when it is killed and resumed, as the library reads it."""
+"""wandb, offline and with a server, and trackio: what each has of a run that is killed and resumed."""
 
 import json
 import signal
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 from test_trackers import KILLED, in_a_process, running, until
+from wandb_server import serving
 
 from reft_jax.config import default_config
 from reft_jax.train.trackers import MetricsWriter, deliver
@@ -14,9 +15,13 @@ from reft_jax.train.trackers import MetricsWriter, deliver
 pytestmark = pytest.mark.usefixtures("patience")
 
 
-def killed_and_resumed(name: str, folder, capsys) -> str:
-    """Steps 1, 2 and the kill; then step 2 again, and 3. Returns the run id."""
-    in_a_process(KILLED.format(name=name), folder, end=-signal.SIGKILL)
+def killed_and_resumed(name: str, folder, capsys, before: str = "") -> str:
+    """Steps 1, 2 and the kill; then step 2 again, and 3. Returns the run id.
+
+    before: code of the process that is killed, right before its end.
+    """
+    *steps, kill = KILLED.format(name=name).splitlines()
+    in_a_process("\n".join([*steps, before, kill]), folder, end=-signal.SIGKILL)
     run_id = json.loads((folder / "a run" / "reft" / "tracking.json").read_text())["run_id"]
     until(lambda: not running(str(folder)))  # its process has closed the run
     config = default_config()
@@ -40,6 +45,28 @@ def test_wandb_offline_has_one_id_after_a_kill_and_each_step_once(tmp_path, caps
     ids, steps, configs = wandb_has(tmp_path / "a run" / "reft")
     assert ids == [run_id.replace(" ", "_")] * 2 and steps == STEPS
     assert configs and all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs)
+
+
+LOST = """
+from urllib.request import urlopen
+lines = lambda: json.load(urlopen(os.environ["WANDB_BASE_URL"]))
+until(lambda: any(lines()))
+until(lambda: lines() == [2], 10)  # the last step does not wait for the next
+os.killpg(trackers._ALL[0]._process.pid, signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs reft_jax[wandb]")
+def test_a_server_of_wandb_sees_one_run_that_continues(tmp_path, capsys, monkeypatch):
+    """The tracker's process is killed too, as when a machine is lost."""
+    with serving(monkeypatch) as runs:
+        run_id = killed_and_resumed("wandb", tmp_path, capsys, before=LOST)
+    ((name, run),) = runs.items()
+    assert name == run_id.replace(" ", "_") and (run.starts, run.resumes, run.complete) == (2, 1, True)
+    assert [(line["_step"], line["reward"]) for line in map(json.loads, run.history)] == STEPS
+    config = json.loads(run.config)
+    assert config["rl.kl_coef"]["value"] == 0.01 and config["versions.jax"]["value"] == "0.10"
+    assert len(run.files["metrics.jsonl"].splitlines()) == 3 and json.loads(run.summary)["reward"] == 0.75
 
 
 def wandb_has(folder) -> tuple[list, list, list]:

@@ -63,7 +63,7 @@ def test_every_command_shown_is_understood(document, words, monkeypatch):
 
 
 def test_the_documents_show_commands():
-    assert len(SHOWN) > 50 and len(commands(TUTORIAL.read_text())) == 5
+    assert len(SHOWN) > 50 and len(commands(TUTORIAL.read_text())) == 6
 
 
 def test_a_wrong_command_is_found():
@@ -81,17 +81,16 @@ def test_the_files_of_the_tutorial_fit_together(tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").symlink_to(REPO / "configs")
     monkeypatch.chdir(tmp_path)
     exec(files["make_data.py"], {})
-    assert "20 rows" in capsys.readouterr().out
+    assert "112 rows" in capsys.readouterr().out
     config = parse_config(["reft", "--config=mine/config.py", "--config.reward=mine/reward.py:reward"])
     train = load_examples(config.data.train, need_cot=True)
-    assert len(train) == 20 and len(load_examples(config.data.test, need_cot=False)) == 7
+    assert len(train) == 112 and len(load_examples(config.data.test, need_cot=False)) == 38
     names = {}
     exec(train[0].answer_cot, names)
     assert names["solution"]() == float(train[0].answer_value)
     with Rewards(config.reward, 1, 30.0, tmp_path / "log") as rewards:
         paid = rewards.submit(train[0].answer_cot, Example("gsm8k_1", "", "8"), Verdict(8.0, True, 1.0, "ok"))
+        assert tuple(paid.result(60)) == (1.2, {"answer": 1.0, "short": 0.2})
+        longer = train[0].answer_cot.replace("    result", "    more = 0\n    result", 1)
+        paid = rewards.submit(longer, Example("gsm8k_1", "", "8"), Verdict(8.0, True, 1.0, "ok"))
         assert tuple(paid.result(60)) == (1.0, {"answer": 1.0, "short": 0.0})
-        paid = rewards.submit(
-            "def solution():\n    return 8", Example("gsm8k_1", "", "8"), Verdict(8.0, True, 1.0, "ok")
-        )
-        assert paid.result(60)[0] == pytest.approx(1.2)

@@ -18,7 +18,7 @@ function rolloutCard(line) {
 async function openRollouts(iterations) {
   if (!iterations.length) {
     byId("told").textContent = "There are no rollouts: no iteration is done, or an older version did not keep them.";
-    for (const id of ["iteration", "by", "more"]) byId(id).disabled = true;
+    for (const controls of document.querySelectorAll("#rollouts .controls")) controls.hidden = true;
     return;
   }
   let lines = [], asked = 0;

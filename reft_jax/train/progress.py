@@ -57,7 +57,9 @@ class Progress:
     def update(self, done: int, **numbers: float) -> None:
         """Sets `done` of `total`, work before a resume included, and the two or three numbers worth watching."""
         self._done, self._numbers, self._first = done, numbers, ""
-        self._course.extend(value for value in [*numbers.values()][:1] if math.isfinite(value))
+        first = next(iter(numbers.values()), math.nan)
+        if math.isfinite(first):
+            self._course.append(first)
         if not self._live and time.monotonic() - self._shown_at >= self.LOG_SECONDS:
             self._show(self._line())
 
@@ -96,17 +98,15 @@ class Progress:
         where, numbers, pace = self._told()
         if self._first:
             where, pace = [where[0], self._first], pace[1:]
-        stage = self._stage[: width // 3]
-        least, most = self.BAR
-        while len(where) > 1 and width - len("  ".join([stage, *where])) - 2 < least:
+        stage, (least, most) = self._stage[: width // 3], self.BAR
+        while (room := width - len("  ".join([stage, *where])) - 2) < least and len(where) > 1:
             where = where[1:]
-        room = width - len("  ".join([stage, *where])) - 2
-        top, bottom = Table.grid(padding=(0, 2, 0, 0)), "  ".join([*numbers, *pace])
+        if numbers and (bars := sparkline(self._course, width - len("  ".join([*numbers, *pace])) - 1)):
+            numbers[0] += f" {bars}"
+        top = Table.grid(padding=(0, 2, 0, 0))
         top.add_row(stage, ProgressBar(self._total, self._done, max(least, min(most, room))), "  ".join(where))
-        if numbers and (bars := sparkline(self._course, width - len(bottom) - 1)):
-            bottom = "  ".join([f"{numbers[0]} {bars}", *numbers[1:], *pace])
         top.columns[2].no_wrap = True
-        return [top, Text(bottom, no_wrap=True, overflow="ellipsis")]
+        return [top, Text("  ".join([*numbers, *pace]), no_wrap=True, overflow="ellipsis")]
 
 
 def sparkline(values, most: int) -> str:

@@ -42,7 +42,7 @@ class Wandb:
         )
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        self._run.log(numbers, step=step)
+        self._run.log(numbers, step=step, commit=True)  # otherwise it waits for the next step
 
     def file(self, path: Path) -> None:
         self._run.save(path, base_path=path.parent, policy="now")

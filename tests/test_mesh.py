@@ -83,7 +83,7 @@ def sample(mesh, tpu: bool = False) -> dict:
     how many constraints the first decode program has, and how much it gathers. `tpu`: with a TPU's form of the cache.
     """
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    with mock.patch.object(generate, "for_rollouts", lambda m, _: RolloutModel(m.config, m.dtype, tpu=tpu)):
+    with mock.patch.object(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8)):
         engine = generate.Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]

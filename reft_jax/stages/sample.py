@@ -47,7 +47,8 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     task = run.inputs.task
     identity = {"model": weights.checksum, "format": run.config.data.format} | sampling
     identity |= {"seed": run.config.seed, "dtype": run.config.model.dtype}
-    others = {"task": task.name, "template": run.inputs.template, "int8": ",".join(quantized(run.config))}
+    others = {"task": task.name, "template": run.inputs.template}
+    others |= {f"engine.{part}": "int8" for part in quantized(run.config)}
     identity |= {key: value for key, value in others.items() if value}
     identity |= {} if task.reading == "strict" else {"reading": task.reading}
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND

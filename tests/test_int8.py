@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODEL, LM = tiny_model(num_kv_heads=2, qkv_bias=True)
 CONFIG = MODEL.config
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # axes that a product sums over
-PARTS = [("weights",), ("cache",), ("weights", "cache")]
+BOTH = ("weights", "cache")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def slow_logprobs(parts, tokens) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def sampled(parts, tpu, monkeypatch, temperature=1.0):
+def sampled(parts, tpu, monkeypatch):
     """Five prompts of which two share their tokens, on four slots: (prompt, completion) each."""
     monkeypatch.setattr(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8))
-    engine = generate.Engine(MODEL, make_mesh(1, 1, 1), slots=4, pad_multiple=8, eos_id=-1, seed=0, int8=parts)
+    engine = generate.Engine(MODEL, make_mesh(1, 1, 1), slots=4, pad_multiple=24, eos_id=-1, seed=0, int8=parts)
     rng, limits = np.random.default_rng(2), [40, 66, 30, 22, 71]
     rows = [rng.integers(0, 61, length).astype(np.int32) for length in (3, 60, 8, 1)]
     prompts = [Prompt(f"toy_{min(i, 3)}", i, rows[min(i, 3)]) for i in range(5)]
-    found = dict(engine.generate(LM, prompts, max_len=limits, temperature=temperature))
+    found = dict(engine.generate(LM, prompts, max_len=limits, temperature=1.0))
     assert [len(p.tokens) + len(found[i].tokens) for i, p in enumerate(prompts)] == limits
     return [(prompt, found[i]) for i, prompt in enumerate(prompts)]
 
@@ -140,21 +140,15 @@ def differences(parts, rows) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("tpu", [False, True], ids=["in place", "beside"])
-@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+@pytest.mark.parametrize(
+    ("parts", "tpu"), [(("weights",), False), (("cache",), True), (BOTH, False), (BOTH, True)], ids=str
+)
 def test_logprobs_are_those_of_the_quantized_models_own_full_forward(parts, tpu, monkeypatch):
     """Keys and values of both differ by rounding. Where such a number lies between two of int8, they take one each."""
     rows = sampled(parts, tpu, monkeypatch)
     apart = differences(parts, rows)
     assert np.quantile(apart, 0.9) < 1e-4 and apart.max() < (0.03 if "cache" in parts else 1e-4)
     assert differences((), rows).mean() > 20 * apart.mean()  # the unquantized model gives others
-
-
-def test_greedy_tokens_are_the_likeliest_of_the_quantized_model(monkeypatch):
-    for prompt, completion in sampled(("weights", "cache"), False, monkeypatch, temperature=0.0):
-        tokens = np.concatenate([prompt.tokens, completion.tokens])
-        full = slow_logprobs(("weights", "cache"), tokens)[len(prompt.tokens) - 1 : -1]
-        assert (full.max(-1) - full[np.arange(len(full)), completion.tokens]).max() < 0.03
 
 
 def converted(parts, tpu) -> set[str]:

@@ -1,9 +1,9 @@
 """How far int8 rollouts are from bfloat16 and float32 on real weights: greedy texts, and sampler against trainer.
 
-    python benchmarks/int8.py MODEL_DIR [--prompts=50] [--tokens=64]
+    python benchmarks/int8.py MODEL_DIR [--prompts=50] [--tokens=64] [--only=bfloat16,int8]
 
 The questions are generated; the prompts are the method's. Weights are read in bfloat16. Prints one row per sampler as
-it is measured:
+it is measured (--only: float32 and those with one of these words in their name):
 
 - greedy: how many texts are float32's to the last token, and how many tokens are before the first other one (mean).
 - gap: |log π_trainer − log π_sampler| of the tokens that the sampler draws at temperature 1, as in a run's metrics. The
@@ -31,11 +31,11 @@ from reft_jax.types import Prompt
 SEED, MULTIPLE = 42, 64
 SAMPLERS = {  # name: compute dtype, what is int8
     "float32": ("float32", ()),
+    "float32, int8 weights": ("float32", ("weights",)),
+    "float32, int8 weights and cache": ("float32", ("weights", "cache")),
     "bfloat16": ("bfloat16", ()),
-    "float32, weights int8": ("float32", ("weights",)),
-    "float32, weights and cache int8": ("float32", ("weights", "cache")),
-    "bfloat16, weights int8": ("bfloat16", ("weights",)),
-    "bfloat16, weights and cache int8": ("bfloat16", ("weights", "cache")),
+    "bfloat16, int8 weights": ("bfloat16", ("weights",)),
+    "bfloat16, int8 weights and cache": ("bfloat16", ("weights", "cache")),
 }
 
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--only", default="")
     asked = parser.parse_args()
     tokenizer, mesh = load_tokenizer(asked.model), make_mesh(1, 1, 1)
     examples = make_split(SEED, "train", asked.prompts, answer_format="python", skipped_share=0.0)
@@ -87,9 +88,11 @@ def main() -> None:
     print(f"{asked.model.name}: {asked.prompts} prompts, {asked.tokens} tokens each\n")
     print("| sampler | greedy texts as float32 | tokens before another | gap mean | 99.9 % | largest | outside | ESS |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    expected = None
+    expected, words = None, asked.only.split(",")
     with on_mesh(mesh):
         for name, (dtype, int8) in SAMPLERS.items():
+            if expected is not None and not any(word in name for word in words):
+                continue
             sampler = Sampler(mesh, model.clone(dtype=jnp.dtype(dtype)), lm, int8, prompts, asked.tokens)
             texts = sampler.texts()
             expected = texts if expected is None else expected

@@ -55,4 +55,4 @@ def matmul(a: Array, b: Array) -> jax.Array:
     scale = next((x.scale for x in (a, b) if isinstance(x, Quantized)), None)
     a, b = (x.q.astype(y.dtype) if isinstance(x, Quantized) else x for x, y in ((a, b), (b, a)))
     sums = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-    return sums if scale is None else sums * scale
+    return sums if scale is None else sums * jnp.expand_dims(scale, range(sums.ndim - scale.ndim))

@@ -239,7 +239,7 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
     written, where = cache, cache[0].axes
     if model.tpu:
         written = kv.init_recent(model.config, len(begin), CHUNK, model.cache_dtype)
-        where = jax.tree.map(lambda _: kv.VALUE_AXES, written[0])
+        where = written[0].recent_axes
     with jax.named_scope("decode_steps"):
         _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
     if model.tpu:

@@ -46,7 +46,7 @@ def attend(q: jax.Array, k: Array, v: Array, seen: jax.Array) -> jax.Array:
     scores = _masked(to_each, k, seen.reshape(len(seen), 1, k.shape[2], 1, k.shape[4]))
     weights = jnp.exp(scores - scores.max((2, 4), keepdims=True))
     weights /= weights.sum((2, 4), keepdims=True)
-    v = jax.tree.map(lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3]), v)
+    v = jax.tree.map(lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, *x.shape[3:]), v)
     return _summed(weights, v, q.dtype).sum(2).astype(q.dtype).reshape(q.shape)
 
 
@@ -87,7 +87,7 @@ def _summed(weights, v, dtype):
     """weights float32[…,S] times v […,S,H], a product in `dtype` -> float32[…,H]. Scales of v multiply the weights,
     because the product sums over positions."""
     if isinstance(v, Quantized):
-        weights, v = weights * v.scale.swapaxes(-1, -2), v.q.astype(dtype)
+        weights, v = weights * v.scale[..., None, :], v.q.astype(dtype)
     return jnp.matmul(weights.astype(dtype), v, preferred_element_type=jnp.float32)
 
 

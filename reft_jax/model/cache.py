@@ -25,7 +25,7 @@ BLOCK = 64  # positions of a block of keys
 
 
 class KVCache(NamedTuple):
-    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H]. Scales have 1 instead of H.
+    """One layer: k dtype[B,K,H,S], or in blocks dtype[B,K,S/64,H,64]; v dtype[B,K,S,H]. Scales have no axis H.
 
     The caller knows how many positions of a row are valid.
     """
@@ -40,17 +40,27 @@ class KVCache(NamedTuple):
     @property
     def key_axis(self) -> int:
         """The axis of k along which positions, or blocks of them, follow each other."""
-        return 2 if self.k.ndim == 5 else 3
+        return 2 if self.k.ndim == 5 else -1
 
     @property
     def axes(self) -> "KVCache":
         """Its logical axes."""
         k = ("cache_length", "head_dim", None) if self.k.ndim == 5 else ("head_dim", "cache_length")
-        spec = PartitionSpec("batch", "kv_heads", *k)
-        return KVCache(jax.tree.map(lambda _: spec, self.k), jax.tree.map(lambda _: VALUE_AXES, self.v))
+        return KVCache(_specs(self.k, k), _specs(self.v, ("cache_length", "head_dim")))
+
+    @property
+    def recent_axes(self) -> "KVCache":
+        """Those of what `init_recent` makes."""
+        return KVCache(*(_specs(x, ("cache_length", "head_dim")) for x in self))
 
 
-VALUE_AXES = PartitionSpec("batch", "kv_heads", "cache_length", "head_dim")
+def _specs(x: Array, axes: tuple[str | None, ...]):
+    """The logical axes of an array of the cache, and those of its scale."""
+    rows = ("batch", "kv_heads")
+    whole = PartitionSpec(*rows, *axes)
+    if not isinstance(x, Quantized):
+        return whole
+    return Quantized(whole, PartitionSpec(*rows, *(axis for axis in axes if axis != "head_dim")))
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype, *, blocks: bool) -> tuple[KVCache, ...]:
@@ -71,13 +81,13 @@ def _zeros(shape: tuple[int, ...], heads: int, dtype) -> Array:
     zeros = jnp.zeros(shape, dtype)
     if dtype != jnp.int8:
         return zeros
-    return Quantized(zeros, jnp.zeros([1 if axis == heads else size for axis, size in enumerate(shape)], jnp.float32))
+    return Quantized(zeros, jnp.zeros(shape[:heads] + shape[heads + 1 :]))
 
 
 def in_blocks(cache: KVCache) -> KVCache:
     """The same cache with its keys [B,K,H,S] in blocks; zeros fill up the last block, in keys and values."""
     cache = grow(cache, cache.length + -cache.length % BLOCK)
-    return cache._replace(k=jax.tree.map(lambda k: k.reshape(*k.shape[:3], -1, BLOCK).swapaxes(2, 3), cache.k))
+    return cache._replace(k=jax.tree.map(lambda k: jnp.moveaxis(k.reshape(*k.shape[:-1], -1, BLOCK), -2, 2), cache.k))
 
 
 def grow(cache: KVCache, length: int) -> KVCache:
@@ -85,7 +95,7 @@ def grow(cache: KVCache, length: int) -> KVCache:
     more = length - cache.length
 
     def pad(axis, more, x):
-        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+        return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])
 
     in_keys = more // BLOCK if cache.k.ndim == 5 else more
     k = jax.tree.map(partial(pad, cache.key_axis, in_keys), cache.k)
@@ -117,8 +127,11 @@ def write(cache: KVCache, at: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     def put(where, old, new):
         return old.at[where].set(new, mode="drop", unique_indices=True)
 
-    in_block = partial(put, (rows, whole, at // BLOCK, whole, at % BLOCK))
-    k = jax.tree.map(in_block, cache.k, like(k, cache.k))
+    def put_in_block(old, new):
+        heads = (whole,) * (old.ndim - 4)  # a scale has none
+        return put((rows, whole, at // BLOCK, *heads, at % BLOCK), old, new)
+
+    k = jax.tree.map(put_in_block, cache.k, like(k, cache.k))
     return KVCache(k, jax.tree.map(partial(put, (rows, whole, at)), cache.v, like(v, cache.v)))
 
 
@@ -132,9 +145,11 @@ def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) ->
     fresh = (place >= 0) & (place < count[:, None])
     moves = jnp.arange(recent.length)[None, :, None] == place[:, None]
 
-    def merge(axes, fresh, old, new):
-        moved = jnp.einsum(f"BKRH,BRS->{axes}", new, moves.astype(new.dtype), precision=jax.lax.Precision.HIGHEST)
-        return jnp.where(fresh, moved, old)
+    def merge(axes, old, new):
+        axes = axes if new.ndim == 4 else "BKS"  # of a scale
+        exact = {"precision": jax.lax.Precision.HIGHEST}
+        moved = jnp.einsum(f"{'BKRH'[: new.ndim]},BRS->{axes}", new, moves.astype(new.dtype), **exact)
+        return jnp.where(jnp.expand_dims(fresh, [axes.index(axis) for axis in axes if axis in "KH"]), moved, old)
 
-    k = jax.tree.map(partial(merge, "BKHS", fresh[:, None, None, :]), cache.k, recent.k)
-    return KVCache(k, jax.tree.map(partial(merge, "BKSH", fresh[:, None, :, None]), cache.v, recent.v))
+    k = jax.tree.map(partial(merge, "BKHS"), cache.k, recent.k)
+    return KVCache(k, jax.tree.map(partial(merge, "BKSH"), cache.v, recent.v))

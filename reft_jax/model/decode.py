@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from reft_jax.model.attention import attend, attend_causally, attend_parts
 from reft_jax.model.cache import KVCache, in_blocks, write, write_recent
 from reft_jax.model.llama import causal_attention, causal_inputs, layer, residual, rms_norm, rope_tables
-from reft_jax.model.quantized import Array, matmul, quantize
+from reft_jax.model.quantized import Array, matmul, quantize, turned
 from reft_jax.model.rollout_weights import RolloutModel
 
 Cache = tuple[KVCache, ...]  # layer by layer
@@ -46,7 +46,7 @@ def _quantized_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Arr
     """`causal_attention` with a quantized cache. It reads keys and values as a decode step will: so the log-probability
     of a token does not depend on where its prompt ends."""
     kept = KVCache(quantize(k.transpose(0, 2, 3, 1), axis=2), quantize(v.transpose(0, 2, 1, 3), axis=3))
-    return attend_causally(q, *(x.numbers(q.dtype) for x in kept), mask), kept
+    return attend_causally(q, kept.k.numbers(2, q.dtype), kept.v.numbers(3, q.dtype), mask), kept
 
 
 def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array, cache: Cache):
@@ -94,8 +94,7 @@ def step_beside(
 
     def attention(positions, added, q, k, v):
         added = write_recent(added, step, k[:, 0], v[:, 0])
-        k = jax.tree.map(lambda x: x.swapaxes(2, 3), added.k)
-        return attend_parts(q[:, 0], (*positions, old), (k, added.v, new))[:, None], added
+        return attend_parts(q[:, 0], (*positions, old), (turned(added.k), added.v, new))[:, None], added
 
     tables, x = rope_tables(c, (begin + step)[:, None]), residual(weights["embed"][tokens[:, None]])
     for i, (own, *both) in enumerate(zip(_layers(model, weights), cache, recent, strict=True)):
@@ -113,8 +112,8 @@ def _layers(model: RolloutModel, weights) -> list[dict[str, Array]]:
 
 def _inputs_first(model: RolloutModel, own: dict[str, Array]) -> dict[str, Array]:
     """A layer's weights with every matrix [in, out]; the compiler makes the transposes part of the products."""
-    turned = ("q", "k", "v", "gate", "up") if model.tpu else ("q", "k", "v", "o", "gate", "up", "down")
-    return own | {name: jax.tree.map(jnp.transpose, own[name]) for name in turned}
+    outputs_first = ("q", "k", "v", "gate", "up") if model.tpu else ("q", "k", "v", "o", "gate", "up", "down")
+    return own | {name: turned(own[name]) for name in outputs_first}
 
 
 def _linear_columns(own: dict[str, Array], name: str, x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Quantized(NamedTuple):
-    """The array q · scale: q int8, scale float32 in q's shape, but of size 1 along the axis that shares a scale."""
+    """The array q · scale: q int8; scale float32 has q's axes but one, whose numbers share a scale."""
 
     q: jax.Array
     scale: jax.Array
@@ -24,9 +24,9 @@ class Quantized(NamedTuple):
     def ndim(self) -> int:
         return self.q.ndim
 
-    def numbers(self, dtype) -> jax.Array:
-        """The array itself, in `dtype`."""
-        return (self.q * self.scale).astype(dtype)
+    def numbers(self, axis: int, dtype) -> jax.Array:
+        """The array itself, in `dtype`; `axis` is the one that shares a scale."""
+        return (self.q * jnp.expand_dims(self.scale, axis)).astype(dtype)
 
 
 Array = jax.Array | Quantized
@@ -38,12 +38,17 @@ def quantize(x: jax.Array, axis: int) -> Quantized:
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis, keepdims=True)
     scale = jnp.where(largest == 0, 1, largest / 127)
-    return Quantized(jnp.round(x / scale).astype(jnp.int8), scale)
+    return Quantized(jnp.round(x / scale).astype(jnp.int8), scale.squeeze(axis))
 
 
 def like(x: jax.Array, stored: Array) -> Array:
     """x [...,H] in the form of the array that will hold it: quantized along H, or in its type."""
     return quantize(x, -1) if isinstance(stored, Quantized) else x.astype(stored.dtype)
+
+
+def turned(x: Array) -> Array:
+    """x with its last two axes exchanged."""
+    return x._replace(q=x.q.mT) if isinstance(x, Quantized) else x.mT
 
 
 def matmul(a: Array, b: Array) -> jax.Array:
@@ -52,7 +57,10 @@ def matmul(a: Array, b: Array) -> jax.Array:
     Its q is then a factor in the type of the other one, and the scale multiplies the sums. So a compiler that makes the
     conversion part of the product reads one byte per number.
     """
-    scale = next((x.scale for x in (a, b) if isinstance(x, Quantized)), None)
-    a, b = (x.q.astype(y.dtype) if isinstance(x, Quantized) else x for x, y in ((a, b), (b, a)))
+    scale = None
+    if isinstance(a, Quantized):
+        a, scale = a.q.astype(b.dtype), a.scale[..., :, None]
+    elif isinstance(b, Quantized):
+        b, scale = b.q.astype(a.dtype), b.scale[..., None, :]
     sums = jnp.matmul(a, b, preferred_element_type=jnp.float32)
     return sums if scale is None else sums * jnp.expand_dims(scale, range(sums.ndim - scale.ndim))

@@ -53,7 +53,7 @@ def rollout_layer(model: RolloutModel, layers, i):
         turn = x.ndim == 2 and (axes[0] == "embed" or not model.tpu)
         if x.ndim == 2 and "weights" in model.int8:
             q, scale = quantize(x, axis=0)
-            return Quantized(_boxed(q, axes, turn), _boxed(scale, (None, axes[1]), turn))
+            return Quantized(_boxed(q, axes, turn), _boxed(scale, axes[1:]))
         return _boxed(x.astype(model.dtype), axes, turn)
 
     own = merged({name: x[i] for name, x in layers.items()})

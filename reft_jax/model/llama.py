@@ -24,6 +24,7 @@ import numpy as np
 from reft_jax.model.attention import attend_causally
 from reft_jax.model.cache import KVCache
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.quantized import Array, matmul
 
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
 REMAT_POLICIES = {
@@ -112,17 +113,17 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.
     return (y * jnp.expand_dims(scale.astype(jnp.float32), along)).astype(x.dtype)
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, summed in float32, in a's dtype.
+def product(x: jax.Array, weight: Array) -> jax.Array:
+    """x @ weight, summed in float32, in x's dtype.
 
     The sum has to be asked for: only then does XLA's CPU backend use the bfloat16 instructions of the machine.
     """
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+    return matmul(x, weight).astype(x.dtype)
 
 
 @jax.custom_vjp
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype."""
+def project(x: jax.Array, weight: Array) -> jax.Array:
+    """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype. A quantized weight has no gradient."""
     return product(x, weight)
 
 

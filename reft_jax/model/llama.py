@@ -12,8 +12,8 @@ dtype where they are used; norms, rotations and softmax are float32.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -121,25 +121,34 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype."""
-    return product(x, weight)
+def project(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    """x [B,T,D] times each weight [D,F] -> [B,T,F] each, in x's dtype.
+
+    One function for all products of x, because its gradient is their sum. On a mesh that sum is taken before it goes
+    over the tensor axis: one collective, not one for each weight.
+    """
+    return tuple(product(x, weight) for weight in weights)
 
 
-def _project_forward(x, weight):
-    return product(x, weight), (x, weight)
+def _project_forward(x, *weights):
+    return project(x, *weights), (x, weights)
 
 
-def _project_backward(kept, y):
-    x, weight = kept
+def _project_backward(kept, gradients):
+    x, weights = kept
+    pairs = list(zip(gradients, weights, strict=True))[::-1]  # in the order in which JAX would add
     if x.dtype == jnp.bfloat16:  # `einsum`, because XLA's CPU backend has no bfloat16 product with a transposed matrix
         sums = {"preferred_element_type": jnp.float32}
-        to_x, to_weight = jnp.einsum("BTF,DF->BTD", y, weight, **sums), jnp.einsum("BTD,BTF->DF", x, y, **sums)
-        return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
-    # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes for the weight's gradient
-    # into the computations of x and y, and these then write column by column.
-    rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
-    return y @ weight.T, rows.T @ outs
+        to_x = reduce(jnp.add, (jnp.einsum("BTF,DF->BTD", y, weight, **sums) for y, weight in pairs))
+        return to_x.astype(x.dtype), *(jnp.einsum("BTD,BTF->DF", x, y, **sums).astype(x.dtype) for y in gradients)
+
+    def to_weight(y):
+        # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes into the computations
+        # of x and y, and these then write column by column.
+        rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
+        return rows.T @ outs
+
+    return reduce(jnp.add, (y @ weight.T for y, weight in pairs)), *map(to_weight, gradients)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -186,15 +195,22 @@ def _bias(*axes: str):
 
 
 def residual(x: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(x, ("batch", "act_length", "act_embed"))
+
+
+def gathered(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
 
-def linear(weights: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
-    """x [B,T,D] times the matrix `name` [D,F], plus its bias [F] and its adapter [D,r], [r,F], if any -> [B,T,F]."""
-    y, bias, a = project(x, weights[name]), weights.get(f"{name}_bias"), weights.get(name + LORA_A)
-    if a is not None:
-        y = y + project(project(x, a), weights[name + LORA_B])
-    return y if bias is None else y + bias[None, None]
+def linear(weights: Mapping[str, jax.Array], names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+    """x [B,T,D] times each named matrix [D,F], plus its bias [F] and its adapter [D,r], [r,F], if any -> [B,T,F]."""
+    found = []
+    for name, y in zip(names, project(x, *(weights[name] for name in names)), strict=True):
+        bias, a = weights.get(f"{name}_bias"), weights.get(name + LORA_A)
+        if a is not None:
+            y = y + project(*project(x, a), weights[name + LORA_B])[0]
+        found.append(y if bias is None else y + bias[None, None])
+    return found
 
 
 def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, tables, attention: Callable):
@@ -206,19 +222,20 @@ def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, t
         tables: those of the positions, of `rope_tables`; None: this layer does not rotate.
         attention: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (heads [B,T,N,H], anything to keep).
     """
-    y = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    q, k, v = (linear(weights, name, y).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
+    y = gathered(rms_norm(x, weights["attention_norm"], config.rms_norm_eps))
+    q, k, v = (z.reshape(*y.shape[:2], -1, config.head_dim) for z in linear(weights, "qkv", y))
     if config.qk_norm:
         q, k = (rms_norm(z, weights[name], config.rms_norm_eps) for z, name in ((q, "q_norm"), (k, "k_norm")))
     if tables is not None:
         q, k = rotate(q, tables), rotate(k, tables)
     heads, kept = attention(q, k, v)
-    x = residual(x + linear(weights, "o", heads.reshape(*x.shape[:2], -1)))
+    x = residual(x + linear(weights, "o", heads.reshape(*x.shape[:2], -1))[0])
 
-    y = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
-    y = nn.silu(linear(weights, "gate", y)) * linear(weights, "up", y)
+    y = gathered(rms_norm(x, weights["mlp_norm"], config.rms_norm_eps))
+    gate, up = linear(weights, ("gate", "up"), y)
+    y = nn.silu(gate) * up
     y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
-    return residual(x + linear(weights, "down", y)), kept
+    return residual(x + linear(weights, ("down",), y)[0]), kept
 
 
 def causal_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:

@@ -16,6 +16,7 @@ from reft_jax.types import InputError
 RULES = (
     ("batch", ("data", "fsdp")),
     ("length", None),
+    ("act_length", "tensor"),
     ("act_embed", None),
     ("layers", None),
     ("embed", "fsdp"),

@@ -224,6 +224,8 @@ class EngineSettings:
     """The rollout engine."""
 
     slots: int = setting(128, POSITIVE, "completions decoded at once, in rollouts, evaluation and sampling")
+    weights: str = setting("", one_of("", "int8"), "of the layers' matrices while it samples; empty: model.dtype")
+    cache: str = setting("", one_of("", "int8"), "keys and values of earlier tokens; empty: model.dtype")
 
 
 @dataclass(frozen=True)

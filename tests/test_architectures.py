@@ -121,7 +121,7 @@ def test_a_folder_that_we_write(pair, tmp_path):
 def test_greedy_rollouts(pair, tpu):
     """Both forms of a decode step give transformers' tokens, with the log-probabilities that training computes."""
     theirs, model, params = pair
-    with mock.patch.object(generate, "for_rollouts", lambda m, _: RolloutModel(m.config, m.dtype, tpu=tpu)):
+    with mock.patch.object(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8)):
         engine = generate.Engine(model, make_mesh(1, 1, 1), slots=4, pad_multiple=16, eos_id=61, seed=0)
     asked = [Prompt(f"toy_{i}", 0, np.array(row[:4], np.int32)) for i, row in enumerate(ROWS)]
     found = dict(engine.generate(params, asked, max_len=LENGTH, temperature=0.0))

@@ -78,13 +78,13 @@ def train(mesh, kind: str) -> dict:
     return found | {"constraints": constraints, "share": share}
 
 
-def sample(mesh, tpu: bool = False) -> dict:
+def sample(mesh, tpu: bool = False, int8: tuple[str, ...] = ()) -> dict:
     """Drawn completions of ten prompts, three each, on 16 slots: prefills are shared, the last rows move together. Also
     how many constraints the first decode program has, and how much it gathers. `tpu`: with a TPU's form of the cache.
     """
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    with mock.patch.object(generate, "for_rollouts", lambda m, _: RolloutModel(m.config, m.dtype, tpu=tpu)):
-        engine = generate.Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0)
+    with mock.patch.object(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8)):
+        engine = generate.Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0, int8=int8)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]
     prompts = [Prompt(f"toy_{i}", sample, row) for i, row in enumerate(rows) for sample in range(3)]
@@ -95,7 +95,7 @@ def sample(mesh, tpu: bool = False) -> dict:
             lowered = decode.lower(model, weights, slots, *args, **settings)
             seen["decode"] = lowered.as_text().count("sharding_constraint")
             largest = max(gathered(lowered.compile().as_text()), default=0)
-            seen["gathered"] = largest / slots.cache[0].k.size
+            seen["gathered"] = largest / math.prod(slots.cache[0].k.shape)
         return decode(model, weights, slots, *args, **settings)
 
     with mock.patch.object(programs, "decode", counted):
@@ -135,6 +135,8 @@ def results(shape: tuple[int, int, int]) -> dict:
         trained = {kind: train(mesh, kind) for kind in LOSSES}
         if shape == (2, 2, 2):
             trained["sampled as a TPU"] = sample(mesh, tpu=True)["sampled"]
+        if shape in ((1, 1, 1), (2, 2, 2)):
+            trained["in int8"] = sample(mesh, int8=("weights", "cache"))
         return trained | sample(mesh) | {"comes back": comes_back(mesh), "rollout share": rollout_share(mesh)}
 
 
@@ -176,6 +178,12 @@ def test_eight_devices_sample_as_one(i, one_device, eight_devices):
     assert eight_devices[i].get("sampled as a TPU") in (None, one_device["sampled"])
     assert eight_devices[i]["gathered"] < 1 / 4  # of a layer's keys: the cache stays where it is
     assert eight_devices[i]["rollout share"] == 1 / MESHES[i][2]  # each group of `tensor` devices has all weights
+
+
+def test_eight_devices_sample_in_int8_as_one(one_device, eight_devices):
+    found, expected = eight_devices[MESHES.index((2, 2, 2))]["in int8"], one_device["in int8"]
+    assert found["sampled"] == expected["sampled"] != one_device["sampled"]
+    assert found["gathered"] < 1 / 4
 
 
 def test_weights_come_back_from_a_folder_onto_every_mesh(one_device, eight_devices):

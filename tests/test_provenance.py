@@ -116,6 +116,8 @@ def test_a_model_that_was_trained_again_is_asked_again(world, capsys):
         ("seed", 1),
         ("data.format", "nl"),
         ("model.dtype", "float32"),
+        ("engine.weights", "int8"),
+        ("engine.cache", "int8"),
     ],
 )
 def test_other_settings_draw_other_samples(world, key, value):

@@ -21,7 +21,7 @@ from reft_jax.algo.advantages import action_mask, token_rewards
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.algo.losses import token_loss
 from reft_jax.config import flatten
-from reft_jax.engine.generate import Engine
+from reft_jax.engine.generate import Engine, quantized
 from reft_jax.model import families
 from reft_jax.model.hf import checked, read_config
 from reft_jax.model.hf_write import hf_tensors
@@ -46,8 +46,8 @@ QUESTIONS = 4  # rolled out, scored and trained on
 RESPONSE = 32  # tokens sampled for each
 PAD_MULTIPLE = 64
 # Differences that rounding alone makes between two compiled functions, in nats.
-MEAN_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-MAX_GAP = {"float32": 2e-3, "bfloat16": 1.0}
+MEAN_GAP = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.05}
+MAX_GAP = {"float32": 2e-3, "bfloat16": 1.0, "int8": 1.0}
 HARM = 0.15  # nats per token: a layer whose absence improves the model by more is damaged (SmolLM2: at most 0.07)
 PROGRAMS = {  # program: its expected value or outcome
     "def solution():\n    return 6 * 7": 42.0,
@@ -215,7 +215,8 @@ def roll_out(inputs: Inputs, mesh, model: Llama, lm) -> tuple[list[Prompt], list
     count = round_up(QUESTIONS, row_shards(mesh))
     asked = inputs.prompts(inputs.data.train, -(-count // QUESTIONS))[:count]
     ends, seed = inputs.end_ids, inputs.config.seed
-    engine = Engine(model, mesh, slots=count, pad_multiple=PAD_MULTIPLE, eos_id=ends, seed=seed)
+    size = {"slots": count, "pad_multiple": PAD_MULTIPLE}
+    engine = Engine(model, mesh, **size, eos_id=ends, seed=seed, int8=quantized(inputs.config))
     max_len = max(len(prompt.tokens) for prompt in asked) + RESPONSE
     found = dict(engine.generate(lm, asked, max_len=max_len, temperature=inputs.config.rl.temperature))
     return asked, [found[i] for i in range(count)]
@@ -245,7 +246,8 @@ def check_iteration(
     scores, packing = one.score(policy, reference, rollout)
 
     sampled = np.concatenate([completion.logprobs for completion in completions])
-    yield gap("sampler and trainer agree", sampled - scores.logprob[packing.at], dtype)
+    sampler = "int8" if quantized(inputs.config) else dtype
+    yield gap("sampler and trainer agree", sampled - scores.logprob[packing.at], sampler)
     reference = scores.logprob if scores.ref_logprob is None else scores.ref_logprob
     if algorithm.reference:
         yield gap("KL to the reference is 0", scores.logprob[packing.at] - reference[packing.at], dtype)

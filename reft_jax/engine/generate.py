@@ -32,6 +32,11 @@ def item_number(item_id: str) -> int:
     return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:4], "big") >> 1
 
 
+def quantized(config) -> tuple[str, ...]:
+    """Which parts the settings `engine` keep in int8, as `Engine` takes them."""
+    return tuple(name for name in ("weights", "cache") if getattr(config.engine, name) == "int8")
+
+
 class Shapes(NamedTuple):
     """The sizes of a rollout's arrays.
 
@@ -59,6 +64,7 @@ class Engine:
         eos_id: int | Collection[int],
         seed: int,
         after_chunk: Callable[[], None] = lambda: None,
+        int8: tuple[str, ...] = (),
     ):
         """Nothing is compiled here.
 
@@ -67,12 +73,13 @@ class Engine:
             pad_multiple: prompts and rows are padded to a multiple of it; a cache with keys in blocks to whole blocks.
             eos_id: the id that ends a row, or several.
             after_chunk: called after each chunk of decode steps; an exception that it raises ends the rollout.
+            int8: which of "weights" and "cache" are quantized. Log-probabilities are those of the quantized model.
 
         `counts`, since this engine was made: prompts and prompt_tokens prefilled (without padding), decode steps,
         slot_steps (steps times slots), tokens drawn. queue_slot_steps and queue_tokens are the same, counted only while
         requests waited for a slot.
         """
-        self.model, self.mesh, self.pad_multiple = for_rollouts(model, mesh), mesh, pad_multiple
+        self.model, self.mesh, self.pad_multiple = for_rollouts(model, mesh, int8), mesh, pad_multiple
         self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(sorted(eos_id))
         self.shards = row_shards(mesh)
         self.sizes = [slots // self.shards]  # slots per shard

@@ -83,7 +83,7 @@ on_rollout_rules = nn.logical_axis_rules(ROLLOUT_RULES)  # while a function is t
 @partial(jax.jit, static_argnames="model")
 @on_rollout_rules
 def layer_weights(model, layers, i):
-    """Layer i of the stacked layers, cast and laid out for rollouts."""
+    """Layer i of the stacked layers, cast or quantized, and laid out for rollouts."""
     return nn.unbox(rollout_layer(model, layers, i))
 
 
@@ -109,7 +109,7 @@ def rollout_weights(model, lm):
 def empty_slots(model, rows: int, width: int, length: int) -> Slots:
     """Free slots for rows of at most `width` tokens, with a cache of `length` positions at first."""
     zeros = jnp.zeros(rows, jnp.int32)
-    cache = kv.init_cache(model.config, rows, length, model.dtype, blocks=not model.tpu)
+    cache = kv.init_cache(model.config, rows, length, model.cache_dtype, blocks=not model.tpu)
     tokens = jnp.zeros((rows, width), jnp.int32)
     return _placed(Slots(cache, tokens, tokens.astype(jnp.float32), zeros + 1, zeros + 1, zeros, zeros, zeros))
 
@@ -137,7 +137,7 @@ def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
     """
     shards = seats.slot.shape[0]
 
-    def put(old, new, position_axis=None):
+    def put(position_axis, old, new):
         """old [B,…] takes the picked rows of new [R,…], which may be shorter along one axis."""
 
         def one_shard(old, new, slot, source):
@@ -157,12 +157,15 @@ def seat(slots: Slots, prefix: Prefix, seats: Seats) -> Slots:
     return _placed(
         slots._replace(
             cache=tuple(
-                kv.KVCache(put(old.k, new.k, old.key_axis), put(old.v, new.v, 2))
+                kv.KVCache(
+                    jax.tree.map(partial(put, old.key_axis), old.k, new.k),
+                    jax.tree.map(partial(put, 2), old.v, new.v),
+                )
                 for old, new in zip(slots.cache, prefix.cache, strict=True)
             ),
-            tokens=put(slots.tokens, prefix.tokens, 1),
-            prompt_len=put(slots.prompt_len, prefix.length),
-            total_len=put(slots.total_len, prefix.length),
+            tokens=put(1, slots.tokens, prefix.tokens),
+            prompt_len=put(None, slots.prompt_len, prefix.length),
+            total_len=put(None, slots.total_len, prefix.length),
             limit=mark(slots.limit, seats.limit),
             item=mark(slots.item, seats.item),
             sample=mark(slots.sample, seats.sample),
@@ -190,7 +193,7 @@ def keep(slots: Slots, kept) -> Slots:
 def grow_layer(layer: kv.KVCache, length: int) -> kv.KVCache:
     """Grow the cache of one layer. Layer by layer, so that only one layer is in memory twice."""
     layer = kv.grow(layer, length)
-    return kv.KVCache(*map(nn.with_logical_constraint, layer, layer.axes))
+    return jax.tree.map(nn.with_logical_constraint, layer, layer.axes)
 
 
 @partial(jax.jit, static_argnames=("model", "eos_ids", "temperature", "top_k"), donate_argnums=2)
@@ -235,7 +238,8 @@ def decode(model, weights, slots: Slots, key, iteration, steps, enough, *, eos_i
 
     written, where = cache, cache[0].axes
     if model.tpu:
-        written, where = kv.init_recent(model.config, len(begin), CHUNK, model.dtype), kv.RECENT_AXES
+        written = kv.init_recent(model.config, len(begin), CHUNK, model.cache_dtype)
+        where = jax.tree.map(lambda _: kv.VALUE_AXES, written[0])
     with jax.named_scope("decode_steps"):
         _, slots, written = jax.lax.while_loop(undecided, one_step, (0, slots, _placed_layers(written, where)))
     if model.tpu:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reft_jax.model.quantized import Array, Quantized, matmul
+
 QUERY_BLOCK = 256  # positions: half of the scores of a long row are masked, and most of those are not computed
 TILE_ROWS = 8  # of a TPU's registers
 
@@ -29,7 +31,7 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
 
 
 @jax.named_scope("attention")
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: Array, v: Array, seen: jax.Array) -> jax.Array:
     """One token per row, q [B,N,H], to the positions of a cache with keys in blocks -> [B,N,H]. Not for a TPU.
 
     Args:
@@ -44,13 +46,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Arr
     scores = _masked(to_each, k, seen.reshape(len(seen), 1, k.shape[2], 1, k.shape[4]))
     weights = jnp.exp(scores - scores.max((2, 4), keepdims=True))
     weights /= weights.sum((2, 4), keepdims=True)
-    v = v.reshape(*v.shape[:2], k.shape[2], -1, v.shape[3])
-    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32).sum(2)
-    return out.astype(q.dtype).reshape(q.shape)
+    v = jax.tree.map(lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3]), v)
+    return _summed(weights, v, q.dtype).sum(2).astype(q.dtype).reshape(q.shape)
 
 
 @jax.named_scope("attention")
-def attend_parts(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def attend_parts(q: jax.Array, *parts: tuple[Array, Array, jax.Array]) -> jax.Array:
     """One token per row, q [B,N,H], to the positions of all `parts` -> [B,N,H]. For a TPU.
 
     Args:
@@ -69,7 +70,7 @@ def attend_parts(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -
     weights = [jnp.exp(one - highest) for one in scores]
     total, out = sum(one.sum(-1, keepdims=True) for one in weights), 0
     for one, (_, v, _) in zip(weights, parts, strict=True):
-        out += jnp.matmul((one / total).astype(v.dtype), v, preferred_element_type=jnp.float32)[:, :, :group]
+        out += _summed(one / total, v, q.dtype)[:, :, :group]
     return out.astype(q.dtype).reshape(q.shape)
 
 
@@ -78,8 +79,16 @@ def _masked(q, k, seen):
 
     The mask is added, because a selection would be a separate kernel. So scores of unseen positions must be finite.
     """
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = matmul(q, k) * q.shape[-1] ** -0.5
     return scores + jnp.where(seen, 0, jnp.finfo(jnp.float32).min)
+
+
+def _summed(weights, v, dtype):
+    """weights float32[…,S] times v […,S,H], a product in `dtype` -> float32[…,H]. Scales of v multiply the weights,
+    because the product sums over positions."""
+    if isinstance(v, Quantized):
+        weights, v = weights * v.scale.swapaxes(-1, -2), v.q.astype(dtype)
+    return jnp.matmul(weights.astype(dtype), v, preferred_element_type=jnp.float32)
 
 
 def _grouped(q, kv_heads: int):

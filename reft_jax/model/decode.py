@@ -21,9 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from reft_jax.model.attention import attend, attend_parts
+from reft_jax.model.attention import attend, attend_causally, attend_parts
 from reft_jax.model.cache import KVCache, in_blocks, write, write_recent
-from reft_jax.model.llama import causal_attention, causal_inputs, layer, product, residual, rms_norm, rope_tables
+from reft_jax.model.llama import causal_attention, causal_inputs, layer, residual, rms_norm, rope_tables
+from reft_jax.model.quantized import Array, matmul, quantize
 from reft_jax.model.rollout_weights import RolloutModel
 
 Cache = tuple[KVCache, ...]  # layer by layer
@@ -33,11 +34,19 @@ def prefill(model: RolloutModel, weights, tokens: jax.Array) -> Cache:
     """The cache after reading tokens int32[B,P]; its keys are in blocks, except on a TPU."""
     tables, mask = causal_inputs(model.config, tokens)
     x, cache = residual(weights["embed"][tokens]), []
+    attention = _quantized_attention if "cache" in model.int8 else causal_attention
     for i, own in enumerate(_layers(model, weights)):
         own_tables = None if i in model.config.unrotated else tables
-        x, kept = layer(model.config, _inputs_first(model, own), x, own_tables, partial(causal_attention, mask))
+        x, kept = layer(model.config, _inputs_first(model, own), x, own_tables, partial(attention, mask))
         cache.append(kept if model.tpu else in_blocks(kept))
     return tuple(cache)
+
+
+def _quantized_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+    """`causal_attention` with a quantized cache. It reads keys and values as a decode step will: so the log-probability
+    of a token does not depend on where its prompt ends."""
+    kept = KVCache(quantize(k.transpose(0, 2, 3, 1), axis=2), quantize(v.transpose(0, 2, 1, 3), axis=3))
+    return attend_causally(q, *(x.numbers(q.dtype) for x in kept), mask), kept
 
 
 def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array, cache: Cache):
@@ -85,7 +94,8 @@ def step_beside(
 
     def attention(positions, added, q, k, v):
         added = write_recent(added, step, k[:, 0], v[:, 0])
-        return attend_parts(q[:, 0], (*positions, old), (added.k.swapaxes(2, 3), added.v, new))[:, None], added
+        k = jax.tree.map(lambda x: x.swapaxes(2, 3), added.k)
+        return attend_parts(q[:, 0], (*positions, old), (k, added.v, new))[:, None], added
 
     tables, x = rope_tables(c, (begin + step)[:, None]), residual(weights["embed"][tokens[:, None]])
     for i, (own, *both) in enumerate(zip(_layers(model, weights), cache, recent, strict=True)):
@@ -97,19 +107,19 @@ def step_beside(
     return jnp.matmul(hidden, output, preferred_element_type=jnp.float32).T, tuple(written)
 
 
-def _layers(model: RolloutModel, weights) -> list[dict[str, jax.Array]]:
+def _layers(model: RolloutModel, weights) -> list[dict[str, Array]]:
     return [weights[f"layers_{i}"] for i in range(model.config.num_layers)]
 
 
-def _inputs_first(model: RolloutModel, own: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _inputs_first(model: RolloutModel, own: dict[str, Array]) -> dict[str, Array]:
     """A layer's weights with every matrix [in, out]; the compiler makes the transposes part of the products."""
     turned = ("q", "k", "v", "gate", "up") if model.tpu else ("q", "k", "v", "o", "gate", "up", "down")
-    return own | {name: own[name].T for name in turned}
+    return own | {name: jax.tree.map(jnp.transpose, own[name]) for name in turned}
 
 
-def _linear_columns(own: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+def _linear_columns(own: dict[str, Array], name: str, x: jax.Array) -> jax.Array:
     """`llama.linear` of x [D,B], with matrices [F,D] -> [F,B]."""
-    y, bias = product(own[name], x), own.get(f"{name}_bias")
+    y, bias = matmul(own[name], x).astype(x.dtype), own.get(f"{name}_bias")
     return y if bias is None else y + bias[:, None]
 
 

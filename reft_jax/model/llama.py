@@ -24,6 +24,7 @@ import numpy as np
 from reft_jax.model.attention import attend_causally
 from reft_jax.model.cache import KVCache
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.quantized import Array, Quantized, matmul
 
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
 REMAT_POLICIES = {
@@ -112,20 +113,29 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.
     return (y * jnp.expand_dims(scale.astype(jnp.float32), along)).astype(x.dtype)
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, summed in float32, in a's dtype.
+def sums(dtype):
+    """The type in which to ask for a product of two arrays of `dtype`.
 
-    The sum has to be asked for: only then does XLA's CPU backend use the bfloat16 instructions of the machine.
+    float32, because only then does XLA's CPU backend use the machine's bfloat16 instructions. On a TPU `dtype`: it sums
+    in float32 all the same, and a result that goes over the tensor axis has half the bytes.
     """
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None: no mesh is set
+    return dtype if device is not None and device.platform == "tpu" else jnp.float32
+
+
+def product(x: jax.Array, weight: Array) -> jax.Array:
+    """x @ weight, in x's dtype."""
+    if isinstance(weight, Quantized):
+        return matmul(x, weight).astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=sums(x.dtype)).astype(x.dtype)
 
 
 @jax.custom_vjp
-def project(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """x [B,T,D] times each weight [D,F] -> [B,T,F] each, in x's dtype.
+def project(x: jax.Array, *weights: Array) -> tuple[jax.Array, ...]:
+    """x [B,T,D] times each weight [D,F] -> [B,T,F] each, in x's dtype. A quantized weight has no gradient.
 
-    One function for all products of x, because its gradient is their sum. On a mesh that sum is taken before it goes
-    over the tensor axis: one collective, not one for each weight.
+    One function for all products of x, because its gradient is a sum over them. So that is added before it goes over
+    the tensor axis: one collective instead of one for each weight.
     """
     return tuple(product(x, weight) for weight in weights)
 
@@ -138,9 +148,9 @@ def _project_backward(kept, gradients):
     x, weights = kept
     pairs = list(zip(gradients, weights, strict=True))[::-1]  # in the order in which JAX would add
     if x.dtype == jnp.bfloat16:  # `einsum`, because XLA's CPU backend has no bfloat16 product with a transposed matrix
-        sums = {"preferred_element_type": jnp.float32}
-        to_x = reduce(jnp.add, (jnp.einsum("BTF,DF->BTD", y, weight, **sums) for y, weight in pairs))
-        return to_x.astype(x.dtype), *(jnp.einsum("BTD,BTF->DF", x, y, **sums).astype(x.dtype) for y in gradients)
+        einsum = partial(jnp.einsum, preferred_element_type=sums(x.dtype))
+        to_x = reduce(jnp.add, (einsum("BTF,DF->BTD", y, weight) for y, weight in pairs))
+        return to_x.astype(x.dtype), *(einsum("BTD,BTF->DF", x, y).astype(x.dtype) for y in gradients)
 
     def to_weight(y):
         # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes into the computations
@@ -195,10 +205,12 @@ def _bias(*axes: str):
 
 
 def residual(x: jax.Array) -> jax.Array:
+    """x [B,T,D] between layers. In training its positions are spread over the tensor axis (parallel/mesh.py)."""
     return nn.with_logical_constraint(x, ("batch", "act_length", "act_embed"))
 
 
 def gathered(x: jax.Array) -> jax.Array:
+    """x [B,T,D] with all positions of a row on each device, as the products with a layer's weights need them."""
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
 

@@ -1,8 +1,11 @@
-"""A model as rollouts run it (decode.py), and its weights: in the compute dtype, layer by layer.
+"""A model as rollouts run it (decode.py), and its weights: in the compute dtype or int8, layer by layer.
 
 Each matrix has the form that a decode step reads without copying it first, heads and head dimension as one axis. Off
 TPUs that is [out, in]. On a TPU it is [other axis, D] in a layer and [D,V] for the output matrix: from another form a
 TPU would first copy the weights into this one.
+
+int8 is for the matrices of the layers, with a scale for each output. The embeddings, the output matrix, norms and
+biases stay in the compute dtype (docs/architecture.md says why).
 """
 
 from dataclasses import dataclass
@@ -10,24 +13,34 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from reft_jax.model.llama import LAYER_AXES, Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.lora import merged
+from reft_jax.model.quantized import Quantized, quantize
 
 
 @dataclass(frozen=True)
 class RolloutModel:
-    """`dtype`: of weights, cache and computation. `tpu`: weights and cache have the forms that a TPU wants."""
+    """`dtype`: of weights, cache and computation. `tpu`: weights and cache have the forms that a TPU wants.
+
+    `int8`: which of "weights" and "cache" are quantized (model/quantized.py).
+    """
 
     config: LlamaConfig
     dtype: Any
     tpu: bool
+    int8: tuple[str, ...] = ()
+
+    @property
+    def cache_dtype(self) -> Any:
+        return jnp.int8 if "cache" in self.int8 else self.dtype
 
 
-def for_rollouts(model: Llama, mesh: jax.sharding.Mesh) -> RolloutModel:
+def for_rollouts(model: Llama, mesh: jax.sharding.Mesh, int8: tuple[str, ...] = ()) -> RolloutModel:
     """The model in the form for the mesh's devices."""
-    return RolloutModel(model.config, model.dtype, tpu=mesh.devices.flat[0].platform == "tpu")
+    return RolloutModel(model.config, model.dtype, mesh.devices.flat[0].platform == "tpu", int8)
 
 
 def rollout_layer(model: RolloutModel, layers, i):
@@ -37,7 +50,11 @@ def rollout_layer(model: RolloutModel, layers, i):
         if "head_dim" in axes[1:]:  # becomes one axis with the heads before it
             at = axes.index("head_dim")
             x, axes = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
-        return _boxed(model, x, axes, turn=x.ndim == 2 and (axes[0] == "embed" or not model.tpu))
+        turn = x.ndim == 2 and (axes[0] == "embed" or not model.tpu)
+        if x.ndim == 2 and "weights" in model.int8:
+            q, scale = quantize(x, axis=0)
+            return Quantized(_boxed(q, axes, turn), _boxed(scale, (None, axes[1]), turn))
+        return _boxed(x.astype(model.dtype), axes, turn)
 
     own = merged({name: x[i] for name, x in layers.items()})
     return {name: form(x, LAYER_AXES[name]) for name, x in own.items()}
@@ -45,15 +62,12 @@ def rollout_layer(model: RolloutModel, layers, i):
 
 def rollout_rest(model: RolloutModel, lm):
     """The same of everything but the layers."""
-    rest = {"embed": _boxed(model, lm["embed"], ("vocab", "embed"))}
-    rest["final_norm"] = _boxed(model, lm["final_norm"], ("embed",))
+    lm = jax.tree.map(lambda x: x.astype(model.dtype), lm)
+    rest = {"embed": _boxed(lm["embed"], ("vocab", "embed")), "final_norm": _boxed(lm["final_norm"], ("embed",))}
     if "lm_head" in lm:
-        kernel = _boxed(model, lm["lm_head"]["kernel"], ("embed", "vocab"), turn=not model.tpu)
-        rest["lm_head"] = {"kernel": kernel}
+        rest["lm_head"] = {"kernel": _boxed(lm["lm_head"]["kernel"], ("embed", "vocab"), turn=not model.tpu)}
     return rest
 
 
-def _boxed(model: RolloutModel, x, axes: tuple[str, ...], turn: bool = False) -> nn.LogicallyPartitioned:
-    if turn:
-        x, axes = x.T, axes[::-1]
-    return nn.LogicallyPartitioned(x.astype(model.dtype), axes)
+def _boxed(x, axes: tuple[str | None, ...], turn: bool = False) -> nn.LogicallyPartitioned:
+    return nn.LogicallyPartitioned(x.T, axes[::-1]) if turn else nn.LogicallyPartitioned(x, axes)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.engine import slots as rollout
-from reft_jax.engine.generate import Engine
+from reft_jax.engine.generate import Engine, quantized
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama
 from reft_jax.model.lora import make_lora, trained
@@ -68,7 +68,13 @@ class RunFunctions:
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
         self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, self.where, self.lora, **size)
         self.engine = Engine(
-            model, mesh, slots=config.engine.slots, pad_multiple=config.data.pad_multiple, eos_id=EOS, seed=config.seed
+            model,
+            mesh,
+            slots=config.engine.slots,
+            pad_multiple=config.data.pad_multiple,
+            eos_id=EOS,
+            seed=config.seed,
+            int8=quantized(config),
         )
         self.params = whole(self.state.params, self.base)
         lm, reference = self.params["lm"], self.base if self.lora else self.params["lm"]

@@ -117,8 +117,9 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     held = 12 + 4 * reference if trains else 2  # bytes per parameter of the state and of the reference, or of the base
     update = (held + 2 * trains) * n / (fsdp * tensor) + gradients + activations  # and of the compute copy
     slots = config.engine.slots // shards
-    cache = cost.cache_bytes(shapes, slots, round_up(config.sample.max_len, config.data.pad_multiple), 2) / tensor
-    rollout = held * n / (fsdp * tensor) + 2 * n / tensor + cache
+    weight, key = (1 if kind == "int8" else 2 for kind in (config.engine.weights, config.engine.cache))  # bytes
+    cache = cost.cache_bytes(shapes, slots, round_up(config.sample.max_len, config.data.pad_multiple), key) / tensor
+    rollout = held * n / (fsdp * tensor) + weight * n / tensor + cache
 
     def collective(kind, group, size, times):
         return {(kind, group): (times, size * times)} if group > 1 else {}
@@ -136,7 +137,7 @@ def estimate(config, shapes, chip, number: int, fsdp: int, tensor: int, micro_ba
     training += chips.network_seconds(chip, sums) + chips.network_seconds(chip, copies)
     rows = min(-(-rollout_rows(config) // shards), slots)
     steps = (rl.max_len - rl.max_prompt) * -(-rollout_rows(config) // (rows * shards))  # for each filling of the slots
-    read = 2 * n / tensor + cost.cache_bytes(shapes, rows, length, 2) / tensor
+    read = weight * n / tensor + cost.cache_bytes(shapes, rows, length, key) / tensor
     each = collective("all-reduce", tensor, 2 * rows * wide, 2 * shapes.num_layers)
     decode = cost.decode_flops(shapes, rows, length) / tensor
     rollouts = steps * chips.seconds(chip, Cost(int(decode), int(read), 0, each)).estimate

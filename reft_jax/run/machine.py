@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from reft_jax import executor
 from reft_jax.config import flatten
-from reft_jax.engine.generate import Engine
+from reft_jax.engine.generate import Engine, quantized
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel.mesh import make_mesh, row_shards
@@ -46,6 +46,7 @@ def make_machine(config, base: Path, end_ids: Sequence[int], mesh, after_chunk: 
         eos_id=end_ids,
         seed=config.seed,
         after_chunk=after_chunk,
+        int8=quantized(config),
     )
     return Machine(mesh, model, engine)
 

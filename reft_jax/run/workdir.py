@@ -22,7 +22,14 @@ FILES = ("report.md", "report.json", "report.html", "curves.png", "executions.js
 FILES += ("versions.json", "sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 PLUGINS = ("task", "reward", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
-LATER = (*PLUGINS, "data.template", "data.system", "data.reading")  # settings that older versions did not record
+LATER = (
+    *PLUGINS,
+    "data.template",
+    "data.system",
+    "data.reading",
+    "engine.weights",
+    "engine.cache",
+)  # not recorded before
 
 
 def with_absolute_paths(config, workdir: Path) -> Config:

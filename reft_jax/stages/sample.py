@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
 
+from reft_jax.engine.generate import quantized
 from reft_jax.evaluation import provenance
 from reft_jax.evaluation.provenance import Fits, MadeBy, Stored, anything
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, SAMPLES_KIND, answered, first_samples, prediction
@@ -46,7 +47,9 @@ def made_by(run: Run, weights: Weights, examples: list[Example], n: int, **sampl
     task = run.inputs.task
     identity = {"model": weights.checksum, "format": run.config.data.format} | sampling
     identity |= {"seed": run.config.seed, "dtype": run.config.model.dtype}
-    identity |= {key: value for key, value in (("task", task.name), ("template", run.inputs.template)) if value}
+    others = {"task": task.name, "template": run.inputs.template}
+    others |= {f"engine.{part}": "int8" for part in quantized(run.config)}
+    identity |= {key: value for key, value in others.items() if value}
     identity |= {} if task.reading == "strict" else {"reading": task.reading}
     kind = SAMPLES_KIND if sampling["temperature"] else GREEDY_KIND
     about = {"n": n, "limits": {"timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}}

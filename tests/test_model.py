@@ -230,6 +230,16 @@ def looped_gradients():
     return jax.jit(jax.grad(lambda p: jnp.sum(PROBE * looped_hidden(model, p, TOKENS))))(params)
 
 
+def test_what_remat_computes_again():
+    """Products in the gradient of a scanned layer: two of attention, or also those with weights but the last."""
+    model, params = tiny_model()
+    again = {}
+    for remat in ("none", "dots", "full"):
+        gradient = jax.jit(jax.grad(lambda p, m=model.clone(remat=remat): m.apply({"params": p}, TOKENS).sum()))
+        again[remat] = gradient.lower(params).as_text().count("dot_general")
+    assert (again["dots"] - again["none"], again["full"] - again["none"]) == (2, 2 + 6)
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scan_and_remat_change_no_gradient(remat):
     model, params = tiny_model()

@@ -141,7 +141,7 @@ def project(x: jax.Array, *weights: Array) -> tuple[jax.Array, ...]:
 
 
 def _project_forward(x, *weights):
-    return project(x, *weights), (x, weights)
+    return tuple(product(x, weight) for weight in weights), (x, weights)
 
 
 def _project_backward(kept, gradients):

@@ -39,7 +39,11 @@ def attention(q, k, v):
 
 
 CASES = {
-    "project": (project, lambda x, w: x @ w, [(2, 6, 16), (16, 8)]),
+    "project": (
+        lambda x, *ws: jnp.concatenate(project(x, *ws), -1),
+        lambda x, *ws: jnp.concatenate([x @ w for w in ws], -1),
+        [(2, 6, 16), (16, 8), (16, 4)],
+    ),
     "logits, tied": (lambda x, w: logits_of(x, w, "VD"), lambda x, w: x @ w.T, [(2, 6, 16), (40, 16)]),
     "logits, untied": (lambda x, w: logits_of(x, w, "DV"), lambda x, w: x @ w, [(2, 6, 16), (16, 40)]),
     "attention": (attention, slow_attention, [(2, 6, 4, 8), (2, 2, 8, 6), (2, 2, 6, 8)]),
@@ -84,3 +88,18 @@ def test_every_product_is_summed_in_float32():
         found = products(lowered)
         assert "bf16 bf16 f32" in found
         assert found <= {"bf16 bf16 f32", "f32 f32 f32"}  # the value head computes in float32
+
+
+@pytest.mark.parametrize(("platform", "asked"), [("cpu", "float32"), ("tpu", "bfloat16")])
+def test_a_tpu_is_asked_for_bfloat16_products(platform, asked):
+    """It sums in float32 all the same, and what goes over the tensor axis has half the bytes."""
+    device = jax.sharding.AbstractDevice(platform, 1, platform)
+
+    def products_and_gradients(x, *weights):
+        found, back = jax.vjp(project, x, *weights)
+        return back(found)
+
+    half = [x.astype(jnp.bfloat16) for x in arrays((2, 6, 16), (16, 8), (16, 4))]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+        jaxpr = str(jax.make_jaxpr(products_and_gradients)(*half))
+    assert re.findall(r"preferred_element_type=(\w+)", jaxpr) == [asked] * 6

@@ -218,6 +218,23 @@ def test_a_collective_in_parts_inside_other_work_is_counted_once():
     assert count(text).collectives == {("all-gather", 4): (1, 256)}
 
 
+def test_the_tpus_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
+    inner = """%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {
+  %p = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%p), channel_id=3, replica_groups=[1,4]<=[4]
+  %i = s32[] constant(0)
+  ROOT %part = f32[16]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={16}
+}
+
+"""
+    text = entry(
+        "%a = f32[64]{0} parameter(0)",
+        "ROOT %one = f32[16]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1",
+    )
+    text = HEADER + inner + text.removeprefix(HEADER)
+    assert count(text).collectives == {("reduce-scatter", 4): (1, 256)}
+
+
 @pytest.mark.parametrize(
     ("left", "right", "out", "labels", "flops"),
     [

@@ -200,12 +200,12 @@ def test_weights_come_back_from_a_folder_onto_every_mesh(one_device, eight_devic
 
 
 def test_constraints_are_in_every_program_on_every_mesh(one_device, eight_devices):
-    """Training: the embeddings' and three of the scanned layer, and each again for its gradient; where tokens are
-    scored, the output matrix, gathered once. Decoding: the same of two layers, two for each layer's cache before the
-    loop, in it and after it, and one for each of the other seven arrays of the slots.
+    """Training: the embeddings' and five of the scanned layer, and each again for its gradient; where tokens are
+    scored, the output matrix, gathered once. Decoding: the embeddings' and three of each of two layers, two for each
+    layer's cache before the loop, in it and after it, and one for each of the other seven arrays of the slots.
     """
     for found in (one_device, *eight_devices):
-        assert [found[kind]["constraints"] for kind in LOSSES] == [2 * (1 + 3) + 1] * 2 + [2 * (1 + 3)]
+        assert [found[kind]["constraints"] for kind in LOSSES] == [2 * (1 + 5) + 1] * 2 + [2 * (1 + 5)]
         assert found["decode"] == 1 + 2 * 3 + 2 * (2 + 2) + 2 * 2 + 7
 
 

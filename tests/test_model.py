@@ -230,6 +230,17 @@ def looped_gradients():
     return jax.jit(jax.grad(lambda p: jnp.sum(PROBE * looped_hidden(model, p, TOKENS))))(params)
 
 
+def test_what_remat_computes_again():
+    """Products in the gradient of a scanned layer: two of attention, or also those with weights but the last."""
+    model, params = tiny_model()
+
+    def products(remat: str) -> int:
+        ours = model.clone(remat=remat)
+        return jax.jit(jax.grad(lambda p: forward(ours, p, TOKENS).sum())).lower(params).as_text().count("dot_general")
+
+    assert (products("dots") - products("none"), products("full") - products("none")) == (2, 2 + 6)
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scan_and_remat_change_no_gradient(remat):
     model, params = tiny_model()

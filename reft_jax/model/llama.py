@@ -12,8 +12,8 @@ dtype where they are used; norms, rotations and softmax are float32.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ import numpy as np
 from reft_jax.model.attention import attend_causally
 from reft_jax.model.cache import KVCache
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.model.quantized import Array, matmul
+from reft_jax.model.quantized import Array, Quantized, matmul
 
 # What the backward pass keeps of a layer's forward pass. "dots": the results of matrix products with weights.
 REMAT_POLICIES = {
@@ -113,34 +113,52 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axis: int = -1) -> jax.
     return (y * jnp.expand_dims(scale.astype(jnp.float32), along)).astype(x.dtype)
 
 
-def product(x: jax.Array, weight: Array) -> jax.Array:
-    """x @ weight, summed in float32, in x's dtype.
+def sums(dtype):
+    """The type in which to ask for a product of two arrays of `dtype`.
 
-    The sum has to be asked for: only then does XLA's CPU backend use the bfloat16 instructions of the machine.
+    float32, because only then does XLA's CPU backend use the machine's bfloat16 instructions. On a TPU `dtype`: it sums
+    in float32 all the same, and a result that goes over the tensor axis has half the bytes.
     """
-    return matmul(x, weight).astype(x.dtype)
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None: no mesh is set
+    return dtype if device is not None and device.platform == "tpu" else jnp.float32
+
+
+def product(x: jax.Array, weight: Array) -> jax.Array:
+    """x @ weight, in x's dtype."""
+    if isinstance(weight, Quantized):
+        return matmul(x, weight).astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=sums(x.dtype)).astype(x.dtype)
 
 
 @jax.custom_vjp
-def project(x: jax.Array, weight: Array) -> jax.Array:
-    """x [B,T,D] times weight [D,F] -> [B,T,F], in x's dtype. A quantized weight has no gradient."""
-    return product(x, weight)
+def project(x: jax.Array, *weights: Array) -> tuple[jax.Array, ...]:
+    """x [B,T,D] times each weight [D,F] -> [B,T,F] each, in x's dtype. A quantized weight has no gradient.
+
+    One function for all products of x, because its gradient is a sum over them. So that is added before it goes over
+    the tensor axis: one collective instead of one for each weight.
+    """
+    return tuple(product(x, weight) for weight in weights)
 
 
-def _project_forward(x, weight):
-    return product(x, weight), (x, weight)
+def _project_forward(x, *weights):
+    return tuple(product(x, weight) for weight in weights), (x, weights)
 
 
-def _project_backward(kept, y):
-    x, weight = kept
+def _project_backward(kept, gradients):
+    x, weights = kept
+    pairs = list(zip(gradients, weights, strict=True))[::-1]  # in the order in which JAX would add
     if x.dtype == jnp.bfloat16:  # `einsum`, because XLA's CPU backend has no bfloat16 product with a transposed matrix
-        sums = {"preferred_element_type": jnp.float32}
-        to_x, to_weight = jnp.einsum("BTF,DF->BTD", y, weight, **sums), jnp.einsum("BTD,BTF->DF", x, y, **sums)
-        return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
-    # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes for the weight's gradient
-    # into the computations of x and y, and these then write column by column.
-    rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
-    return y @ weight.T, rows.T @ outs
+        einsum = partial(jnp.einsum, preferred_element_type=sums(x.dtype))
+        to_x = reduce(jnp.add, (einsum("BTF,DF->BTD", y, weight) for y, weight in pairs))
+        return to_x.astype(x.dtype), *(einsum("BTD,BTF->DF", x, y).astype(x.dtype) for y in gradients)
+
+    def to_weight(y):
+        # Rows as one axis, behind a barrier. Without it, XLA's CPU backend fuses the transposes into the computations
+        # of x and y, and these then write column by column.
+        rows, outs = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])))
+        return rows.T @ outs
+
+    return reduce(jnp.add, (y @ weight.T for y, weight in pairs)), *map(to_weight, gradients)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -187,15 +205,24 @@ def _bias(*axes: str):
 
 
 def residual(x: jax.Array) -> jax.Array:
+    """x [B,T,D] between layers. In training its positions are spread over the tensor axis (parallel/mesh.py)."""
+    return nn.with_logical_constraint(x, ("batch", "act_length", "act_embed"))
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """x [B,T,D] with all positions of a row on each device, as the products with a layer's weights need them."""
     return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
 
-def linear(weights: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
-    """x [B,T,D] times the matrix `name` [D,F], plus its bias [F] and its adapter [D,r], [r,F], if any -> [B,T,F]."""
-    y, bias, a = project(x, weights[name]), weights.get(f"{name}_bias"), weights.get(name + LORA_A)
-    if a is not None:
-        y = y + project(project(x, a), weights[name + LORA_B])
-    return y if bias is None else y + bias[None, None]
+def linear(weights: Mapping[str, jax.Array], names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+    """x [B,T,D] times each named matrix [D,F], plus its bias [F] and its adapter [D,r], [r,F], if any -> [B,T,F]."""
+    found = []
+    for name, y in zip(names, project(x, *(weights[name] for name in names)), strict=True):
+        bias, a = weights.get(f"{name}_bias"), weights.get(name + LORA_A)
+        if a is not None:
+            y = y + project(*project(x, a), weights[name + LORA_B])[0]
+        found.append(y if bias is None else y + bias[None, None])
+    return found
 
 
 def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, tables, attention: Callable):
@@ -207,19 +234,20 @@ def layer(config: LlamaConfig, weights: Mapping[str, jax.Array], x: jax.Array, t
         tables: those of the positions, of `rope_tables`; None: this layer does not rotate.
         attention: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (heads [B,T,N,H], anything to keep).
     """
-    y = rms_norm(x, weights["attention_norm"], config.rms_norm_eps)
-    q, k, v = (linear(weights, name, y).reshape(*y.shape[:2], -1, config.head_dim) for name in "qkv")
+    y = gathered(rms_norm(x, weights["attention_norm"], config.rms_norm_eps))
+    q, k, v = (z.reshape(*y.shape[:2], -1, config.head_dim) for z in linear(weights, "qkv", y))
     if config.qk_norm:
         q, k = (rms_norm(z, weights[name], config.rms_norm_eps) for z, name in ((q, "q_norm"), (k, "k_norm")))
     if tables is not None:
         q, k = rotate(q, tables), rotate(k, tables)
     heads, kept = attention(q, k, v)
-    x = residual(x + linear(weights, "o", heads.reshape(*x.shape[:2], -1)))
+    x = residual(x + linear(weights, "o", heads.reshape(*x.shape[:2], -1))[0])
 
-    y = rms_norm(x, weights["mlp_norm"], config.rms_norm_eps)
-    y = nn.silu(linear(weights, "gate", y)) * linear(weights, "up", y)
+    y = gathered(rms_norm(x, weights["mlp_norm"], config.rms_norm_eps))
+    gate, up = linear(weights, ("gate", "up"), y)
+    y = nn.silu(gate) * up
     y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
-    return residual(x + linear(weights, "down", y)), kept
+    return residual(x + linear(weights, ("down",), y)[0]), kept
 
 
 def causal_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:

@@ -12,10 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reft_jax.types import InputError
 
 # Logical axis -> mesh axes, in training and scoring. Rows are spread over data and fsdp; weights over fsdp (gathered
-# when used) and tensor.
+# when used) and tensor. Between the products of a layer, positions are spread over tensor ("sequence parallelism",
+# arXiv 2205.05198): norms and sums are then not computed by every device of a tensor group, nor kept by it.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("length", None),
+    ("act_length", "tensor"),
     ("act_embed", None),
     ("layers", None),
     ("embed", "fsdp"),
@@ -26,8 +28,8 @@ RULES = (
     ("vocab", "tensor"),
 )
 # In rollouts a step reads all weights for one token per row, so gathering them would cost too much: the devices of one
-# tensor group hold all weights together.
-ROLLOUT_RULES = tuple((axis, None if axis == "embed" else where) for axis, where in RULES)
+# tensor group hold all weights together. And there are no positions to spread.
+ROLLOUT_RULES = tuple((axis, None if axis in ("embed", "act_length") else where) for axis, where in RULES)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:

@@ -152,9 +152,13 @@ class _Program:
             array for name in one.operands if name in here.instructions for array in here.instructions[name].arrays
         ]
         if one.op == "fusion":
-            deeper = self.computations[one.called("calls")[0]]
+            name = one.called("calls")[0]
+            deeper = self.computations[name]
             parts = [self.inside(deeper, part) for part in deeper.instructions.values()]
-            return sum(flops for flops, _ in parts), tuple(c for _, found in parts for c in found)
+            collectives = tuple(c for _, found in parts for c in found)
+            if name.startswith("all-reduce-scatter"):  # how the TPU compiler writes a reduce-scatter
+                collectives = tuple(c._replace(kind="reduce-scatter") for c in collectives)
+            return sum(flops for flops, _ in parts), collectives
         if one.op.removesuffix("-start") in COLLECTIVES:
             size = max(array.bytes for array in (*one.arrays, *arrays))
             channel = re.search(r"channel_id=(\d+)", one.attributes)

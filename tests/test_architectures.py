@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh
-from tiny import tiny_config
+from tiny import rollouts_on, tiny_config
 
 from reft_jax import load_hf, save_hf
 from reft_jax.config import default_config
@@ -20,7 +20,6 @@ from reft_jax.model.heads import ValueHead
 from reft_jax.model.hf_write import hf_tensors
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.model.rollout_weights import RolloutModel
 from reft_jax.parallel.mesh import check_divides, make_mesh
 from reft_jax.plan import flops
 from reft_jax.run.machine import make_machine
@@ -121,7 +120,7 @@ def test_a_folder_that_we_write(pair, tmp_path):
 def test_greedy_rollouts(pair, tpu):
     """Both forms of a decode step give transformers' tokens, with the log-probabilities that training computes."""
     theirs, model, params = pair
-    with mock.patch.object(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8)):
+    with mock.patch.object(generate, "for_rollouts", rollouts_on("tpu" if tpu else "cpu")):
         engine = generate.Engine(model, make_mesh(1, 1, 1), slots=4, pad_multiple=16, eos_id=61, seed=0)
     asked = [Prompt(f"toy_{i}", 0, np.array(row[:4], np.int32)) for i, row in enumerate(ROWS)]
     found = dict(engine.generate(params, asked, max_len=LENGTH, temperature=0.0))

@@ -80,7 +80,7 @@ def test_every_product_is_summed_in_float32():
     update = step.lower(fresh(), (rows.lines, batch), rows.count)
     scoring = make_scorer(half, 1.0).lower(PARAMS, rows.lines, rows.count)
     model, lm = tiny_model()
-    rollout = RolloutModel(model.config, jnp.bfloat16, tpu=False)
+    rollout = RolloutModel(model.config, jnp.bfloat16, "cpu")
     weights, state = slots.rollout_weights(rollout, lm), slots.empty_slots(rollout, 2, 64, 64)
     sampling = {"eos_ids": (1,), "temperature": 1.0, "top_k": 0}
     decoding = slots.decode.lower(rollout, weights, state, jax.random.key(0), 0, 1, 2, **sampling)

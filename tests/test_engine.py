@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import rollouts_on, tiny_model
 
 from reft_jax.engine import generate as engine_module
 from reft_jax.engine.generate import Engine, item_number
 from reft_jax.engine.sampling import draw, inverse_cdf, row_keys
-from reft_jax.model.rollout_weights import RolloutModel
 from reft_jax.parallel.compilation import compiles
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.types import Completion, Prompt
@@ -117,7 +116,7 @@ def test_a_row_draws_the_same_tokens_in_any_batch_and_order(batch):
 def test_a_tpus_form_of_weights_and_cache_draws_the_same_tokens(monkeypatch):
     """Rows begin and end within the chunks after which their cache is written there."""
     prompts, expected = samples(3), generate(samples(3))
-    monkeypatch.setattr(engine_module, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, True, int8))
+    monkeypatch.setattr(engine_module, "for_rollouts", rollouts_on("tpu"))
     for a, b in zip(expected, generate(prompts), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
@@ -275,7 +274,7 @@ def counted(prompts, limits, slots: int) -> tuple[Engine, list[Completion]]:
 def test_rows_across_blocks_of_keys_have_the_logprobs_of_a_full_forward(monkeypatch, tpu):
     """Prompts in one block and in two, rows that end before, at and after a block's end, one of them where its cache
     is full while another goes on, and a cache that grows twice."""
-    monkeypatch.setattr(engine_module, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8))
+    monkeypatch.setattr(engine_module, "for_rollouts", rollouts_on("tpu" if tpu else "cpu"))
     prompts, limits = prompts_of([60, 70, 5, 63, 64, 1], name="long"), [65, 190, 64, 100, 128, 129]
     _, completions = counted(prompts, limits, slots=2)
     assert [len(p.tokens) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)] == limits

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import rollouts_on, tiny_model
 
 from reft_jax.engine import generate, slots
 from reft_jax.model.lora import LORA_A, LORA_B, merged
@@ -62,7 +62,7 @@ def test_a_layer_is_quantized_after_its_adapter_is_merged_one_scale_per_output()
     layers["o" + LORA_B] = jnp.asarray(rng.normal(size=(2, 3, 24)), jnp.float32)
     whole = merged({name: x[1] for name, x in layers.items()})
     for tpu in (False, True):
-        form = RolloutModel(CONFIG, jnp.bfloat16, tpu, ("weights",))
+        form = RolloutModel(CONFIG, jnp.bfloat16, "tpu" if tpu else "cpu", ("weights",))
         boxed = jax.eval_shape(functools.partial(rollout_layer, form), layers, 1)
         found = slots.layer_weights(form, layers, 1)
         for name, x in found.items():
@@ -122,7 +122,7 @@ def slow_logprobs(parts, tokens) -> np.ndarray:
 
 def sampled(parts, tpu, monkeypatch):
     """Five prompts of which two share their tokens, on four slots: (prompt, completion) each."""
-    monkeypatch.setattr(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8))
+    monkeypatch.setattr(generate, "for_rollouts", rollouts_on("tpu" if tpu else "cpu"))
     engine = generate.Engine(MODEL, make_mesh(1, 1, 1), slots=4, pad_multiple=24, eos_id=-1, seed=0, int8=parts)
     rng, limits = np.random.default_rng(2), [40, 66, 30, 22, 71]
     rows = [rng.integers(0, 61, length).astype(np.int32) for length in (3, 60, 8, 1)]
@@ -154,12 +154,13 @@ def test_logprobs_are_those_of_the_quantized_models_own_full_forward(parts, tpu,
 
 
 def converted(parts, tpu) -> set[tuple[int, ...]]:
-    """The sizes, sorted, of the int8 arrays that a decode step converts to bfloat16."""
-    model, sampling = RolloutModel(CONFIG, jnp.bfloat16, tpu, parts), {"eos_ids": (1,), "temperature": 1.0, "top_k": 0}
+    """The sizes, sorted, of the int8 arrays that a decode step makes floating."""
+    model = RolloutModel(CONFIG, jnp.bfloat16, "tpu" if tpu else "cpu", parts)
+    sampling = {"eos_ids": (1,), "temperature": 1.0, "top_k": 0}
     weights = jax.eval_shape(lambda lm: slots.rollout_weights(model, lm), LM)
     state = jax.eval_shape(lambda: slots.empty_slots(model, 2, 64, 64))
     text = slots.decode.lower(model, weights, state, jax.random.key(0), 0, 1, 2, **sampling).as_text()
-    shapes = re.findall(r"convert .*\(tensor<([\dx]+)xi8>\) -> tensor<\S+xbf16>", text)
+    shapes = re.findall(r"convert .*\(tensor<([\dx]+)xi8>\) -> tensor<\S+x(?:bf16|f32)>", text)
     return {tuple(sorted(map(int, shape.split("x")))) for shape in shapes}
 
 

@@ -84,7 +84,7 @@ def test_merged_unmerged_and_a_slow_version_agree():
 
 @pytest.mark.parametrize("tpu", [False, True])
 def test_rollout_weights_have_the_adapter_in_them(tpu):
-    form = RolloutModel(MODEL.config, jnp.float32, tpu)
+    form = RolloutModel(MODEL.config, jnp.float32, "tpu" if tpu else "cpu")
     of = functools.partial(rollout_layer, form)
     found, expected = (of(lm["layers"], 1) for lm in (joined(BASE, ADAPTER, LORA), slow(ADAPTER)))
     assert found.keys() == expected.keys()

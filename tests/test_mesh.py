@@ -17,13 +17,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import tiny_policy, tiny_ppo, tiny_state
+from tiny import rollouts_on, tiny_policy, tiny_ppo, tiny_state
 
 from reft_jax.engine import generate
 from reft_jax.engine import slots as programs
 from reft_jax.model.hf import load_hf
 from reft_jax.model.hf_write import save_hf
-from reft_jax.model.rollout_weights import RolloutModel, for_rollouts
+from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.mesh import make_mesh, on_mesh, put, put_rows
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
@@ -84,7 +84,7 @@ def sample(mesh, tpu: bool = False, int8: tuple[str, ...] = ()) -> dict:
     how many constraints the first decode program has, and how much it gathers. `tpu`: with a TPU's form of the cache.
     """
     _, where = tiny_state(MODEL, PARAMS, optax.sgd(0.1), mesh)
-    with mock.patch.object(generate, "for_rollouts", lambda m, _, int8: RolloutModel(m.config, m.dtype, tpu, int8)):
+    with mock.patch.object(generate, "for_rollouts", rollouts_on("tpu" if tpu else "cpu")):
         engine = generate.Engine(MODEL, mesh, slots=16, pad_multiple=16, eos_id=7, seed=0, int8=int8)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, 64, 2 + i).astype(np.int32) for i in range(10)]

@@ -53,7 +53,7 @@ def join_all(cache, recent, begin, count):
 
 
 def unrolled(model, params, tpu=False):
-    model = RolloutModel(model.config, model.dtype, tpu)
+    model = RolloutModel(model.config, model.dtype, "tpu" if tpu else "cpu")
     return model, rollout_weights(model, params)
 
 

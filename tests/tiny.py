@@ -9,6 +9,7 @@ from reft_jax.algo.algorithms import PPO
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.model.rollout_weights import RolloutModel
 from reft_jax.parallel.mesh import make_mesh, unboxed
 from reft_jax.train.state import TrainState, abstract_params, new_state, state_shardings
 
@@ -62,6 +63,11 @@ def tiny_state(model, params, optimizer, mesh=None) -> tuple[TrainState, TrainSt
     where = state_shardings(mesh, optimizer, abstract)
     params = jax.tree.map(lambda x, at: jax.device_put(np.array(x), at), params, where.params)
     return new_state(mesh, optimizer, abstract, params), where
+
+
+def rollouts_on(platform: str):
+    """A stand-in for `for_rollouts`: weights and cache have the forms of that platform."""
+    return lambda model, mesh, int8=(): RolloutModel(model.config, model.dtype, platform, int8)
 
 
 def tiny_ppo(**settings) -> PPO:

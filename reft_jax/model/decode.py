@@ -66,10 +66,10 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
             q, k = (rms_norm(z, own[name], c.rms_norm_eps, axis=1) for z, name in ((q, "q_norm"), (k, "k_norm")))
         if i not in c.unrotated:
             q, k = _rotate_columns(q, tables), _rotate_columns(k, tables)
-        q, k, v = (z.transpose(2, 0, 1) for z in (q, k, v))
+        q, k, v = (z.transpose(2, 0, 1).astype(model.attention_dtype) for z in (q, k, v))
         positions = write(positions, at, k, v)
         written.append(positions)
-        heads = attend(q, *positions, seen).reshape(batch, -1).T
+        heads = attend(q, *positions, seen).astype(x.dtype).reshape(batch, -1).T
         x = _residual_columns(x + _linear_columns(own, "o", heads))
 
         y = rms_norm(x, own["mlp_norm"], c.rms_norm_eps, axis=0)

@@ -23,24 +23,36 @@ from reft_jax.model.quantized import Quantized, quantize
 
 @dataclass(frozen=True)
 class RolloutModel:
-    """`dtype`: of weights, cache and computation. `tpu`: weights and cache have the forms that a TPU wants.
-
-    `int8`: which of "weights" and "cache" are quantized (model/quantized.py).
+    """`dtype`: of weights, cache and computation. `platform`: "tpu", "cpu" or another, as JAX names it; weights and
+    cache have the forms that it wants. `int8`: which of "weights" and "cache" are quantized (model/quantized.py).
     """
 
     config: LlamaConfig
     dtype: Any
-    tpu: bool
+    platform: str
     int8: tuple[str, ...] = ()
 
     @property
+    def tpu(self) -> bool:
+        return self.platform == "tpu"
+
+    @property
+    def attention_dtype(self) -> Any:
+        """Of queries, keys and values in a decode step.
+
+        float32 on a CPU: XLA writes no bfloat16 into an array there. With each write it would convert the whole cache
+        to float32 and back, which was more than half of a step.
+        """
+        return jnp.float32 if self.platform == "cpu" else self.dtype
+
+    @property
     def cache_dtype(self) -> Any:
-        return jnp.int8 if "cache" in self.int8 else self.dtype
+        return jnp.int8 if "cache" in self.int8 else self.attention_dtype
 
 
 def for_rollouts(model: Llama, mesh: jax.sharding.Mesh, int8: tuple[str, ...] = ()) -> RolloutModel:
     """The model in the form for the mesh's devices."""
-    return RolloutModel(model.config, model.dtype, mesh.devices.flat[0].platform == "tpu", int8)
+    return RolloutModel(model.config, model.dtype, mesh.devices.flat[0].platform, int8)
 
 
 def rollout_layer(model: RolloutModel, layers, i):

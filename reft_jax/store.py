@@ -1,10 +1,15 @@
-"""Writes files whole or not at all, and names the file that could not be written or read."""
+"""Writes files whole or not at all, and names the file that could not be written or read.
+
+All of a path's differences between a disk and a bucket are here and in bucket.py.
+"""
 
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from reft_jax.types import InputError, SaveError
@@ -12,6 +17,59 @@ from reft_jax.types import InputError, SaveError
 REMEDY = "make room or repair the disk, then run the same command again"
 # Errors of the disk, not of the code: full, over a quota or a limit, read-only, broken, or without permission.
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM".split()}
+
+
+def as_path(text: str | Path) -> Path:
+    """The path that a user wrote: of a disk, or of a bucket (`gs://bucket/…`). InputError without the extra `gcs`."""
+    if not is_remote(text):
+        return Path(text)
+    try:
+        from reft_jax.bucket import BucketPath
+    except ImportError as error:
+        raise InputError(f"{text}: a bucket needs more packages ({error}); pip install 'reft_jax[gcs]'") from error
+    return BucketPath(text)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is one of a bucket."""
+    return str(path).startswith("gs://")
+
+
+def local(folder: Path) -> Path:
+    """The folder itself; for one in a bucket a folder of this machine that stands for it, and may be lost any time."""
+    if not is_remote(folder):
+        return folder
+    return Path(tempfile.gettempdir()) / f"reft_jax_{os.getuid()}" / short_hash(str(folder))
+
+
+def publish(file: Path, target: Path) -> None:
+    """Uploads a file of `local(target.parent)`; nothing on a disk. Raises SaveError."""
+    if file != target:
+        write_whole(target, file.read_bytes())
+
+
+def remove(path: Path, *, ignore_errors: bool = True) -> None:
+    """Removes a folder with all that is in it. An error that is ignored leaves what takes room, nothing else."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+        return
+    with suppress(*(OSError,) * ignore_errors):
+        path.rmtree()
+
+
+def copy(path: Path, target: Path) -> None:
+    """Copies a file."""
+    path.copy(target) if is_remote(path) else shutil.copy(path, target)
+
+
+def published(folder: Path, marker: str = "manifest.json") -> bool:
+    """Whether a folder that is written whole is there. On a disk its name appears last, in a bucket its marker."""
+    return (folder / marker).exists() if is_remote(folder) else folder.exists()
+
+
+def may_write(path: Path) -> bool:
+    """Whether the file can be written, as far as that shows without writing: a bucket does not say."""
+    return is_remote(path) or os.access(path, os.W_OK)
 
 
 @contextmanager
@@ -37,6 +95,10 @@ def write_whole(path: Path, content: str | bytes, *, synced: bool = False) -> No
     synced: the content is on the disk before the file gets its name, so that a power failure leaves the old file or the
     new one.
     """
+    if is_remote(path):
+        with writing(path):
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     part = path.with_name(path.name + ".tmp")
     with writing(path):
         try:

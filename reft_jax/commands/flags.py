@@ -10,6 +10,7 @@ from absl import flags
 from reft_jax.commands.paths import listed
 from reft_jax.config import check_config, load_config, nearest, renamed
 from reft_jax.settings import SETTINGS, Config
+from reft_jax.store import as_path
 from reft_jax.types import InputError
 
 PATHS = "PATH,…"  # a kind of flag: paths with commas between
@@ -51,7 +52,7 @@ class Flag(NamedTuple):
         value = values[self.name].value
         if self.kind is PATHS:
             return listed(value or "")
-        return Path(value) if self.kind is Path and value else value
+        return as_path(value) if self.kind is Path and value else value
 
     def shown(self) -> str:
         """Its entry in a --help; a name in capitals is an argument."""

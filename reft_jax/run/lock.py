@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reft_jax.parallel import hosts
-from reft_jax.store import writing
+from reft_jax.store import is_remote, writing
 from reft_jax.types import InputError
 
 LOCK_NAME = "lock.json"
@@ -104,7 +104,7 @@ def _left_by(workdir: Path, text: str) -> str:
     if holder and holder.machine == _machine():
         if not _is_alive(holder.pid, holder.started):
             return f"{holder}, which has ended"
-        if os.path.exists(holder.workdir) and not os.path.samefile(holder.workdir, workdir):
+        if not _is_same(holder.workdir, workdir):
             return f"{holder}, which works in {holder.workdir}"
         wait = "as soon as that process has ended"
     else:
@@ -117,13 +117,20 @@ def _left_by(workdir: Path, text: str) -> str:
     raise InputError(f"--workdir: {workdir} is in use by {who}; choose another, or wait: a start takes it over {wait}")
 
 
+def _is_same(one: str, workdir: Path) -> bool:
+    """Whether the lock was made in this folder, not in one that this is a copy of. A folder that is gone was moved."""
+    if is_remote(one) or is_remote(workdir):
+        return one == str(workdir)
+    return not os.path.exists(one) or os.path.samefile(one, workdir)
+
+
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
     """Touches the lock while this run holds it; ends the process if another run has taken it."""
     while not ended.wait(BEAT_S):
         with suppress(OSError):  # the disk may be unreachable for a moment; if it lasts, another run takes over
             text = _read(path)
             if text == mine:
-                os.utime(path)
+                _touch(path, mine)
             elif not text:  # removed by hand
                 _swap(path, "", mine)
             elif not ended.is_set():
@@ -143,6 +150,8 @@ def _read(path: Path) -> str:
 def _swap(path: Path, before: str, after: str) -> bool:
     """Replaces the text `before` ("" for no lock) with `after`; returns False if another process has changed it."""
     with writing(path):
+        if is_remote(path):
+            return path.swap(before, after)
         try:
             descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if after else 0), 0o666)
         except FileNotFoundError:
@@ -162,9 +171,19 @@ def _swap(path: Path, before: str, after: str) -> bool:
             return True
 
 
+def _touch(path: Path, mine: str) -> None:
+    """A sign of life. In a bucket it is a write, on the condition that nobody else has written since."""
+    if is_remote(path):
+        path.swap(mine, mine)
+    else:
+        os.utime(path)
+
+
 def _silence(path: Path) -> float:
     """Seconds since the last sign of life. Both times are from the file system's clock: hosts' clocks may differ."""
     try:
+        if is_remote(path):
+            return path.silence()
         with tempfile.TemporaryFile(dir=path.parent) as now:
             return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
     except FileNotFoundError:  # released at this moment

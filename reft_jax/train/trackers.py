@@ -20,7 +20,7 @@ from tensorboardX.record_writer import RecordWriter
 from reft_jax import plugins
 from reft_jax.config import flatten, nearest
 from reft_jax.parallel.hosts import is_first
-from reft_jax.store import write_whole, writing
+from reft_jax.store import local, publish, write_whole, writing
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
 from reft_jax.types import InputError
@@ -67,6 +67,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path):
         self._folder = folder / "tb"
+        self._local = local(self._folder)
         self._file: RecordWriter | None = None  # made by the first `log`, because `rewind` may be called before
         self._purge_step: int | None = None
 
@@ -85,6 +86,7 @@ class TensorBoard:
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
             with writing(self._folder):
                 self._file.flush()
+                publish(self._path, self._folder / self._path.name)
             self._flushed = time.monotonic()
 
     def file(self, path: Path) -> None:
@@ -94,13 +96,15 @@ class TensorBoard:
         if self._file is not None:
             with writing(self._folder):
                 self._file.close()
+                publish(self._path, self._folder / self._path.name)
 
     def _begin(self) -> None:
         # Nanoseconds: otherwise a quick restart would overwrite the previous file.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
         with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file, self._flushed = RecordWriter(str(self._folder / name)), time.monotonic()
+            self._local.mkdir(parents=True, exist_ok=True)
+            self._path = self._local / name
+            self._file, self._flushed = RecordWriter(str(self._path)), time.monotonic()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self._purge_step is not None:
             self._write(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))

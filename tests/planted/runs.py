@@ -72,7 +72,7 @@ PLANTED = [
      ("test_lock.py::test_of_many_that_take_over_at_one_moment_one_does",)),
     ("lock: no sign of life", LOCK, "os.utime(path)", "pass",
      ("test_lock.py::test_signs_of_life",)),
-    ("lock: a copy is in use", LOCK, "and not os.path.samefile(holder.workdir, workdir)", "and False",
+    ("lock: a copy is in use", LOCK, "or os.path.samefile(one, workdir)", "or True",
      ("test_lock.py::test_a_copy_of_a_work_directory_in_use_is_free_and_one_that_was_renamed_is_not",)),
     ("lock: readers ask", "reft_jax.run.open", "    if not read_only:\n        lock.look(workdir)",
      "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),

@@ -31,12 +31,12 @@ case "$verb" in
   setup)
     [[ -n "${SHARE:-}" ]] || die "set SHARE to an NFS export that all hosts can mount, as 10.0.0.2:/reft"
     archive="$(mktemp -d)/reft_jax.tar.gz"
-    tar --exclude=./.venv --exclude=./.git --exclude=./runs -czf "$archive" .
+    tar --exclude='./.venv*' --exclude=./.git --exclude=./runs -czf "$archive" .
     run gcloud compute tpus tpu-vm scp "$archive" "$TPU:reft_jax.tar.gz" --zone="$ZONE" --worker=all
     on all "mkdir -p reft_jax && tar -xzf reft_jax.tar.gz -C reft_jax"
     on all "sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common"
     on all "sudo mkdir -p /mnt/reft && { mountpoint -q /mnt/reft || sudo mount -t nfs $(printf %q "$SHARE") /mnt/reft; }"
-    on all "cd reft_jax && PYTHON=\"\$(launch/python.sh)\" && export PYTHON && launch/venv.sh tpu"
+    on all "cd reft_jax && launch/venv.sh tpu"
     ;;
   start)
     (($#)) || die "name the command, as launch/tpu_vm.sh start pipeline --config=… --workdir=/mnt/reft/runs/7b"

@@ -137,3 +137,36 @@ def test_a_python_that_will_do_is_found(tmp_path):
     )
     asked = [found.stdout.strip(), "-c", "import sys; print(sys.version_info[:2] >= (3, 11))"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_the_newest_python_is_taken_and_only_what_is_asked_for(tmp_path):
+    for version in ("3.11", "3.12", "3.13"):
+        stand_in(tmp_path, f"python{version}", f"echo {version}")
+    env = environment(tmp_path, PYENV_ROOT=str(tmp_path))
+    assert run("python.sh", env=env).stdout == f"{tmp_path}/python3.13\n"
+    assert run("python.sh", "3.12", "3.11", env=env).stdout == f"{tmp_path}/python3.12\n"
+    missing = run("python.sh", "3.99", env=env)
+    assert (missing.returncode, missing.stdout) == (1, "") and "no Python 3.99 here" in missing.stderr
+
+
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+@pytest.mark.parametrize(("version", "pins"), [("3.11", "requirements.txt"), ("3.13", "requirements-newest.txt")])
+def test_a_venv_gets_the_pins_of_its_python(tmp_path, version, pins, installer):
+    """The stand-ins for its Python and for uv record what they are asked to install."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    asked = f'[[ "$*" == *version_info* ]] && echo {version} || echo "${{0##*/}} $*" >> "$RECORD"'
+    stand_in(tmp_path / "venv" / "bin", "python", asked)
+    if installer == "uv":
+        stand_in(tmp_path, "uv", asked)
+    elif shutil.which("uv"):
+        pytest.skip("uv is on PATH, so pip is not used")
+    env = environment(tmp_path, VENV=str(tmp_path / "venv"), RECORD=str(tmp_path / "record"))
+    env.pop("PYTHON", None)
+    done = run("venv.sh", "test", env=env)
+    assert done.returncode == 0, done.stderr
+    recorded = (tmp_path / "record").read_text()
+    last = recorded.splitlines()[-1]
+    assert last.startswith("uv pip install" if installer == "uv" else "python -m pip install")
+    assert last.endswith(f"-r {pins} -e .[test]")
+    assert run("venv.sh", "test", env=env).returncode == 0
+    assert (tmp_path / "record").read_text() == recorded  # it was done: nothing is installed again

@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "reft_jax"
 # A part is a folder or a single module right under reft_jax/; the package itself is "__init__".
 LEVELS = {
     "__init__": 0,
-    **dict.fromkeys(["types", "settings", "config", "store", "bucket", "plugins", "terminal", "model_folder"], 1),
+    **dict.fromkeys(
+        ["types", "settings", "config", "store", "bucket", "appends", "plugins", "terminal", "model_folder"], 1
+    ),
     **dict.fromkeys(["algo", "executor", "gsm8k_programs"], 2),
     **dict.fromkeys(["model", "parallel", "tasks"], 3),
     **dict.fromkeys(["train", "engine", "evaluation", "toy"], 4),
@@ -30,6 +32,8 @@ SIDEWAYS = {
     ("config", "settings"),
     ("store", "types"),
     ("store", "bucket"),
+    ("bucket", "appends"),
+    ("model_folder", "store"),
     ("plugins", "types"),
     ("model_folder", "types"),
     ("terminal", "store"),

@@ -32,6 +32,7 @@ from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
 from reft_jax.stages.models import as_base, base_policy, policy_shapes
+from reft_jax.store import readable
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import decode, encode
 from reft_jax.toy import problems
@@ -80,6 +81,7 @@ def run_check(folder: Path, config) -> bool:
     started = time.monotonic()
     families.use(config.model.family)
     examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
+    folder = readable(folder)
     inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     limits, passed = config.executor, True
     with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):

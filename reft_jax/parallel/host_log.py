@@ -4,10 +4,13 @@
 
 Copies lines from standard input to standard output and to the end of FILE until the host ends, and ignores signals. If
 JAX ended the host because another host was lost, it adds the line LAST, because JAX's own message ends in a C++ stack.
+FILE may be in a bucket.
 """
 
+import os
 import signal
 import sys
+from pathlib import Path
 
 ENDED_BY_JAX = b"JAX distributed service detected fatal errors"
 
@@ -16,12 +19,36 @@ def main(path: str, last: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     lost = False
-    with open(path, "ab", buffering=0) as file:
+    with _opened(path) as file:
         for line in sys.stdin.buffer:
             copy(line, file)
             lost = lost or ENDED_BY_JAX in line
         if lost:
             copy(f"{last}\n".encode(), file)
+
+
+def _opened(path: str):
+    if not path.startswith("gs://"):
+        return open(path, "ab", buffering=0)
+    from reft_jax.store import as_path
+
+    return as_path(path).open("ab")
+
+
+def command(folder: Path, number: int, stream: int, last: str) -> list[str]:
+    """The copier of a host's stream (1: output, 2: errors). In a bucket only one process may append to a file."""
+    if str(folder).startswith("gs://"):
+        name = f"host_{number}.{'out' if stream == 1 else 'err'}.log"
+        return [sys.executable, "-P", __file__, str(folder / name), last]
+    return [sys.executable, "-I", "-S", __file__, str(folder / f"host_{number}.log"), last]
+
+
+def environment(folder: Path) -> dict[str, str] | None:
+    """Where the copier finds this package, if it needs it."""
+    if not str(folder).startswith("gs://"):
+        return None
+    package = str(Path(__file__).resolve().parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
 
 
 def copy(line: bytes, file) -> None:

@@ -5,27 +5,24 @@ and touch it as a sign of life. If it is missing or empty, nobody holds the lock
 `evaluate --samples` and `--replay`) ignore it.
 """
 
-import fcntl
 import json
 import os
 import socket
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from reft_jax import store
 from reft_jax.parallel import hosts
-from reft_jax.store import is_remote, writing
+from reft_jax.store import writing
 from reft_jax.types import InputError
 
 LOCK_NAME = "lock.json"
 BEAT_S = 20.0  # between two signs of life
 SILENCE_S = 90.0  # without a sign of life, until a holder on another machine counts as dead
-TEXT = {"encoding": "utf-8", "errors": "replace"}
 
 
 class Holder(NamedTuple):
@@ -70,7 +67,7 @@ def held(workdir: Path) -> Iterator[None]:
     while True:
         before = _read(path)
         takes_over = _left_by(workdir, before)
-        if _swap(path, before, mine):
+        if store.swap(path, before, mine):
             break
     if takes_over:
         print(f"{workdir}: takes over from {takes_over}", flush=True)
@@ -79,7 +76,7 @@ def held(workdir: Path) -> Iterator[None]:
     def release() -> None:
         ended.set()
         with suppress(OSError):
-            _swap(path, mine, "")
+            store.swap(path, mine, "")
             for folder in new:  # the start may have failed: remove the new folders that are still empty
                 folder.rmdir()
 
@@ -104,11 +101,11 @@ def _left_by(workdir: Path, text: str) -> str:
     if holder and holder.machine == _machine():
         if not _is_alive(holder.pid, holder.started):
             return f"{holder}, which has ended"
-        if not _is_same(holder.workdir, workdir):
+        if not store.is_same(holder.workdir, workdir):
             return f"{holder}, which works in {holder.workdir}"
         wait = "as soon as that process has ended"
     else:
-        silent = _silence(path)
+        silent = store.silence(path)
         if silent > SILENCE_S:
             return f"{holder or 'an unknown process'}, which gave no sign of life for {silent:.0f} s"
         until = datetime.now().astimezone() + timedelta(seconds=SILENCE_S - silent)
@@ -117,22 +114,15 @@ def _left_by(workdir: Path, text: str) -> str:
     raise InputError(f"--workdir: {workdir} is in use by {who}; choose another, or wait: a start takes it over {wait}")
 
 
-def _is_same(one: str, workdir: Path) -> bool:
-    """Whether the lock was made in this folder, not in one that this is a copy of. A folder that is gone was moved."""
-    if is_remote(one) or is_remote(workdir):
-        return one == str(workdir)
-    return not os.path.exists(one) or os.path.samefile(one, workdir)
-
-
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
     """Touches the lock while this run holds it; ends the process if another run has taken it."""
     while not ended.wait(BEAT_S):
         with suppress(OSError):  # the disk may be unreachable for a moment; if it lasts, another run takes over
             text = _read(path)
             if text == mine:
-                _touch(path, mine)
+                store.touch(path, mine)
             elif not text:  # removed by hand
-                _swap(path, "", mine)
+                store.swap(path, "", mine)
             elif not ended.is_set():
                 line = f"error: {path.parent}: another run took over, because this one gave no sign of life; {text}"
                 hosts.end_all(line, InputError.exit_code)
@@ -140,56 +130,11 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(**TEXT)
+        return path.read_text(**store.TEXT)
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
         raise InputError(f"--workdir: cannot read {path} ({error.strerror}); choose another") from error
-
-
-def _swap(path: Path, before: str, after: str) -> bool:
-    """Replaces the text `before` ("" for no lock) with `after`; returns False if another process has changed it."""
-    with writing(path):
-        if is_remote(path):
-            return path.swap(before, after)
-        try:
-            descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if after else 0), 0o666)
-        except FileNotFoundError:
-            return False
-        with open(descriptor, "r+", **TEXT) as file:
-            with suppress(OSError):  # without file locks, two processes that take over at one moment can both succeed
-                fcntl.flock(file, fcntl.LOCK_EX)
-            there = path.stat().st_ino if path.exists() else None
-            if there != os.fstat(file.fileno()).st_ino or file.read() != before:
-                return False
-            if not after:
-                path.unlink()
-                return True
-            file.seek(0)
-            file.truncate()
-            file.write(after)
-            return True
-
-
-def _touch(path: Path, mine: str) -> None:
-    """A sign of life. In a bucket it is a write, on the condition that nobody else has written since."""
-    if is_remote(path):
-        path.swap(mine, mine)
-    else:
-        os.utime(path)
-
-
-def _silence(path: Path) -> float:
-    """Seconds since the last sign of life. Both times are from the file system's clock: hosts' clocks may differ."""
-    try:
-        if is_remote(path):
-            return path.silence()
-        with tempfile.TemporaryFile(dir=path.parent) as now:
-            return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
-    except FileNotFoundError:  # released at this moment
-        return 0.0
-    except OSError:  # a full disk
-        return time.time() - path.stat().st_mtime
 
 
 def _myself(workdir: Path) -> Holder:

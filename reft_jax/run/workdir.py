@@ -10,7 +10,7 @@ from reft_jax.config import flatten, renamed, replaced, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
 from reft_jax.settings import SETTINGS, Config
-from reft_jax.store import is_remote, may_write, published, remove, write_whole, writing
+from reft_jax.store import may_write, published, remove, why_not_writable, write_whole, writing
 from reft_jax.types import InputError
 
 # Settings that may change between two starts of one run: they decide where it computes, not what.
@@ -101,11 +101,8 @@ def check_kinds(workdir: Path) -> None:
 
 def check_writable(flag: str, folder: Path) -> None:
     """Writes nothing. InputError unless `folder`, or the first folder above it that exists, can be written."""
-    if is_remote(folder):  # only a write shows it; the lock is the first one
-        return
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag}: cannot write to {folder} ({there} is not a writable folder); choose another")
+    if why := why_not_writable(folder):
+        raise InputError(f"{flag}: cannot write to {folder} ({why}); choose another")
 
 
 def create_workdir(config, workdir: Path) -> None:

@@ -24,7 +24,7 @@ from reft_jax.run.watch import Collapse
 from reft_jax.run.workdir import remove_leftovers
 from reft_jax.stages.models import as_base, new_adapter
 from reft_jax.stages.rollout import greedy, top1
-from reft_jax.store import remove, write_whole
+from reft_jax.store import published, remove, write_whole
 from reft_jax.train.batches import epoch_order, rows_at
 from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
@@ -198,7 +198,7 @@ class Training:
 
     def _hand_on(self, model: Path, result: dict) -> dict:
         best = self.folder / f"best_{self.info.get('best')}"
-        if best.exists():
+        if published(best):
             model.parent.mkdir(exist_ok=True)
             remove(model)
             best.rename(model)

@@ -1,6 +1,6 @@
 """Writes files whole or not at all, and names the file that could not be written or read.
 
-Only this module asks whether a path is on a disk or in a bucket. What a bucket does is in bucket.py.
+What differs between a disk and a bucket is decided here; bucket.py has a bucket's side of it.
 """
 
 import errno

@@ -231,7 +231,8 @@ def test_a_second_start_is_refused_at_once_and_takes_over_from_a_killed_one(fold
         InputError, match=f"in use by process {holder.pid} .*a start takes it over as soon as"
     ) as refused:
         __main__.run_command(["sft", "--config=configs/quickstart.py", f"--workdir={folder}"])
-    assert time.monotonic() - began < 5 and InputError.exit_code == 2 and "\n" not in str(refused.value)
+    assert time.monotonic() - began < 3 * 5  # s; imports of JAX included
+    assert InputError.exit_code == 2 and "\n" not in str(refused.value)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with lock.held(folder):
@@ -346,9 +347,12 @@ def test_weights_are_read_by_ranges_into_shards_and_nothing_is_copied(folder, mo
     with pytest.raises(InputError, match="already exists"):
         save_hf(folder, model, params)
     read, ranges = BucketPath.read_range, []
-    monkeypatch.setattr(
-        BucketPath, "read_range", lambda self, *span: ranges.append((self.name, *span)) or read(self, *span)
-    )
+
+    def noted(self, start: int, size: int) -> bytes:
+        ranges.append((self.name, size))
+        return read(self, start, size)
+
+    monkeypatch.setattr(BucketPath, "read_range", noted)
     here = store.readable(folder)
     weights = here / "model.safetensors"
     whole = weights.stat().st_size

@@ -12,6 +12,7 @@ OVER_ALL = ("test_subsets.py::test_closed_forms_are_the_mean_over_all_subsets",)
 TOKENIZERS = "test_tokenizer_folders.py"
 WRITTEN = "test_hf_write.py"
 LOCK = "reft_jax.run.lock"
+BUCKET = "reft_jax.bucket"
 PROMPTS = "reft_jax.tasks.prompts"
 PROMPTER = "reft_jax.tasks.prompts"
 ASKED = ("test_prompter.py::test_a_prompt_is_that_of_apply_chat_template_and_the_forced_prefix",)
@@ -74,6 +75,19 @@ PLANTED = [
      ("test_lock.py::test_signs_of_life",)),
     ("lock: a copy is in use", "reft_jax.store", "or os.path.samefile(one, folder)", "or True",
      ("test_lock.py::test_a_copy_of_a_work_directory_in_use_is_free_and_one_that_was_renamed_is_not",)),
+    ("bucket: a folder's marker is copied first", BUCKET, "for names in (others, markers):",
+     "for names in (markers, others):",
+     ("test_bucket.py::test_a_folder_is_there_once_its_marker_is_and_goes_with_it",)),
+    ("bucket: a marker before the lines", BUCKET, "        settle()\n", "",
+     ("test_bucket.py::test_a_marker_is_never_seen_before_the_lines_that_were_appended_first",)),
+    ("bucket: parts of a replaced object count", BUCKET, " if made_for == generation", "",
+     ("test_bucket.py::test_a_part_that_was_uploaded_twice_is_read_once_and_one_of_an_older_object_never",)),
+    ("bucket: a lock is written whatever is there", BUCKET, "ifGenerationMatch=generation", "ifGenerationMatch=None",
+     ("test_bucket.py::test_of_many_that_take_over_at_one_moment_one_does",)),
+    ("bucket: half a model is one", "reft_jax.store", "(folder / marker).exists() if", "folder.exists() if",
+     ("test_bucket.py::test_half_a_model_is_none",)),
+    ("bucket: the wrong rows are read", "reft_jax.model.safetensors", "stored.start + start", "stored.start",
+     ("test_bucket.py::test_only_the_rows_of_a_shard_are_read",)),
     ("lock: readers ask", "reft_jax.run.open", "    if not read_only:\n        lock.look(workdir)",
      "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),
     ("streams: a closed pipe ends the run", "reft_jax.terminal", "os.dup2(null, self.fileno())", "raise error",

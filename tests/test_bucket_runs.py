@@ -1,0 +1,147 @@
+"""Whole runs whose work directory is in a bucket, beside the same runs on a disk: killed, with faults, on two hosts."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from emulator import BUCKET, faulty, pointed_at
+from test_pipeline import command
+
+from reft_jax import store
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.long
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling
+VARYING = ("seconds", "compiles", "executor_retries", "made")
+STAGES = ("sft", "reft", "rerank_sft", "rerank_reft")
+KILLS = 5
+SAVES = """
+import os, sys
+from reft_jax.train import checkpoints
+
+def killed(folder):
+    os.kill(os.getpid(), 9)
+
+checkpoints.write_manifest = killed  # when all of a step is up but its manifest
+from reft_jax.__main__ import main
+main()
+"""
+
+
+def start(name: str, workdir, cache: Path, scratch: Path, *more: str, code: str = "", log=subprocess.DEVNULL):
+    """A process of a command, on a machine whose scratch folder is empty."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    words = command(name, workdir, f"--config.compiled={cache}", *more)
+    if code:
+        words[1:3] = ["-c", code]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=os.environ | QUICK | {"TMPDIR": str(scratch)}, stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+def whole(name: str, workdir, cache: Path, scratch: Path, *more: str) -> str:
+    """What a command prints that ends well."""
+    log = scratch.with_suffix(".log")
+    with log.open("w") as file:
+        code = start(name, workdir, cache, scratch, *more, log=file).wait(timeout=1800)
+    assert code == 0, log.read_text()
+    return log.read_text()
+
+
+def constant(value):
+    """A JSON value without what varies from run to run."""
+    if isinstance(value, dict):
+        return {key: constant(entry) for key, entry in value.items() if not key.startswith(VARYING)}
+    return [constant(entry) for entry in value] if isinstance(value, list) else value
+
+
+def results(workdir, stages=STAGES) -> dict:
+    """What a run leaves: of each stage its lines, its result with the checksum of the last state, and its arrays."""
+    found = {}
+    for stage in stages:
+        lines = [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+        found[stage] = constant(lines), constant(json.loads((workdir / stage / "done.json").read_text()))
+    for model in ("warmup", *stages):
+        found[f"models/{model}"] = json.loads((workdir / "models" / model / "arrays.json").read_text())
+    if (workdir / "report.json").exists():
+        found["report"] = constant(json.loads((workdir / "report.json").read_text()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def on_disk(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    whole("pipeline", folder / "run", cache, folder / "scratch")
+    return results(folder / "run")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_pipeline_that_is_killed_ends_as_on_a_disk(share, on_disk, cache, tmp_path):
+    """share: of the requests that fail."""
+    chance = random.Random(round(share * 10))
+    with faulty(tmp_path, share) as proxy, pointed_at(proxy.url):
+        workdir, scratch = store.as_path(f"{BUCKET}/run"), tmp_path / "scratch"
+        saves = start("pipeline", workdir, cache, scratch, code=SAVES)
+        assert saves.wait(timeout=600) == -signal.SIGKILL
+        for _ in range(KILLS - 1):
+            process, deadline = start("pipeline", workdir, cache, scratch), time.monotonic() + chance.uniform(5, 40)
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.kill()
+            assert process.wait() in (-signal.SIGKILL, 0)
+        whole("pipeline", workdir, cache, scratch)
+        proxy.share = 0.0
+        assert results(workdir) == on_disk
+        assert all(proxy.made.values()) or not share, proxy.made
+
+
+def test_a_run_whose_store_is_gone_ends_with_one_line_and_code_4(cache, tmp_path):
+    with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
+        workdir, log = store.as_path(f"{BUCKET}/run"), tmp_path / "log"
+        with log.open("w") as file:
+            process = start("sft", workdir, cache, tmp_path / "scratch", "--config.sft.epochs=400", log=file)
+            while not (workdir / "sft" / "checkpoints").exists() and process.poll() is None:
+                time.sleep(0.5)
+            proxy.gone = True
+            assert process.wait(timeout=600) == 4, log.read_text()
+        last = log.read_text().splitlines()[-1]
+        assert last.startswith("error: ") and "run the same command again" in last
+
+
+def test_two_hosts_in_a_bucket_end_as_on_a_disk(cache, tmp_path):
+    def both(workdir) -> dict:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        place = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+        mesh = ["--config.mesh.cpu_devices=2", "--config.mesh.fsdp=4"]
+        logs = [(tmp_path / f"{number}.log").open("w") for number in range(2)]
+        hosts = [
+            start(
+                "sft", workdir, cache, tmp_path / f"scratch{number}", *place, *mesh, f"--process_id={number}", log=log
+            )
+            for number, log in enumerate(logs)
+        ]
+        codes = [host.wait(timeout=1200) for host in hosts]
+        assert codes == [0, 0], [Path(log.name).read_text() for log in logs]
+        return results(workdir, ["sft"])
+
+    with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
+        workdir = store.as_path(f"{BUCKET}/two")
+        assert both(workdir) == both(tmp_path / "two")
+        names = {f"host_{number}.{kind}.log" for number, kind in itertools.product(range(2), ("out", "err"))}
+        assert {path.name for path in (workdir / "logs").iterdir()} >= names

@@ -241,11 +241,10 @@ class BucketPath(gpath.PosixGPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         forget(self)
-        try:
+        if not missing_ok and not self.is_file():
+            raise self._missing()
+        with suppress(FileNotFoundError):  # also if the answer to the first request was lost
             _ask(self, "call", "DELETE", "b/{}/o/{}", *self._place)
-        except FileNotFoundError:
-            if not missing_ok:
-                raise self._missing() from None
 
     def copy(self, target: "BucketPath") -> "BucketPath":
         """Copies a file, with its parts made one, or the objects of a folder, its marker last."""

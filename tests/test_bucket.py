@@ -336,6 +336,22 @@ def test_a_store_that_is_gone_ends_the_run_with_one_line(tmp_path, impatient, mo
                 ask()
 
 
+def test_a_holder_outlives_a_store_that_is_away_for_a_moment(tmp_path, impatient, monkeypatch):
+    from reft_jax.run import lock
+
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
+        place = store.as_path(f"{BUCKET}/run")
+        with lock.held(place):
+            proxy.gone = True
+            time.sleep(1.5)
+            proxy.gone = False
+            before, deadline = (place / lock.LOCK_NAME).stat().st_ino, time.monotonic() + 20
+            while (place / lock.LOCK_NAME).stat().st_ino == before and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert (place / lock.LOCK_NAME).stat().st_ino > before
+
+
 # --- models and logs
 
 

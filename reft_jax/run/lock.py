@@ -18,7 +18,7 @@ from typing import NamedTuple
 from reft_jax import store
 from reft_jax.parallel import hosts
 from reft_jax.store import writing
-from reft_jax.types import InputError
+from reft_jax.types import InputError, SaveError
 
 LOCK_NAME = "lock.json"
 BEAT_S = 20.0  # between two signs of life
@@ -117,7 +117,8 @@ def _left_by(workdir: Path, text: str) -> str:
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
     """Touches the lock while this run holds it; ends the process if another run has taken it."""
     while not ended.wait(BEAT_S):
-        with suppress(OSError):  # the disk may be unreachable for a moment; if it lasts, another run takes over
+        # The disk or the store may be unreachable for a moment; if it lasts, another run takes over.
+        with suppress(OSError, InputError, SaveError):
             text = _read(path)
             if text == mine:
                 store.touch(path, mine)

@@ -84,6 +84,8 @@ PLANTED = [
      ("test_bucket.py::test_a_part_that_was_uploaded_twice_is_read_once_and_one_of_an_older_object_never",)),
     ("bucket: a lock is written whatever is there", BUCKET, "ifGenerationMatch=generation", "ifGenerationMatch=None",
      ("test_bucket.py::test_of_many_that_take_over_at_one_moment_one_does",)),
+    ("bucket: one failed sign of life is the last", LOCK, "suppress(OSError, InputError, SaveError)",
+     "suppress(OSError)", ("test_bucket.py::test_a_holder_outlives_a_store_that_is_away_for_a_moment",)),
     ("bucket: half a model is one", "reft_jax.store", "(folder / marker).exists() if", "folder.exists() if",
      ("test_bucket.py::test_half_a_model_is_none",)),
     ("bucket: the wrong rows are read", "reft_jax.model.safetensors", "stored.start + start", "stored.start",

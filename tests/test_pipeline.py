@@ -183,3 +183,46 @@ def test_export_gives_a_folder_that_transformers_and_solve_load(finished, tmp_pa
     assert solved.returncode == 0, solved.stderr
     assert solved.stdout.startswith('def solution():\n    """Ann has 2 pens. How many?"""')
     assert "\nanswer: " in solved.stdout
+
+
+# --- `check --workdir`: what it says of a run is what the run did
+
+
+def cells(printed: str) -> dict[str, list[str]]:
+    """The other cells of each row of the table, by its first cell."""
+    rows = [line.strip("| ").split("|") for line in printed.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows[2:]}
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_rows_and_updates_are_those_of_the_run(finished, tmp_path):
+    workdir = finished[0]
+    new = run("check", tmp_path / "new")
+    assert new.returncode == 0, new.stderr
+    assert not (tmp_path / "new").exists()
+    table = cells(new.stdout)
+    done = {name: json.loads((workdir / name / "done.json").read_text()) for name in ("sft", "reft", "rerank_sft")}
+    rows, epochs = done["sft"]["rows"], done["sft"]["epochs"]
+    assert table["SFT: warm-up and best checkpoint"][0] == str(rows)
+    assert table["ReFT: PPO from the warm-up model"][0] == "3 × 16"
+    assert table["samples of SFT on test questions"][0] == "7 × 2"
+    assert int(table["reranker for SFT"][0]) >= done["rerank_sft"]["rows"]
+    assert table["evaluation"][0] == "21 + 28"  # greedy answers of three models, samples that two rerankers judge
+    updates = {name: int(row[1]) for name, row in table.items() if row[1] != "-"}
+    assert updates["SFT: warm-up and best checkpoint"] == epochs * -(-rows // 16)
+    assert updates["ReFT: PPO from the warm-up model"] == 3 * 2  # iterations, passes of one minibatch each
+    assert "memory" in new.stdout and "sampled tokens per second" in new.stdout
+
+
+def test_what_is_done_is_not_counted_and_nothing_is_written(finished):
+    workdir = finished[0]
+    before = listing(workdir)
+    again = run("check", workdir, "--stage=sft")
+    assert again.returncode == 0, again.stderr
+    assert listing(workdir) == before
+    assert cells(again.stdout) == {"SFT: warm-up and best checkpoint": cells(again.stdout).popitem()[1]}
+    assert cells(again.stdout).popitem()[1][-1] == "done"
+    assert "about 0:00:00 for what is not done" in again.stdout

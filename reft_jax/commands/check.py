@@ -83,19 +83,26 @@ def run_check(folder: Path, config) -> bool:
     examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
     folder = readable(folder)
     inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
-    limits, passed = config.executor, True
+    limits = config.executor
     with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):
         mesh = open_mesh(config)
-        print(f"check {folder}: {config.model.dtype}, mesh {dict(mesh.shape)}\n")
-        for guard in executor.guarding():
-            print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
         with on_mesh(mesh):
-            for finding in findings(inputs, mesh):
-                passed &= finding.passed
-                mark = "pass" if finding.passed else "FAIL"
-                print(f"{mark}  {finding.name:<32}  {finding.figure}", flush=True)
-    verdict = "everything passed" if passed else "NOT READY: see the lines marked FAIL"
-    print(f"\n{verdict} ({time.monotonic() - started:.0f} s)")
+            passed = check_inputs(inputs, mesh)
+    print(f"({time.monotonic() - started:.0f} s)")
+    return passed
+
+
+def check_inputs(inputs: Inputs, mesh) -> bool:
+    """Prints a table of the guards and the findings; whether everything passed. The executor runs already."""
+    passed = True
+    print(f"check {inputs.base}: {inputs.config.model.dtype}, mesh {dict(mesh.shape)}\n")
+    for guard in executor.guarding():
+        print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
+    for finding in findings(inputs, mesh):
+        passed &= finding.passed
+        mark = "pass" if finding.passed else "FAIL"
+        print(f"{mark}  {finding.name:<32}  {finding.figure}", flush=True)
+    print("\neverything passed" if passed else "\nNOT READY: see the lines marked FAIL", flush=True)
     return passed
 
 

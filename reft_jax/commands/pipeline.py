@@ -1,7 +1,8 @@
 """The whole chain in one work directory. Finished stages are skipped."""
 
 import time
-from functools import partial
+from collections.abc import Callable
+from typing import NamedTuple
 
 from reft_jax.commands.evaluate import run_evaluate
 from reft_jax.run.open import Run
@@ -13,27 +14,39 @@ from reft_jax.stages.self_train import OFFLINE, ONLINE, online_rows, run_offline
 from reft_jax.stages.sft import run_sft
 
 
-def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
-    """SFT, ReFT, with `baselines` self-training of both kinds, sampling, rerankers, the table. Returns the report."""
+class Step(NamedTuple):
+    """A step of the chain: `function(run, *arguments)`."""
+
+    title: str
+    function: Callable
+    arguments: tuple[str, ...] = ()
+
+
+def steps(*, baselines: bool) -> list[Step]:
+    """SFT, ReFT, with `baselines` self-training of both kinds, sampling, rerankers, the table."""
     names = ["sft", OFFLINE, ONLINE, "reft"] if baselines else ["sft", "reft"]
-    stages = [("SFT: warm-up and best checkpoint", lambda: run_sft(run))]
+    chain = [Step("SFT: warm-up and best checkpoint", run_sft)]
+    if baselines:
+        chain.append(Step("offline self-training of the base model", run_offline))
+        chain.append(Step("online self-training from the warm-up model", run_online))
+    chain.append(Step("ReFT: PPO from the warm-up model", run_reft))
+    chain.append(Step("samples of the warm-up model on training questions", run_sample, ("warmup", "train")))
+    chain += [Step(f"samples of {TITLES[one]} on test questions", run_sample, (one, "test")) for one in names]
+    chain += [Step(f"reranker for {TITLES[one]}", run_rerank, (one,)) for one in names]
+    return [*chain, Step("evaluation", run_evaluate)]
+
+
+def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
+    """Runs `steps` and returns the report."""
+    chain = steps(baselines=baselines)
     if baselines:
         online_rows(run)  # a limit that drops too many rows ends the run here
-        stages += [
-            ("offline self-training of the base model", lambda: run_offline(run)),
-            ("online self-training from the warm-up model", lambda: run_online(run)),
-        ]
-    stages.append(("ReFT: PPO from the warm-up model", lambda: run_reft(run)))
-    stages.append(("samples of the warm-up model on training questions", lambda: run_sample(run, "warmup", "train")))
-    stages += [(f"samples of {TITLES[one]} on test questions", partial(run_sample, run, one, "test")) for one in names]
-    stages += [(f"reranker for {TITLES[one]}", partial(run_rerank, run, one)) for one in names]
-    for stage in [*names, *(f"rerank_{one}" for one in names)]:
-        check_sources(run, stage)  # a finished stage that may not be used is found now, not after hours
+    for name in ("sft", *((OFFLINE, ONLINE) if baselines else ()), "reft"):
+        for stage in (name, f"rerank_{name}"):
+            check_sources(run, stage)  # a finished stage that may not be used is found now, not after hours
     started = time.monotonic()
-    for i, (title, stage) in enumerate(stages, start=1):
-        print(f"[{i}/{len(stages) + 1}] {title}", flush=True)
-        stage()
-    print(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation", flush=True)
-    report = run_evaluate(run)
+    for i, step in enumerate(chain, start=1):
+        print(f"[{i}/{len(chain)}] {step.title}", flush=True)
+        result = step.function(run, *step.arguments)
     print(f"\nreport.md, report.json, curves.png: {run.workdir.path}\nthis run took {time.monotonic() - started:.0f} s")
-    return report
+    return result

@@ -229,9 +229,7 @@ class Training:
         line.
         """
         stage, rl = self.folder.name, self.run.config.rl
-        per_pass = max(1, questions // rl.questions)
-        iterations = rl.iterations or rl.epochs * per_pass
-        eval_every, save_every = rl.eval_every or per_pass, rl.save_every or per_pass
+        iterations, eval_every, save_every = schedule_of(rl, questions)
         collapse = Collapse(rl.questions)
         for line in read_metrics(self.folder):
             collapse.add(line)
@@ -259,6 +257,20 @@ class Training:
         progress.close()
         if not self.info["best"]:
             remark(f"warning: {stage}: no iteration was better on dev than the warm-up model, which becomes the result")
+
+
+class Schedule(NamedTuple):
+    """How many iterations there are, and after how many a stage evaluates on dev and saves."""
+
+    iterations: int
+    eval_every: int
+    save_every: int
+
+
+def schedule_of(rl, questions: int) -> Schedule:
+    """The schedule on so many training questions. rl: the settings; 0 means once per pass over the questions."""
+    per_pass = max(1, questions // rl.questions)
+    return Schedule(rl.iterations or rl.epochs * per_pass, rl.eval_every or per_pass, rl.save_every or per_pass)
 
 
 class Drawn(NamedTuple):

@@ -21,8 +21,8 @@ from reft_jax.train.batches import minibatches, rollout_rows
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.iteration import Iteration, Scores, gap_metrics, importance_weights
 from reft_jax.train.packing import Packing
-from reft_jax.train.state import constant_schedule, make_optimizer
-from reft_jax.types import Completion, Example, PPOBatch, Prompt, SamplerGapError
+from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
+from reft_jax.types import Completion, Example, PPOBatch, Prompt, Rollout, SamplerGapError
 
 PARTS = ("rollout", "reward", "score", "update")  # timed parts of an iteration; the rest of its seconds is "other"
 
@@ -44,48 +44,65 @@ def run_reft(run: Run) -> dict:
     with of_warmup as training, open_rewards(run) as rewards:
         if algorithm.reference and training.lora:
             reference = training.base  # the adapter is off
-        size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
-        functions = Iteration(
-            run.machine.model, run.machine.mesh, optimizer, algorithm, training.shardings, training.lora, **size
-        )
-        row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
+        functions = make_iteration(run, optimizer, algorithm, training)
         for number, drawn in training.iterations(len(questions), shown=("reward", "kl")[: 1 + algorithm.reference]):
-            start_time, timeouts_before = time.monotonic(), run.programs["timeout"]
-            state, params, examples = training.state, training.params, [questions[i] for i in drawn]
-
-            # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
-            prompts, graded, metrics = sampled(run, params["lm"], examples, number, algorithm, rewards)
-            item_ids = [prompt.item_id for prompt in prompts[:: algorithm.samples]]
-            completions, paid = [one.completion for one in graded], [one.verdict.reward for one in graded]
-            rollout = rollout_rows(prompts, completions, paid, row_length)
-            rollout_end = time.monotonic()
-
-            # Log-probabilities under the policy and the reference, and values. Then KL penalty and advantages.
-            scores, packing = functions.score(params, reference, rollout)
-            batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
-            gap = trainer_gap(scores, packing, completions)
-            batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
-            check_gap(rl.max_gap, batch_metrics, number)
-            if rl.sampler_correction != "none":
-                batch = corrected(batch, packing, importance_weights(gap, rl.sampler_correction, rl.sampler_cap))
-            score_end = time.monotonic()
-
-            # PPO epochs; each minibatch is one clipped update.
-            for rows in minibatches(
-                run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches, algorithm.samples
-            ):
-                state, numbers = functions.update(state, rollout, batch, rows, training.base)
-                error = numbers.pop("ratio_error_max", 0.0)  # an algorithm with a loss of its own may not have it
-                batch_metrics.setdefault("ratio_max_error_first", error)
-            metrics |= jax.device_get(batch_metrics | numbers)
-            update_end = time.monotonic()
-
-            metrics |= {"seconds_score": score_end - rollout_end, "seconds_update": update_end - score_end}
-            metrics |= {"seconds": update_end - start_time, "timeouts": run.programs["timeout"] - timeouts_before}
-            metrics["seconds_other"] = metrics["seconds"] - sum(metrics[f"seconds_{part}"] for part in PARTS)
+            models = training.params, reference, training.base
+            state, metrics, item_ids, rollout = iterate(
+                run, functions, training.state, models, [questions[i] for i in drawn], number, rewards
+            )
             training.updated(state, numbers=metrics, pending=metrics, item_ids=item_ids, inputs=rollout._asdict())
         result = {"iterations": training.done, "questions": len(questions), "from": sources(run, "warmup")}
         return training.finish(run.workdir.model("reft"), result)
+
+
+def make_iteration(run: Run, optimizer, algorithm: Algorithm, training: Training) -> Iteration:
+    """The compiled functions of the run's iterations."""
+    machine, rl = run.machine, run.config.rl
+    size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
+    return Iteration(machine.model, machine.mesh, optimizer, algorithm, training.shardings, training.lora, **size)
+
+
+def iterate(
+    run: Run, functions: Iteration, state: TrainState, models: tuple, examples: list[Example], number: int, rewards
+) -> tuple[TrainState, dict[str, float], list[str], Rollout]:
+    """One iteration on `examples`: the new state, metrics, the items in the order of the rollout, and the rollout.
+
+    `state` is donated. models: the parameters {'lm', head} of `state`, of the reference and of the base (see
+    `Training`); the last two may be None. rewards: as in `roll_out`.
+    """
+    (params, reference, base), rl, algorithm = models, run.config.rl, functions.algorithm
+    start_time, timeouts_before = time.monotonic(), run.programs["timeout"]
+
+    # Sample solutions, execute their programs, take the rewards. Training uses the sampled ids as they are.
+    prompts, graded, metrics = sampled(run, params["lm"], examples, number, algorithm, rewards)
+    item_ids = [prompt.item_id for prompt in prompts[:: algorithm.samples]]
+    completions, paid = [one.completion for one in graded], [one.verdict.reward for one in graded]
+    row_length = round_up(rl.max_len, run.config.data.pad_multiple)  # for every rollout, so that all have one shape
+    rollout = rollout_rows(prompts, completions, paid, row_length)
+    rollout_end = time.monotonic()
+
+    # Log-probabilities under the policy and the reference, and values. Then KL penalty and advantages.
+    scores, packing = functions.score(params, reference, rollout)
+    batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
+    gap = trainer_gap(scores, packing, completions)
+    batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
+    check_gap(rl.max_gap, batch_metrics, number)
+    if rl.sampler_correction != "none":
+        batch = corrected(batch, packing, importance_weights(gap, rl.sampler_correction, rl.sampler_cap))
+    score_end = time.monotonic()
+
+    # PPO epochs; each minibatch is one clipped update.
+    for rows in minibatches(run.config.seed, number, len(prompts), rl.ppo_epochs, rl.minibatches, algorithm.samples):
+        state, numbers = functions.update(state, rollout, batch, rows, base)
+        error = numbers.pop("ratio_error_max", 0.0)  # an algorithm with a loss of its own may not have it
+        batch_metrics.setdefault("ratio_max_error_first", error)
+    metrics |= jax.device_get(batch_metrics | numbers)
+    update_end = time.monotonic()
+
+    metrics |= {"seconds_score": score_end - rollout_end, "seconds_update": update_end - score_end}
+    metrics |= {"seconds": update_end - start_time, "timeouts": run.programs["timeout"] - timeouts_before}
+    metrics["seconds_other"] = metrics["seconds"] - sum(metrics[f"seconds_{part}"] for part in PARTS)
+    return state, metrics, item_ids, rollout
 
 
 def sampled(

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.run.inputs import Row
@@ -51,11 +52,9 @@ def train_supervised(
         update = make_step(sft_loss, run.machine.model, optimizer, training.shardings, training.lora)
         for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=last_epoch):
             for chosen in epoch:
-                packing, item_ids = pack(run, [rows[i] for i in chosen]), [rows[i][2] for i in chosen]
-                weight = packing.spread(1 / len(packing.at[0]))
-                batch = put_rows(run.machine.mesh, (packing.lines, weight), axis=1)
+                packing, weight, batch = make_batch(run, [rows[i] for i in chosen])
                 state, numbers = update(training.state, batch, packing.count, training.base)
-                inputs = packing.lines._asdict() | {"weight": weight}
+                item_ids, inputs = [rows[i][2] for i in chosen], packing.lines._asdict() | {"weight": weight}
                 epoch.updated(state, numbers, item_ids, inputs, padding=packing.padding)
             at, line = epoch.number, {"epoch": epoch.number, "lr": float(schedule(training.done - 1))} | epoch.means()
             if at % settings.eval_every == 0 or at in (warmup_epoch, last_epoch):
@@ -66,6 +65,13 @@ def train_supervised(
             training.write(line)
         result = {"epochs": last_epoch, "rows": len(rows), "from": sources or {}}
         return training.finish(run.workdir.model(stage), result)
+
+
+def make_batch(run: Run, rows: list[Row]) -> tuple[Packing, np.ndarray, tuple]:
+    """Supervised rows in lines, the weights of their decisions [M,b,W], and the batch of both on the mesh."""
+    packing = pack(run, rows)
+    weight = packing.spread(1 / len(packing.at[0]))
+    return packing, weight, put_rows(run.machine.mesh, (packing.lines, weight), axis=1)
 
 
 def pack(run: Run, rows: list[Row]) -> Packing:

@@ -79,12 +79,12 @@ class Progress:
         worked, seconds = done - self._done0, elapsed - (compile_seconds() - self._compiled)
         if worked > 0 and seconds > 0:
             per_second = worked / seconds
-            left = _clock((self._total - done) / per_second)
+            left = clock((self._total - done) / per_second)
             rate = f"{per_second:.3g} {self._unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{self._unit}"
         # A narrow terminal cuts off the end, so the least important parts are last.
         parts = [self._stage, f"{done}/{self._total} {self._unit}s", f"{100 * done // self._total} %", f"left {left}"]
         parts += [f"{name} {value:.3g}" for name, value in numbers.items()]
-        return "  ".join([*parts, rate, f"elapsed {_clock(elapsed)}"])
+        return "  ".join([*parts, rate, f"elapsed {clock(elapsed)}"])
 
 
 def remark(text: str) -> None:
@@ -93,5 +93,6 @@ def remark(text: str) -> None:
         print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:17:30."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,56 @@
+"""`check --workdir`: what it says of a run is what the run does; it writes nothing there."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from reft_jax.commands import forecast
+from reft_jax.commands.forecast import Costs, Forecast
+from reft_jax.commands.pipeline import steps
+from reft_jax.config import load_config
+from reft_jax.types import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """10 SFT rows with answers of 4 and 6 tokens, 8 PPO questions, 5 dev and 6 test questions; round costs."""
+    config = load_config(str(ROOT / "configs" / "quickstart.py"))
+    config.sft.update(epochs=3, warmup_epoch=1, eval_every=2, batch_size=4)
+    config.rl.update(iterations=4, questions=8, micro_batch=4, ppo_epochs=2, minibatches=2, eval_every=2)
+    config.sample.update(n=3, train_n=2, train_limit=7)
+    config.rerank.update(epochs=2, batch_size=4)
+    rows = [([0] * 14, 10, "a")] * 5 + [([0] * 16, 10, "b")] * 5
+    data = SimpleNamespace(train=[None] * 10, dev=[None] * 5, test=[None] * 6)
+    inputs = SimpleNamespace(sft_rows=rows, data=data, questions=[None] * 8)
+    monkeypatch.setattr(forecast, "abstract_policy", lambda run: {})
+    monkeypatch.setattr(forecast, "abstract_reranker", lambda run: {})
+    costs = Costs(sft_row=7.0, token=0.2, score_row=2.0, update_row=3.0, memory=2**30, compiling=1.0)
+    return Forecast(SimpleNamespace(config=config, inputs=inputs), costs)
+
+
+@pytest.mark.parametrize(
+    "title, rows, updates, seconds",
+    [
+        # a completion: 5 tokens of 0.2 s; dev: 5 completions
+        ("SFT: warm-up and best checkpoint", "10", 9, 3 * 10 * 7 + 3 * 5),  # evaluated after epochs 1, 2 and 3
+        ("ReFT: PPO from the warm-up model", "4 × 8", 16, 4 * 8 * (1 + 2 + 2 * 3) + 3 * 5),  # after 0, 2 and 4
+        ("samples of the warm-up model on training questions", "7 × 2", 0, 14),
+        ("samples of ReFT on test questions", "6 × 3", 0, 18),
+        ("reranker for ReFT", "14", 8, 2 * 14 * 7),
+        ("evaluation", "18 + 36", 0, 18 + 36 * 2 / 2),  # greedy: the warm-up model, SFT, ReFT
+    ],
+)
+def test_rows_updates_and_seconds_by_hand(by_hand, title, rows, updates, seconds):
+    chain = steps(baselines=False)
+    (step,) = [one for one in chain if one.title == title]
+    found = by_hand.expected(step, chain)
+    assert (found.rows, found.updates) == (rows, updates) and found.seconds == pytest.approx(seconds)
+
+
+def test_it_runs_on_one_host(monkeypatch):
+    monkeypatch.setattr(forecast.hosts, "count", lambda: 2)
+    with pytest.raises(InputError, match="runs on one host; `plan`"):
+        forecast.run_forecast(None, Path("runs/x"), [], "pipeline", False)

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
 from reft_jax.types import InputError, SaveError
 
 REMEDY = "make room or repair the disk, then run the same command again"
@@ -125,13 +123,6 @@ def origin(path: Path) -> Path:
     """Where the bytes of a file are: in a bucket if it is in a folder of `readable` that stands for one."""
     here = next((folder for folder in (path, *path.parents) if folder in _stands), None)
     return path if here is None else _stands[here] / path.relative_to(here)
-
-
-def read_range(path: Path, start: int, size: int) -> np.ndarray:
-    """Bytes of a file, uint8[size], size > 0; on a disk they are mapped."""
-    if is_remote(found := origin(path)):
-        return np.frombuffer(found.read_range(start, size), np.uint8)
-    return np.memmap(path, np.uint8, "r", start, (size,))
 
 
 def upload(folder: Path, target: Path) -> None:

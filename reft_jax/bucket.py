@@ -138,7 +138,8 @@ class BucketPath(gpath.PosixGPath):
                 found = _ask(self, "call", "GET", "b/{}/o", bucket, prefix=name, pageToken=page, json_out=True, **more)
             except FileNotFoundError:  # no such bucket
                 return
-            yield from found.get("items", ())
+            # The console makes an object "folder/" for an empty folder.
+            yield from (about for about in found.get("items", ()) if not about["name"].endswith("/"))
             yield from ({"name": name} for name in found.get("prefixes", ()))
             if not (page := found.get("nextPageToken")):
                 return

@@ -6,6 +6,7 @@ What differs between a disk and a bucket is decided here; bucket.py has a bucket
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ REMEDY = "make room or repair the disk, then run the same command again"
 REMEDY_BUCKET = "see to the bucket, your rights in it and the network, then run the same command again"
 # Errors of the disk, not of the code: full, over a quota or a limit, read-only, broken, or without permission.
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM".split()}
-
+PATIENCE_S = 180.0
 TEXT = {"encoding": "utf-8", "errors": "replace"}
 
 
@@ -223,6 +224,11 @@ def touch(path: Path, mine: str) -> None:
         path.swap(mine, mine)
     else:
         os.utime(path)
+
+
+def patience(path: Path) -> float:
+    """Seconds that the place of a file may be out of reach before a run ends. A disk's own errors end it."""
+    return PATIENCE_S if is_remote(path) else math.inf
 
 
 def silence(path: Path) -> float:

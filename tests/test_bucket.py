@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from emulator import BUCKET, emulator, environment, faulty, pointed_at
+from emulator import BUCKET, emulator, environment, faulty, needs_gcsfs, pointed_at
 
 from reft_jax import __main__, store
 from reft_jax.types import InputError, SaveError
@@ -36,6 +36,7 @@ def folder(url, request):
 @pytest.fixture
 def impatient(monkeypatch):
     """gcsfs waits half a minute before it gives up: here a hundredth of that."""
+    needs_gcsfs()
     import asyncio
 
     import gcsfs.retry
@@ -155,6 +156,14 @@ def test_a_folder_is_there_once_its_marker_is_and_goes_with_it(folder, monkeypat
     assert names(folder / "best_10") == ["manifest.json"]
     store.remove(folder / "reft")
     assert asked[8][1].endswith("/reft/manifest.json") and not (folder / "reft").exists()
+
+
+def test_the_object_that_stands_for_an_empty_folder_is_no_file(folder):
+    from reft_jax.bucket import _store
+
+    (folder / "a" / "file").write_text("x")
+    _store().pipe_file(f"{folder._key}/a/", b"")
+    assert names(folder) == ["a/file"] and [path.name for path in (folder / "a").iterdir()] == ["file"]
 
 
 def test_half_a_model_is_none(folder):
@@ -350,6 +359,15 @@ def test_a_holder_outlives_a_store_that_is_away_for_a_moment(tmp_path, impatient
             while (place / lock.LOCK_NAME).stat().st_ino == before and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert (place / lock.LOCK_NAME).stat().st_ino > before
+            ended = []
+            monkeypatch.setattr(lock.hosts, "end_all", lambda *said: ended.append(said))
+            monkeypatch.setattr(store, "PATIENCE_S", 0.5)
+            proxy.gone = True
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.05)
+            line, code = ended[0]
+            assert line.startswith(f"error: {place} was out of reach for ") and code == SaveError.exit_code
+            proxy.gone = False
 
 
 # --- models and logs

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -115,10 +116,10 @@ def _left_by(workdir: Path, text: str) -> str:
 
 
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
-    """Touches the lock while this run holds it; ends the process if another run has taken it."""
+    """Touches the lock while this run holds it; ends the process if another run has taken it, or a bucket is gone."""
+    reached = time.monotonic()
     while not ended.wait(BEAT_S):
-        # The disk or the store may be unreachable for a moment; if it lasts, another run takes over.
-        with suppress(OSError, InputError, SaveError):
+        try:
             text = _read(path)
             if text == mine:
                 store.touch(path, mine)
@@ -127,6 +128,11 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
             elif not ended.is_set():
                 line = f"error: {path.parent}: another run took over, because this one gave no sign of life; {text}"
                 hosts.end_all(line, InputError.exit_code)
+            reached = time.monotonic()
+        except (OSError, InputError, SaveError) as error:  # it may last a moment only; if not, another run takes over
+            away = time.monotonic() - reached
+            if away > store.patience(path):  # the driver that saves steps would try for much longer
+                hosts.end_all(f"error: {path.parent} was out of reach for {away:.0f} s: {error}", SaveError.exit_code)
 
 
 def _read(path: Path) -> str:

@@ -89,7 +89,7 @@ PLANTED = [
     ("bucket: half a model is one", "reft_jax.store", "(folder / marker).exists() if", "folder.exists() if",
      ("test_bucket.py::test_half_a_model_is_none",)),
     ("bucket: the wrong rows are read", "reft_jax.model.safetensors", "stored.start + start", "stored.start",
-     ("test_bucket.py::test_only_the_rows_of_a_shard_are_read",)),
+     ("test_bucket_models.py::test_only_the_rows_of_a_shard_are_read",)),
     ("lock: readers ask", "reft_jax.run.open", "    if not read_only:\n        lock.look(workdir)",
      "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),
     ("streams: a closed pipe ends the run", "reft_jax.terminal", "os.dup2(null, self.fileno())", "raise error",

@@ -145,10 +145,10 @@ def test_attention_of_one_token_equals_its_slow_twin(dtype, atol, kv_heads, bloc
     seen = rng.random((4, length)) < 0.3
     seen[0, : length - 5], seen[1, : length - 5], seen[:, -1] = False, True, True
     if blocks:
-        parts = [(*in_blocks(KVCache(k, v)), seen)]
+        found = jax.jit(attention.attend)(q, *in_blocks(KVCache(k, v)), seen)
     else:
         parts = [(k[..., at], v[:, :, at], seen[:, at]) for at in (slice(length - 5), slice(length - 5, None))]
-    found = jax.jit(attention.attend)(q, *parts)
+        found = jax.jit(attention.attend_parts)(q, *parts)
     assert found.dtype == dtype
     want = [slow_attention(*row) for row in zip(*(np.asarray(x, float) for x in (q, k, v)), seen, strict=True)]
     np.testing.assert_allclose(np.asarray(found, float), want, atol=atol)

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from reft_jax.model.attention import attend
+from reft_jax.model.attention import attend, attend_parts
 from reft_jax.model.cache import KVCache, in_blocks, write, write_recent
 from reft_jax.model.llama import causal_attention, causal_inputs, layer, product, residual, rms_norm, rope_tables
 from reft_jax.model.rollout_weights import RolloutModel
@@ -60,7 +60,7 @@ def step_in_place(model: RolloutModel, weights, tokens: jax.Array, at: jax.Array
         q, k, v = (z.transpose(2, 0, 1) for z in (q, k, v))
         positions = write(positions, at, k, v)
         written.append(positions)
-        heads = attend(q, (*positions, seen)).reshape(batch, -1).T
+        heads = attend(q, *positions, seen).reshape(batch, -1).T
         x = _residual_columns(x + _linear_columns(own, "o", heads))
 
         y = rms_norm(x, own["mlp_norm"], c.rms_norm_eps, axis=0)
@@ -85,7 +85,7 @@ def step_beside(
 
     def attention(positions, added, q, k, v):
         added = write_recent(added, step, k[:, 0], v[:, 0])
-        return attend(q[:, 0], (*positions, old), (added.k.swapaxes(2, 3), added.v, new))[:, None], added
+        return attend_parts(q[:, 0], (*positions, old), (added.k.swapaxes(2, 3), added.v, new))[:, None], added
 
     tables, x = rope_tables(c, (begin + step)[:, None]), residual(weights["embed"][tokens[:, None]])
     for i, (own, *both) in enumerate(zip(_layers(model, weights), cache, recent, strict=True)):

@@ -9,7 +9,7 @@ workdir="${WORKDIR:-runs/quickstart}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # large pages: XLA on a CPU takes fresh memory each step
 
-launch/venv.sh
-echo "Results will be in $workdir: report.md, report.json, curves.png"
+launch/venv.sh page # with the charts of report.html
+echo "Results will be in $workdir: report.md, report.json, report.html, curves.png"
 .venv/bin/python -m reft_jax pipeline --config=configs/quickstart.py --workdir="$workdir" "$@"
-echo "Results are in $workdir: report.md, report.json, curves.png"
+echo "Results are in $workdir: report.md, report.json, report.html, curves.png"

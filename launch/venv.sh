@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes or completes .venv with pinned versions and this package, installed in place. Does nothing if it is done.
 #   launch/venv.sh                        what a run needs
-#   launch/venv.sh test                   and an extra of pyproject.toml: test, smoke, plan, cuda, tpu
+#   launch/venv.sh test                   and an extra of pyproject.toml: test, smoke, docs, page, plan, cuda, tpu
 #   PYTHON=python3.12 launch/venv.sh      with that interpreter (default: what launch/python.sh finds)
 #   VENV=.venv-3.12 launch/venv.sh        another folder than .venv
 # Python 3.11 gets the pins of requirements.txt (JAX 0.10, the last one for it), a newer one those of

@@ -25,7 +25,10 @@ def main() -> None:
     terminal.prepare()
     try:
         with terminal.one_line_on_ctrl_c():
-            run_command(sys.argv[1:])
+            try:
+                run_command(sys.argv[1:])
+            finally:
+                terminal.BLOCK.settle()
         sys.stdout.flush()  # here, where a full disk is still an error of ours
     except Stopped as stop:
         print(f"stopped by {stop}; everything done so far is saved, and the same command resumes", file=sys.stderr)

@@ -120,9 +120,8 @@ class BucketPath(gpath.PosixGPath):
             yield from (self / name).glob(rest) if rest else [self / name]
 
     def rglob(self, pattern: str) -> Iterator["BucketPath"]:
-        """All objects under this folder; only the pattern "*" is known."""
-        assert pattern == "*"
-        return (self / name for name in self.sums())
+        """The objects under this folder whose last name matches."""
+        return (self / name for name in self.sums() if fnmatchcase(name.rpartition("/")[2], pattern))
 
     def sums(self) -> dict[str, tuple[int, str]]:
         """{relative name: (size, CRC32C)} of every object under this folder, as the store computed them."""

@@ -274,7 +274,7 @@ class Config:
     tracking: str = setting(
         "jsonl,tensorboard",
         Rule("names of trackers with commas, jsonl among them", lambda v: "jsonl" in map(str.strip, v.split(","))),
-        "where metrics go: names of train/trackers.py, path.py:NAME; resuming needs jsonl",
+        "where metrics go: jsonl (resuming needs it), tensorboard, wandb, trackio, path.py:NAME",
     )
     compiled: str = setting("", ANY, "folder that keeps compiled functions; empty: compiled/ in the work directory")
     keep_steps: int = setting(2, POSITIVE, "saved steps kept while a stage runs; with 2, one of them may be damaged")

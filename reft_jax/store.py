@@ -55,6 +55,16 @@ def publish(file: Path, target: Path) -> None:
         write_whole(target, file.read_bytes())
 
 
+def on_disk(file: Path) -> Path:
+    """The file itself; of one in a bucket a copy in `local(file.parent)`, as it is now."""
+    if not is_remote(file):
+        return file
+    here = local(file.parent) / file.name
+    here.parent.mkdir(parents=True, exist_ok=True)
+    here.write_bytes(file.read_bytes())
+    return here
+
+
 def settle() -> None:
     """What this process appended to files can be read by other processes afterwards. Raises SaveError."""
     if appends := sys.modules.get("reft_jax.appends"):

@@ -6,8 +6,7 @@
     python tests/mutations.py --jobs=1          one process (default: 2)
 
 No file is changed: a mutated module exists only in one process, which imports the package again for every
-mutation. Separate processes read the modules of the executor and of reward functions: these are mutated in a copy of
-the repository.
+mutation. Separate processes read the modules of COPIED: these are mutated in a copy of the repository.
 """
 
 import argparse
@@ -42,6 +41,7 @@ class Mutation(NamedTuple):
     tests: tuple[str, ...]
 
 
+COPIED = ("reft_jax.executor.", "reft_jax.tasks.reward_worker", "reft_jax.train.tracker", "reft_jax.terminal")
 MUTATIONS = [Mutation(*one) for part in (training, models, runs, executor) for one in part.PLANTED]
 
 
@@ -103,7 +103,7 @@ def survives(mutation: Mutation) -> str:
     if source.count(mutation.old) != 1:
         return f"its text stands {source.count(mutation.old)} times in {path.name}; bring tests/mutations.py up to date"
     mutated = source.replace(mutation.old, mutation.new)
-    if mutation.module.startswith(("reft_jax.executor.", "reft_jax.tasks.reward_worker")):
+    if mutation.module.startswith(COPIED):
         code, said = failing_in_copy(mutation.tests, path.relative_to(REPO), mutated)
     else:
         planted = Planted(mutation.module, mutated, path)

@@ -138,7 +138,14 @@ def test_rloo_of_ones_own_trains_a_policy(rloo, tmp_path):
     lines = [json.loads(line) for line in (workdir / "reft" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["question_sum_max"] < 1e-5 for line in lines)
     assert all("value_loss" not in line and np.isfinite(line["loss"]) for line in lines)
-    asked = [
-        line["item_id"] for line in read_executions(workdir / "executions.jsonl.gz") if "rollout" in line["purpose"]
-    ]
+    rollouts = [line for line in read_executions(workdir / "executions.jsonl.gz") if "rollout" in line["purpose"]]
+    asked = [line["item_id"] for line in rollouts]
     assert len(asked) == 2 * 16 * 4 and set(Counter(asked).values()) <= {4, 8}
+    # The log says what was reinforced. In iteration 1 the policy is the reference, so there is no penalty.
+    assert [line["row"] for line in rollouts] == [*range(64)] * 2
+    reward = np.array([line["reward"] for line in rollouts[:64]]).reshape(16, 4)
+    others = (reward.sum(1, keepdims=True) - reward) / 3
+    np.testing.assert_allclose([line["advantage"] for line in rollouts[:64]], (reward - others).ravel(), atol=1e-5)
+    for line in lines:
+        gaps = [one["sampler_gap"] for one in rollouts if one["iteration"] == line["step"]]
+        assert max(gaps) == pytest.approx(line["sampler_gap"], rel=1e-4) and len(set(gaps)) > 1

@@ -181,7 +181,7 @@ def test_a_command_that_finds_a_fault_ends_with_1(monkeypatch, tmp_path):
 def test_the_commands_that_several_hosts_run_together():
     joined = {row.name for row in TABLE if row.on_hosts}
     alone = {"evaluate --replay", "evaluate --samples", "check", "plan", "solve", "convert", "convert weights"}
-    alone |= {"convert adapter"}
+    alone |= {"convert adapter", "look"}
     assert joined == {row.name for row in TABLE} - alone
     for row in TABLE:
         if row.on_hosts:

@@ -11,7 +11,8 @@ import pytest
 
 from reft_jax import executor
 from reft_jax.conformance import replay_ppo, replay_rerank
-from reft_jax.types import InputError
+from reft_jax.stages.reft import mean_advantages
+from reft_jax.types import InputError, PPOBatch, Rollout
 
 CASES = ("ppo_0", "ppo_1", "ppo_2")
 ARRAYS = "rewards score_rewards kl_rewards values old_logprobs ref_logprobs advantages advantages_whitened returns"
@@ -60,6 +61,21 @@ def test_golden_arrays(replayed, name):
     assert expected.size == ours["action_mask"].sum()
     close(ours[name][ours["action_mask"]], expected)
     assert not ours[name][~ours["action_mask"]].any()
+
+
+def test_golden_mean_advantages_of_the_audit_log(replayed):
+    """The authors' whitened advantages, averaged over the actions of each row with their own mask."""
+    _, theirs, ours = replayed
+    expected = [row[mask].mean() for row, mask in _rows_on_actions(theirs, "advantages_whitened")]
+    rollout = Rollout(np.zeros(ours["action_mask"].shape), ours["prompt_len"], ours["total_len"], ours["scores"])
+    batch = PPOBatch(None, None, None, ours["advantages_whitened"], None)
+    assert len(set(np.sign(expected))) == 2
+    close(mean_advantages(rollout, batch), expected)
+
+
+def _rows_on_actions(theirs: dict, name: str):
+    width = theirs[name].shape[1]
+    return zip(theirs[name], theirs["mask"].astype(bool)[:, :width], strict=True)
 
 
 def test_golden_scores_come_from_running_the_programs(replayed):

@@ -22,7 +22,7 @@ LEVELS = {
     **dict.fromkeys(["model", "parallel", "tasks"], 3),
     **dict.fromkeys(["train", "engine", "evaluation", "toy"], 4),
     **dict.fromkeys(["run", "conformance"], 5),
-    **dict.fromkeys(["stages", "plan"], 6),
+    **dict.fromkeys(["stages", "plan", "page"], 6),
     "commands": 7,
     "__main__": 8,
 }

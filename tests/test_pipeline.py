@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_services import wandb_has
+from test_trackers import in_a_process
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -17,6 +20,10 @@ rl.minibatches=1 rl.value_init=1.0 rl.save_every=1 rl.eval_every=2 rl.max_prompt
 sft.max_len=224 sample.max_len=224 sample.n=2 sample.train_n=2 sample.train_limit=8 engine.slots=16 rerank.epochs=1
 rerank.batch_size=16 rerank.micro_batch=8 rerank.max_len=448 data.pad_multiple=224
 """.split()
+
+
+TRACKERS = [name for name in ("wandb", "trackio") if find_spec(name)]
+TRACKED = f"--config.tracking={','.join(['jsonl', 'tensorboard', *TRACKERS])}"
 
 
 def command(name: str, workdir: Path, *arguments: str) -> list[str]:
@@ -31,17 +38,20 @@ def run(name: str, workdir: Path, *arguments: str) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """One compilation cache for the processes of this file."""
+    """One compilation cache for the processes of this file, and one folder of trackio."""
+    os.environ["WANDB_MODE"], os.environ["TRACKIO_DIR"] = "offline", str(tmp_path_factory.mktemp("trackio"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     yield
-    del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+    for name in ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        del os.environ[f"JAX_{name}"]
+    del os.environ["WANDB_MODE"], os.environ["TRACKIO_DIR"]
 
 
 @pytest.fixture(scope="module")
 def finished(compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    done = run("pipeline", workdir)
+    done = run("pipeline", workdir, TRACKED)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -61,6 +71,7 @@ def test_pipeline_leaves_report_curves_and_table(finished):
         assert row["voting"]["correct"] <= row["upper_bound"]["correct"]
     assert "voting@2" in done.stdout and "voting@2" in (workdir / "report.md").read_text()
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "voting@2" in (workdir / "report.html").read_text()
     assert list((workdir / "reft" / "tb").glob("events.*"))
     assert json.loads((workdir / "config.json").read_text())["seed"] == 42
     assert "jax" in json.loads((workdir / "versions.json").read_text())
@@ -102,6 +113,24 @@ def test_a_report_says_first_what_made_it(finished):
     ]
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_lands_in_each_tracker(finished, name):
+    """Its three iterations, each once; no warning."""
+    if name not in TRACKERS:
+        pytest.skip(f"needs reft_jax[{name}]")
+    workdir, done = finished
+    run_id = json.loads((workdir / "reft" / "tracking.json").read_text())["run_id"]
+    if name == "wandb":
+        ids, steps, _ = wandb_has(workdir / "reft")
+    else:
+        read = f"from test_services import trackio_has\nprint(json.dumps(trackio_has({run_id!r})))"
+        read = in_a_process(read, workdir).stdout
+        ids, steps, _ = json.loads(read.splitlines()[-1])
+    assert ids == [run_id]
+    assert [tuple(one) for one in steps] == [(line["step"], line["reward"]) for line in metrics(workdir, "reft")]
+    assert "is switched off" not in done.stderr
+
+
 def test_what_takes_long_is_announced(finished):
     """Compiling and evaluating are lines of their own; no rate counts what was compiled in it."""
     told = finished[1].stderr
@@ -126,11 +155,12 @@ def test_solve_takes_a_model_of_a_work_directory(finished):
 
 def test_second_run_does_nothing_again(finished):
     workdir, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and "report" not in p.name}
-    again = run("pipeline", workdir)
+    files = [p for p in workdir.rglob("*") if p.is_file() and "report" not in p.name and "wandb" not in p.parts]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    again = run("pipeline", workdir, TRACKED)
     assert again.returncode == 0, again.stderr
     after = {p: p.stat().st_mtime_ns for p in before}
-    assert {p.name for p in before if before[p] != after[p]} <= {"curves.png"}
+    assert {p.name for p in before if before[p] != after[p]} <= {"curves.png", "trackers.log"}
     for stage in ("sft", "reft", "rerank_sft", "rerank_reft"):
         assert f"{stage}: done already, {workdir / stage / 'done.json'}\n" in again.stdout
     assert f"reft samples on test: done already, {workdir / 'samples' / 'reft_test.jsonl'}\n" in again.stdout

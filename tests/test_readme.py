@@ -11,7 +11,7 @@ from reft_jax.tasks.tokenizer import train_bpe
 
 REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
-DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted(REPO.glob("docs/*.md")), REPO / "benchmarks" / "README.md"]
+DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted(REPO.glob("docs/**/*.md")), REPO / "benchmarks" / "README.md"]
 
 
 def test_the_ten_lines_give_logits(tmp_path):

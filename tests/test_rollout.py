@@ -7,7 +7,7 @@ import pytest
 
 from reft_jax import executor
 from reft_jax.config import default_config
-from reft_jax.run.executions import ExecutionLog, execution, read_executions, replay
+from reft_jax.run.executions import LOG_NAME, ExecutionLog, execution, read_executions, replay
 from reft_jax.run.guards import Guards
 from reft_jax.run.inputs import Data, Inputs
 from reft_jax.run.machine import Machine
@@ -59,6 +59,21 @@ def test_verdicts_belong_to_their_completions_and_are_logged(tmp_path, monkeypat
     logged = list(read_executions(tmp_path / "executions.jsonl.gz"))
     assert [line["item_id"] for line in logged] == ["gsm8k_2", "gsm8k_0", "gsm8k_3", "gsm8k_1"]
     assert len(clock.programs) == 3 and all(seconds > 0 for seconds in clock.programs)  # equal programs run once
+
+
+def test_a_rollout_that_the_caller_logs_leaves_its_lines_to_the_caller(tmp_path, monkeypatch):
+    """So an iteration that ends within its rollout leaves nothing in the log: it is sampled again, and logged then."""
+    run = run_with(FakeEngine(), tmp_path, monkeypatch)
+    found = dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test", logged=False))
+    assert not (tmp_path / LOG_NAME).exists()
+    run.workdir.executions.append([found[i].line for i in range(4)])
+    logged = list(read_executions(tmp_path / LOG_NAME))
+    assert [(line["item_id"], line["reward"]) for line in logged] == [
+        ("gsm8k_0", 1.0),
+        ("gsm8k_1", 0.1),
+        ("gsm8k_2", 0.0),
+        ("gsm8k_3", 1.0),
+    ]
 
 
 def test_programs_run_before_the_last_token_is_drawn(tmp_path, monkeypatch):

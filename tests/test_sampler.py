@@ -1,5 +1,7 @@
 """Sampler against trainer: figures of the gap, importance weights, the stop. And questions that are drawn again."""
 
+import gzip
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 from step_rows import PROMPT_LEN, TOTAL_LEN
 
 from reft_jax.algo.algorithms import DAPO, GRPO
+from reft_jax.run.executions import LOG_NAME, ExecutionLog
 from reft_jax.stages import reft
 from reft_jax.stages.rollout import Graded, prompts_of_iteration
 from reft_jax.train.iteration import Scores, gap_metrics, importance_weights
@@ -79,6 +82,28 @@ def test_a_run_stops_if_trainer_and_sampler_disagree_too_often():
         reft.check_gap(0.25, metrics, 3)
 
 
+def test_each_rollout_is_logged_with_its_own_advantage_and_gap(tmp_path):
+    logprobs = [np.zeros(2, np.float32), np.zeros(0, np.float32), np.zeros(3, np.float32)]
+    graded = [
+        Graded(
+            Completion(f"q_{i}", 0, [], given, True), f"text {i}", Verdict(1.0, True, 1.0, "ok"), {"item_id": f"q_{i}"}
+        )
+        for i, given in enumerate(logprobs)
+    ]
+    run = SimpleNamespace(workdir=SimpleNamespace(executions=ExecutionLog(tmp_path)))
+    reft.log_rollouts(
+        run, 7, graded, np.array([0.5, 0.0, -np.inf]), np.array([0.1, -0.25, 0.5, -0.125, 0.0], np.float32)
+    )
+    with gzip.open(tmp_path / LOG_NAME, "rt") as lines:
+        logged = [json.loads(line) for line in lines]
+    assert [line.pop("completion") for line in logged] == ["text 0", "text 1", "text 2"]
+    assert logged == [
+        {"item_id": "q_0", "iteration": 7, "row": 0, "advantage": 0.5, "sampler_gap": 0.25},
+        {"item_id": "q_1", "iteration": 7, "row": 1, "advantage": 0.0, "sampler_gap": 0.0},
+        {"item_id": "q_2", "iteration": 7, "row": 2, "advantage": None, "sampler_gap": 0.5},
+    ]
+
+
 # --- questions whose samples all have the same score
 
 
@@ -87,20 +112,28 @@ EXAMPLES = [Example(f"q_{i}", "", "1") for i in range(6)]
 
 def drawn_again(monkeypatch, algorithm, rewards: list[list[list[float]]]):
     """What `sampled` makes of rollouts with these rewards [question][sample], and what was asked in each rollout."""
+    logged_lines = []
     prompts_of = SimpleNamespace(
         prompts=lambda examples, n: [Prompt(e.item_id, 0, [0]) for e in examples for _ in range(n)]
     )
     run = SimpleNamespace(
-        inputs=SimpleNamespace(questions=EXAMPLES, prompts=prompts_of.prompts), config=SimpleNamespace(seed=1)
+        inputs=SimpleNamespace(questions=EXAMPLES, prompts=prompts_of.prompts),
+        config=SimpleNamespace(seed=1),
+        workdir=SimpleNamespace(executions=SimpleNamespace(append=logged_lines.extend)),
     )
     asked = []
 
-    def roll_out(run, lm, examples, purpose, number, samples, rewards_of_ones_own, seen):
+    def roll_out(run, lm, examples, purpose, number, samples, rewards_of_ones_own, seen, logged):
         prompts = prompts_of_iteration(run, examples, samples, seen)
         asked.append([(prompt.item_id, prompt.sample) for prompt in prompts])
         flat = np.ravel(rewards[len(asked) - 1])
         graded = [
-            Graded(Completion(p.item_id, p.sample, [], [], True), "", Verdict(None, False, float(reward), ""))
+            Graded(
+                Completion(p.item_id, p.sample, [], [], True),
+                "",
+                Verdict(None, False, float(reward), ""),
+                (p.item_id, p.sample),
+            )
             for p, reward in zip(prompts, flat, strict=True)
         ]
         names = ("seconds_rollout", "seconds_reward", "seconds_programs", "prompt_tokens", "tokens", "train_correct")
@@ -108,6 +141,9 @@ def drawn_again(monkeypatch, algorithm, rewards: list[list[list[float]]]):
 
     monkeypatch.setattr(reft, "roll_out_once", roll_out)
     prompts, graded, metrics = reft.sampled(run, None, EXAMPLES[:3], 5, algorithm, None)
+    kept = {(p.item_id, p.sample) for p in prompts}
+    everything = [pair for pairs in asked for pair in pairs]
+    assert sorted(logged_lines) == sorted(pair for pair in everything if pair not in kept)  # the others get advantages
     return prompts, [one.verdict.reward for one in graded], metrics, asked
 
 

@@ -1,19 +1,30 @@
 """A tracker from a file outside the package: what it is told, also across a resume, and that it cannot end a run."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from test_metrics import lines
 
 from reft_jax.config import check_values, default_config
-from reft_jax.train.trackers import DEFAULT, TRACKERS, MetricsWriter, load_trackers
+from reft_jax.train import trackers
+from reft_jax.train.trackers import DEFAULT, TRACKERS, Guarded, MetricsWriter, Results, deliver, load_trackers
 from reft_jax.types import InputError
 
+TESTS = Path(__file__).resolve().parent
 SOURCE = '''"""Appends every call to calls.txt of the stage's folder."""
 
 import json
 import math
+import os
+import threading
 
 
 class Calls:
@@ -51,12 +62,25 @@ def broken(folder):
     raise KeyError("key")
 
 
+class Hanging(Calls):
+    def log(self, step, numbers):
+        self.say("log", step, os.getpid())
+        threading.Event().wait()
+
+
 class NoClose:
     open = log = file = None
 
 
 number = 3
 '''
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """The tests wait for what a run would leave behind on a slow machine."""
+    monkeypatch.setattr(trackers, "LEAST_SECONDS", 60.0)
+    monkeypatch.setattr(trackers, "MOST_SECONDS", 60.0)
 
 
 @pytest.fixture
@@ -72,6 +96,7 @@ def config(tmp_path):
 
 
 def calls(folder) -> list[list]:
+    deliver()
     return [json.loads(line) for line in (folder / "calls.txt").read_text().splitlines()]
 
 
@@ -100,6 +125,7 @@ def resumed(folder, config) -> list[list]:
         for step in range(1, 6):
             writer.write(step, {"loss": step})
     for last in (4, 6):
+        deliver()  # as at the end of a process
         with MetricsWriter(folder, config) as writer:
             writer.truncate_after(3)
             for step in range(4, last + 1):
@@ -135,6 +161,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_continues(tmp_path, con
     with MetricsWriter(tmp_path / "reft", config(name)) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 0.5})
+    deliver()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: tracker ") and line.endswith(
         f"{name} is switched off, the run continues without it ({reason})"
@@ -144,7 +171,8 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_continues(tmp_path, con
 
 
 def test_settings_that_cannot_be(tmp_path, config):
-    assert default_config().tracking == DEFAULT and set(load_trackers(DEFAULT)) == set(TRACKERS)
+    assert default_config().tracking == DEFAULT
+    assert set(load_trackers(DEFAULT)) == set(TRACKERS)  # none outside the work directory
     for tracking, message in (
         ("jsonl,tensorbord", "'tensorbord' is not known; did you mean 'tensorboard'"),
         ("tensorboard", "jsonl is missing, and a run resumes from it; write jsonl,tensorboard"),
@@ -165,3 +193,132 @@ def test_a_run_id_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "tracking.json").write_text('{"run_id": ')
     with pytest.raises(InputError, match=r"tracking\.json: cannot be read"):
         MetricsWriter(tmp_path)
+
+
+def until(true, seconds: float = 60.0):
+    """Waits until `true()` is true, and returns it."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def said(folder, method: str) -> list[list]:
+    """The calls of one method so far."""
+    path = folder / "calls.txt"
+    return [one for one in map(json.loads, path.read_text().splitlines()) if one[0] == method] if path.exists() else []
+
+
+def ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return False
+    except ProcessLookupError:
+        return True
+
+
+def test_a_tracker_that_hangs_is_one_warning_and_its_end(tmp_path, config, capsys, monkeypatch):
+    with MetricsWriter(tmp_path / "reft", config("Hanging")) as writer:
+        until(lambda: said(tmp_path / "reft", "open"))
+        monkeypatch.setattr(Guarded, "CALL_SECONDS", 0.3)
+        began = time.monotonic()
+        for step in range(1, 101):
+            writer.write(step, {"loss": 0.5})
+        assert time.monotonic() - began < 5
+        (_, step, pid), *more = until(lambda: said(tmp_path / "reft", "log"))
+        until(lambda: ended(pid), 15)
+    assert (step, more) == (1, [])
+    deliver()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("is switched off, the run continues without it (a call took longer than 0.3 s)")
+    assert len(lines(tmp_path / "reft")) == 100
+
+
+def test_the_end_of_a_process_waits_once_for_trackers_that_hang(tmp_path, config):
+    """Two stages of one tracker that hangs, one that works; the second warning of a run is not its third."""
+    code = """
+for stage in ("sft", "reft"):
+    writer = MetricsWriter(folder / stage, config)
+    until(lambda: said(folder / stage, "open"))
+    writer.write(1, {"loss": 0.5})
+    writer.close()
+writer = MetricsWriter(folder / "rerank_reft", works)
+until(lambda: said(folder / "rerank_reft", "open"))
+writer.close()
+print(json.dumps([said(folder / stage, "log") for stage in ("sft", "reft")]), time.time())
+"""
+    config, works = config("Hanging").tracking, config("Calls").tracking
+    for name, tracking in (("works", works), ("config", config)):
+        code = f"{name} = default_config()\n{name}.tracking = {tracking!r}\n{code}"
+    told = in_a_process(f"trackers.LEAST_SECONDS = trackers.MOST_SECONDS = 2.0\n{code}", tmp_path)
+    took, (line,) = time.time() - float(told.stdout.split()[-1]), told.stderr.splitlines()
+    name = f"{tmp_path}/mine.py:Hanging"
+    assert line == (
+        f"warning: trackers that were not done 2 s after the end lack the last numbers: {name} of sft, {name} of reft; "
+        "metrics.jsonl has them all"
+    )
+    assert 2 <= took < 15 and said(tmp_path / "rerank_reft", "close")
+    pids = [said(tmp_path / stage, "log")[0][2] for stage in ("sft", "reft")]
+    until(lambda: all(map(ended, pids)), 10)
+
+
+def test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config(tmp_path, config):
+    (tmp_path / "report.md").write_text("a\nb\n")
+    for _ in range(2):  # evaluated twice: the same run
+        Results(tmp_path, config("Calls"), {"jax": "0.10"}).close([tmp_path / "report.md"])
+        deliver()
+    told = calls(tmp_path)
+    assert [call[0] for call in told] == ["open", "file", "close"] * 2 and told[0] == told[3]
+    assert told[1] == ["file", "report.md", 2]
+    Results(tmp_path / "nowhere", default_config(), {}).close([])  # the default has no tracker to tell
+    assert not (tmp_path / "nowhere").exists()
+
+
+def in_a_process(code: str, folder, end: int = 0, **environment) -> subprocess.CompletedProcess:
+    """Runs code that may import everything of this file."""
+    paths = filter(None, [os.environ.get("PYTHONPATH")])
+    done = subprocess.run(
+        [sys.executable, "-c", f"from test_trackers import *\nfolder = Path({str(folder)!r})\n{code}"],
+        cwd=TESTS,
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *paths])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == end, done.stderr
+    return done
+
+
+def running(word: str) -> list[bytes]:
+    """Command lines of the processes that name a folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(path.read_bytes())
+    return [line for line in lines if word.encode() in line and b"tracker_process" in line]
+
+
+def test_the_tracker_of_a_killed_run_is_closed(tmp_path, config):
+    name = config("Calls").tracking
+    in_a_process(KILLED.format(name=name.removeprefix("jsonl,")), tmp_path, end=-signal.SIGKILL)
+    until(lambda: not running(str(tmp_path)))
+    assert [one[0] for one in calls(tmp_path / "a run" / "reft")] == ["open", "log", "log", "close"]
+
+
+KILLED = """
+config = default_config()
+config.tracking = "jsonl,{name}"
+writer = MetricsWriter(folder / "a run" / "reft", config, {{"jax": "0.10"}})
+writer.write(1, {{"reward": 0.25}})
+writer.write(2, {{"reward": 0.5}})
+until(lambda: trackers._ALL[0]._queue.empty())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_made(monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=rf"{name} is not installed; install reft_jax\[{name}\], or leave"):
+        load_trackers(f"jsonl,{name}")

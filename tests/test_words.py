@@ -11,12 +11,15 @@ DOCS = [
     REPO / "README.md",
     REPO / "CONTRIBUTING.md",
     REPO / "benchmarks" / "README.md",
-    *sorted(REPO.glob("docs/*.md")),
+    *sorted(REPO.glob("docs/**/*.md")),
 ]
 # Whole files: identifiers and data are read too, which costs nothing while none of them contains a phrase.
 SOURCES = sorted(
     path
-    for folder, pattern in (("reft_jax", "*.py"), ("configs", "*.py"), ("benchmarks", "*.py"), ("launch", "*"))
+    for folder, pattern in (
+        *((name, "*.py") for name in ("reft_jax", "configs", "docs", "benchmarks")),
+        ("launch", "*"),
+    )
     for path in (REPO / folder).rglob(pattern)
     if path.is_file() and "__pycache__" not in path.parts
 )

@@ -14,8 +14,9 @@ from reft_jax.evaluation.provenance import stored
 from reft_jax.evaluation.records import first_samples
 from reft_jax.evaluation.report import print_report, write_report
 from reft_jax.evaluation.results import Answers, by_item, table
+from reft_jax.page.build import write_page
 from reft_jax.parallel import hosts
-from reft_jax.run.about import made
+from reft_jax.run.about import made, versions
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
 from reft_jax.stages import models
@@ -27,6 +28,7 @@ from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
+from reft_jax.train.trackers import Results
 
 
 def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
@@ -69,13 +71,14 @@ def metrics_lines(run: Run, stage: str, result: dict) -> list[dict]:
 
 
 def run_evaluate(run: Run, both_readings: bool = False) -> dict:
-    """Evaluates every policy that is there, writes report.md, report.json and curves.png, prints the table.
+    """Evaluates every policy that is there, writes report.md, .json and .html and curves.png, prints the table.
 
     both_readings: also read all answers in the way that `data.reading` is not.
     """
     # Before the first answer: a damaged done.json ends the command here.
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
+    tracked = Results(run.workdir.path, run.config, versions())
     names = [name for name in POLICIES if published(run.workdir.model(name))]
     answers, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
     found = table(answers, run.config.seed, run.inputs.task)
@@ -95,7 +98,10 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         write_report(run.workdir.path, report)
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
+        write_page(run.workdir.path)
         print_report(report)
+        files = [run.workdir.path / name for name in ("report.md", "report.json", "curves.png")]
+        tracked.close([path for path in files if path.exists()])
     return report
 
 

@@ -39,9 +39,9 @@ SAMPLED = {"voting": "voting@{}", "rerank": "rerank@{}", "upper_bound": "upper b
 
 def markdown_table(report: dict) -> str:
     """The rows as a Markdown table, with cells like `61.8 % (309/500) [57.5, 66.0]`. Empty columns are left out."""
-    columns = _columns(report)
-    rows = [[_name(row, report), *(" ".join(_cell(row.get(key))).strip() for key in columns)] for row in report["rows"]]
-    return _markdown(["Model", *columns.values()], rows)
+    heads = columns(report)
+    rows = [[row_name(row, report), *(" ".join(cell(row.get(key))).strip() for key in heads)] for row in report["rows"]]
+    return _markdown(["Model", *heads.values()], rows)
 
 
 def markdown_curves(report: dict) -> str:
@@ -62,23 +62,23 @@ def markdown_curves(report: dict) -> str:
 
 def markdown_comparisons(report: dict) -> str:
     """A table with one row per pair of models and cells like `+11.6 [+9.1, +14.1], p 0.0002`."""
-    columns = _columns(report)
+    heads = columns(report)
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for found in report["comparisons"]:
         cells = pairs.setdefault((found["a"], found["b"]), {})
-        cells[found["column"]] = f"{_difference(found)}, p {found['p']:.2g}"
-    used = [key for key in columns if any(key in cells for cells in pairs.values())]
+        cells[found["column"]] = f"{difference(found)}, p {found['p']:.2g}"
+    used = [key for key in heads if any(key in cells for cells in pairs.values())]
     lines = [[f"{a} − {b}", *(cells.get(key, NOTHING) for key in used)] for (a, b), cells in pairs.items()]
-    return _markdown(["points", *(columns[key] for key in used)], lines) if lines else ""
+    return _markdown(["points", *(heads[key] for key in used)], lines) if lines else ""
 
 
 def markdown_readings(report: dict) -> str:
     """A table with one row per model and column: the share in either reading, and lenient minus strict."""
-    columns, lines = _columns(report), []
+    heads, lines = columns(report), []
     for one in report.get("readings", []):
-        shares = [" ".join(_cell(one[reading])) for reading in ("strict", "lenient")]
-        name = f"{one['model']}, {columns[one['column']]}"
-        lines.append([name, *shares, f"{_difference(one)}, p {one['p']:.2g}"])
+        shares = [" ".join(cell(one[reading])) for reading in ("strict", "lenient")]
+        name = f"{one['model']}, {heads[one['column']]}"
+        lines.append([name, *shares, f"{difference(one)}, p {one['p']:.2g}"])
     return _markdown(["the same completions", "read strictly", "read leniently", "points"], lines) if lines else ""
 
 
@@ -97,28 +97,28 @@ def print_report(report: dict) -> None:
 
     It is at most 110 characters wide if totals have up to 4 digits and model names up to 21 characters.
     """
-    columns = _columns(report)
-    lines = [["model", *columns.values()]]
+    heads = columns(report)
+    lines = [["model", *heads.values()]]
     for row in report["rows"]:
-        cells = [_cell(row.get(key)) for key in columns]
-        lines.append([_name(row, report), *(share for share, _ in cells)])
+        cells = [cell(row.get(key)) for key in heads]
+        lines.append([row_name(row, report), *(share for share, _ in cells)])
         lines.append(["", *(interval for _, interval in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    remarks = [_subject(report), *_compared(report), *_remarks(report), *report["notes"]]
+    told = [subject(report), *compared(report), *remarks(report), *report["notes"]]
     print(f"\n{report['title']}\n")
     print("\n".join([table[0], "─" * max(map(len, table)), *table[1:]]) + "\n")
-    print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in remarks))
+    print("\n".join(textwrap.fill(remark, width=100, subsequent_indent="  ") for remark in told))
     if readings := markdown_readings(report):
         print(f"\n{readings}", end="")
 
 
 def markdown(report: dict) -> str:
     """The whole report in Markdown, without empty parts. The long list of settings is folded away."""
-    notes = _bullets([*_remarks(report), *report["notes"]])
-    parts = [f"# {report['title']}", _about(report), _subject(report), markdown_table(report), notes]
+    notes = _bullets([*remarks(report), *report["notes"]])
+    parts = [f"# {report['title']}", _about(report), subject(report), markdown_table(report), notes]
     if report["comparisons"]:
-        parts += ["## Differences", markdown_comparisons(report), _bullets([*_compared(report), HOW_COMPARED])]
+        parts += ["## Differences", markdown_comparisons(report), _bullets([*compared(report), HOW_COMPARED])]
     if curves := markdown_curves(report):
         parts += ["## By number of samples", curves]
     if readings := markdown_readings(report):
@@ -149,7 +149,7 @@ def _pairs(name: str, entries: dict) -> str:
     return _markdown([name, ""], [[key, str(value)] for key, value in entries.items()])
 
 
-def _columns(report: dict) -> dict[str, str]:
+def columns(report: dict) -> dict[str, str]:
     """{key in a row: heading} of the columns that are not empty, in the paper's order."""
     n = report["n"] if len(_sizes(report)) < 2 else "n"
     headings = {"top1": "top-1"} | {key: heading.format(n) for key, heading in SAMPLED.items()}
@@ -161,12 +161,12 @@ def _sizes(report: dict) -> set[int]:
     return {row["n"] for row in report["rows"] if row.get("n")}
 
 
-def _name(row: dict, report: dict) -> str:
+def row_name(row: dict, report: dict) -> str:
     """The model's name, with its number of samples if the rows differ in it."""
     return f"{row['model']} (n={row['n']})" if row.get("n") and len(_sizes(report)) > 1 else row["model"]
 
 
-def _cell(count: dict | None) -> tuple[str, str]:
+def cell(count: dict | None) -> tuple[str, str]:
     """`61.8 % (309/500)` and `[57.5, 66.0]`."""
     if count is None:
         return NOTHING, ""
@@ -184,14 +184,14 @@ def _interval(correct: float, total: int) -> str:
     return f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _difference(found: dict) -> str:
+def difference(found: dict) -> str:
     difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
     return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _subject(report: dict) -> str:
+def subject(report: dict) -> str:
     each = " or ".join(map(str, sorted(_sizes(report)))) or report["n"]
-    samples = f", {each} samples each" if len(_columns(report)) > 1 else ""
+    samples = f", {each} samples each" if len(columns(report)) > 1 else ""
     chosen = f"; checkpoints chosen on: {report['chosen_on']}" if report["chosen_on"] else ""
     return f"{report['test_questions']} test questions{samples}{chosen}. Brackets: 95 % intervals."
 
@@ -203,7 +203,7 @@ def _about(report: dict) -> str:
     return _bullets([f"{name}: {links.get(name, '{0}').format(text)}" for name, text in about.items()])
 
 
-def _remarks(report: dict) -> list[str]:
+def remarks(report: dict) -> list[str]:
     """Remarks on the rows: shares without an answer, and rerankers that are worse than voting."""
     without, kinds = [], {"greedy": "greedy answers", "samples": "samples"}
     for row in report["rows"]:
@@ -214,12 +214,12 @@ def _remarks(report: dict) -> list[str]:
     for row in report["rows"]:
         gap = row.get("rerank_minus_voting")
         if gap and gap["difference"] < 0:
-            told = f"{_difference(gap)} points, p {gap['p']:.2g}"
+            told = f"{difference(gap)} points, p {gap['p']:.2g}"
             remarks.append(f"{row['model']}: the reranker chooses worse than voting does: {told}.")
     return remarks
 
 
-def _compared(report: dict) -> list[str]:
+def compared(report: dict) -> list[str]:
     """The last model's top-1 compared with that of every other model, in words."""
     lines = []
     for found in report["comparisons"]:
@@ -227,7 +227,7 @@ def _compared(report: dict) -> list[str]:
             none = found["low"] <= 0 <= found["high"]
             verdict = "the interval contains 0: no difference is shown" if none else "the interval excludes 0"
             what = f"{found['a']} minus {found['b']}, top-1"
-            lines.append(f"{what}: {_difference(found)} points, p {found['p']:.2g}; {verdict}.")
+            lines.append(f"{what}: {difference(found)} points, p {found['p']:.2g}; {verdict}.")
     return lines
 
 

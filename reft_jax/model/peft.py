@@ -44,7 +44,8 @@ def module_name(config: LlamaConfig, target: str) -> str:
 def stacked(adapters: list[tuple[Lora, dict]]) -> tuple[Lora, dict[str, np.ndarray]]:
     """One adapter that adds what several add together: their ranks are added up.
 
-    W + s₁ A₁B₁ + s₂ A₂B₂ = W + s₁ [A₁ A₂] [B₁; (s₂/s₁) B₂]. Where one has no matrices, the others stand beside zeros.
+    `W + s₁ A₁B₁ + s₂ A₂B₂ = W + s₁ [A₁ A₂] [B₁; (s₂/s₁) B₂]`. Where one has no matrices, the others stand beside
+    zeros.
     """
     first, rank = adapters[0][0], sum(lora.rank for lora, _ in adapters)
     targets = tuple(dict.fromkeys(name for lora, _ in adapters for name in lora.targets))

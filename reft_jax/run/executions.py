@@ -2,11 +2,15 @@
 
 `executions.jsonl.gz` is only appended to, one gzip member per batch. A crash can leave the last member incomplete; the
 next start cuts it off before its first write. A resumed run executes the interrupted batch again, and logs it again.
+
+The rollouts of reinforcement learning are logged when they are scored: their lines also say what was reinforced. If a
+run ends before that, the log has no line of this rollout, and the resumed run samples the same completions again.
 """
 
 import gzip
 import io
 import json
+import math
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -40,6 +44,18 @@ def execution(purpose: str, example: Example, text: str, verdict: Verdict, ms: f
         "correct": verdict.correct,
         "reward": verdict.reward,
     } | ({} if verdict.parts is None else {"parts": verdict.parts})
+
+
+def reinforced(iteration: int, row: int, text: str, advantage: float, gap: float) -> dict:
+    """What a line has besides in reinforcement learning, once the rollout is scored.
+
+    row: the rollout's number in its iteration. advantage: the mean over its actions, before sampler_correction. gap:
+    the largest |log π_trainer − log π_sampler| of its tokens, nats. NaN and infinity, which JSON does not have, are
+    null.
+    """
+    numbers = {"advantage": advantage, "sampler_gap": gap}
+    finite = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in numbers.items()}
+    return {"iteration": iteration, "row": row, "completion": text} | finite
 
 
 class ExecutionLog:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from reft_jax.parallel import hosts
 from reft_jax.store import write_whole, writing
+from reft_jax.terminal import BLOCK
 from reft_jax.types import NotFiniteError, Stopped
 
 STDERR = 2  # the descriptor: stacks go there even if Python's own stream is stuck
@@ -77,7 +78,8 @@ class Guards:
         self.asked = signal.Signals(number).name
         if hosts.count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it and tells the other hosts
-        os.write(STDERR, f"{self.asked}: the run stops at the next safe point; signal again to end it now\n".encode())
+        told = f"{self.asked}: the run stops at the next safe point; signal again to end it now\n"
+        os.write(STDERR, BLOCK.above(told).encode())
 
 
 def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inputs: dict[str, np.ndarray]) -> None:

@@ -17,8 +17,8 @@ from reft_jax.types import InputError
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("reward_timeout_s", "reward_workers", "tracking", "watchdog_minutes")
 FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
-FILES = ("report.md", "report.json", "curves.png", "executions.jsonl.gz", "checksums.json", "versions.json")
-FILES += ("sweep.md", "sweep.json", "sources.json")
+FILES = ("report.md", "report.json", "report.html", "curves.png", "executions.jsonl.gz", "checksums.json")
+FILES += ("versions.json", "sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 PLUGINS = ("task", "reward", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
 LATER = (*PLUGINS, "data.template", "data.system", "data.reading")  # settings that older versions did not record

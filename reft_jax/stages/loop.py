@@ -96,7 +96,7 @@ class Training:
             self.done, self.info, self.pending = 0, info | {"seconds": 0.0, "step": 0}, {}
             self.state = new_state(mesh, optimizer, abstract, make_params())
         self._saved, self._unchecked = self.done if restored else None, None
-        self.metrics = MetricsWriter(self.folder, run.config)
+        self.metrics = MetricsWriter(self.folder, run.config, made_by["versions"])
         self.metrics.truncate_after(self.info["step"])
         self._clock = time.monotonic() - self.info["seconds"]
 

@@ -10,8 +10,10 @@ from functools import partial
 import jax
 import numpy as np
 
+from reft_jax.algo.advantages import action_mask
 from reft_jax.algo.algorithms import Algorithm, make_algorithm
 from reft_jax.parallel.mesh import round_up
+from reft_jax.run.executions import reinforced
 from reft_jax.run.open import Run
 from reft_jax.stages.loop import Training
 from reft_jax.stages.models import abstract_policy, finished, load_model, sources, start_policy
@@ -24,6 +26,7 @@ from reft_jax.train.packing import Packing
 from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
 from reft_jax.types import Completion, Example, PPOBatch, Prompt, Rollout, SamplerGapError
 
+PURPOSE = "reft rollout"  # in the audit log
 PARTS = ("rollout", "reward", "score", "update")  # timed parts of an iteration; the rest of its seconds is "other"
 
 
@@ -86,6 +89,7 @@ def iterate(
     batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
     gap = trainer_gap(scores, packing, completions)
     batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
+    log_rollouts(run, number, graded, mean_advantages(rollout, batch), gap)
     check_gap(rl.max_gap, batch_metrics, number)
     if rl.sampler_correction != "none":
         batch = corrected(batch, packing, importance_weights(gap, rl.sampler_correction, rl.sampler_cap))
@@ -115,7 +119,7 @@ def sampled(
     and redrawn is the number of questions that were replaced.
     """
     samples, seen, questions = algorithm.samples, Counter(), run.inputs.questions
-    prompts, graded, metrics = roll_out_once(run, lm, examples, "reft rollout", number, samples, rewards, seen)
+    prompts, graded, metrics = roll_out_once(run, lm, examples, PURPOSE, number, samples, rewards, seen, logged=False)
     redraws = algorithm.redraws if algorithm.leaves_out else 0
     metrics |= {"redrawn": 0} if redraws else {}
     for attempt in range(redraws):
@@ -124,14 +128,35 @@ def sampled(
         if not len(same):
             break
         draw = np.random.default_rng([run.config.seed, number, attempt]).integers(len(questions), size=len(same))
-        others = [questions[i] for i in draw]
-        new_prompts, new_graded, more = roll_out_once(run, lm, others, "reft rollout", number, samples, rewards, seen)
+        others, replaced = [questions[i] for i in draw], []
+        new_prompts, new_graded, more = roll_out_once(
+            run, lm, others, PURPOSE, number, samples, rewards, seen, logged=False
+        )
         for to, row in enumerate((same[:, None] * samples + np.arange(samples)).ravel()):
+            replaced.append(graded[row].line)
             prompts[row], graded[row] = new_prompts[to], new_graded[to]
+        run.workdir.executions.append(replaced)
         for name in ("seconds_rollout", "seconds_reward", "seconds_programs", "prompt_tokens", "tokens"):
             metrics[name] += more[name]
         metrics["redrawn"] += len(same)
     return prompts, graded, metrics
+
+
+def log_rollouts(run: Run, number: int, graded: list[Graded], advantages: np.ndarray, gap: np.ndarray) -> None:
+    """Logs the rollouts of iteration `number` with what was reinforced.
+
+    advantages: float[B], the mean of each row. gap: float32[N], as `trainer_gap` returns it.
+    """
+    ends = np.cumsum([len(one.completion.logprobs) for one in graded])
+    gaps = [np.abs(part).max(initial=0.0) for part in np.split(gap, ends[:-1])]
+    lines = [one.line | reinforced(number, row, one.text, advantages[row], gaps[row]) for row, one in enumerate(graded)]
+    run.workdir.executions.append(lines)
+
+
+def mean_advantages(rollout: Rollout, batch: PPOBatch) -> np.ndarray:
+    """The mean advantage of each row's actions, float[B]; 0 for a row without actions."""
+    mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
+    return np.where(mask, batch.advantage, 0.0).sum(1) / np.maximum(mask.sum(1), 1)
 
 
 def trainer_gap(scores: Scores, packing: Packing, completions: list[Completion]) -> np.ndarray:

@@ -30,11 +30,12 @@ SHOWN_AFTER_S = 5.0  # waiting for the last verdicts, before a line shows how ma
 
 
 class Graded(NamedTuple):
-    """A completion, the text that was graded, and what grading made of it."""
+    """A completion, the text that was graded, what grading made of it, and its line for the audit log."""
 
     completion: Completion
     text: str
     verdict: Verdict
+    line: dict = {}
 
 
 class Clock:
@@ -151,12 +152,14 @@ def roll_out(
     purpose: str,
     clock: Clock | None = None,
     rewards: Rewards | None = None,
+    logged: bool = True,
     **sampling,
 ) -> Iterator[tuple[int, Graded]]:
     """Yields (index of the prompt, graded completion) as verdicts come; with several hosts, after all have come.
 
     examples[i] is the question of prompts[i]. purpose: the name of the rollout in the audit log. rewards: what gives
-    the rewards; None: the task. sampling: arguments of `Engine.generate` (max_len, temperature, top_k, iteration).
+    the rewards; None: the task. logged: whether to log here; if not, the caller does. sampling: arguments of
+    `Engine.generate` (max_len, temperature, top_k, iteration).
     """
     clock, owners, alone, tally = clock or Clock(), shares(prompts), hosts.count() == 1, Tally()
     ended: dict[int, tuple[Completion, str]] = {}  # in the order in which rows ended
@@ -166,9 +169,11 @@ def roll_out(
         def settled(verdicts, seconds) -> Iterator[tuple[int, Graded]]:
             for i, verdict in verdicts:
                 completion, text = ended.pop(i)
-                log.add(execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0)))
+                line = execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0))
+                if logged:
+                    log.add(line)
                 tally.add(completion, text, verdict)
-                yield i, Graded(completion, text, verdict)
+                yield i, Graded(completion, text, verdict, line)
 
         begun = time.monotonic()
         for i, completion in run.machine.engine.generate(lm, prompts, **sampling):
@@ -254,16 +259,17 @@ def roll_out_once(
     samples: int = 1,
     rewards: Rewards | None = None,
     seen: Counter | None = None,
+    logged: bool = True,
 ) -> tuple[list[Prompt], list[Graded], dict[str, float]]:
     """The rollout of one training iteration: prompts, the graded response to each, and metrics.
 
-    seen: as in `prompts_of_iteration`.
+    seen: as in `prompts_of_iteration`. logged: as in `roll_out`.
     """
     rl, clock, before = run.config.rl, Clock(), Counter(run.machine.engine.counts)
     prompts = prompts_of_iteration(run, examples, samples, seen)
     asked = [example for example in examples for _ in range(samples)]
     sampling = {"max_len": rl.max_len, "temperature": rl.temperature, "iteration": iteration}
-    found = dict(roll_out(run, lm, prompts, asked, purpose, clock, rewards, **sampling))
+    found = dict(roll_out(run, lm, prompts, asked, purpose, clock, rewards, logged, **sampling))
     graded = [found[i] for i in range(len(prompts))]
     decoded = run.machine.engine.counts - before
     return (

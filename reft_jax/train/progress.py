@@ -1,30 +1,36 @@
-"""What a person sees while a stage runs: one line of progress, and remarks in between, on stderr.
+"""What a person sees while a stage runs: how far it is, and remarks in between, on stderr.
 
 With several hosts the first one shows them; the others' objects do nothing.
 """
 
 import math
-import shutil
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 
 from reft_jax.parallel.compilation import compile_seconds
 from reft_jax.parallel.hosts import is_first
+from reft_jax.terminal import BLOCK
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 class Progress:
-    """One line on stderr that shows how far a stage is.
+    """Shows on stderr how far a stage is.
 
         progress = Progress("reft", total=400, unit="iteration", done0=120)  # resumed after 120
         progress.update(150, reward=0.5312, kl=0.0113)
         progress.close()
 
-    On a terminal the line is rewritten in place, at most 5 times per second, and cut to the terminal's width:
+    On a terminal it is a part of the live block, two lines at most: a bar, then the numbers, with the course of the
+    first one. Parts that do not fit are left out, the least important first:
 
-        reft  150/400 iterations  37 %  left 0:17:30  reward 0.531  kl 0.0113  4.2 s/iteration  elapsed 0:02:06
+        reft  ━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━━━  150/400 iterations  37 %  left 0:17:30
+        reward 0.531 ▁▂▂▅▆█  kl 0.0113  4.2 s/iteration  elapsed 0:02:06
 
-    In a log file a new line appears at most every 15 seconds, and the last line always:
+    When it is closed, its line stays. In a log file a new line appears at most every 15 seconds, and the last line
+    always:
 
         sample  25600/131900 completions  19 %  left 0:05:40  correct 0.634  312 completions/s  elapsed 0:01:22
 
@@ -32,65 +38,91 @@ class Progress:
     of elapsed, but not of left and rate.
     """
 
-    TERMINAL_SECONDS, LOG_SECONDS = 0.2, 15.0
+    LOG_SECONDS = 15.0
+    BAR, COURSE = (8, 40), 24  # characters: the shortest and longest bar, the longest course
 
     def __init__(self, stage: str, total: int, unit: str = "step", *, done0: int = 0, first: str = ""):
         """first: what happens until the first update, which may be minutes away ("compiling"). It is shown at once."""
-        self._stage, self._total, self._unit = stage, total, unit
-        self._terminal = sys.stderr.isatty()
-        self._interval = self.TERMINAL_SECONDS if self._terminal else self.LOG_SECONDS
+        self._stage, self._total, self._unit, self._first = stage, total, unit, first
         self._start, self._compiled, self._done0, self._done = time.monotonic(), compile_seconds(), done0, done0
-        self._shown_at = -math.inf
-        self._line = self._shown = self._format(0.0, {})
-        if first and is_first():
-            self._line = f"{stage}  {done0}/{total} {unit}s  {first}"
-            self._show(time.monotonic())
+        self._numbers: dict[str, float] = {}
+        self._course: deque[float] = deque(maxlen=self.COURSE)
+        self._shown, self._shown_at = "", -math.inf
+        self._live = is_first() and BLOCK.possible()
+        if self._live:
+            BLOCK.add(self._part)
+        elif first:
+            self._show(f"{stage}  {done0}/{total} {unit}s  {first}")
 
     def update(self, done: int, **numbers: float) -> None:
         """Sets `done` of `total`, work before a resume included, and the two or three numbers worth watching."""
-        if not is_first():
-            return
-        now, self._done = time.monotonic(), done
-        self._line = self._format(now - self._start, numbers)
-        if now - self._shown_at >= self._interval:
-            self._show(now)
-
-    def _show(self, now: float) -> None:
-        self._shown_at, self._shown = now, self._line
-        if self._terminal:
-            self._rewrite(self._line[: shutil.get_terminal_size().columns - 1])
-        else:
-            print(self._line, file=sys.stderr, flush=True)
+        self._done, self._numbers, self._first = done, numbers, ""
+        self._course.extend(value for value in [*numbers.values()][:1] if math.isfinite(value))
+        if not self._live and time.monotonic() - self._shown_at >= self.LOG_SECONDS:
+            self._show(self._line())
 
     def close(self) -> None:
         """Shows the last line in full."""
-        if not is_first():
-            return
-        if self._terminal:
-            self._rewrite(self._line + "\n")
-        elif self._line != self._shown:
-            print(self._line, file=sys.stderr, flush=True)
+        if self._live:
+            BLOCK.remove(self._part)
+        if self._line() != self._shown:
+            self._show(self._line())
 
-    def _rewrite(self, text: str) -> None:
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)  # back to the start, erase to the end
+    def _show(self, line: str) -> None:
+        self._shown, self._shown_at = line, time.monotonic()
+        remark(line)
 
-    def _format(self, elapsed: float, numbers: dict[str, float]) -> str:
-        done, left, rate = self._done, "?", "?"
+    def _line(self) -> str:
+        where, numbers, pace = self._told()
+        return "  ".join([self._stage, *where, *numbers, *pace])
+
+    def _told(self) -> tuple[list[str], list[str], list[str]]:
+        """How far it is, its numbers, and its pace."""
+        done, left, rate, elapsed = self._done, "?", "?", time.monotonic() - self._start
         worked, seconds = done - self._done0, elapsed - (compile_seconds() - self._compiled)
         if worked > 0 and seconds > 0:
             per_second = worked / seconds
             left = clock((self._total - done) / per_second)
             rate = f"{per_second:.3g} {self._unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{self._unit}"
-        # A narrow terminal cuts off the end, so the least important parts are last.
-        parts = [self._stage, f"{done}/{self._total} {self._unit}s", f"{100 * done // self._total} %", f"left {left}"]
-        parts += [f"{name} {value:.3g}" for name, value in numbers.items()]
-        return "  ".join([*parts, rate, f"elapsed {clock(elapsed)}"])
+        where = [f"{done}/{self._total} {self._unit}s", f"{100 * done // self._total} %", f"left {left}"]
+        return where, [f"{name} {x:.3g}" for name, x in self._numbers.items()], [rate, f"elapsed {clock(elapsed)}"]
+
+    def _part(self, width: int) -> list:
+        """Its two lines of the live block, for rich."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        where, numbers, pace = self._told()
+        if self._first:
+            where, pace = [where[0], self._first], pace[1:]
+        stage = self._stage[: width // 3]
+        least, most = self.BAR
+        while len(where) > 1 and width - len("  ".join([stage, *where])) - 2 < least:
+            where = where[1:]
+        room = width - len("  ".join([stage, *where])) - 2
+        top, bottom = Table.grid(padding=(0, 2, 0, 0)), "  ".join([*numbers, *pace])
+        top.add_row(stage, ProgressBar(self._total, self._done, max(least, min(most, room))), "  ".join(where))
+        if numbers and (bars := sparkline(self._course, width - len(bottom) - 1)):
+            bottom = "  ".join([f"{numbers[0]} {bars}", *numbers[1:], *pace])
+        top.columns[2].no_wrap = True
+        return [top, Text(bottom, no_wrap=True, overflow="ellipsis")]
+
+
+def sparkline(values, most: int) -> str:
+    """The course of the last `most` values, a character each; empty for less than two."""
+    values = [*values][-most:] if most > 0 else []
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    step = (high - low) / (len(BARS) - 1) or 1.0
+    return "".join(BARS[round((value - low) / step)] for value in values)
 
 
 def remark(text: str) -> None:
-    """Prints one line on stderr. On a terminal it replaces the progress line, which the next update shows again."""
+    """Prints one line on stderr; on a terminal it appears above the live block."""
     if is_first():
-        print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

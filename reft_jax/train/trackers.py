@@ -4,12 +4,21 @@
 is always needed: a stage that resumes reads it. With several hosts only the first one has trackers.
 """
 
+import atexit
+import importlib.util
 import json
+import os
+import queue
 import secrets
+import select
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +29,16 @@ from tensorboardX.record_writer import RecordWriter
 from reft_jax import plugins
 from reft_jax.config import flatten, nearest
 from reft_jax.parallel.hosts import is_first
-from reft_jax.store import local, publish, write_whole, writing
+from reft_jax.store import local, on_disk, publish, write_whole, writing
+from reft_jax.tasks.rewards import PACKAGE
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
+from reft_jax.train.services import SERVICES, SYNC
+from reft_jax.train.tracker_process import MAKE
 from reft_jax.types import InputError
 
 KNOWN = "tracking.json"
+LOG = "trackers.log"  # what trackers outside the work directory print
 DEFAULT = "jsonl,tensorboard"
 METHODS = ("open", "log", "file", "close")
 
@@ -33,7 +46,7 @@ METHODS = ("open", "log", "file", "close")
 class Tracker(Protocol):
     """Takes the numbers of one stage. It is made with the stage's folder, `NAME(folder)`, before anything is logged.
 
-    A user's own tracker cannot end a run: its first exception becomes one warning, and it is switched off.
+    A tracker other than jsonl and tensorboard cannot end or slow a run: it lives in a process of its own (see Guarded).
 
     It gets each step once. A resumed run computes the steps after its checkpoint again. Those that were logged before
     are not logged a second time, unless the tracker has a method `rewind(step)`: a resumed run calls it, it must forget
@@ -119,15 +132,22 @@ TRACKERS = {"tensorboard": TensorBoard, "jsonl": JsonLines}
 
 def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
     """By name, what makes each tracker of the setting `tracking`. InputError if one is unknown or incomplete."""
-    found = {}
+    found, known = {}, [*TRACKERS, *SERVICES]
     for name in map(str.strip, setting.split(",")):
         if name in TRACKERS:
             found[name] = TRACKERS[name]
             continue
+        if name in SERVICES:
+            if importlib.util.find_spec(name) is None:
+                raise InputError(
+                    f"tracking={setting!r}: {name} is not installed; install reft_jax[{name}], or leave {name} out"
+                )
+            found[name] = SERVICES[name]
+            continue
         if not plugins.is_plugin(name):
             raise InputError(
-                f"tracking={setting!r}: {name!r} is not known; did you mean {nearest(name, TRACKERS)!r}? Known are "
-                f"{', '.join(TRACKERS)}, and {plugins.FORM} of a file of your own"
+                f"tracking={setting!r}: {name!r} is not known; did you mean {nearest(name, known)!r}? Known are "
+                f"{', '.join(known)}, and {plugins.FORM} of a file of your own"
             )
         found[name] = plugins.load(name, "tracking")
         absent = [method for method in METHODS if isinstance(found[name], type) and not hasattr(found[name], method)]
@@ -140,24 +160,153 @@ def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
 
 
 class Guarded:
-    """A tracker of a user's own: its first exception becomes one warning, and it is switched off."""
+    """A tracker that cannot stop or slow a run: it lives in a process of its own, and a thread passes the calls to it.
 
-    def __init__(self, name: str, make: Callable[[Path], Tracker], folder: Path):
-        self._name, self._made = name, None
-        self._try(lambda: setattr(self, "_made", make(folder)))
-        self.rewinds = hasattr(self._made, "rewind")
+    Its first exception becomes one warning, and it is switched off: its process is killed, and no further call is kept.
+    So does a call that takes longer than CALL_SECONDS. Nothing waits for it before the end of the process (`deliver`).
+    """
 
-    def __call__(self, method: str, *args) -> None:
-        if self._made is not None:
-            self._try(lambda: getattr(self._made, method)(*args))
+    CALL_SECONDS = 60.0
 
-    def _try(self, act: Callable[[], None]) -> None:
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, folder
+        self._local = local(folder)  # its files go there, and it gets this folder
+        self._on, self._queue, self._process, self._lock = True, queue.SimpleQueue(), None, threading.Lock()
+        self(MAKE)
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        _ALL.append(self)
+        self._thread.start()
+
+    def __call__(self, method: str, *args, again: bool = False) -> None:
+        """Queues one call and returns at once. again: a step logged before a resume, for trackers that can rewind."""
+        if self._on:
+            self._queue.put((method, args, again))
+
+    def close(self) -> None:
+        """Queues the last call, and returns at once."""
+        self("close")
+        self._queue.put(None)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether everything is delivered, or it is switched off, within so many seconds."""
+        self._queue.put(None)  # of a stage that did not close it
+        self._thread.join(max(0.0, seconds))
+        return not (self._on and self._thread.is_alive())
+
+    def switch_off(self) -> None:
+        """Ends the process, whatever it does."""
+        with self._lock:
+            self._on = False
+            if self._process and self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)  # and what its library started
+
+    def _work(self) -> None:
         try:
-            act()
-        except Exception as error:  # whatever a user's code raises
-            self._made = None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            remark(f"warning: tracker {self._name} is switched off, the run continues without it ({reason})")
+            self._start()
+            while (call := self._queue.get()) and self._on:
+                if failed := self._answer(call):
+                    self._fail(failed)
+        except Exception as error:  # no process, no disk, or the process has ended
+            self._fail(" ".join(f"{type(error).__name__}: {error}".split()))
+        finally:
+            if self._process:
+                with suppress(OSError):
+                    self._process.stdin.close()  # so it ends
+                self._process.wait()
+                self._process.stdout.close()
+            _ALL.remove(self)
+
+    def _start(self) -> None:
+        path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._local.mkdir(parents=True, exist_ok=True)
+        with self._lock, (self._local / LOG).open("ab") as log:
+            if self._on:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "reft_jax.train.tracker_process", self.name, str(self._local)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is for the run
+                    env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # it must not take the devices
+                )
+
+    def _answer(self, call: tuple) -> str:
+        """What went wrong in one call; "" if nothing did."""
+        method, args, again = call
+        args = [on_disk(one) if isinstance(one, Path) else one for one in args]
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        self._process.stdin.write(json.dumps([method, args, again], default=str).encode() + b"\n")
+        self._process.stdin.flush()
+        if not poll.poll(1000 * self.CALL_SECONDS):
+            return f"a call took longer than {self.CALL_SECONDS:g} s"
+        return json.loads(self._process.stdout.readline() or '"its process has ended"')
+
+    def _fail(self, reason: str) -> None:
+        if self._on:
+            self.switch_off()
+            remark(f"warning: tracker {self.name} is switched off, the run continues without it ({reason})")
+
+
+_ALL: list[Guarded] = []
+_BEGAN = time.monotonic()
+LEAST_SECONDS, MOST_SECONDS, SHARE = 1.5, 10.0, 0.005  # of the wait at the end of the process; SHARE of its time
+
+
+@atexit.register
+def deliver() -> None:
+    """Waits a while for the trackers outside the work directory; then one warning names those that are not done.
+
+    A process does it once, at its end. It waits for SHARE of its time, but at least LEAST_SECONDS and at most
+    MOST_SECONDS, and for nobody who has nothing left to do.
+    """
+    seconds = min(MOST_SECONDS, max(LEAST_SECONDS, SHARE * (time.monotonic() - _BEGAN)))
+    end = time.monotonic() + seconds
+    if late := [one for one in list(_ALL) if not one.wait(end - time.monotonic())]:
+        for one in late:
+            one.switch_off()
+        told = ", ".join(f"{one.name} of {one.folder.name}" for one in late)
+        hints = dict.fromkeys(SYNC[one.name].format(local(one.folder)) for one in late if one.name in SYNC)
+        remark(
+            f"warning: trackers that were not done {seconds:.2g} s after the end lack the last numbers: {told}; "
+            f"{FILE} has them all{''.join(f'; {hint}' for hint in hints)}"
+        )
+
+
+class Results:
+    """The trackers outside a work directory, for its results: a run of their own.
+
+    It opens them at once, because that may take seconds; `close` passes the files. Raises InputError.
+    """
+
+    def __init__(self, folder: Path, config, versions: dict[str, str]):
+        names = [name for name in load_trackers(config.tracking) if name not in TRACKERS] if is_first() else []
+        self._others = [Guarded(name, folder) for name in names]
+        for tell in self._others:
+            tell("open", _read_known(folder)["run_id"], _described(config, versions))
+
+    def close(self, paths: list[Path]) -> None:
+        for tell in self._others:
+            for path in paths:
+                tell("file", path)
+            tell.close()
+
+
+def _described(config, versions: dict[str, str]) -> dict[str, Any]:
+    return flatten(config) | {f"versions.{name}": version for name, version in versions.items()}
+
+
+def _read_known(folder: Path) -> dict:
+    path = folder / KNOWN
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {"run_id": str(known["run_id"]), "logged": int(known["logged"])}
+    except FileNotFoundError:
+        known = {"run_id": f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}", "logged": 0}
+        write_whole(path, json.dumps(known) + "\n")
+        return known
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}); restore it from a copy or remove it") from error
 
 
 class MetricsWriter:
@@ -170,35 +319,26 @@ class MetricsWriter:
     `tracking.json` in the stage's folder keeps the run id, and the highest step that was logged before a resume.
     """
 
-    def __init__(self, folder: Path, config=None):
-        """Opens the trackers of `config.tracking`; without a config, DEFAULT. Raises InputError, SaveError."""
-        flat = {} if config is None else flatten(config)
+    def __init__(self, folder: Path, config=None, versions: dict[str, str] | None = None):
+        """Opens the trackers of `config.tracking`; without a config, DEFAULT. Raises InputError, SaveError.
+
+        versions: of packages; the trackers get them with the config, as `versions.NAME`.
+        """
+        flat = {} if config is None else _described(config, versions or {})
         makers = load_trackers(flat.get("tracking", DEFAULT))
         self._folder, self._ours, self._others = folder, [], []
         if not is_first():
             return
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._known = self._read_known()
+        self._known = _read_known(folder)
         # Ours come first: then metrics.jsonl has every step that a user's own tracker was given, also after a kill.
         self._ours = [TRACKERS[name](folder) for name in TRACKERS if name in makers]
-        self._others = [Guarded(name, make, folder) for name, make in makers.items() if name not in TRACKERS]
+        self._others = [Guarded(name, folder) for name in makers if name not in TRACKERS]
         for tracker in self._ours:
             tracker.open(self._known["run_id"], flat)
         for tell in self._others:
-            tell("open", self._known["run_id"], dict(flat))
-
-    def _read_known(self) -> dict:
-        path = self._folder / KNOWN
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return {"run_id": str(known["run_id"]), "logged": int(known["logged"])}
-        except FileNotFoundError:
-            known = {"run_id": f"{self._folder.parent.name}-{self._folder.name}-{secrets.token_hex(4)}", "logged": 0}
-            write_whole(path, json.dumps(known) + "\n")
-            return known
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r}); restore it from a copy or remove it") from error
+            tell("open", self._known["run_id"], flat)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs the values (anything that `float` takes) of one step. Raises SaveError."""
@@ -206,8 +346,7 @@ class MetricsWriter:
         for tracker in self._ours:
             tracker.log(step, numbers)
         for tell in self._others:
-            if tell.rewinds or step > self._known["logged"]:
-                tell("log", step, dict(numbers))
+            tell("log", step, numbers, again=step <= self._known["logged"])
 
     def truncate_after(self, step: int) -> None:
         """Forgets every later step, for a run that resumes at `step` and computes them again; call it before `write`.
@@ -223,8 +362,7 @@ class MetricsWriter:
         for tracker in self._ours:
             tracker.rewind(step)
         for tell in self._others:
-            if tell.rewinds:
-                tell("rewind", step)
+            tell("rewind", step)
 
     def file(self, path: Path) -> None:
         """Passes a file of the stage to the trackers."""
@@ -238,7 +376,7 @@ class MetricsWriter:
         others, self._others = self._others, []
         for tell in others:
             tell("file", self._folder / FILE)
-            tell("close")
+            tell.close()
         with ExitStack() as stack:  # closes all, whichever fails
             for tracker in self._ours:
                 stack.callback(tracker.close)

@@ -22,6 +22,8 @@ TRAINING = "reft_jax.stages.loop"
 WORKER = "reft_jax.tasks.reward_worker"
 REWARDS = "test_rewards.py"
 PAID = "test_rollout.py::test_a_reward_of_ones_own_is_paid_for_the_graded_completion"
+REFT = "reft_jax.stages.reft"
+PAGE = "test_page.py"
 PLANTED = [
     ("the reranker judges one token early", "reft_jax.stages.rerank", "Packing(rows, lengths - 1,",
      "Packing(rows, lengths - 2,", PACKING),
@@ -216,4 +218,20 @@ PLANTED = [
      ("test_workdir.py::test_an_older_work_directory_with_old_names_still_opens",)),
     ("a whole number is no float", "reft_jax.config", "one.type(flat[prefix + one.name])", "flat[prefix + one.name]",
      ("test_config.py::test_some_values_can_be_replaced",)),
+    ("log: the mean advantage counts what is no action", REFT, "np.where(mask, batch.advantage, 0.0).sum(1) / "
+     "np.maximum(mask.sum(1), 1)", "np.asarray(batch.advantage).mean(1)",
+     ("test_golden.py::test_golden_mean_advantages_of_the_audit_log",)),
+    ("log: a gap has a sign", REFT, "np.abs(part).max(initial=0.0)", "part.max(initial=0.0)",
+     ("test_sampler.py::test_each_rollout_is_logged_with_its_own_advantage_and_gap",)),
+    ("log: replaced rollouts are lost", REFT, "run.workdir.executions.append(replaced)", "pass",
+     ("test_sampler.py::test_questions_without_a_difference_are_replaced_by_others_up_to_a_limit",)),
+    ("page: titles are HTML", "reft_jax.page.build", "autoescape=True", "autoescape=False",
+     (f"{PAGE}::test_no_completion_is_in_the_file_as_it_is",)),
+    ("page: a repeated iteration is shown twice", "reft_jax.page.collect", "starts[-1] if starts else 0", "0",
+     (f"{PAGE}::test_a_repeated_iteration_counts_once",)),
+    ("page: scores of other samples", "reft_jax.page.collect",
+     'given.get("completions") == list(map(short_hash, texts))', "True",
+     (f"{PAGE}::test_what_the_page_knows_of_an_answer",)),
+    ("page: a completion steers the terminal", "reft_jax.page.text", 'letter.isprintable() or letter == "\\n"', "True",
+     (f"{PAGE}::test_the_terminal_twin_shows_every_answer_and_escapes",)),
 ]  # fmt: skip

@@ -1,12 +1,17 @@
-"""Model folders and logs of hosts in buckets, on an emulator of the store."""
+"""Model folders, logs of hosts, the page and trackers of a run in a bucket, on an emulator of the store."""
 
 import subprocess
 
 import numpy as np
 import pytest
 from emulator import BUCKET, emulator, environment, pointed_at
+from test_page import workdir_with
+from test_trackers import SOURCE, calls
 
 from reft_jax import store
+from reft_jax.config import default_config
+from reft_jax.page.build import PAGE, page, write_page
+from reft_jax.train.trackers import MetricsWriter
 from reft_jax.types import InputError
 
 
@@ -71,3 +76,24 @@ def test_what_a_host_prints_is_in_the_bucket_also_after_its_end(folder, url):
     )
     assert said.stdout.decode().splitlines()[0] == "one"
     assert (folder / "host_1.err.log").read_text().splitlines()[::2] == ["one", "last words"]
+
+
+def test_the_page_of_a_work_directory_is_the_same_and_written_there(folder, tmp_path):
+    here = workdir_with(tmp_path / "folder", 5)
+    store.upload(here, folder)
+    with (folder / "samples" / "sft_test.jsonl").open("a") as file:
+        file.write("half a line")
+    assert write_page(folder) == folder / PAGE
+    assert (folder / PAGE).read_text() == page(here)
+
+
+def test_a_tracker_gets_a_folder_of_this_machine_and_whole_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "mine.py").write_text(SOURCE)
+    config = default_config()
+    config.tracking = f"jsonl,{tmp_path}/mine.py:Calls"
+    with MetricsWriter(folder / "reft", config) as writer:
+        writer.write(1, {"loss": 0.5})
+    told = calls(store.local(folder / "reft"))
+    assert told[1:] == [["log", 1, {"loss": 0.5}], ["file", "metrics.jsonl", 1], ["close"]]
+    assert {path.name for path in (folder / "reft").iterdir()} == {"metrics.jsonl", "tracking.json"}

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,16 @@ def test_a_pipeline_that_is_killed_ends_as_on_a_disk(share, on_disk, cache, tmp_
         workdir, scratch = store.as_path(f"{BUCKET}/run"), tmp_path / "scratch"
         saves = start("pipeline", workdir, cache, scratch, code=SAVES)
         assert saves.wait(timeout=600) == -signal.SIGKILL
-        for _ in range(KILLS - 1):
-            process, deadline = start("pipeline", workdir, cache, scratch), time.monotonic() + chance.uniform(5, 40)
-            while process.poll() is None and time.monotonic() < deadline:
+        for number in range(KILLS - 1):
+            with (log := tmp_path / f"{number}.log").open("w") as file:
+                process = start("pipeline", workdir, cache, scratch, log=file)
+            while "[1/" not in log.read_text():  # its first stage begins
+                assert process.poll() is None, log.read_text()
                 time.sleep(0.1)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=chance.uniform(0, 40))
             process.kill()
-            assert process.wait() in (-signal.SIGKILL, 0)
+            assert process.wait() in (-signal.SIGKILL, 0), log.read_text()
         whole("pipeline", workdir, cache, scratch)
         proxy.share = 0.0
         assert results(workdir) == on_disk

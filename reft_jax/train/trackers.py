@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -233,7 +233,7 @@ class Guarded:
     def _answer(self, call: tuple) -> str:
         """What went wrong in one call; "" if nothing did."""
         method, args, again = call
-        args = [on_disk(one) if isinstance(one, Path) else one for one in args]
+        args = [on_disk(one) if isinstance(one, PurePath) else one for one in args]
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN)
         self._process.stdin.write(json.dumps([method, args, again], default=str).encode() + b"\n")

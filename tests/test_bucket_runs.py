@@ -134,15 +134,13 @@ def test_two_hosts_in_a_bucket_end_as_on_a_disk(cache, tmp_path):
             port = one.getsockname()[1]
         place = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
         mesh = ["--config.mesh.cpu_devices=2", "--config.mesh.fsdp=4"]
-        logs = [(tmp_path / f"{number}.log").open("w") for number in range(2)]
-        hosts = [
-            start(
-                "sft", workdir, cache, tmp_path / f"scratch{number}", *place, *mesh, f"--process_id={number}", log=log
-            )
-            for number, log in enumerate(logs)
-        ]
+        hosts, logs = [], [tmp_path / f"{number}.log" for number in range(2)]
+        for number, path in enumerate(logs):
+            with path.open("w") as log:
+                more = [*place, *mesh, f"--process_id={number}"]
+                hosts.append(start("sft", workdir, cache, tmp_path / f"scratch{number}", *more, log=log))
         codes = [host.wait(timeout=1200) for host in hosts]
-        assert codes == [0, 0], [Path(log.name).read_text() for log in logs]
+        assert codes == [0, 0], [path.read_text() for path in logs]
         return results(workdir, ["sft"])
 
     with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):

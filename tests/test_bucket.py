@@ -345,6 +345,14 @@ def test_a_store_that_is_gone_ends_the_run_with_one_line(tmp_path, impatient, mo
                 ask()
 
 
+def test_a_lock_that_cannot_be_released_is_left_behind(tmp_path, impatient):
+    from reft_jax.run import lock
+
+    with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
+        with lock.held(store.as_path(f"{BUCKET}/run")):
+            proxy.gone = True
+
+
 def test_a_holder_outlives_a_store_that_is_away_for_a_moment(tmp_path, impatient, monkeypatch):
     from reft_jax.run import lock
 

@@ -75,8 +75,10 @@ def held(workdir: Path) -> Iterator[None]:
     ended = threading.Event()
 
     def release() -> None:
+        if ended.is_set():
+            return
         ended.set()
-        with suppress(OSError):
+        with suppress(OSError, SaveError):
             store.swap(path, mine, "")
             for folder in new:  # the start may have failed: remove the new folders that are still empty
                 folder.rmdir()
@@ -132,6 +134,7 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
         except (OSError, InputError, SaveError) as error:  # it may last a moment only; if not, another run takes over
             away = time.monotonic() - reached
             if away > store.patience(path):  # the driver that saves steps would try for much longer
+                ended.set()  # nothing can be released there
                 hosts.end_all(f"error: {path.parent} was out of reach for {away:.0f} s: {error}", SaveError.exit_code)
 
 

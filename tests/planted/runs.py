@@ -88,6 +88,8 @@ PLANTED = [
      ("test_bucket.py::test_of_many_that_take_over_at_one_moment_one_does",)),
     ("bucket: one failed sign of life is the last", LOCK, "except (OSError, InputError, SaveError) as",
      "except OSError as", ("test_bucket.py::test_a_holder_outlives_a_store_that_is_away_for_a_moment",)),
+    ("bucket: a lock that cannot be released holds up the end", LOCK, "suppress(OSError, SaveError)",
+     "suppress(OSError)", ("test_bucket.py::test_a_lock_that_cannot_be_released_is_left_behind",)),
     ("bucket: half a model is one", "reft_jax.store", "(folder / marker).exists() if", "folder.exists() if",
      ("test_bucket.py::test_half_a_model_is_none",)),
     ("bucket: a tracker gets a path that only we can read", "reft_jax.train.trackers",

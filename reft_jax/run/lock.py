@@ -135,7 +135,9 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
             away = time.monotonic() - reached
             if away > store.patience(path):  # the driver that saves steps would try for much longer
                 ended.set()  # nothing can be released there
-                hosts.end_all(f"error: {path.parent} was out of reach for {away:.0f} s: {error}", SaveError.exit_code)
+                told = f"error: {path.parent} was out of reach for {away:.0f} s ({error.__cause__ or error})"
+                remedy = f"what was saved before is whole: {store.REMEDY_BUCKET}"
+                hosts.end_all(f"{told}; {remedy}", SaveError.exit_code)
 
 
 def _read(path: Path) -> str:

@@ -7,6 +7,7 @@ own process with `JAX_NUM_CPU_DEVICES` set.
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,26 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_api.sync_playwright() as playwright:
+        path = path or playwright.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no Chromium: install Debian's package chromium, or run `playwright install chromium`")
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run waits for its trackers as long as a slow machine needs."""
+    from reft_jax.train import trackers
+
+    monkeypatch.setattr(trackers, "LEAST_SECONDS", 60.0)
+    monkeypatch.setattr(trackers, "MOST_SECONDS", 60.0)

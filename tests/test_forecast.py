@@ -50,6 +50,17 @@ def test_rows_updates_and_seconds_by_hand(by_hand, title, rows, updates, seconds
     assert (found.rows, found.updates) == (rows, updates) and found.seconds == pytest.approx(seconds)
 
 
+def test_a_stage_that_is_done_is_not_counted(by_hand, tmp_path, monkeypatch):
+    monkeypatch.setattr(Forecast, "sizes", lambda self, abstract: (2**30, 2**31))
+    chain = steps(baselines=False)[:2]
+    first = "\n".join(by_hand.lines(chain, tmp_path))
+    assert "about 0:08:48 for what is not done" in first and "done |" not in first  # 225 and 303 s, as above
+    assert "3.0 GiB of models stay; at most 2.0 GiB more" in first
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "done.json").write_text("{}")
+    assert "about 0:05:03 for what is not done" in "\n".join(by_hand.lines(chain, tmp_path))
+
+
 def test_it_runs_on_one_host(monkeypatch):
     monkeypatch.setattr(forecast.hosts, "count", lambda: 2)
     with pytest.raises(InputError, match="runs on one host; `plan`"):

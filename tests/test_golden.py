@@ -12,6 +12,7 @@ import pytest
 from reft_jax import executor
 from reft_jax.conformance import replay_ppo, replay_rerank
 from reft_jax.stages.reft import mean_advantages
+from reft_jax.train.packing import pack_rollout
 from reft_jax.types import InputError, PPOBatch, Rollout
 
 CASES = ("ppo_0", "ppo_1", "ppo_2")
@@ -69,8 +70,10 @@ def test_golden_mean_advantages_of_the_audit_log(replayed):
     expected = [row[mask].mean() for row, mask in _rows_on_actions(theirs, "advantages_whitened")]
     rollout = Rollout(np.zeros(ours["action_mask"].shape), ours["prompt_len"], ours["total_len"], ours["scores"])
     batch = PPOBatch(None, None, None, ours["advantages_whitened"], None)
+    rows, length = rollout.tokens.shape
+    packing = pack_rollout(rollout, max_len=length, micro_batch=rows, micro_batches=1, multiple=1)
     assert len(set(np.sign(expected))) == 2
-    close(mean_advantages(rollout, batch), expected)
+    close(mean_advantages(packing, batch), expected)
 
 
 def _rows_on_actions(theirs: dict, name: str):

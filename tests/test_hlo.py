@@ -260,6 +260,29 @@ def test_only_main_memory_counts_with_the_padding_of_its_tiles():
     assert count(text).bytes == 2048 + 104 * 128 * 2 and count(text).cycles == 70
 
 
+def test_cycles_are_divided_by_what_they_are_spent_on():
+    """By the scope, forwards and backwards; without one, products and the rest. Names that begin alike are not it."""
+
+    def line(name, scope, cycles, op="negate(%p)"):
+        about = f'metadata={{op_name="{scope}"}}, backend_config={{"estimated_cycles":"{cycles}"}}'
+        return f"%{name} = f32[8,8] {op}, {about}"
+
+    product = "dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    text = entry(
+        "%p = f32[8,8] parameter(0)",
+        line("a", "jit(f)/attention/dot_general", 1, product),
+        line("b", "jit(f)/transpose(jvp(attention))/add", 2),
+        line("c", "jit(f)/attention_norm/rsqrt", 4),
+        line("d", "jit(f)/dot_general", 8, product),
+        line("e", "jit(f)/micro_batches/while/body/loss/exp", 16),
+        line("f", "jit(f)/draw/max", 32),
+        line("g", "jit(f)/cache/copy", 64),
+        "ROOT " + line("h", "jit(f)/optimizer/mul", 128),
+    )
+    kinds = {"attention": 3, "rest": 4, "products": 8, "loss": 16, "draw": 32, "cache": 64, "optimizer": 128}
+    assert count(text).kinds == kinds and count(text).cycles == 255
+
+
 def test_a_fusion_reads_what_it_slices_and_writes_what_it_updates():
     text = (
         HEADER

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -192,19 +191,6 @@ def test_what_the_page_knows_of_an_answer(tmp_path):
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    with sync_api.sync_playwright() as playwright:
-        path = path or playwright.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("no Chromium: install Debian's package chromium, or run `playwright install chromium`")
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

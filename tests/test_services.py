@@ -6,10 +6,12 @@ import struct
 from importlib.util import find_spec
 
 import pytest
-from test_trackers import KILLED, in_a_process, patience, running, until  # noqa: F401 (patience is a fixture)
+from test_trackers import KILLED, in_a_process, running, until
 
 from reft_jax.config import default_config
 from reft_jax.train.trackers import MetricsWriter, deliver
+
+pytestmark = pytest.mark.usefixtures("patience")
 
 
 def killed_and_resumed(name: str, folder, capsys) -> str:

@@ -6,7 +6,6 @@ Building needs the extra `docs`. In Chromium: search works in a page opened as a
 import importlib.util
 import json
 import re
-import shutil
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -129,19 +128,6 @@ def test_nothing_is_loaded_from_a_network(site):
 def test_search_finds_settings_and_functions(site):
     index = json.dumps(json.loads((site / "search.json").read_text()))
     assert all(word in index for word in ("rl.kl_coef", "token_rewards", "What can become of a program?"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    with sync_api.sync_playwright() as playwright:
-        path = path or playwright.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("no Chromium: install Debian's package chromium, or run `playwright install chromium`")
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def test_search_works_in_a_page_that_is_opened_as_a_file(site, browser):

@@ -14,7 +14,6 @@ import pytest
 from test_metrics import lines
 
 from reft_jax.config import check_values, default_config
-from reft_jax.train import trackers
 from reft_jax.train.trackers import DEFAULT, TRACKERS, Guarded, MetricsWriter, Results, deliver, load_trackers
 from reft_jax.types import InputError
 
@@ -76,11 +75,7 @@ number = 3
 '''
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """The tests wait for what a run would leave behind on a slow machine."""
-    monkeypatch.setattr(trackers, "LEAST_SECONDS", 60.0)
-    monkeypatch.setattr(trackers, "MOST_SECONDS", 60.0)
+pytestmark = pytest.mark.usefixtures("patience")
 
 
 @pytest.fixture
@@ -276,10 +271,11 @@ def test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config(tm
 
 
 def in_a_process(code: str, folder, end: int = 0, **environment) -> subprocess.CompletedProcess:
-    """Runs code that may import everything of this file."""
+    """Runs code that has everything of this file, and the module under test."""
+    begin = f"from test_trackers import *\nfrom reft_jax.train import trackers\nfolder = Path({str(folder)!r})"
     paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
-        [sys.executable, "-c", f"from test_trackers import *\nfolder = Path({str(folder)!r})\n{code}"],
+        [sys.executable, "-c", f"{begin}\n{code}"],
         cwd=TESTS,
         env=os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *paths])},
         capture_output=True,

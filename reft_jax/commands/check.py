@@ -78,7 +78,6 @@ def run_check(folder: Path, config) -> bool:
 
     InputError if the folder cannot be loaded at all.
     """
-    started = time.monotonic()
     families.use(config.model.family)
     examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
     folder = readable(folder)
@@ -87,14 +86,12 @@ def run_check(folder: Path, config) -> bool:
     with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):
         mesh = open_mesh(config)
         with on_mesh(mesh):
-            passed = check_inputs(inputs, mesh)
-    print(f"({time.monotonic() - started:.0f} s)")
-    return passed
+            return check_inputs(inputs, mesh)
 
 
 def check_inputs(inputs: Inputs, mesh) -> bool:
     """Prints a table of the guards and the findings; whether everything passed. The executor runs already."""
-    passed = True
+    started, passed = time.monotonic(), True
     print(f"check {inputs.base}: {inputs.config.model.dtype}, mesh {dict(mesh.shape)}\n")
     for guard in executor.guarding():
         print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
@@ -102,7 +99,8 @@ def check_inputs(inputs: Inputs, mesh) -> bool:
         passed &= finding.passed
         mark = "pass" if finding.passed else "FAIL"
         print(f"{mark}  {finding.name:<32}  {finding.figure}", flush=True)
-    print("\neverything passed" if passed else "\nNOT READY: see the lines marked FAIL", flush=True)
+    verdict = "everything passed" if passed else "NOT READY: see the lines marked FAIL"
+    print(f"\n{verdict} ({time.monotonic() - started:.0f} s)", flush=True)
     return passed
 
 

@@ -46,6 +46,7 @@ def inverse_cdf(weights, uniform):
     return (block * BLOCK + inside).astype(jnp.int32), total
 
 
+@jax.named_scope("draw")
 def draw(logits, keys, t, *, temperature: float, top_k: int):
     """Draw the next token of each row, int32[B], with its log-probability at `temperature`, float32[B].
 

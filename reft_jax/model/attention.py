@@ -13,6 +13,7 @@ QUERY_BLOCK = 256  # positions: half of the scores of a long row are masked, and
 TILE_ROWS = 8  # of a TPU's registers
 
 
+@jax.named_scope("attention")
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B,T,N,H], k [B,K,H,T], v [B,K,T,H], mask bool[1 or B,T,T] -> [B,T,N,H]; no position may see a later one.
 
@@ -27,6 +28,7 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     return jnp.concatenate(parts, axis=1)
 
 
+@jax.named_scope("attention")
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     """One token per row, q [B,N,H], to the positions of a cache with keys in blocks -> [B,N,H]. Not for a TPU.
 
@@ -47,6 +49,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Arr
     return out.astype(q.dtype).reshape(q.shape)
 
 
+@jax.named_scope("attention")
 def attend_parts(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     """One token per row, q [B,N,H], to the positions of all `parts` -> [B,N,H]. For a TPU.
 
@@ -54,8 +57,8 @@ def attend_parts(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -
         parts: each (k [B,K,H,S], v [B,K,S,H], the mask of seen positions bool[1 or B,S]).
 
     The queries of a group are padded to 8 rows. The TPU compiler makes a product with fewer rows a sum on the vector
-    unit. By its own estimate for v5e, 32 rows of 4 heads and 1,024 positions then take 538 thousand cycles in place of
-    60, and two groups of 4 queries 65 in place of 36. The parts stay apart, because to join their scores is a copy.
+    unit: with one row that was three quarters of a step (docs/performance.md). The parts stay apart, because to join
+    their scores is a copy.
     """
     batch, _, size = q.shape
     grouped = q.reshape(batch, parts[0][1].shape[1], -1, size)

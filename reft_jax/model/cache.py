@@ -85,6 +85,7 @@ def init_recent(config: LlamaConfig, batch: int, length: int, dtype=jnp.float32)
     return (KVCache(zeros, zeros),) * config.num_layers
 
 
+@jax.named_scope("cache")
 def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     """`recent` with k, v [B,K,H] of step int32[]: one place for all rows, so nothing is scattered."""
     return KVCache(
@@ -95,6 +96,7 @@ def write_recent(recent: KVCache, step: jax.Array, k: jax.Array, v: jax.Array) -
     )
 
 
+@jax.named_scope("cache")
 def write(cache: KVCache, at: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     """The cache, its keys in blocks, with k, v [B,K,H] at the positions at int32[B]. Past its end nothing is written:
     that is the position of a row that has ended with a full cache."""
@@ -104,6 +106,7 @@ def write(cache: KVCache, at: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     return KVCache(k, v)
 
 
+@jax.named_scope("cache")
 def join(cache: KVCache, recent: KVCache, begin: jax.Array, count: jax.Array) -> KVCache:
     """The cache with the first count int32[B] of each row's recent positions written at begin int32[B] and after.
 

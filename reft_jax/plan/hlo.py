@@ -12,6 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain", "iota"}
 RENAMED = ("bitcast", "reshape")
+SCOPES = ("attention", "cache", "draw", "loss", "optimizer")  # `jax.named_scope`s of the model, the engine, training
+KINDS = ("products", *SCOPES, "rest")  # products: with weights, as those of attention are in its scope
 SLICES = ("dynamic-slice", "slice", "gather")  # read as many bytes as they return, from an operand of any size
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # work in place: the index of the operand with the new values
 
@@ -56,12 +59,14 @@ class Work(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Sums over a function. collectives: (kind, devices in a group) -> (number, their bytes together)."""
+    """Sums over a function. collectives: (kind, devices in a group) -> (number, their bytes together). kinds: the
+    cycles by what they are spent on, one of KINDS."""
 
     flops: int
     bytes: int
     cycles: int
     collectives: dict[tuple[str, int], tuple[int, int]]
+    kinds: Mapping[str, int] = MappingProxyType({})
 
 
 class LoopError(Exception):
@@ -76,14 +81,26 @@ def count(text: str, trips: Mapping[str, int] | None = None) -> Cost:
     """
     flops = moved = cycles = 0
     collectives: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    kinds = dict.fromkeys(KINDS, 0)
     for work in run(text, trips or {}):
         flops += work.times * work.flops
         moved += work.times * (work.read + work.written)
         cycles += work.times * work.cycles
+        kinds[kind_of(work)] += work.times * work.cycles
         for kind, group, size, _ in work.collectives:
             collectives[kind, group][0] += work.times
             collectives[kind, group][1] += work.times * size
-    return Cost(flops, moved, cycles, {key: tuple(sums) for key, sums in sorted(collectives.items())})
+    return Cost(flops, moved, cycles, {key: tuple(sums) for key, sums in sorted(collectives.items())}, kinds)
+
+
+def kind_of(work: Work) -> str:
+    """Which of KINDS an instruction is: by its named scope, else a product if it is one.
+
+    A fusion has the scope of its last operation, so a little of one kind may count as another.
+    """
+    scopes = work.instruction.source
+    named = next((kind for kind in SCOPES if re.search(rf"\b{kind}\b", scopes)), None)
+    return named or ("products" if work.flops else "rest")
 
 
 def run(text: str, trips: Mapping[str, int]) -> list[Work]:

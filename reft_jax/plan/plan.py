@@ -237,6 +237,7 @@ def cache_path(function: Jitted, cache: Path, key: str) -> Path:
 def as_json(measured: Measured) -> dict:
     """The numbers of a function as plain JSON values."""
     cost = measured.cost._asdict()
+    cost["kinds"] = dict(cost["kinds"])
     cost["collectives"] = [[*key, *sums] for key, sums in measured.cost.collectives.items()]
     return measured._asdict() | {"cost": cost}
 

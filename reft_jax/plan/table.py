@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from reft_jax.plan.growth import HEAD, grown, growth_row
+from reft_jax.plan.hlo import KINDS
 from reft_jax.plan.plan import SPARE, Plan, Planned, advice, as_json, make_plan, shapes_of
 from reft_jax.plan.search import COMPILED, candidates, words
 from reft_jax.store import write_whole
@@ -91,6 +92,7 @@ def report(plan: Plan, title: str, questions: int, prompts: int) -> str:
             memory_table(plan),
             "Work of one chip for one call (for one decode step, not a chunk of them); milliseconds by the roofline:",
             work_table(plan),
+            *kinds_table(plan),
             collectives_table(plan),
             "One PPO iteration, with every row as long as the config allows:",
             iteration_table(plan),
@@ -141,6 +143,17 @@ def work_table(plan: Plan) -> str:
         )
     head = ["function", "TFLOP", "× model's", "GiB", "× least", "compute", "memory", "network", "estimate"]
     return table([*head, "compiler's", "compile s"], rows)
+
+
+def kinds_table(plan: Plan) -> list[str]:
+    """What the compiler's milliseconds are made of, with a line above; nothing if it gives no clock for the chip."""
+    if not plan.chip.clock:
+        return []
+    rows = []
+    for line in plan.lines:
+        cycles = [line.measured.cost.kinds.get(kind, 0) for kind in KINDS]
+        rows.append([line.function.name, *(f"{1e3 * n / line.function.once / plan.chip.clock:.3g}" for n in cycles)])
+    return ["What the compiler's milliseconds are made of, without collectives:", table(["function", *KINDS], rows)]
 
 
 def collectives_table(plan: Plan) -> str:

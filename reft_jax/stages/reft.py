@@ -10,7 +10,6 @@ from functools import partial
 import jax
 import numpy as np
 
-from reft_jax.algo.advantages import action_mask
 from reft_jax.algo.algorithms import Algorithm, make_algorithm
 from reft_jax.parallel.mesh import round_up
 from reft_jax.run.executions import reinforced
@@ -89,7 +88,7 @@ def iterate(
     batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
     gap = trainer_gap(scores, packing, completions)
     batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
-    log_rollouts(run, number, graded, mean_advantages(rollout, batch), gap)
+    log_rollouts(run, number, graded, mean_advantages(packing, batch), gap)
     check_gap(rl.max_gap, batch_metrics, number)
     if rl.sampler_correction != "none":
         batch = corrected(batch, packing, importance_weights(gap, rl.sampler_correction, rl.sampler_cap))
@@ -153,10 +152,11 @@ def log_rollouts(run: Run, number: int, graded: list[Graded], advantages: np.nda
     run.workdir.executions.append(lines)
 
 
-def mean_advantages(rollout: Rollout, batch: PPOBatch) -> np.ndarray:
-    """The mean advantage of each row's actions, float[B]; 0 for a row without actions."""
-    mask = np.asarray(action_mask(rollout.prompt_len, rollout.total_len, rollout.tokens.shape[1]))
-    return np.where(mask, batch.advantage, 0.0).sum(1) / np.maximum(mask.sum(1), 1)
+def mean_advantages(packing: Packing, batch: PPOBatch) -> np.ndarray:
+    """The mean advantage of each row's actions, float[B]; 0 for a row without actions. packing: of the same rows."""
+    rows, batch_size = packing.at[0], len(batch.advantage)
+    sums = np.bincount(rows, np.asarray(batch.advantage)[packing.at], minlength=batch_size)
+    return sums / np.maximum(np.bincount(rows, minlength=batch_size), 1)
 
 
 def trainer_gap(scores: Scores, packing: Packing, completions: list[Completion]) -> np.ndarray:

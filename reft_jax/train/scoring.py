@@ -82,6 +82,7 @@ def _logprobs(model, params, hidden, targets, temperature):
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
 
+@jax.named_scope("loss")
 def next_token_logprobs(model, lm, hidden, targets, used, temperature: float = 1.0):
     """Log-probabilities float32[b,W] of `targets` int32[b,W] after hidden dtype[b,W,D], of the first `used` of W.
 
@@ -113,6 +114,7 @@ def add_up(total, new):
     return loss + more, joined
 
 
+@jax.named_scope("loss")
 def decision_loss(loss, model, lm, hidden, lines: Lines, about, temperature: float = 1.0):
     """Adds up `loss(logprob float32[b,w], about [b,w]) -> (loss, metrics)` over all decisions, see `add_up`.
 

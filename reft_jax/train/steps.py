@@ -34,7 +34,8 @@ def make_step(loss, model, optimizer, shardings, lora: Lora | None = None):
         grads, total, metrics = over_micro_batches(of_rows, state.params, rows, count)
         decisions = (rows[0].decisions >= 0).sum()
         metrics = {name: x / decisions if name.endswith("_share") else x for name, x in metrics.items()}
-        state, grad_norm = apply_gradients(state, optimizer, grads)
+        with jax.named_scope("optimizer"):
+            state, grad_norm = apply_gradients(state, optimizer, grads)
         return state, {"loss": total} | metrics | {"grad_norm": grad_norm}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

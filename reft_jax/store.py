@@ -1,6 +1,8 @@
 """Writes files whole or not at all, and names the file that could not be written or read.
 
-What differs between a disk and a bucket is decided here; bucket.py has a bucket's side of it.
+What differs between a disk and a bucket is decided here; bucket.py has a bucket's side of it. Four other files ask
+whether a path is in a bucket, because what they do with it is their subject: flags that refuse one (commands/flags.py),
+a folder that appears whole (model_folder.py), tensors (model/safetensors.py), a host's log (parallel/host_log.py).
 """
 
 import errno
@@ -134,6 +136,13 @@ def origin(path: Path) -> Path:
     """Where the bytes of a file are: in a bucket if it is in a folder of `readable` that stands for one."""
     here = next((folder for folder in (path, *path.parents) if folder in _stands), None)
     return path if here is None else _stands[here] / path.relative_to(here)
+
+
+def with_origins(text: str) -> str:
+    """A message that names folders in a bucket instead of those that stand for them."""
+    for here, folder in _stands.items():
+        text = text.replace(str(here), str(folder))
+    return text
 
 
 def upload(folder: Path, target: Path) -> None:

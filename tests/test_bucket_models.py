@@ -70,7 +70,7 @@ def test_only_the_rows_of_a_shard_are_read(tmp_path):
 def test_what_a_host_prints_is_in_the_bucket_also_after_its_end(folder, url):
     from reft_jax.parallel import host_log
 
-    words, more = host_log.command(folder, 1, 2, "last words"), host_log.environment(folder)
+    words, more = host_log.copier(folder, 1, 2, "last words")
     said = subprocess.run(
         words, env=more | environment(url), input=b"one\nJAX distributed service detected fatal errors\n", stdout=-1
     )

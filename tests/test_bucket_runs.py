@@ -13,17 +13,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from emulator import BUCKET, faulty, pointed_at
+from emulator import BUCKET, emulator, faulty, pointed_at
 from test_pipeline import command
 
 from reft_jax import store
+from reft_jax.evaluation.records import read_records
+from reft_jax.page.text import item_text
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.long
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling
 VARYING = ("seconds", "compiles", "executor_retries", "made")
 STAGES = ("sft", "reft", "rerank_sft", "rerank_reft")
 KILLS = 5
+SOON_S = 3 * 60  # "about 60 s" until a host has noticed that another one is lost
 SAVES = """
 import os, sys
 from reft_jax.train import checkpoints
@@ -90,6 +92,22 @@ def on_disk(cache, tmp_path_factory):
     return results(folder / "run")
 
 
+def test_a_run_that_was_killed_in_a_save_ends_as_on_a_disk_and_is_read_by_others(on_disk, cache, tmp_path):
+    """The short test of those below: one kill. Then `look` and `check` read it, and `check` writes nothing."""
+    with emulator(tmp_path) as url, pointed_at(url):
+        workdir, scratch = store.as_path(f"{BUCKET}/run"), tmp_path / "scratch"
+        assert start("pipeline", workdir, cache, scratch, code=SAVES).wait(timeout=600) == -signal.SIGKILL
+        whole("pipeline", workdir, cache, scratch)
+        assert results(workdir) == on_disk
+        assert "voting@2" in (workdir / "report.html").read_text()
+        item = read_records(workdir / "samples" / "reft_test.jsonl")[0]["item_id"]
+        assert "== reft, samples: " in item_text(workdir, item)
+        before = workdir.sums()
+        assert "time       about " in whole("check", workdir, cache, scratch)
+        assert workdir.sums() == before
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.0, 0.1])
 def test_a_pipeline_that_is_killed_ends_as_on_a_disk(share, on_disk, cache, tmp_path):
     """share: of the requests that fail."""
@@ -114,6 +132,7 @@ def test_a_pipeline_that_is_killed_ends_as_on_a_disk(share, on_disk, cache, tmp_
         assert all(proxy.made.values()) or not share, proxy.made
 
 
+@pytest.mark.long
 def test_a_run_whose_store_is_gone_ends_with_one_line_and_code_4(cache, tmp_path):
     with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
         workdir, log = store.as_path(f"{BUCKET}/run"), tmp_path / "log"
@@ -127,24 +146,55 @@ def test_a_run_whose_store_is_gone_ends_with_one_line_and_code_4(cache, tmp_path
         assert last.startswith("error: ") and "run the same command again" in last
 
 
-def test_two_hosts_in_a_bucket_end_as_on_a_disk(cache, tmp_path):
-    def both(workdir) -> dict:
+class Two:
+    """Two hosts of `sft` with two devices each; what they say goes to files in `folder`."""
+
+    def __init__(self, workdir, cache: Path, folder: Path):
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
         place = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
         mesh = ["--config.mesh.cpu_devices=2", "--config.mesh.fsdp=4"]
-        hosts, logs = [], [tmp_path / f"{number}.log" for number in range(2)]
-        for number, path in enumerate(logs):
+        self.hosts, self.logs = [], [folder / f"{number}.log" for number in range(2)]
+        for number, path in enumerate(self.logs):
             with path.open("w") as log:
                 more = [*place, *mesh, f"--process_id={number}"]
-                hosts.append(start("sft", workdir, cache, tmp_path / f"scratch{number}", *more, log=log))
-        codes = [host.wait(timeout=1200) for host in hosts]
-        assert codes == [0, 0], [path.read_text() for path in logs]
+                self.hosts.append(start("sft", workdir, cache, folder / f"scratch{number}", *more, log=log))
+
+    def said(self) -> list[str]:
+        return [path.read_text() for path in self.logs]
+
+    def results(self, workdir) -> dict:
+        assert [host.wait(timeout=1200) for host in self.hosts] == [0, 0], self.said()
         return results(workdir, ["sft"])
 
+
+@pytest.fixture(scope="module")
+def two_on_disk(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return Two(folder / "run", cache, folder).results(folder / "run")
+
+
+@pytest.mark.long
+def test_two_hosts_in_a_bucket_end_as_on_a_disk(two_on_disk, cache, tmp_path):
     with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
         workdir = store.as_path(f"{BUCKET}/two")
-        assert both(workdir) == both(tmp_path / "two")
+        assert Two(workdir, cache, tmp_path).results(workdir) == two_on_disk
         names = {f"host_{number}.{kind}.log" for number, kind in itertools.product(range(2), ("out", "err"))}
         assert {path.name for path in (workdir / "logs").iterdir()} >= names
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_host_ends_the_other_and_both_resume(killed, two_on_disk, cache, tmp_path):
+    with emulator(tmp_path) as url, pointed_at(url):
+        workdir = store.as_path(f"{BUCKET}/two")
+        two, deadline = Two(workdir, cache, tmp_path), time.monotonic() + 600
+        while not (workdir / "sft" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            assert all(host.poll() is None for host in two.hosts), two.said()
+            time.sleep(0.1)
+        two.hosts[killed].kill()
+        assert two.hosts[1 - killed].wait(timeout=SOON_S) not in (0, -signal.SIGKILL), two.said()
+        two.hosts[killed].wait()
+        assert "lost" in two.said()[1 - killed].splitlines()[-1]
+        assert Two(workdir, cache, tmp_path).results(workdir) == two_on_disk

@@ -5,6 +5,7 @@ run time (`importlib.import_module`).
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,12 @@ def test_what_is_allowed(tmp_path):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(f'"""A module."""\n{source}\n')
     assert problems(package) == []
+
+
+def test_few_files_tell_a_bucket_from_a_disk():
+    asks = [path for path in PACKAGE.rglob("*.py") if re.search(r'is_remote\(|"gs://', path.read_text())]
+    known = "store.py bucket.py commands/flags.py model_folder.py model/safetensors.py parallel/host_log.py"
+    assert {path.relative_to(PACKAGE).as_posix() for path in asks} == set(known.split())
 
 
 def test_no_file_has_more_than_400_lines():

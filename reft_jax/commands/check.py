@@ -32,7 +32,7 @@ from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
 from reft_jax.stages.models import as_base, base_policy, policy_shapes
-from reft_jax.store import readable
+from reft_jax.store import origin, readable
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import decode, encode
 from reft_jax.toy import problems
@@ -92,7 +92,7 @@ def run_check(folder: Path, config) -> bool:
 def check_inputs(inputs: Inputs, mesh) -> bool:
     """Prints a table of the guards and the findings; whether everything passed. The executor runs already."""
     started, passed = time.monotonic(), True
-    print(f"check {inputs.base}: {inputs.config.model.dtype}, mesh {dict(mesh.shape)}\n")
+    print(f"check {origin(inputs.base)}: {inputs.config.model.dtype}, mesh {dict(mesh.shape)}\n")
     for guard in executor.guarding():
         print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
     for finding in findings(inputs, mesh):

@@ -30,25 +30,21 @@ def main(path: str, last: str) -> None:
 def _opened(path: str):
     if not path.startswith("gs://"):
         return open(path, "ab", buffering=0)
-    from reft_jax.store import as_path
+    from reft_jax.store import as_path  # not above: for a file of a disk this starts without any package
 
     return as_path(path).open("ab")
 
 
-def command(folder: Path, number: int, stream: int, last: str) -> list[str]:
-    """The copier of a host's stream (1: output, 2: errors). In a bucket only one process may append to a file."""
-    if str(folder).startswith("gs://"):
-        name = f"host_{number}.{'out' if stream == 1 else 'err'}.log"
-        return [sys.executable, "-P", __file__, str(folder / name), last]
-    return [sys.executable, "-I", "-S", __file__, str(folder / f"host_{number}.log"), last]
+def copier(folder: Path, number: int, stream: int, last: str) -> tuple[list[str], dict[str, str] | None]:
+    """Command and environment of the copier of a host's stream (1: output, 2: errors).
 
-
-def environment(folder: Path) -> dict[str, str] | None:
-    """Where the copier finds this package, if it needs it."""
+    In a bucket each stream has a file of its own, because only one process may append to one.
+    """
     if not str(folder).startswith("gs://"):
-        return None
-    package = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+        return [sys.executable, "-I", "-S", __file__, str(folder / f"host_{number}.log"), last], None
+    path, package = folder / f"host_{number}.{'out' if stream == 1 else 'err'}.log", Path(__file__).resolve().parents[2]
+    known = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+    return [sys.executable, "-P", __file__, str(path), last], os.environ | {"PYTHONPATH": known}
 
 
 def copy(line: bytes, file) -> None:

@@ -146,9 +146,10 @@ def log_to(folder: Path) -> None:
     last = f"host {number()}: JAX ended it: a host is lost. Above, task N is host N, and the leader {_state.names[0]}"
     for stream, file in ((1, sys.stdout), (2, sys.stderr)):
         file.flush()
+        words, environment = host_log.copier(folder, number(), stream, last)
         copier = subprocess.Popen(
-            host_log.command(folder, number(), stream, last),
-            env=host_log.environment(folder),
+            words,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL if stream == 1 and not is_first() else stream,
             start_new_session=True,  # signals to this process's group do not reach it

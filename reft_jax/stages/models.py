@@ -20,7 +20,7 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
-from reft_jax.store import published
+from reft_jax.store import origin, published
 from reft_jax.train.checkpoints import has_value_head, load_params
 from reft_jax.train.checksums import ADAPTER, MEMORY, model_checksum
 from reft_jax.train.state import abstract_params, init_head
@@ -72,7 +72,7 @@ def base_policy(inputs: Inputs, mesh, model: Llama, dtype=jnp.float32):
     if not critic:
         return {"lm": lm}
     if head := load_value_head(inputs.base):
-        print(f"the value head is that of {inputs.base}", flush=True)
+        print(f"the value head is that of {origin(inputs.base)}", flush=True)
         return {"lm": lm, "value_head": put(head, where["value_head"])}
     return {"lm": lm, "value_head": new_value_head(inputs.config, mesh, model)}
 

@@ -64,9 +64,9 @@ def _ask(path: "BucketPath", method: str, *args, **kwargs) -> Any:
         raise OSError(errno.EIO, f"the bucket refuses or does not answer: {reason[:200]}", str(path)) from error
 
 
-def _each(act: Callable[[str], Any], keys: Iterable[str]) -> None:
+def _each(act: Callable[[str], Any], keys: Iterable[str]) -> list[Any]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(act, keys))
+        return list(pool.map(act, keys))
 
 
 class BucketPath(gpath.PosixGPath):
@@ -174,11 +174,13 @@ class BucketPath(gpath.PosixGPath):
                 raise self._missing() from None
             content = bytearray(start)
             with suppress(FileNotFoundError):
-                for name, begin in self._counted(headers["X-Goog-Generation"]):
+                parts = self._counted(headers["X-Goog-Generation"])
+                contents = _each(lambda key: _ask(self, "cat_file", key), parts)
+                for begin, part in zip(parts.values(), contents, strict=True):
                     if begin > len(content):
                         break
                     if begin == len(content):
-                        content += _ask(self, "cat_file", name)
+                        content += part
                 else:
                     return bytes(content)
         raise OSError(errno.EIO, f"a part is missing after byte {len(content)}", str(self))
@@ -187,11 +189,11 @@ class BucketPath(gpath.PosixGPath):
         """Bytes of the object itself."""
         return _ask(self, "cat_file", self._key, start=start, end=start + size) if size else b""
 
-    def _counted(self, generation: str) -> list[tuple[str, int]]:
-        """Keys and first bytes of the parts for this generation, in order."""
+    def _counted(self, generation: str) -> dict[str, int]:
+        """{key: first byte} of the parts for this generation, in order."""
         found = [entry["name"].rpartition("/")[2].split("-") for entry in self._objects(self._key + PARTS + "/")]
         starts = sorted(int(start) for made_for, start in found if made_for == generation)
-        return [(self._key_of_part(generation, start), start) for start in starts]
+        return {self._key_of_part(generation, start): start for start in starts}
 
     def _key_of_part(self, generation: str | int, start: int) -> str:
         return f"{self._key}{PARTS}/{generation}-{start:015d}"

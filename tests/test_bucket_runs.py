@@ -92,19 +92,22 @@ def on_disk(cache, tmp_path_factory):
     return results(folder / "run")
 
 
-def test_a_run_that_was_killed_in_a_save_ends_as_on_a_disk_and_is_read_by_others(on_disk, cache, tmp_path):
-    """The short test of those below: one kill. Then `look` and `check` read it, and `check` writes nothing."""
+def test_a_stage_that_was_killed_in_a_save_ends_as_on_a_disk(cache, tmp_path):
+    """The short test of those below: one kill, and answers that are sampled afterwards."""
+    scratch = tmp_path / "scratch"
+
+    def ended(workdir) -> tuple[dict, list[dict]]:
+        whole("sft", workdir, cache, scratch)
+        whole("sample", workdir, cache, scratch, "--model=sft")
+        answers = read_records(workdir / "samples" / "sft_test.jsonl")
+        assert "== sft, samples: " in item_text(workdir, answers[0]["item_id"])
+        return results(workdir, ["sft"]), answers
+
     with emulator(tmp_path) as url, pointed_at(url):
-        workdir, scratch = store.as_path(f"{BUCKET}/run"), tmp_path / "scratch"
-        assert start("pipeline", workdir, cache, scratch, code=SAVES).wait(timeout=600) == -signal.SIGKILL
-        whole("pipeline", workdir, cache, scratch)
-        assert results(workdir) == on_disk
-        assert "voting@2" in (workdir / "report.html").read_text()
-        item = read_records(workdir / "samples" / "reft_test.jsonl")[0]["item_id"]
-        assert "== reft, samples: " in item_text(workdir, item)
-        before = workdir.sums()
-        assert "time       about " in whole("check", workdir, cache, scratch)
-        assert workdir.sums() == before
+        workdir = store.as_path(f"{BUCKET}/run")
+        assert start("sft", workdir, cache, scratch, code=SAVES).wait(timeout=600) == -signal.SIGKILL
+        assert (workdir / "sft" / "checkpoints").exists()
+        assert ended(workdir) == ended(tmp_path / "run")
 
 
 @pytest.mark.long
@@ -130,6 +133,10 @@ def test_a_pipeline_that_is_killed_ends_as_on_a_disk(share, on_disk, cache, tmp_
         proxy.share = 0.0
         assert results(workdir) == on_disk
         assert all(proxy.made.values()) or not share, proxy.made
+        assert "voting@2" in (workdir / "report.html").read_text()
+        before = workdir.sums()
+        assert "time       about " in whole("check", workdir, cache, scratch)
+        assert workdir.sums() == before
 
 
 @pytest.mark.long

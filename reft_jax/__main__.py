@@ -14,7 +14,7 @@ from reft_jax.commands.flags import CONFIG, config_of, define_settings, no_argum
 from reft_jax.commands.table import COMMANDS, HOSTS, TABLE, Command, described, overview
 from reft_jax.config import check_keys
 from reft_jax.model_folder import check_new_folder
-from reft_jax.store import DISK, not_written
+from reft_jax.store import DISK, not_written, with_origins
 from reft_jax.types import InputError, NotFiniteError, SamplerGapError, SaveError, Stopped
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def end(code: int, error) -> NoReturn:
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    print("error:", with_origins(" ".join(str(error).splitlines())), file=sys.stderr)
     sys.exit(code)
 
 

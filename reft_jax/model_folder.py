@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from reft_jax.store import as_path, is_remote, upload, why_not_writable
 from reft_jax.types import InputError
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -169,6 +170,11 @@ def write_tokenizer(tok: Any, out: str | Path) -> None:
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Yields an empty folder to fill. It takes the name `folder` at the end, and vanishes if filling it fails."""
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+            yield Path(scratch)
+            upload(Path(scratch), as_path(folder))
+        return
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH) as scratch:
@@ -186,6 +192,12 @@ def check_new_folder(name: str, folder: Path) -> None:
     """
     if str(folder).startswith("~"):  # no shell has replaced it, and a folder of that name is not meant
         raise InputError(f"{name}: {folder} begins with '~', which no shell has replaced; write the path out")
+    if is_remote(folder):
+        if as_path(folder).exists():
+            raise InputError(f"{name}: {folder} already exists; choose another or remove it")
+        if why := why_not_writable(as_path(folder)):
+            raise InputError(f"{name}: cannot make {folder} ({why}); choose another")
+        return
     try:
         folder = Path(os.path.realpath(folder))
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):

@@ -109,8 +109,10 @@ def test_tpu_vm_dry_run_prints_whole_commands_and_calls_nothing(tmp_path):
             if word.startswith("--command="):
                 checked = subprocess.run(["bash", "-n", "-c", word.removeprefix("--command=")], capture_output=True)
                 assert checked.returncode == 0, checked.stderr
-    for wrong in ({"TPU": ""}, {"SHARE": ""}):
-        assert run("tpu_vm.sh", "setup", env=env | wrong).returncode == 2
+    assert run("tpu_vm.sh", "setup", env=env | {"TPU": ""}).returncode == 2
+    in_a_bucket = run("tpu_vm.sh", "setup", env=env | {"SHARE": ""})
+    assert in_a_bucket.returncode == 0 and len(in_a_bucket.stdout.splitlines()) == 3
+    assert "/mnt/reft" in "".join(lines) and "/mnt/reft" not in in_a_bucket.stdout
 
 
 def test_the_manifest_fills_its_slice_and_runs_what_is_there():

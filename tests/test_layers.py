@@ -5,6 +5,7 @@ run time (`importlib.import_module`).
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "reft_jax"
 # A part is a folder or a single module right under reft_jax/; the package itself is "__init__".
 LEVELS = {
     "__init__": 0,
-    **dict.fromkeys(["types", "settings", "config", "store", "plugins", "terminal", "model_folder"], 1),
+    **dict.fromkeys(
+        ["types", "settings", "config", "store", "bucket", "appends", "plugins", "terminal", "model_folder"], 1
+    ),
     **dict.fromkeys(["algo", "executor", "gsm8k_programs"], 2),
     **dict.fromkeys(["model", "parallel", "tasks"], 3),
     **dict.fromkeys(["train", "engine", "evaluation", "toy"], 4),
@@ -29,6 +32,9 @@ SIDEWAYS = {
     ("config", "types"),
     ("config", "settings"),
     ("store", "types"),
+    ("store", "bucket"),
+    ("bucket", "appends"),
+    ("model_folder", "store"),
     ("plugins", "types"),
     ("model_folder", "types"),
     ("terminal", "store"),
@@ -165,6 +171,12 @@ def test_what_is_allowed(tmp_path):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(f'"""A module."""\n{source}\n')
     assert problems(package) == []
+
+
+def test_few_files_tell_a_bucket_from_a_disk():
+    asks = [path for path in PACKAGE.rglob("*.py") if re.search(r'is_remote\(|"gs://', path.read_text())]
+    known = "store.py bucket.py commands/flags.py model_folder.py model/safetensors.py parallel/host_log.py"
+    assert {path.relative_to(PACKAGE).as_posix() for path in asks} == set(known.split())
 
 
 def test_no_file_has_more_than_400_lines():

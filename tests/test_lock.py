@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_jax import __main__
+from reft_jax import __main__, store
 from reft_jax.run import lock
 from reft_jax.types import InputError, SaveError
 
@@ -200,7 +200,7 @@ def test_of_many_that_take_over_at_one_moment_one_does(tmp_path):
 
         def swap(name: str, together=together) -> bool:
             together.wait()
-            return lock._swap(path, "stale", name)
+            return store.swap(path, "stale", name)
 
         with ThreadPoolExecutor(count) as pool:
             took = list(pool.map(swap, map(str, range(count))))
@@ -209,11 +209,11 @@ def test_of_many_that_take_over_at_one_moment_one_does(tmp_path):
 
 def test_what_was_changed_since_it_was_read_is_not_replaced(tmp_path):
     path = tmp_path / lock.LOCK_NAME
-    assert lock._swap(path, "", "a")
-    assert not lock._swap(path, "", "b") and not lock._swap(path, "b", "")
+    assert store.swap(path, "", "a")
+    assert not store.swap(path, "", "b") and not store.swap(path, "b", "")
     assert path.read_text() == "a"
-    assert lock._swap(path, "a", "") and not path.exists()
-    assert not lock._swap(path, "a", "") and not path.exists()
+    assert store.swap(path, "a", "") and not path.exists()
+    assert not store.swap(path, "a", "") and not path.exists()
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path):

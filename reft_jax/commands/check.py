@@ -32,6 +32,7 @@ from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
 from reft_jax.stages.models import as_base, base_policy, policy_shapes
+from reft_jax.store import origin, readable
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.tokenizer import decode, encode
 from reft_jax.toy import problems
@@ -79,6 +80,7 @@ def run_check(folder: Path, config) -> bool:
     """
     families.use(config.model.family)
     examples = problems.make_split(config.seed, "train", QUESTIONS, answer_format=config.data.format, skipped_share=0.0)
+    folder = readable(folder)
     inputs = Inputs(config, folder, checked_tokenizer(folder), Data(examples, [], [], "generated"))
     limits = config.executor
     with running_executor(limits.workers, limits.memory_mb, limits.allow_unsandboxed):
@@ -90,7 +92,7 @@ def run_check(folder: Path, config) -> bool:
 def check_inputs(inputs: Inputs, mesh) -> bool:
     """Prints a table of the guards and the findings; whether everything passed. The executor runs already."""
     started, passed = time.monotonic(), True
-    print(f"check {inputs.base}: {inputs.config.model.dtype}, mesh {dict(mesh.shape)}\n")
+    print(f"check {origin(inputs.base)}: {inputs.config.model.dtype}, mesh {dict(mesh.shape)}\n")
     for guard in executor.guarding():
         print(f"{'have' if guard.works else 'LACK'}  {'programs: ' + guard.name:<32}  {guard.meaning}")
     for finding in findings(inputs, mesh):

@@ -23,6 +23,7 @@ from reft_jax.stages import models
 from reft_jax.stages.models import POLICIES, TITLES, checksum, done
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, made_by
+from reft_jax.store import published
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
@@ -52,7 +53,7 @@ def answers_of(run: Run, name: str) -> tuple[Answers, list[str]]:
     notes = [f"{title}: {n} of {wanted} samples are drawn of every question; {again}."] if n < wanted else []
     samples = [first_samples(records[example.item_id], n) for example in test]
     scores, judge = {}, f"rerank_{name}"
-    if run.workdir.model(judge).exists():
+    if published(run.workdir.model(judge)):
         scores = rerank_scores(run, path, samples, models.reranker(run, judge), f"{judge} on test")
     return Answers(title, greedy, by_item(samples), scores), notes
 
@@ -78,7 +79,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     tracked = Results(run.workdir.path, run.config, versions())
-    names = [name for name in POLICIES if run.workdir.model(name).exists()]
+    names = [name for name in POLICIES if published(run.workdir.model(name))]
     answers, remarks = zip(*(answers_of(run, name) for name in names), strict=True)
     found = table(answers, run.config.seed, run.inputs.task)
     report = {

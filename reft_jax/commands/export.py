@@ -1,7 +1,6 @@
 """A stage's model as a Hugging Face folder that transformers loads, with a card that says what it is."""
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
 from reft_jax.stages.models import TITLES, abstract_reranker, adapters_of, checksum, done, load_model
-from reft_jax.store import writing
+from reft_jax.store import copy, origin, remove, writing
 from reft_jax.tasks.prompts import Prompter
 from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
@@ -36,7 +35,7 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None, adapter
         lora, arrays = stacked(adapters_of(run, name))
         if hosts.is_first():
             with writing(out):
-                write_peft(out, run.machine.model.config, lora, arrays, str(run.inputs.base))
+                write_peft(out, run.machine.model.config, lora, arrays, str(origin(run.inputs.base)))
         print(f"the adapter of {name} -> {out}")
         return
     licences = sorted({path for pattern in LICENCES for path in run.inputs.base.glob(pattern) if path.is_file()})
@@ -51,10 +50,10 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None, adapter
         try:
             if hosts.is_first():
                 for path in licences:
-                    shutil.copy(path, out / path.name)
+                    copy(path, out / path.name)
                 (out / "README.md").write_text(card, encoding="utf-8")
         except BaseException:
-            shutil.rmtree(out)  # so that the same command can run again
+            remove(out, ignore_errors=False)  # so that the same command can run again
             raise
     print(f"{name} -> {out}")
 

@@ -10,6 +10,7 @@ from absl import flags
 from reft_jax.commands.paths import listed
 from reft_jax.config import check_config, load_config, nearest, renamed
 from reft_jax.settings import SETTINGS, Config
+from reft_jax.store import as_path, is_remote
 from reft_jax.types import InputError
 
 PATHS = "PATH,…"  # a kind of flag: paths with commas between
@@ -23,7 +24,7 @@ class Flag(NamedTuple):
     kind: str, int, float, bool, list (with commas between), Path, PATHS, or a tuple of the allowed words. low: the
     smallest number. to: the parameter of the command's function, if it has another name; None: the function does not
     get it. new: a folder that must not exist yet or must be empty. old: former names, which are refused with the new
-    one. takes: how --help writes its value, if not by its kind.
+    one. takes: how --help writes its value, if not by its kind. disk: not in a bucket.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Flag(NamedTuple):
     new: bool = False
     old: tuple[str, ...] = ()
     takes: str = ""
+    disk: bool = False
 
     def define(self, values: flags.FlagValues) -> None:
         if isinstance(self.kind, tuple):
@@ -49,9 +51,12 @@ class Flag(NamedTuple):
     def value(self, values: flags.FlagValues) -> Any:
         """The parsed value: a Path or a list of paths where the flag is one."""
         value = values[self.name].value
+        if self.disk and value and is_remote(value):
+            how = "copy it to one, or from one, with `gcloud storage cp -r`"
+            raise InputError(f"--{self.name}: {value} is in a bucket, and this command works on a disk; {how}")
         if self.kind is PATHS:
             return listed(value or "")
-        return Path(value) if self.kind is Path and value else value
+        return as_path(value) if self.kind is Path and value else value
 
     def shown(self) -> str:
         """Its entry in a --help; a name in capitals is an argument."""

@@ -34,7 +34,7 @@ from reft_jax.run.workdir import recorded
 from reft_jax.stages.models import Weights, load_saved, policy_shapes, read_adapter
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
-from reft_jax.store import write_whole
+from reft_jax.store import as_path, readable, write_whole
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
@@ -152,7 +152,7 @@ def find(folder: str, *, reranker: bool = False) -> Source:
 
     The contents of a Hugging Face folder are checked later. The name of a stage's model says whether it is a reranker.
     """
-    path = Path(folder).absolute()
+    path = as_path(folder).absolute()
     workdir = path.parent.parent
     settings = recorded(workdir) if path.is_dir() and path.parent.name == "models" else None
     if settings is not None and not (path / "config.json").exists():
@@ -161,8 +161,10 @@ def find(folder: str, *, reranker: bool = False) -> Source:
             raise InputError(f"{folder}: {kind}; write --models=[NAME=]FOLDER[+RERANKER]")
         families.use(str(settings.get("model.family", "")))
         base = settings.get("model.path")
-        return Source(path, workdir / "toy" / "model" if base == "toy" else Path(str(base)), reranker)
+        base = workdir / "toy" / "model" if base == "toy" else as_path(str(base))
+        return Source(path, readable(base), reranker)
     if path.is_dir():
+        path = readable(path)
         return Source(path, path, reranker)
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 

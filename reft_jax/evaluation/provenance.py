@@ -6,8 +6,6 @@ with new ones: the old file is kept in the folder `aside/` next to it.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from reft_jax import store
 from reft_jax.evaluation.records import SCHEMA, read_file
 from reft_jax.store import short_hash, write_whole, writing
 from reft_jax.tasks.registry import PAPER, Task
@@ -144,7 +143,7 @@ def _aside(path: Path, *, copy: bool = False) -> Path:
     place = next(place for place in places if not place.exists())
     with writing(place):
         folder.mkdir(exist_ok=True)
-        (shutil.copy if copy else os.rename)(path, place)
+        store.copy(path, place) if copy else path.rename(place)
     return place
 
 

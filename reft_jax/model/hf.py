@@ -100,10 +100,11 @@ def _read_part(
     one = shape[1:] if layered else shape
     outputs = len(one) - inputs
     parts = []
-    for tensor in map(map_tensor, stored[layers]):
+    rows, taken = one[inputs], within[:inputs] + (slice(None),) + within[inputs + 1 :]
+    for tensor in stored[layers]:
         # [out, in], both sides split as ours are, then the inputs first: views of the file until `_copy`.
-        ours = tensor.reshape(one[inputs:] + one[:inputs]).transpose(*range(outputs, len(one)), *range(outputs))
-        parts.append(ours[within])
+        theirs = map_tensor(tensor, rows, within[inputs]).reshape(-1, *one[inputs + 1 :], *one[:inputs])
+        parts.append(theirs.transpose(*range(outputs, len(one)), *range(outputs))[taken])
     whole = np.empty((len(parts), *parts[0].shape), dtype)
     for out, part in zip(whole, parts, strict=True):
         _copy(out, part)

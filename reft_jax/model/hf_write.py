@@ -18,6 +18,7 @@ from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPE_CODES, write_json, write_tensors
 from reft_jax.model_folder import CONFIG, check_new_folder, whole_folder, with_end, write_generation, write_tokenizer
+from reft_jax.store import as_path
 from reft_jax.types import InputError
 
 
@@ -60,7 +61,7 @@ def save_hf(
         for tensor in trunk + value:
             tensor.make()
         return
-    check_new_folder("save_hf", Path(folder))
+    check_new_folder("save_hf", as_path(folder))
     with whole_folder(folder) as target:
         write_json(target / CONFIG, config)
         if tokenizer is not None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model_folder import LFS_POINTER, check_file, read_bytes
+from reft_jax.store import is_remote, origin
 from reft_jax.types import InputError
 
 DTYPES = {
@@ -36,10 +37,21 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def map_tensor(stored: Stored) -> np.ndarray:
-    """Return the array in the type of the file, read-only. Its bytes are read when they are used."""
-    data = np.memmap(stored.path, np.uint8, "r", stored.start, (stored.nbytes,)) if stored.nbytes else np.empty(0, "u1")
-    return np.asarray(data).view(DTYPES[stored.dtype]).reshape(stored.shape)
+def map_tensor(stored: Stored, rows: int = 1, part: slice = slice(None)) -> np.ndarray:
+    """Return the array in the type of the file, read-only; of an array seen as `rows` rows, only those of `part`.
+
+    Its bytes are read when they are used; those in a bucket at once.
+    """
+    first, end, _ = part.indices(rows)
+    start, size = (stored.nbytes // rows * count for count in (first, end - first))
+    array = _bytes(stored.path, stored.start + start, size).view(DTYPES[stored.dtype])
+    return array.reshape(stored.shape if rows == 1 else (end - first, -1))
+
+
+def _bytes(path: Path, start: int, size: int) -> np.ndarray:
+    if is_remote(found := origin(path)):
+        return np.frombuffer(found.read_range(start, size), np.uint8)
+    return np.asarray(np.memmap(path, np.uint8, "r", start, (size,)) if size else np.empty(0, "u1"))
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -26,6 +26,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from reft_jax.parallel import host_log, private_jax
+from reft_jax.store import settle
 from reft_jax.types import InputError, NotFiniteError, SamplerGapError, SaveError, Stopped
 
 CONNECT_S = 300  # for the slowest host to start
@@ -142,12 +143,13 @@ def log_to(folder: Path) -> None:
     if count() == 1:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"host_{number()}.log"
     last = f"host {number()}: JAX ended it: a host is lost. Above, task N is host N, and the leader {_state.names[0]}"
     for stream, file in ((1, sys.stdout), (2, sys.stderr)):
         file.flush()
+        words, environment = host_log.copier(folder, number(), stream, last)
         copier = subprocess.Popen(
-            [sys.executable, "-I", "-S", host_log.__file__, path, last],
+            words,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL if stream == 1 and not is_first() else stream,
             start_new_session=True,  # signals to this process's group do not reach it
@@ -164,6 +166,7 @@ def gather(what: str, value: Any) -> list[Any]:
     """
     if count() == 1:
         return [value]
+    settle()  # what this host appended to files, others may read afterwards
     client, mine = _state.client, json.dumps([what, value])
     _state.exchanges += 1
     key = f"{KEY}/{_state.exchanges}"

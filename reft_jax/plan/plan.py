@@ -33,7 +33,7 @@ from reft_jax.plan import chips
 from reft_jax.plan.functions import Jitted, RunFunctions
 from reft_jax.plan.hlo import Cost, count
 from reft_jax.run.machine import LENGTHS, check_rows
-from reft_jax.store import write_whole
+from reft_jax.store import as_path, readable, write_whole
 from reft_jax.toy.model import toy_config
 from reft_jax.types import InputError
 
@@ -119,11 +119,11 @@ def shapes_of(config, config_file: Path) -> tuple[LlamaConfig, str]:
     if config.model.path == "toy":
         return toy_config(config, config.toy.vocab_size), "toy"
     families.use(config.model.family)
-    folder = Path(config.model.path)
+    folder = as_path(config.model.path)
     beside = config_file.parent / "models" / f"{folder.name}.json"
     if not folder.is_dir() and beside.is_file():
         return LlamaConfig.from_hf(read_json(beside), str(beside)), str(beside)
-    return read_config(folder), str(folder / "config.json")
+    return read_config(readable(folder)), str(folder / "config.json")
 
 
 def make_plan(config, shapes: LlamaConfig, topology: str, cache: Path, say=print) -> Plan:

@@ -1,6 +1,7 @@
 """Ends a run early: on a signal, if a step never ends, or if a number is NaN or infinite."""
 
 import faulthandler
+import io
 import json
 import os
 import signal
@@ -95,7 +96,8 @@ def check_finite(folder: Path, at: int, numbers: dict, item_ids: list[str], inpu
     about = {"step": at, "numbers": {name: str(value) for name, value in numbers.items()}, "item_ids": list(item_ids)}
     if hosts.is_first():
         with writing(saved):
-            np.savez(saved, **inputs)
+            np.savez(content := io.BytesIO(), **inputs)
+            saved.write_bytes(content.getvalue())
         write_whole(saved.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     told = ", ".join(f"{name} is {value}" for name, value in bad.items())
     items = ", ".join(list(item_ids)[:8]) + ", …" * (len(item_ids) > 8)

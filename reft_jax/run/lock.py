@@ -5,11 +5,9 @@ and touch it as a sign of life. If it is missing or empty, nobody holds the lock
 `evaluate --samples` and `--replay`) ignore it.
 """
 
-import fcntl
 import json
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,14 +16,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from reft_jax import store
 from reft_jax.parallel import hosts
 from reft_jax.store import writing
-from reft_jax.types import InputError
+from reft_jax.types import InputError, SaveError
 
 LOCK_NAME = "lock.json"
 BEAT_S = 20.0  # between two signs of life
 SILENCE_S = 90.0  # without a sign of life, until a holder on another machine counts as dead
-TEXT = {"encoding": "utf-8", "errors": "replace"}
 
 
 class Holder(NamedTuple):
@@ -70,16 +68,18 @@ def held(workdir: Path) -> Iterator[None]:
     while True:
         before = _read(path)
         takes_over = _left_by(workdir, before)
-        if _swap(path, before, mine):
+        if store.swap(path, before, mine):
             break
     if takes_over:
         print(f"{workdir}: takes over from {takes_over}", flush=True)
     ended = threading.Event()
 
     def release() -> None:
+        if ended.is_set():
+            return
         ended.set()
-        with suppress(OSError):
-            _swap(path, mine, "")
+        with suppress(OSError, SaveError):
+            store.swap(path, mine, "")
             for folder in new:  # the start may have failed: remove the new folders that are still empty
                 folder.rmdir()
 
@@ -104,11 +104,11 @@ def _left_by(workdir: Path, text: str) -> str:
     if holder and holder.machine == _machine():
         if not _is_alive(holder.pid, holder.started):
             return f"{holder}, which has ended"
-        if os.path.exists(holder.workdir) and not os.path.samefile(holder.workdir, workdir):
+        if not store.is_same(holder.workdir, workdir):
             return f"{holder}, which works in {holder.workdir}"
         wait = "as soon as that process has ended"
     else:
-        silent = _silence(path)
+        silent = store.silence(path)
         if silent > SILENCE_S:
             return f"{holder or 'an unknown process'}, which gave no sign of life for {silent:.0f} s"
         until = datetime.now().astimezone() + timedelta(seconds=SILENCE_S - silent)
@@ -118,59 +118,35 @@ def _left_by(workdir: Path, text: str) -> str:
 
 
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
-    """Touches the lock while this run holds it; ends the process if another run has taken it."""
+    """Touches the lock while this run holds it; ends the process if another run has taken it, or a bucket is gone."""
+    reached = time.monotonic()
     while not ended.wait(BEAT_S):
-        with suppress(OSError):  # the disk may be unreachable for a moment; if it lasts, another run takes over
+        try:
             text = _read(path)
             if text == mine:
-                os.utime(path)
+                store.touch(path, mine)
             elif not text:  # removed by hand
-                _swap(path, "", mine)
+                store.swap(path, "", mine)
             elif not ended.is_set():
                 line = f"error: {path.parent}: another run took over, because this one gave no sign of life; {text}"
                 hosts.end_all(line, InputError.exit_code)
+            reached = time.monotonic()
+        except (OSError, InputError, SaveError) as error:  # it may last a moment only; if not, another run takes over
+            away = time.monotonic() - reached
+            if away > store.patience(path):  # the driver that saves steps would try for much longer
+                ended.set()  # nothing can be released there
+                told = f"error: {path.parent} was out of reach for {away:.0f} s ({error.__cause__ or error})"
+                remedy = f"what was saved before is whole: {store.REMEDY_BUCKET}"
+                hosts.end_all(f"{told}; {remedy}", SaveError.exit_code)
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(**TEXT)
+        return path.read_text(**store.TEXT)
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
         raise InputError(f"--workdir: cannot read {path} ({error.strerror}); choose another") from error
-
-
-def _swap(path: Path, before: str, after: str) -> bool:
-    """Replaces the text `before` ("" for no lock) with `after`; returns False if another process has changed it."""
-    with writing(path):
-        try:
-            descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if after else 0), 0o666)
-        except FileNotFoundError:
-            return False
-        with open(descriptor, "r+", **TEXT) as file:
-            with suppress(OSError):  # without file locks, two processes that take over at one moment can both succeed
-                fcntl.flock(file, fcntl.LOCK_EX)
-            there = path.stat().st_ino if path.exists() else None
-            if there != os.fstat(file.fileno()).st_ino or file.read() != before:
-                return False
-            if not after:
-                path.unlink()
-                return True
-            file.seek(0)
-            file.truncate()
-            file.write(after)
-            return True
-
-
-def _silence(path: Path) -> float:
-    """Seconds since the last sign of life. Both times are from the file system's clock: hosts' clocks may differ."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as now:
-            return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
-    except FileNotFoundError:  # released at this moment
-        return 0.0
-    except OSError:  # a full disk
-        return time.time() - path.stat().st_mtime
 
 
 def _myself(workdir: Path) -> Holder:

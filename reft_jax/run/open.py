@@ -4,7 +4,6 @@ Cheap checks come first. Only the lock and the toy's data and model are written 
 The executor starts before JAX takes its devices. Weights are read and functions compiled last.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ from reft_jax.run.machine import Machine, check_rows, make_machine, open_mesh, r
 from reft_jax.run.watch import Silence
 from reft_jax.run.workdir import check_workdir, create_workdir, with_absolute_paths
 from reft_jax.settings import Config
+from reft_jax.store import as_path, readable, remove
 from reft_jax.tasks.rewards import check_reward
 from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.toy.model import write_data, write_model
@@ -110,7 +110,7 @@ def in_workdir(config, workdir: Path, mesh, *, read_only: bool = False) -> Itera
     if not read_only:
         create_workdir(config, workdir)
         hosts.log_to(workdir / "logs")
-    keep_compiled(Path(config.compiled or workdir / "compiled"))
+    keep_compiled(as_path(config.compiled) if config.compiled else workdir / "compiled")
     with on_mesh(mesh):
         yield Workdir(workdir, ExecutionLog(workdir))
 
@@ -119,7 +119,7 @@ def in_workdir(config, workdir: Path, mesh, *, read_only: bool = False) -> Itera
 def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[Run]:
     toy = config.model.path == "toy"
     if not toy:
-        base = Path(config.model.path)
+        base = readable(as_path(config.model.path))
         data = load_data(config, {"train": config.data.train, "dev": config.data.dev, "test": config.data.test})
         inputs = read_inputs(config, base, checked_tokenizer(base), data)
     limits = config.executor
@@ -141,12 +141,15 @@ def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[
 def toy_inputs(config, workdir: Path, read_only: bool) -> Inputs:
     """The inputs of the toy. The first host writes its data and its tiny model if they are missing."""
 
+    folder = workdir / "toy"
+
     def write() -> dict[str, str]:
         if not read_only and not (workdir / "config.json").exists():  # left by a start with other settings
-            shutil.rmtree(workdir / "toy", ignore_errors=True)
-        return write_data(config, workdir / "toy")
+            remove(folder)
+        return write_data(config, folder)
 
     data = load_data(config, hosts.from_first("the toy's data", write))
-    base = workdir / "toy" / "model"
+    base = folder / "model"
     hosts.from_first("the toy's model", lambda: write_model(config, data.train, base))
+    base = readable(base)
     return read_inputs(config, base, load_tokenizer(base), data)

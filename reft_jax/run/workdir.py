@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from reft_jax.config import flatten, renamed, replaced, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
 from reft_jax.settings import SETTINGS, Config
-from reft_jax.store import write_whole, writing
+from reft_jax.store import may_write, published, remove, why_not_writable, write_whole, writing
 from reft_jax.types import InputError
 
 # Settings that may change between two starts of one run: they decide where it computes, not what.
@@ -92,7 +91,7 @@ def check_workdir(
         if changed:
             print(f"{workdir}: resumes with changed settings ({told})", flush=True)
     for name in needs:
-        if not (workdir / "models" / name).exists():
+        if not published(workdir / "models" / name):
             remedy = "run `pipeline`, or the command that makes it, there first"
             raise InputError(f"--workdir: {workdir} has no model {name!r}; {remedy}")
 
@@ -100,7 +99,7 @@ def check_workdir(
 def check_kinds(workdir: Path) -> None:
     """InputError if a file or folder that a run will write is there as something else, or cannot be written."""
     files = [*(workdir / name for name in FILES), *workdir.glob("*/*.jsonl")]
-    odd = [path for path in files if path.exists() and not (path.is_file() and os.access(path, os.W_OK))]
+    odd = [path for path in files if path.exists() and not (path.is_file() and may_write(path))]
     odd += [folder for folder in (workdir / name for name in FOLDERS) if folder.exists() and not folder.is_dir()]
     if odd:
         kind = "folder" if odd[0].name in FOLDERS else "file"
@@ -109,9 +108,8 @@ def check_kinds(workdir: Path) -> None:
 
 def check_writable(flag: str, folder: Path) -> None:
     """Writes nothing. InputError unless `folder`, or the first folder above it that exists, can be written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag}: cannot write to {folder} ({there} is not a writable folder); choose another")
+    if why := why_not_writable(folder):
+        raise InputError(f"{flag}: cannot write to {folder} ({why}); choose another")
 
 
 def create_workdir(config, workdir: Path) -> None:
@@ -136,4 +134,4 @@ def create_workdir(config, workdir: Path) -> None:
 def remove_leftovers(stage: Path) -> None:
     """Removes the saved steps and the best models of a finished stage: each is as large as one to three models."""
     for folder in (stage / "checkpoints", *stage.glob("best_*")):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)

@@ -5,7 +5,6 @@ The loop goes over epochs (supervised training) or over iterations (training on 
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from reft_jax.run.watch import Collapse
 from reft_jax.run.workdir import remove_leftovers
 from reft_jax.stages.models import as_base, new_adapter
 from reft_jax.stages.rollout import greedy, top1
-from reft_jax.store import write_whole
+from reft_jax.store import published, remove, write_whole
 from reft_jax.train.batches import epoch_order, rows_at
 from reft_jax.train.checkpoints import Checkpoints, save_params
 from reft_jax.train.checksums import array_checksums, digest
@@ -179,7 +178,7 @@ class Training:
         self._saved = self.done
         for folder in self.folder.glob("best_*"):  # keep the best model of every saved step: a resume may need it
             if hosts.is_first() and folder.name not in {f"best_{at}" for at in wanted}:
-                shutil.rmtree(folder)
+                remove(folder, ignore_errors=False)
 
     def finish(self, model: Path, result: dict) -> dict:
         """Moves the best model to `model`, marks the stage done, and returns what done.json records.
@@ -199,9 +198,9 @@ class Training:
 
     def _hand_on(self, model: Path, result: dict) -> dict:
         best = self.folder / f"best_{self.info.get('best')}"
-        if best.exists():
+        if published(best):
             model.parent.mkdir(exist_ok=True)
-            shutil.rmtree(model, ignore_errors=True)
+            remove(model)
             best.rename(model)
         write_whole(self.folder / "done.json", json.dumps(result, indent=1) + "\n")
         remove_leftovers(self.folder)

@@ -20,6 +20,7 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
+from reft_jax.store import origin, published
 from reft_jax.train.checkpoints import has_value_head, load_params
 from reft_jax.train.checksums import ADAPTER, MEMORY, model_checksum
 from reft_jax.train.state import abstract_params, init_head
@@ -71,7 +72,7 @@ def base_policy(inputs: Inputs, mesh, model: Llama, dtype=jnp.float32):
     if not critic:
         return {"lm": lm}
     if head := load_value_head(inputs.base):
-        print(f"the value head is that of {inputs.base}", flush=True)
+        print(f"the value head is that of {origin(inputs.base)}", flush=True)
         return {"lm": lm, "value_head": put(head, where["value_head"])}
     return {"lm": lm, "value_head": new_value_head(inputs.config, mesh, model)}
 
@@ -97,7 +98,7 @@ def load_model(run: Run, name: str, abstract=None):
     Those of a model that was trained whole are float32. If it is an adapter, that is merged in the compute dtype.
     """
     folder = run.workdir.model(name)
-    if not folder.exists():
+    if not published(folder):
         raise InputError(f"{folder}: no such model; run the stage that makes it with this --workdir first")
     memory = run.workdir.path / MEMORY
     return load_saved(folder, run.inputs.base, run.machine.mesh, run.machine.model, memory, abstract)
@@ -187,7 +188,7 @@ def checksum(run: Run, name: str, memory: Path | None = None) -> str:
     folder = run.workdir.model(name)
 
     def look() -> str:
-        return model_checksum(folder, run.inputs.base, memory or run.workdir.path / MEMORY) if folder.exists() else ""
+        return model_checksum(folder, run.inputs.base, memory or run.workdir.path / MEMORY) if published(folder) else ""
 
     return hosts.from_first(f"checksum of {name}", look)
 

@@ -18,6 +18,7 @@ from reft_jax.parallel import hosts
 from reft_jax.run.executions import execution
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
+from reft_jax.store import local
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.rewards import RewardError, Rewards
 from reft_jax.train.progress import Progress
@@ -308,7 +309,7 @@ def open_rewards(run: Run) -> Iterator[Rewards | None]:
     if not config.reward:
         yield None
         return
-    log = run.workdir.path / "logs" / f"rewards_{hosts.number()}.log"
+    log = local(run.workdir.path / "logs") / f"rewards_{hosts.number()}.log"  # a process writes it, which needs a disk
     with Rewards(config.reward, config.reward_workers, config.reward_timeout_s, log) as rewards:
         yield rewards
 

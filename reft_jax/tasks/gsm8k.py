@@ -1,6 +1,7 @@
 """Reads official GSM8K rows: `question`, and `answer` with calculator marks and "#### 18" at its end."""
 
 from reft_jax.gsm8k_programs.conversion import Official
+from reft_jax.store import read_text
 from reft_jax.tasks.datasets import check_text
 from reft_jax.tasks.registry import TASKS, plain_answer
 from reft_jax.types import InputError
@@ -32,5 +33,5 @@ def _place(source: str, index: int) -> str:
     """Where row `index` is, in words: its line in a file with one row per line, else its number."""
     if not source.endswith(".jsonl"):
         return f"row {index}"
-    with open(source, encoding="utf-8") as file:
-        return f"line {[number for number, line in enumerate(file, 1) if line.strip()][index]}"
+    lines = read_text(source).split("\n")
+    return f"line {[number for number, line in enumerate(lines, 1) if line.strip()][index]}"

@@ -4,7 +4,6 @@ It lets the whole chain run without any files from outside. It is not meant to b
 """
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.store import write_whole
+from reft_jax.store import remove, write_whole
 from reft_jax.tasks import prompts
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.tokenizer import train_bpe
@@ -65,7 +64,7 @@ def write_model(config, train: list[Example], folder: Path) -> None:
     """
     if (folder / "config.json").exists():
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     toy, answer_format, task = config.toy, config.data.format, load_task(config.task)
     texts = [prompts.prompt_text(e.question, task) + prompts.sft_target(e, answer_format, task) for e in train]
     tokenizer = train_bpe(texts, toy.vocab_size)

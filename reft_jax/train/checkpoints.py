@@ -10,7 +10,6 @@ A step is a folder, `checkpoints/120/`. It is valid once its manifest exists:
 import json
 import logging
 import os
-import shutil
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
-from reft_jax.store import DISK, REMEDY, writing
+from reft_jax.store import DISK, REMEDY, remove, writing
 from reft_jax.train.checksums import ADAPTER, ARRAYS, MANIFEST, array_checksums, damage, damaged, write_manifest
 from reft_jax.types import InputError, SaveError
 
@@ -37,11 +36,11 @@ def save_params(folder: Path, params, adapter: dict | None = None) -> None:
     checksums = array_checksums(params)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(whole, params, force=True)
+            checkpointer.save(os.fspath(whole), params, force=True)
     except Exception as error:  # Orbax raises a different class per file system
         if hosts.is_first():
             for part in whole.parent.glob(f"{whole.name}*"):  # they may be what fills the disk
-                shutil.rmtree(part, ignore_errors=True)
+                remove(part)
         problem = f"{folder} could not be saved ({first_line(error)})"
         raise SaveError(f"{problem}; what was saved before is whole: {REMEDY}") from error
     if hosts.is_first():
@@ -52,10 +51,10 @@ def save_params(folder: Path, params, adapter: dict | None = None) -> None:
             write_manifest(whole)
             old = folder.with_name(folder.name + ".old")
             if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
                 folder.rename(old)
             whole.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     hosts.gather(f"{folder} is whole", None)
 
 
@@ -67,7 +66,7 @@ def check_shapes(folder: Path, abstract) -> None:
 
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = shapes(checkpointer.metadata(folder.absolute()).item_metadata.tree)
+            found = shapes(checkpointer.metadata(os.fspath(folder.absolute())).item_metadata.tree)
     except Exception as error:  # Orbax raises a different class per kind of damage
         problem = f"{folder}: no model can be read there ({first_line(error)})"
         raise InputError(f"{problem}; restore it from a copy") from error
@@ -92,7 +91,7 @@ def load_params(folder: Path, abstract):
     problem = hosts.from_first(f"damage of {folder}", lambda: damage(folder))
     if not problem:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(folder.absolute(), abstract)
+            params = checkpointer.restore(os.fspath(folder.absolute()), abstract)
         problem = _difference(json.loads((folder / ARRAYS).read_text()), params)
     if problem:
         raise damaged(folder, problem)
@@ -138,12 +137,12 @@ class Checkpoints:
         folder, checksums = self.folder / str(step), array_checksums(state)
         try:
             if hosts.is_first():
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
                 folder.mkdir(parents=True)
                 about = {"step": step, "info": info, "made_by": self.made_by, "arrays": checksums}
                 (folder / "step.json").write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
             hosts.gather(f"{folder} is there", None)
-            self._checkpointer.save(folder / "state", state)
+            self._checkpointer.save(os.fspath(folder / "state"), state)
         except Exception as error:  # Orbax raises a different class per file system
             self._failed(folder, error)
         self._commit = threading.Thread(target=self._finish, args=(folder,), name="reft-save")
@@ -206,7 +205,7 @@ class Checkpoints:
         if reason := hosts.from_first(f"damage of {folder}", lambda: damage(folder)):
             return reason
         about = json.loads((folder / "step.json").read_text())
-        state = self._checkpointer.restore(folder / "state", abstract_state)
+        state = self._checkpointer.restore(os.fspath(folder / "state"), abstract_state)
         if reason := _difference(about["arrays"], state):
             return reason
         return Restored(step, state, about["info"], about["made_by"])
@@ -220,13 +219,13 @@ class Checkpoints:
                 for step in self._whole()[: -self.keep]:
                     (self.folder / str(step) / MANIFEST).unlink()  # from here on it is not a step
                 for step in set(self._steps()) - set(self._whole()):
-                    shutil.rmtree(self.folder / str(step))
+                    remove(self.folder / str(step), ignore_errors=False)
         except BaseException as error:
             self._error = error
 
     def _failed(self, folder: Path, error: BaseException) -> None:
         if hosts.is_first():
-            shutil.rmtree(folder, ignore_errors=True)  # it may be what fills the disk
+            remove(folder)  # it may be what fills the disk
         whole = self._whole()
         last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
         raise SaveError(f"{folder} could not be saved ({first_line(error)}); {last}; {REMEDY}") from error
@@ -235,7 +234,7 @@ class Checkpoints:
         """Moves a damaged step to quarantine/. Only the last one keeps its arrays: each is as large as three models."""
         place = self.folder / "quarantine"
         for older in place.glob("[0-9]*"):
-            shutil.rmtree(older)
+            remove(older, ignore_errors=False)
         place.mkdir(exist_ok=True)
         (self.folder / str(step)).rename(place / str(step))
         with (place / "reasons.jsonl").open("a") as file:

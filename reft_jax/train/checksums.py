@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model_folder import read_json
-from reft_jax.store import short_hash, write_whole
+from reft_jax.store import origin, short_hash, sums, write_whole
 from reft_jax.types import InputError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
@@ -112,7 +112,7 @@ def model_checksum(weights: Path, base: Path, memory: Path) -> str:
     else:
         arrays, large = {}, [path for pattern in WEIGHTS for path in weights.glob(pattern)]
     files = {path for pattern in SMALL for path in base.glob(pattern)} | set(large)
-    return digest(arrays | _remembered(sorted(path for path in files if path.is_file()), memory))
+    return digest(arrays | _remembered(sorted(origin(path) for path in files if path.is_file()), memory))
 
 
 def _saved_arrays(folder: Path) -> dict[str, str]:
@@ -121,7 +121,7 @@ def _saved_arrays(folder: Path) -> dict[str, str]:
         arrays = json.loads((folder / ARRAYS).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, error) from error
-    found = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+    found = _sizes(folder)
     if different := sorted(name for name in listed | found if listed.get(name) != found.get(name)):
         raise damaged(folder, f"{different[0]} is not as it was written")
     return arrays
@@ -157,7 +157,16 @@ def _text(files: dict[str, tuple[int, str]]) -> str:
     return f'{{"files": {listed},\n"sha256": "{hashlib.sha256(listed.encode()).hexdigest()}"}}\n'
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    if (known := sums(folder)) is not None:
+        return {name: size for name, (size, _) in known.items() if name != MANIFEST}
+    return {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+
+
 def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
+    """{relative name: (size, SHA-256)}; of a folder in a bucket the store's own checksums, and nothing is read."""
+    if (known := sums(folder)) is not None:
+        return {name: entry for name, entry in known.items() if name != MANIFEST}
     paths = _files(folder)
     with ThreadPoolExecutor(READERS) as pool:
         return {str(path.relative_to(folder)): entry for path, entry in zip(paths, pool.map(_hash, paths), strict=True)}

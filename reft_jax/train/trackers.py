@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -29,7 +29,7 @@ from tensorboardX.record_writer import RecordWriter
 from reft_jax import plugins
 from reft_jax.config import flatten, nearest
 from reft_jax.parallel.hosts import is_first
-from reft_jax.store import write_whole, writing
+from reft_jax.store import local, on_disk, publish, write_whole, writing
 from reft_jax.tasks.rewards import PACKAGE
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
@@ -80,6 +80,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path):
         self._folder = folder / "tb"
+        self._local = local(self._folder)
         self._file: RecordWriter | None = None  # made by the first `log`, because `rewind` may be called before
         self._purge_step: int | None = None
 
@@ -98,6 +99,7 @@ class TensorBoard:
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
             with writing(self._folder):
                 self._file.flush()
+                publish(self._path, self._folder / self._path.name)
             self._flushed = time.monotonic()
 
     def file(self, path: Path) -> None:
@@ -107,13 +109,15 @@ class TensorBoard:
         if self._file is not None:
             with writing(self._folder):
                 self._file.close()
+                publish(self._path, self._folder / self._path.name)
 
     def _begin(self) -> None:
         # Nanoseconds: otherwise a quick restart would overwrite the previous file.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
         with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file, self._flushed = RecordWriter(str(self._folder / name)), time.monotonic()
+            self._local.mkdir(parents=True, exist_ok=True)
+            self._path = self._local / name
+            self._file, self._flushed = RecordWriter(str(self._path)), time.monotonic()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self._purge_step is not None:
             self._write(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -166,6 +170,7 @@ class Guarded:
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
+        self._local = local(folder)  # its files go there, and it gets this folder
         self._on, self._queue, self._process, self._lock = True, queue.SimpleQueue(), None, threading.Lock()
         self(MAKE)
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -175,7 +180,7 @@ class Guarded:
     def __call__(self, method: str, *args, again: bool = False) -> None:
         """Queues one call and returns at once. again: a step logged before a resume, for trackers that can rewind."""
         if self._on:
-            self._queue.put(json.dumps([method, args, again], default=str))
+            self._queue.put((method, args, again))
 
     def close(self) -> None:
         """Queues the last call, and returns at once."""
@@ -213,10 +218,11 @@ class Guarded:
 
     def _start(self) -> None:
         path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self._lock, (self.folder / LOG).open("ab") as log:
+        self._local.mkdir(parents=True, exist_ok=True)
+        with self._lock, (self._local / LOG).open("ab") as log:
             if self._on:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "reft_jax.train.tracker_process", self.name, str(self.folder)],
+                    [sys.executable, "-m", "reft_jax.train.tracker_process", self.name, str(self._local)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -224,11 +230,13 @@ class Guarded:
                     env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # it must not take the devices
                 )
 
-    def _answer(self, call: str) -> str:
+    def _answer(self, call: tuple) -> str:
         """What went wrong in one call; "" if nothing did."""
+        method, args, again = call
+        args = [on_disk(one) if isinstance(one, PurePath) else one for one in args]
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN)
-        self._process.stdin.write(call.encode() + b"\n")
+        self._process.stdin.write(json.dumps([method, args, again], default=str).encode() + b"\n")
         self._process.stdin.flush()
         if not poll.poll(1000 * self.CALL_SECONDS):
             return f"a call took longer than {self.CALL_SECONDS:g} s"
@@ -258,7 +266,7 @@ def deliver() -> None:
         for one in late:
             one.switch_off()
         told = ", ".join(f"{one.name} of {one.folder.name}" for one in late)
-        hints = dict.fromkeys(SYNC[one.name].format(one.folder) for one in late if one.name in SYNC)
+        hints = dict.fromkeys(SYNC[one.name].format(local(one.folder)) for one in late if one.name in SYNC)
         remark(
             f"warning: trackers that were not done {seconds:.2g} s after the end lack the last numbers: {told}; "
             f"{FILE} has them all{''.join(f'; {hint}' for hint in hints)}"

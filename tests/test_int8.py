@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import rollouts_on, tiny_model
+from tiny import rollouts_on, tiny_config, tiny_model
 
+from reft_jax.config import default_config
 from reft_jax.engine import generate, slots
 from reft_jax.model.lora import LORA_A, LORA_B, merged
 from reft_jax.model.quantized import Quantized, matmul, quantize, turned
 from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
 from reft_jax.parallel.mesh import make_mesh
-from reft_jax.types import Prompt
+from reft_jax.types import InputError, Prompt
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODEL, LM = tiny_model(num_kv_heads=2, qkv_bias=True)
@@ -151,6 +152,16 @@ def test_logprobs_are_those_of_the_quantized_models_own_full_forward(parts, tpu,
     apart = differences(parts, rows)
     assert np.quantile(apart, 0.9) < 1e-4 and apart.max() < (0.03 if "cache" in parts else 1e-4)
     assert differences((), rows).mean() > 20 * apart.mean()  # the unquantized model gives others
+
+
+def test_an_int8_cache_is_refused_for_keys_with_biases():
+    config = default_config()
+    config.engine.weights = "int8"
+    generate.check_cache(config, CONFIG)
+    config.engine.cache = "int8"
+    generate.check_cache(config, tiny_config())
+    with pytest.raises(InputError, match=r'engine.cache="int8" loses too much with a llama model, .* leave it empty'):
+        generate.check_cache(config, CONFIG)
 
 
 def converted(parts, tpu) -> set[tuple[int, ...]]:

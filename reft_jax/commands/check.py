@@ -21,7 +21,7 @@ from reft_jax.algo.advantages import action_mask, token_rewards
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.algo.losses import token_loss
 from reft_jax.config import flatten
-from reft_jax.engine.generate import Engine, quantized
+from reft_jax.engine.generate import Engine, check_cache, quantized
 from reft_jax.model import families
 from reft_jax.model.hf import checked, read_config
 from reft_jax.model.hf_write import hf_tensors
@@ -108,6 +108,7 @@ def findings(inputs: Inputs, mesh) -> Iterator[Finding]:
     """From the cheapest to the most expensive."""
     shapes, settings = read_config(inputs.base), flatten(inputs.config)
     shapes.check_lengths({key: settings[key] for key in LENGTHS})
+    check_cache(inputs.config, shapes)
     yield check_tokenizer(inputs)
     yield check_executor(inputs)
     yield check_grading(inputs)

@@ -17,10 +17,11 @@ import numpy as np
 from reft_jax.engine import slots as device
 from reft_jax.engine.schedule import Group, Schedule, group_prompts
 from reft_jax.model import cache as kv
+from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.rollout_weights import for_rollouts
 from reft_jax.parallel.hosts import fetch
 from reft_jax.parallel.mesh import put_rows, round_up, row_shards, sizes_up_to
-from reft_jax.types import Completion, Prompt
+from reft_jax.types import Completion, InputError, Prompt
 
 FEWEST_ROWS = 8  # fewer slots make no step faster: it still reads all weights
 PREFILL_ROWS = 8  # prompts per prefill
@@ -35,6 +36,18 @@ def item_number(item_id: str) -> int:
 def quantized(config) -> tuple[str, ...]:
     """Which parts the settings `engine` keep in int8, as `Engine` takes them."""
     return tuple(name for name in ("weights", "cache") if getattr(config.engine, name) == "int8")
+
+
+def check_cache(config, shapes: LlamaConfig) -> None:
+    """InputError if `engine.cache` is int8 and the keys of this model have biases.
+
+    These make a few numbers of each key so large that int8 rounds the others away (docs/performance.md).
+    """
+    if config.engine.cache == "int8" and shapes.qkv_bias:
+        raise InputError(
+            f'config: engine.cache="int8" loses too much with a {shapes.model_type} model, whose keys have biases; '
+            'leave it empty; engine.weights="int8" works'
+        )
 
 
 class Shapes(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.engine import slots as rollout
-from reft_jax.engine.generate import Engine, quantized
+from reft_jax.engine.generate import Engine, check_cache, quantized
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama
 from reft_jax.model.lora import make_lora, trained
@@ -56,6 +56,7 @@ class RunFunctions:
     def __init__(self, config, model: Llama, mesh):
         self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
         self.algorithm, rl = make_algorithm(config), config.rl
+        check_cache(config, model.config)
         head = (ValueHead(), "value_head") if self.algorithm.critic else ()
         self.policy = abstract_params(model, *head)
         self.reranker = abstract_params(model, RerankHead(), "rerank_head")

@@ -45,7 +45,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder on disk")
+        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder (or gs://…)")
     own = own_reading(folder)
     tok = from_folder(folder)
     if not tok.is_fast:

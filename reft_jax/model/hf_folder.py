@@ -44,7 +44,9 @@ def check_is_folder(folder: str | Path) -> Path:
     """Return the folder as a path. Raises InputError unless it is a folder that can be read."""
     path = Path(folder)
     if not str(folder) or os.path.isfile(path):
-        raise InputError(f"{str(folder) or 'the empty path'}: not a folder; give a Hugging Face model folder (or gs://…)")
+        raise InputError(
+            f"{str(folder) or 'the empty path'}: not a folder; give a Hugging Face model folder (or gs://…)"
+        )
     if not os.path.isdir(path):
         remedy = "give a Hugging Face model folder (or gs://…)"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):

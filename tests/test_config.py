@@ -132,7 +132,7 @@ def test_the_main_row_has_a_name_of_its_own_and_small_models_their_settings():
         return flatten(parse_config(["reft", f"--config={REPO}/configs/{file}"]))
 
     main, cell = parsed("gsm8k_codellama_7b_reft.py"), parsed("paper.py:gsm8k,python")
-    assert {key for key in cell if main[key] != cell[key]} <= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    assert {key for key in cell if main[key] != cell[key]} <= {"mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat"}
     assert cell == parsed("paper.py")
     small = parsed("paper.py:gsm8k,nl,small")
     expected = {"sft.learning_rate": 2e-5, "sft.warmup_epoch": 10, "rl.learning_rate": 3e-6, "rl.questions": 256}

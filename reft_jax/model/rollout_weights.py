@@ -9,6 +9,7 @@ biases stay in the compute dtype (docs/architecture.md says why).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -32,11 +33,11 @@ class RolloutModel:
     platform: str
     int8: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def tpu(self) -> bool:
         return self.platform == "tpu"
 
-    @property
+    @cached_property
     def attention_dtype(self) -> Any:
         """Of queries, keys and values in a decode step.
 
@@ -45,7 +46,7 @@ class RolloutModel:
         """
         return jnp.float32 if self.platform == "cpu" else self.dtype
 
-    @property
+    @cached_property
     def cache_dtype(self) -> Any:
         return jnp.int8 if "cache" in self.int8 else self.attention_dtype
 

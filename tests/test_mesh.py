@@ -234,6 +234,8 @@ def test_the_models_constraints_reach_the_compiler_only_on_a_mesh(bound):
         forward = jax.jit(lambda lm, tokens: MODEL.apply({"params": lm}, tokens))
         text = forward.lower(PARAMS["lm"], np.zeros((2, 3), np.int32)).as_text()
     assert ("sharding_constraint" in text and '"data", "fsdp"' in text) == bound
+    # Positions are spread over the tensor axis after the embeddings and after both halves of a layer.
+    assert text.count('[{"data", "fsdp"}, {"tensor"}, {}]') == (3 if bound else 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from reft_jax.model import attention
 from reft_jax.model import decode as forms
 from reft_jax.model.cache import BLOCK, KVCache, grow, in_blocks, init_cache, init_recent, join, write
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.llama import Block, Llama, rms_norm, rope_tables
+from reft_jax.model.llama import Block, Llama, project, rms_norm, rope_tables
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.rollout_weights import RolloutModel
 
@@ -228,6 +228,15 @@ PROBE = np.random.default_rng(2).normal(size=(*TOKENS.shape, tiny_config().hidde
 def looped_gradients():
     model, params = tiny_model()
     return jax.jit(jax.grad(lambda p: jnp.sum(PROBE * looped_hidden(model, p, TOKENS))))(params)
+
+
+def test_the_gradients_of_products_with_one_input_are_those_of_jax():
+    rng = np.random.default_rng(3)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 6), (6, 4), (6, 3))]
+    found, back = jax.vjp(project, *arrays)
+    _, plain = jax.vjp(lambda x, *weights: tuple(x @ weight for weight in weights), *arrays)
+    for got, want in zip(back(found), plain(found), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_what_remat_computes_again():

@@ -315,11 +315,13 @@ class Zygote:
 
     def bury(self, child: int, link: int) -> int:
         """Kills and reaps a child and what it may have started; returns its exit code (-n for signal n)."""
-        os.close(link)
-        if not self.rules.filter:
-            return self.sweep(child)
-        os.kill(child, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if self.rules.filter:
+            os.kill(child, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        else:
+            code = self.sweep(child)
+        os.close(link)  # not before: a child that writes would end by itself, with another exit code
+        return code
 
     def sweep(self, child: int) -> int:
         """`bury` where a child can start others. Kills everything that this zygote started, so no spares may exist."""

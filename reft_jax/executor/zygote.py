@@ -317,9 +317,7 @@ class Zygote:
         """Kills and reaps a child and what it may have started; returns its exit code (-n for signal n)."""
         if self.rules.filter:
             os.kill(child, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        else:
-            code = self.sweep(child)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if self.rules.filter else self.sweep(child)
         os.close(link)  # not before: a child that writes would end by itself, with another exit code
         return code
 

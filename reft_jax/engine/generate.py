@@ -267,3 +267,18 @@ class _Rollout:
             finished = bool(tokens[row, total_len[row] - 1] in self.engine.eos_ids)
             drawn = tokens[row, response], logprobs[row, response]
             yield request, Completion(prompt.item_id, prompt.sample, *drawn, finished)
+
+
+def make_engine(config, model, mesh, end_ids: int | Collection[int], **more) -> Engine:
+    """The engine that the settings describe. more: `after_chunk`. Raises InputError as `check_cache` does."""
+    check_cache(config, model.config)
+    return Engine(
+        model,
+        mesh,
+        slots=config.engine.slots,
+        pad_multiple=config.data.pad_multiple,
+        eos_id=end_ids,
+        seed=config.seed,
+        int8=quantized(config),
+        **more,
+    )

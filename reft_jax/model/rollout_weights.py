@@ -24,7 +24,7 @@ from reft_jax.model.quantized import Quantized, quantize
 
 @dataclass(frozen=True)
 class RolloutModel:
-    """`dtype`: of weights, cache and computation. `platform`: "tpu", "cpu" or another, as JAX names it; weights and
+    """`dtype`: of weights and computation. `platform`: "tpu", "cpu" or another, as JAX names it; weights and
     cache have the forms that it wants. `int8`: which of "weights" and "cache" are quantized (model/quantized.py).
     """
 

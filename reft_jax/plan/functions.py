@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from reft_jax.algo.algorithms import make_algorithm
 from reft_jax.engine import slots as rollout
-from reft_jax.engine.generate import Engine, check_cache, quantized
+from reft_jax.engine.generate import make_engine
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.llama import Llama
 from reft_jax.model.lora import make_lora, trained
@@ -56,7 +56,6 @@ class RunFunctions:
     def __init__(self, config, model: Llama, mesh):
         self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
         self.algorithm, rl = make_algorithm(config), config.rl
-        check_cache(config, model.config)
         head = (ValueHead(), "value_head") if self.algorithm.critic else ()
         self.policy = abstract_params(model, *head)
         self.reranker = abstract_params(model, RerankHead(), "rerank_head")
@@ -68,15 +67,7 @@ class RunFunctions:
         self.base = frozen(abstract_arrays(mesh, self.policy["lm"]), model.dtype) if self.lora else None
         size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
         self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, self.where, self.lora, **size)
-        self.engine = Engine(
-            model,
-            mesh,
-            slots=config.engine.slots,
-            pad_multiple=config.data.pad_multiple,
-            eos_id=EOS,
-            seed=config.seed,
-            int8=quantized(config),
-        )
+        self.engine = make_engine(config, model, mesh, EOS)
         self.params = whole(self.state.params, self.base)
         lm, reference = self.params["lm"], self.base if self.lora else self.params["lm"]
         self.layer = self.abstract(rollout_layer, lm["layers"], 0)

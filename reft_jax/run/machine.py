@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from reft_jax import executor
 from reft_jax.config import flatten
-from reft_jax.engine.generate import Engine, check_cache, quantized
+from reft_jax.engine.generate import Engine, make_engine
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel.mesh import make_mesh, row_shards
@@ -37,19 +37,8 @@ def make_machine(config, base: Path, end_ids: Sequence[int], mesh, after_chunk: 
     """
     shapes, settings = read_config(base), flatten(config)
     shapes.check_lengths({key: settings[key] for key in LENGTHS})
-    check_cache(config, shapes)
     model = Llama(shapes, dtype=jax.numpy.dtype(config.model.dtype), remat=config.model.remat)
-    engine = Engine(
-        model,
-        mesh,
-        slots=config.engine.slots,
-        pad_multiple=config.data.pad_multiple,
-        eos_id=end_ids,
-        seed=config.seed,
-        after_chunk=after_chunk,
-        int8=quantized(config),
-    )
-    return Machine(mesh, model, engine)
+    return Machine(mesh, model, make_engine(config, model, mesh, end_ids, after_chunk=after_chunk))
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
     python benchmarks/bucket.py [--rounds=3] [--emulator=URL] COMMAND --config=… …
 
-Prints the wall times of each pair and the ratio of their medians. Without --emulator it starts fake-gcs-server on
-loopback, as the tests do. The command must not name a --workdir. Both sides compile into one folder, which a first run
-fills, so that compiling is in neither.
+Prints the wall times of each pair, the ratio of their medians, and the machine. Without --emulator it starts
+fake-gcs-server on loopback, as the tests do. The command must not name a --workdir. Both sides compile into one folder,
+which a first run fills, so that compiling is in neither.
 """
 
 import os
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from emulator import BUCKET, emulator, environment  # noqa: E402
+from machine import head  # noqa: E402
 
 
 def seconds(words: list[str], workdir: str, compiled: Path, url: str) -> float:
@@ -47,7 +48,7 @@ def main(words: list[str]) -> None:
                     times[kind].append(seconds(words, f"{place}/run{number}", folder / "compiled", url))
                 print(" ".join(f"{kind} {took[-1]:.1f} s" for kind, took in times.items()), flush=True)
     disk, bucket = (statistics.median(took) for took in times.values())
-    print(f"bucket / disk: {bucket / disk:.3f}")
+    print(f"bucket / disk: {bucket / disk:.3f}\n{head()}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #   launch/tpu_vm.sh start pipeline --config=… --workdir=gs://my-bucket/runs/7b …    starts it; this machine may be off
 #   launch/tpu_vm.sh follow                                         the output of host 0; Ctrl-C does not stop the run
 #   launch/tpu_vm.sh stop                                           asks every host to stop
-#   DRY_RUN=1 launch/tpu_vm.sh …                                    prints the gcloud commands
+#   DRY_RUN=1 launch/tpu_vm.sh …                                    prints the commands
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,7 +31,7 @@ shift || true
 case "$verb" in
   setup)
     archive="$(mktemp -d)/reft_jax.tar.gz"
-    tar --exclude='./.venv*' --exclude=./.git --exclude=./runs -czf "$archive" .
+    run tar --exclude='./.*' --exclude=./runs -czf "$archive" . # without .git, caches and environments
     run gcloud compute tpus tpu-vm scp "$archive" "$TPU:reft_jax.tar.gz" --zone="$ZONE" --worker=all
     on all "mkdir -p reft_jax && tar -xzf reft_jax.tar.gz -C reft_jax"
     if [[ -n "${SHARE:-}" ]]; then

@@ -101,8 +101,9 @@ def test_tpu_vm_dry_run_prints_whole_commands_and_calls_nothing(tmp_path):
         done = run("tpu_vm.sh", *arguments, env=env)
         assert done.returncode == 0, done.stderr
         lines += done.stdout.splitlines()
-    assert len(lines) == 8 and not os.path.exists(record)
-    for line in lines:
+    assert len(lines) == 9 and not os.path.exists(record)
+    assert shlex.split(lines[0])[0] == "tar"
+    for line in lines[1:]:
         words = shlex.split(line)
         assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and words[4] in ("ssh", "scp")
         for word in words:
@@ -111,8 +112,18 @@ def test_tpu_vm_dry_run_prints_whole_commands_and_calls_nothing(tmp_path):
                 assert checked.returncode == 0, checked.stderr
     assert run("tpu_vm.sh", "setup", env=env | {"TPU": ""}).returncode == 2
     in_a_bucket = run("tpu_vm.sh", "setup", env=env | {"SHARE": ""})
-    assert in_a_bucket.returncode == 0 and len(in_a_bucket.stdout.splitlines()) == 3
+    assert in_a_bucket.returncode == 0 and len(in_a_bucket.stdout.splitlines()) == 4
     assert "/mnt/reft" in "".join(lines) and "/mnt/reft" not in in_a_bucket.stdout
+
+
+def test_tpu_vm_copies_the_checkout_without_hidden_folders(tmp_path):
+    stand_in(tmp_path, "gcloud", 'for word in "$@"; do [[ ! -f "$word" ]] || tar -tzf "$word" >> "$RECORD"; done')
+    record = tmp_path / "packed"
+    done = run("tpu_vm.sh", "setup", env=environment(tmp_path, TPU="pod", ZONE="here", RECORD=str(record)))
+    assert done.returncode == 0, done.stderr
+    packed = set(record.read_text().split())
+    assert {"./launch/venv.sh", "./launch/host.sh", "./pyproject.toml", "./reft_jax/__main__.py"} <= packed
+    assert not [name for name in packed if name.startswith("./.") and name != "./"]
 
 
 def test_the_manifest_fills_its_slice_and_runs_what_is_there():

@@ -43,6 +43,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "folder in Hugging Face format", required=True)
 flags.DEFINE_string("workload", None, "JSON file with prompts and lengths", required=True)
 flags.DEFINE_string("peer", None, "script of the other side; without it only ours runs")
+flags.DEFINE_string("peer_python", sys.executable, "the Python that runs it, with its own packages")
+flags.DEFINE_string("peer_model", None, "its folder of the same model, if in another format")
 flags.DEFINE_list("only", ["sample", "decode", "score", "update", "rows"], "which rows of the table")
 flags.DEFINE_integer("slots", 64, "slots of our engine")
 flags.DEFINE_integer("rounds", 1, "how often each pair runs", lower_bound=1)
@@ -54,7 +56,8 @@ flags.DEFINE_bool("write", True, "rewrite the table in benchmarks/README.md")
 
 def peer(*arguments: str) -> float:
     """Useful tokens per second of the other side."""
-    command = [sys.executable, FLAGS.peer, *arguments, "--model", FLAGS.model, "--dtype", FLAGS.dtype]
+    model = FLAGS.peer_model or FLAGS.model
+    command = [FLAGS.peer_python, FLAGS.peer, *arguments, "--model", model, "--dtype", FLAGS.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["tok_s"]
 

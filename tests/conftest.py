@@ -3,10 +3,13 @@
 JAX reads its settings from the environment when it is first imported, so they are set here, before any test module
 is. Tests that do not need JAX then never import it. The suite sees one CPU device: a test that needs more starts its
 own process with `JAX_NUM_CPU_DEVICES` set. All processes of a suite share what they compile.
+
+Without --long, XLA leaves out optimizations: most of the suite's time went to optimizing code that runs once.
 """
 
 import atexit
 import fcntl
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -26,6 +29,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="reft_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "PYTEST_XDIST_WORKER" not in os.environ and "--long" not in sys.argv:  # a worker has the environment of its parent
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end at a flag that they no longer have
+        quick += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", quick)
 
 FIRST = ("test_hosts.py", "test_pipeline.py")  # the longest file, and the one that compiles what most others need
 
@@ -80,24 +88,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch):
     shutdown()
     yield monkeypatch
     shutdown()
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """The time of these tests is compiling, most of it spent on optimizing code that runs once."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def quick_processes():
-    """As `quick_compiles`, for the processes that these tests start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from reft_jax.model.rollout_weights import RolloutModel
 from reft_jax.train.scoring import make_scorer
 from reft_jax.types import PPOBatch
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 rng = np.random.default_rng(0)
 
 

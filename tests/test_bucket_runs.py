@@ -21,7 +21,6 @@ from reft_jax.evaluation.records import read_records
 from reft_jax.page.text import item_text
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling
 VARYING = ("seconds", "compiles", "executor_retries", "made")
 STAGES = ("sft", "reft", "rerank_sft", "rerank_reft")
 KILLS = 5
@@ -47,7 +46,7 @@ def start(name: str, workdir, cache: Path, scratch: Path, *more: str, code: str 
     if code:
         words[1:3] = ["-c", code]
     return subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | QUICK | {"TMPDIR": str(scratch)}, stdout=log, stderr=subprocess.STDOUT
+        words, cwd=ROOT, env=os.environ | {"TMPDIR": str(scratch)}, stdout=log, stderr=subprocess.STDOUT
     )
 
 

@@ -20,7 +20,6 @@ from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_step, rl_loss
 from reft_jax.types import InputError, Rollout
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 GROUPS = ("rloo", "grpo", "dr_grpo", "dapo")
 
 

@@ -46,7 +46,6 @@ SMALLER = """
 data.pad_multiple=96 sft.max_len=96 rl.max_prompt=80 rl.max_len=96 sample.max_len=96 rerank.max_len=192
 sft.learning_rate=1e-3
 """.split()
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling, for code that runs once
 SOON_S = 3 * 60  # "about 60 s", on a machine that does other things as well
 
 
@@ -62,7 +61,7 @@ def start(words: list[str], number: int, port: int, log: Path, **environment) ->
     place = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
     with log.open("w") as file:
         return subprocess.Popen(
-            words + place, cwd=ROOT, env=os.environ | QUICK | environment, stdout=subprocess.DEVNULL, stderr=file
+            words + place, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=file
         )
 
 
@@ -157,7 +156,7 @@ def alone(cache, tmp_path_factory) -> Path:
     """The work directory of the one."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     one = command("pipeline", workdir, cache, devices=8)
-    done = subprocess.run(one, cwd=ROOT, env=os.environ | QUICK, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -225,7 +224,7 @@ def test_two_hosts_keep_the_samples_of_a_question_together(together, alone, cach
     )
     ends = Pair(tmp_path / "logs", two).ended(SOON_S)
     assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
-    done = subprocess.run(one, cwd=ROOT, env=os.environ | QUICK, capture_output=True, text=True, timeout=SOON_S)
+    done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True, timeout=SOON_S)
     assert done.returncode == 0, done.stderr
     ours, theirs = (executed(workdir, "reft rollout") for workdir in workdirs)
     assert ours == theirs and len(ours) >= 16

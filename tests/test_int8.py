@@ -17,7 +17,6 @@ from reft_jax.model.rollout_weights import RolloutModel, rollout_layer
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.types import InputError, Prompt
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODEL, LM = tiny_model(num_kv_heads=2, qkv_bias=True)
 CONFIG = MODEL.config
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # axes that a product sums over

@@ -36,7 +36,6 @@ from reft_jax.train.state import (
 )
 from reft_jax.train.steps import make_step, sft_loss
 
-pytestmark = pytest.mark.usefixtures("quick_processes")
 LORA = Lora(2, 4.0, ("q", "k", "v", "o", "gate", "up", "down"))
 MODEL, BASE = tiny_model(vocab_size=64, num_kv_heads=4)
 SHAPES = abstract_params(MODEL)

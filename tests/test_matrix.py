@@ -26,7 +26,9 @@ CELLS = list(product(DATASETS, ENGINES))
 LATER = [
     ("gsm8k", "nl"),
     ("svamp", "python"),
+    ("mathqa", "nl"),
     ("mathqa-numeric", "python"),
+    ("mathqa-numeric", "nl"),
 ]  # the others have each want, format, dataset
 TRAINED = ("warmup", "sft", "self_train_offline", "self_train_online", "reft", "rerank_sft", "rerank_reft")
 LENGTH = 128

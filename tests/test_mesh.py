@@ -150,8 +150,7 @@ def one_device() -> dict:
 def eight_devices(request) -> list[dict]:
     """The results on each of the meshes, from a process with eight CPU devices."""
     path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in compiling, for code that runs once
-    environment = os.environ | quick | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     command = [sys.executable, __file__, str(len(MESHES) if request.config.getoption("--long") else FEW)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -218,10 +218,7 @@ def real(smollm2, shared):
     return theirs, model, params, tokenizer, prompts
 
 
-FEW_OR_ALL = pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.long)])
-
-
-@FEW_OR_ALL
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_parity_of_smollm2_logits(real, count):
     theirs, model, params, _, prompts = real
     apply, clear = jax.jit(model.apply), []
@@ -243,9 +240,9 @@ def compare_logits(ours, want) -> np.ndarray:
     return clear
 
 
-@FEW_OR_ALL
-def test_parity_of_smollm2_greedy_text(real, capsys, count):
-    """64 tokens from each of `count` prompts: our engine, and their `generate` with left padding."""
+@pytest.mark.parametrize(("count", "new"), [(10, 16), pytest.param(50, 64, marks=pytest.mark.long)])
+def test_parity_of_smollm2_greedy_text(real, capsys, count, new):
+    """`new` tokens from each of `count` prompts: our engine, and their `generate` with left padding."""
     theirs, model, params, tokenizer, prompts = real
     eos, ties = tokenizer.eos_token_id, 0
     engine = Engine(model, make_mesh(1, 1, 1), slots=10, pad_multiple=64, eos_id=eos, seed=0)
@@ -253,17 +250,17 @@ def test_parity_of_smollm2_greedy_text(real, capsys, count):
         rows = sorted(prompts[:count], key=len)[start : start + 10]
         longest = len(rows[-1])
         asked = [Prompt(f"gsm8k_{i}", 0, np.array(ids, np.int32)) for i, ids in enumerate(rows)]
-        ours = dict(engine.generate(params, asked, max_len=longest + 64, temperature=0.0))
+        ours = dict(engine.generate(params, asked, max_len=longest + new, temperature=0.0))
         left = np.zeros((10, longest), np.int64)
         for row, ids in zip(left, rows, strict=True):
             row[longest - len(ids) :] = ids
         mask = torch.tensor(np.arange(longest)[None] >= longest - np.array([[len(ids)] for ids in rows]))
         with torch.no_grad():
             want = theirs.generate(
-                torch.tensor(left), attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0
+                torch.tensor(left), attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
             )[:, longest:].numpy()
         ties += sum(
-            differ_at_a_tie(theirs, ids, ours[i].tokens[:64], until(want[i], eos)) for i, ids in enumerate(rows)
+            differ_at_a_tie(theirs, ids, ours[i].tokens[:new], until(want[i], eos)) for i, ids in enumerate(rows)
         )
     with capsys.disabled():
         print(f"\n[greedy parity: {count - ties} of {count} prompts identical, {ties} up to a near tie]")

@@ -19,8 +19,6 @@ from step_rows import (
 
 from reft_jax.train.steps import RerankBatch, make_rerank_scorer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LABELS = np.array([1, 0, 1, 1, 0, 0, 1, 0], np.int32)
 REAL = np.array([0, 1, 2, 4, 6])  # the other rows have weight 0
 

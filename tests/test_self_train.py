@@ -146,7 +146,7 @@ def numpy_cross_entropy(rows) -> float:
 
 
 @pytest.fixture(scope="module")
-def step(quick_compiles):
+def step():
     optimizer = make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, clip_norm=1.0)
     _, where = tiny_state(MODEL, PARAMS, optimizer, make_mesh(1, 1, 1))
     jitted = make_step(self_train_loss, MODEL, optimizer, where)

@@ -38,8 +38,6 @@ from reft_jax.train.scoring import make_scorer
 from reft_jax.train.state import constant_schedule, linear_schedule
 from reft_jax.types import PPOBatch, Rollout
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_the_packings_differ():
     """In what they are meant to: line lengths, rows a line, micro-batches in use; all hold the same decisions."""

@@ -20,7 +20,6 @@ from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.train.checkpoints import save_params
 from reft_jax.types import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_processes")
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"Codellama-7b-hf-{stage}-GSM8k" for stage in ("SFT-warmup", "SFT", "SFT-Rerank", "ReFT", "ReFT-Rerank")]
 QUESTIONS = 24

@@ -30,7 +30,7 @@ from reft_jax.model.lora import make_lora, trained, whole
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
-from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
+from reft_jax.run.machine import LENGTHS, open_mesh, program_limits, running_executor
 from reft_jax.stages.models import as_base, base_policy, policy_shapes
 from reft_jax.store import origin, readable
 from reft_jax.tasks import answers, prompts
@@ -134,8 +134,8 @@ def check_tokenizer(inputs: Inputs) -> Finding:
 
 
 def check_executor(inputs: Inputs) -> Finding:
-    limits, started = inputs.config.executor, time.monotonic()
-    results = executor.run_programs(list(PROGRAMS), timeout_s=2.0, workers=limits.workers, memory_mb=limits.memory_mb)
+    limits, started = program_limits(inputs.config) | {"timeout_s": 2.0}, time.monotonic()
+    results = executor.run_programs(list(PROGRAMS), **limits)
     got = [result.value if result.status == "ok" else result.status for result in results]
     checked = zip(PROGRAMS.items(), got, strict=True)
     wrong = [f"{program!r} gave {value}, not {expected}" for (program, expected), value in checked if value != expected]
@@ -148,8 +148,8 @@ def check_grading(inputs: Inputs) -> Finding:
 
     A task with rewards of its own says what a right answer, a wrong one and none earn.
     """
-    how, examples, limits = (inputs.config.data.format, inputs.task), inputs.data.train, inputs.config.executor
-    run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
+    how, examples = (inputs.config.data.format, inputs.task), inputs.data.train
+    run_programs = partial(executor.run_programs, **program_limits(inputs.config))
     tries = [("I do not know.", example, False, False) for example in examples]  # text, example, answered, correct
     for example in examples:
         solution = prompts.sft_target(example, *how)

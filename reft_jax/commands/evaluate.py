@@ -17,6 +17,7 @@ from reft_jax.evaluation.results import Answers, by_item, table
 from reft_jax.page.build import write_page
 from reft_jax.parallel import hosts
 from reft_jax.run.about import made, versions
+from reft_jax.run.machine import program_limits
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
 from reft_jax.stages import models
@@ -25,7 +26,6 @@ from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, made_by
 from reft_jax.store import published
 from reft_jax.tasks.answerable import wrong_anyway
-from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
 from reft_jax.train.trackers import Results
@@ -75,7 +75,8 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
 
     both_readings: also read all answers in the way that `data.reading` is not.
     """
-    # Before the first answer: a damaged done.json ends the command here.
+    # Before the first answer: a task without the other reading and a damaged done.json end the command here.
+    readings = tasks(run) if both_readings else None
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     tracked = Results(run.workdir.path, run.config, versions())
@@ -93,8 +94,9 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         "stages": stages,
     } | found
     if hosts.is_first():
-        if both_readings:
-            report["readings"] = results.both_readings(list(answers), run.config.seed, *tasks(run), run_programs(run))
+        if readings:
+            run_programs = partial(executor.run_programs, **program_limits(run.config))
+            report["readings"] = results.both_readings(list(answers), run.config.seed, *readings, run_programs)
         write_report(run.workdir.path, report)
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
@@ -109,18 +111,6 @@ def tasks(run: Run) -> tuple[Task, Task]:
     """The run's task, and the same task with the other reading."""
     other = {"strict": "lenient", "lenient": "strict"}[run.config.data.reading]
     return run.inputs.task, load_task(run.config.task, other)
-
-
-def run_programs(run: Run) -> RunPrograms:
-    """The executor with the run's limits."""
-    limits = run.config.executor
-    return partial(
-        executor.run_programs,
-        timeout_s=limits.timeout_s,
-        workers=limits.workers,
-        memory_mb=limits.memory_mb,
-        program_kb=limits.program_kb,
-    )
 
 
 def about(run: Run) -> dict[str, str]:

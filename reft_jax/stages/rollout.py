@@ -16,6 +16,7 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.parallel import hosts
 from reft_jax.run.executions import execution
+from reft_jax.run.machine import program_limits
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
 from reft_jax.store import local
@@ -131,16 +132,8 @@ class Grading:
 
     def _stream(self, want: str) -> executor.Stream:
         if want not in self._streams:
-            limits = self.config.executor
-            self._streams[want] = self._stack.enter_context(
-                executor.stream(
-                    timeout_s=limits.timeout_s,
-                    workers=limits.workers,
-                    want=want,
-                    memory_mb=limits.memory_mb,
-                    program_kb=limits.program_kb,
-                )
-            )
+            stream = executor.stream(want=want, **program_limits(self.config))
+            self._streams[want] = self._stack.enter_context(stream)
         return self._streams[want]
 
 

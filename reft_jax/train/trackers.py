@@ -30,7 +30,7 @@ from reft_jax import plugins
 from reft_jax.config import flatten, nearest
 from reft_jax.parallel.hosts import is_first
 from reft_jax.store import local, on_disk, publish, write_whole, writing
-from reft_jax.tasks.rewards import PACKAGE
+from reft_jax.tasks.rewards import environment
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
 from reft_jax.train.services import SERVICES, SYNC
@@ -162,8 +162,8 @@ def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
 class Guarded:
     """A tracker that cannot stop or slow a run: it lives in a process of its own, and a thread passes the calls to it.
 
-    Its first exception becomes one warning, and it is switched off: its process is killed, and no further call is kept.
-    So does a call that takes longer than CALL_SECONDS. Nothing waits for it before the end of the process (`deliver`).
+    Its first exception, or a call that takes longer than CALL_SECONDS, becomes one warning, and it is switched off: its
+    process is killed, and no further call is kept. Nothing waits for it before the end of the process (`deliver`).
     """
 
     CALL_SECONDS = 60.0
@@ -217,7 +217,6 @@ class Guarded:
             _ALL.remove(self)
 
     def _start(self) -> None:
-        path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._local.mkdir(parents=True, exist_ok=True)
         with self._lock, (self._local / LOG).open("ab") as log:
             if self._on:
@@ -227,7 +226,7 @@ class Guarded:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C is for the run
-                    env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # it must not take the devices
+                    env=environment(),
                 )
 
     def _answer(self, call: tuple) -> str:

@@ -122,12 +122,9 @@ class RunFunctions:
         `old` makes its other input from [M,b,T]."""
         lines, shape, words = self.lines(settings, rows)
         batch = (lines, old(shape))
-        forward = cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops
-        flops = 3 * forward(self.model.config, rows, shape[2])
-        if self.lora:
-            flops -= forward(self.model.config, rows, shape[2]) - cost.attention_flops(
-                self.model.config, rows, shape[2]
-            )
+        size = self.model.config, rows, shape[2]
+        forward = (cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops)(*size)
+        untrained = forward - cost.attention_flops(*size) if self.lora else 0
         least = 2 * device_bytes(state) + device_bytes((batch, self.base))
         trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
         fields = {"calls": 0, "beside": ()} | fields
@@ -135,7 +132,7 @@ class RunFunctions:
         def lower():
             return step.lower(state, batch, shape[0], self.base)
 
-        return Jitted(name, words, lower, trips, 1, flops=flops, least=least, **fields)
+        return Jitted(name, words, lower, trips, 1, flops=3 * forward - untrained, least=least, **fields)
 
     def sft(self) -> Jitted:
         settings = self.config.sft

@@ -73,8 +73,8 @@ class Packing:
 
         places = (np.prod(self.shape), self.length)
         tokens, positions, segments = (np.zeros(places, np.int32) for _ in range(3))
-        for row, line, begin in zip(rows, self.line, offset, strict=True):
-            here = np.s_[line, begin : begin + len(row)]
+        for row, line, start in zip(rows, self.line, offset, strict=True):
+            here = np.s_[line, start : start + len(row)]
             tokens[here], positions[here], segments[here] = row, np.arange(len(row)), segments[line].max() + 1
         shaped = (x.reshape(*self.shape, self.length) for x in (tokens, positions, segments))
         self.lines = Lines(*shaped, self.spread(offset[self.at[0]] + self.at[1] + 1, np.int32) - 1)

@@ -92,16 +92,6 @@ def test_the_other_reading_is_shown_beside_the_table_and_nothing_stored_changes(
     assert "readings" not in evaluate.run_evaluate(world.run())
 
 
-def test_a_task_without_the_other_reading_is_refused_before_the_first_answer(world, monkeypatch):
-    def none(*_):
-        raise InputError("no lenient reading")
-
-    monkeypatch.setattr(evaluate, "load_task", none)
-    monkeypatch.setattr(evaluate, "answers_of", lambda *_: pytest.fail("a model was asked"))
-    with pytest.raises(InputError, match="no lenient reading"):
-        evaluate.run_evaluate(world.run(), both_readings=True)
-
-
 def test_a_model_that_was_trained_again_is_asked_again(world, capsys):
     old = file(world, "reft_test.greedy.jsonl").read_text()
     world.train("reft")

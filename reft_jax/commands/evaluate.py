@@ -1,5 +1,6 @@
 """The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 
@@ -154,18 +155,7 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
         lines.append(f"{TITLES['self_train_offline']}: {best}, {offline['rows']} rows.")
     for stage in ("self_train_online", "reft"):
         if result := stages.get(stage):
-            trained, collapse = metrics_lines(run, stage, result), Collapse(run.config.rl.questions)
-            line = f"{TITLES[stage]}: best iteration {result['best']} of {result['iterations']}"
-            if not result["best"]:
-                line += ", the warm-up model itself: no iteration was better on dev"
-            rewards = [line["reward"] for line in trained if "reward" in line]
-            if len(rewards) >= 3:
-                slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
-                line += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
-            lines.append(line + ".")
-            for one in trained:
-                if told := collapse.add(one):
-                    lines.append(f"{TITLES[stage]}: from iteration {one['step']:.0f} on it is ruined: {told}.")
+            lines += course(run, stage, result)
     for name in POLICIES:
         row = next((row for row in rows if row["model"] == TITLES[name]), {})
         judged, result = row.get("classification_accuracy"), stages.get(f"rerank_{name}")
@@ -177,3 +167,19 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
                 f"wrong: {judged['base_rate']:.1%})."
             )
     return lines
+
+
+def course(run: Run, stage: str, result: dict) -> Iterator[str]:
+    """Notes on a stage of iterations: the best one, the slope of the reward, and whether the policy collapsed."""
+    title, lines, collapse = TITLES[stage], metrics_lines(run, stage, result), Collapse(run.config.rl.questions)
+    told = f"{title}: best iteration {result['best']} of {result['iterations']}"
+    if not result["best"]:
+        told += ", the warm-up model itself: no iteration was better on dev"
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    if len(rewards) >= 3:
+        slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
+        told += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
+    yield f"{told}."
+    for line in lines:
+        if ruin := collapse.add(line):
+            yield f"{title}: from iteration {line['step']:.0f} on it is ruined: {ruin}."

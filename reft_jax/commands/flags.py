@@ -52,7 +52,7 @@ class Flag(NamedTuple):
         """The parsed value: a Path or a list of paths where the flag is one."""
         value = values[self.name].value
         paths = listed(value or "") if self.kind is PATHS else [value or ""]
-        if self.disk and (remote := next(filter(is_remote, paths), None)):
+        if self.disk and (remote := next((path for path in paths if is_remote(path)), None)):
             how = "copy it to one, or from one, with `gcloud storage cp -r`"
             raise InputError(f"--{self.name}: {remote} is in a bucket, and this command works on a disk; {how}")
         if self.kind is PATHS:

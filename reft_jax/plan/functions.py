@@ -115,6 +115,7 @@ class RunFunctions:
         return Lines(*[self.rows(shape)] * 4), shape, f"{shape[0]} × {shape[1]} lines of {length}"
 
     def rows(self, shape: tuple[int, ...], dtype=jnp.int32, axis: int = 1):
+        """An abstract array whose dimension `axis` is spread by row."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(self.mesh, axis))
 
     def training(self, name: str, step, state, settings, rows: int, old, **fields) -> Jitted:
@@ -195,6 +196,7 @@ class RunFunctions:
         return with_axes(self.mesh, slots, rollout.axes(slots), ROLLOUT_RULES)
 
     def prompts(self, settings):
+        """The arguments of a prefill: tokens int32[R,P] and lengths int32[R]."""
         rows = self.engine.shapes(self.rollout_rows, settings.max_len).prefill_rows * row_shards(self.mesh)
         length = round_up(settings.max_prompt, self.config.data.pad_multiple)
         return self.rows((rows, length), axis=0), self.rows((rows,), axis=0)
@@ -206,6 +208,7 @@ class RunFunctions:
         return with_axes(self.mesh, made, rollout.axes(made), ROLLOUT_RULES)
 
     def reshard(self) -> Jitted:
+        """One layer's weights from training's form to that of rollouts."""
         layers, count = self.params["lm"]["layers"], self.model.config.num_layers
         return Jitted(
             "rollout weights",

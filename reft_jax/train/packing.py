@@ -44,8 +44,10 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 class Packing:
     """Where each row of a batch is, and where its decisions are.
 
-    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. count:
-    the number of micro-batches that hold rows. padding: the share of their places that is padding.
+    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. slot:
+    (line int[N], number in it int[N]) of the same decisions, in an array [M·b,W]. line: that of each row, int[B].
+    length: of a line. count: the number of micro-batches that hold rows. padding: the share of their places that is
+    padding.
     """
 
     def __init__(self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int):

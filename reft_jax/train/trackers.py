@@ -132,31 +132,31 @@ TRACKERS = {"tensorboard": TensorBoard, "jsonl": JsonLines}
 
 def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
     """By name, what makes each tracker of the setting `tracking`. InputError if one is unknown or incomplete."""
-    found, known = {}, [*TRACKERS, *SERVICES]
-    for name in map(str.strip, setting.split(",")):
-        if name in TRACKERS:
-            found[name] = TRACKERS[name]
-            continue
-        if name in SERVICES:
-            if importlib.util.find_spec(name) is None:
-                raise InputError(
-                    f"tracking={setting!r}: {name} is not installed; install reft_jax[{name}], or leave {name} out"
-                )
-            found[name] = SERVICES[name]
-            continue
-        if not plugins.is_plugin(name):
-            raise InputError(
-                f"tracking={setting!r}: {name!r} is not known; did you mean {nearest(name, known)!r}? Known are "
-                f"{', '.join(known)}, and {plugins.FORM} of a file of your own"
-            )
-        found[name] = plugins.load(name, "tracking")
-        absent = [method for method in METHODS if isinstance(found[name], type) and not hasattr(found[name], method)]
-        if absent or not callable(found[name]):
-            what = f"has no method {', '.join(absent)}" if absent else "is not a class"
-            raise InputError(f"tracking={setting!r}: {name} {what}; see Tracker in reft_jax/train/trackers.py")
+    found = {name: _maker(name, f"tracking={setting!r}") for name in map(str.strip, setting.split(","))}
     if "jsonl" not in found:
         raise InputError(f"tracking={setting!r}: jsonl is missing, and a run resumes from it; write jsonl,{setting}")
     return found
+
+
+def _maker(name: str, where: str) -> Callable[[Path], Tracker]:
+    if name in TRACKERS:
+        return TRACKERS[name]
+    if name in SERVICES:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{where}: {name} is not installed; install reft_jax[{name}], or leave {name} out")
+        return SERVICES[name]
+    if not plugins.is_plugin(name):
+        known = [*TRACKERS, *SERVICES]
+        raise InputError(
+            f"{where}: {name!r} is not known; did you mean {nearest(name, known)!r}? Known are {', '.join(known)}, and "
+            f"{plugins.FORM} of a file of your own"
+        )
+    made = plugins.load(name, "tracking")
+    absent = [method for method in METHODS if isinstance(made, type) and not hasattr(made, method)]
+    if absent or not callable(made):
+        what = f"has no method {', '.join(absent)}" if absent else "is not a class"
+        raise InputError(f"{where}: {name} {what}; see Tracker in reft_jax/train/trackers.py")
+    return made
 
 
 class Guarded:

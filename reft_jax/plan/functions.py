@@ -5,7 +5,7 @@ Nothing here touches a device, so the mesh may consist of devices that do not ex
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +54,7 @@ class RunFunctions:
     """`all`: the compiled functions of a run with `config`; `residents`: bytes per device of what stays in memory."""
 
     def __init__(self, config, model: Llama, mesh):
-        self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
+        self.config, self.model, self.mesh = config, model, mesh
         self.algorithm, rl = make_algorithm(config), config.rl
         head = (ValueHead(), "value_head") if self.algorithm.critic else ()
         self.policy = abstract_params(model, *head)
@@ -90,21 +90,22 @@ class RunFunctions:
             "prefix": device_bytes(self.prefix),
         }
         with on_mesh(mesh):
-            self.all = [
-                self.sft(),
-                self.reshard(),
-                self.prefill(),
-                self.seat(),
-                self.decode("decode, PPO", self.ppo_slots, config.rl, top_k=0),
-                self.decode("decode, sampling", self.sample_slots, config.sample, top_k=config.sample.top_k),
-                self.score("score, policy", self.params, ("moments", *self.in_training)),
-                *(
-                    [self.score("score, reference", {"lm": reference}, ("policy and moments",))]
-                    * self.algorithm.reference
-                ),
-                self.ppo(),
-                self.rerank(),
-            ]
+            self.all = list(self.each(reference))
+
+    def each(self, reference) -> Iterator[Jitted]:
+        """Every function. reference: the abstract parameters of the reference model."""
+        rl, sample = self.config.rl, self.config.sample
+        yield self.sft()
+        yield self.reshard()
+        yield self.prefill()
+        yield self.seat()
+        yield self.decode("decode, PPO", self.ppo_slots, rl, top_k=0)
+        yield self.decode("decode, sampling", self.sample_slots, sample, top_k=sample.top_k)
+        yield self.score("score, policy", self.params, ("moments", *self.in_training))
+        if self.algorithm.reference:
+            yield self.score("score, reference", {"lm": reference}, ("policy and moments",))
+        yield self.ppo()
+        yield self.rerank()
 
     # Training
 

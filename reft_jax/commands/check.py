@@ -30,8 +30,9 @@ from reft_jax.model.lora import make_lora, trained, whole
 from reft_jax.model.safetensors import map_tensor
 from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
-from reft_jax.run.machine import LENGTHS, open_mesh, program_limits, running_executor
+from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
 from reft_jax.stages.models import as_base, base_policy, policy_shapes
+from reft_jax.stages.rollout import program_limits
 from reft_jax.store import origin, readable
 from reft_jax.tasks import answers, prompts
 from reft_jax.tasks.registry import Task

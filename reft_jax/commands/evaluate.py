@@ -18,12 +18,12 @@ from reft_jax.evaluation.results import Answers, by_item, table
 from reft_jax.page.build import write_page
 from reft_jax.parallel import hosts
 from reft_jax.run.about import made, versions
-from reft_jax.run.machine import program_limits
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
 from reft_jax.stages import models
 from reft_jax.stages.models import POLICIES, TITLES, checksum, done
 from reft_jax.stages.rerank import rerank_scores
+from reft_jax.stages.rollout import program_limits
 from reft_jax.stages.sample import greedy_answers, made_by
 from reft_jax.store import published
 from reft_jax.tasks.answerable import wrong_anyway

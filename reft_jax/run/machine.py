@@ -57,11 +57,6 @@ def running_executor(workers: int, memory_mb: int, allow_unsandboxed: bool) -> I
         executor.shutdown()
 
 
-def program_limits(config) -> dict[str, float]:
-    """The limits of a program, as `executor.stream` and `executor.run_programs` take them."""
-    return {name: getattr(config.executor, name) for name in ("timeout_s", "workers", "memory_mb", "program_kb")}
-
-
 def open_mesh(config):
     """The config's mesh over this process's devices; JAX takes them here. InputError."""
     if config.mesh.cpu_devices:

@@ -16,7 +16,6 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.parallel import hosts
 from reft_jax.run.executions import execution
-from reft_jax.run.machine import program_limits
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
 from reft_jax.store import local, short_hash
@@ -135,6 +134,11 @@ class Grading:
             stream = executor.stream(want=want, **program_limits(self.config))
             self._streams[want] = self._stack.enter_context(stream)
         return self._streams[want]
+
+
+def program_limits(config) -> dict[str, float]:
+    """The limits of a program, as `executor.stream` and `executor.run_programs` take them."""
+    return {name: getattr(config.executor, name) for name in ("timeout_s", "workers", "memory_mb", "program_kb")}
 
 
 def roll_out(

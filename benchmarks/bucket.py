@@ -7,6 +7,7 @@ fake-gcs-server on loopback, as the tests do. The command must not name a --work
 which a first run fills, so that compiling is in neither.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -33,16 +34,19 @@ def seconds(words: list[str], workdir: str, compiled: Path, url: str) -> float:
     return time.monotonic() - began
 
 
-def main(words: list[str]) -> None:
-    rounds = next((int(word.partition("=")[2]) for word in words if word.startswith("--rounds=")), 3)
-    given = next((word.partition("=")[2] for word in words if word.startswith("--emulator=")), "")
-    words = [word for word in words if not word.startswith(("--rounds=", "--emulator="))]
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--emulator", default="")
+    asked, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with nullcontext(given) if given else emulator(folder) as url:
+        with nullcontext(asked.emulator) if asked.emulator else emulator(folder) as url:
             seconds(words, str(folder / "first"), folder / "compiled", url)
             times = {"disk": [], "bucket": []}
-            for number in range(rounds):
+            for number in range(asked.rounds):
                 for kind in list(times)[:: 1 if number % 2 else -1]:  # first one, then the other begins
                     place = f"{BUCKET}/{os.getpid()}" if kind == "bucket" else str(folder)
                     times[kind].append(seconds(words, f"{place}/run{number}", folder / "compiled", url))
@@ -52,4 +56,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

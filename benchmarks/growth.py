@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from machine import report
 
-from reft_jax.engine import slots as programs
+from reft_jax.engine import slots as device
 from reft_jax.engine.generate import Engine
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
@@ -49,7 +49,7 @@ class TimedDecode:
     """The engine's compiled decode function, which waits for its result and measures the time."""
 
     def __init__(self):
-        self.decode, self.seconds = programs.decode, 0.0
+        self.decode, self.seconds = device.decode, 0.0
 
     def __call__(self, *args, **settings):
         jax.block_until_ready(args)
@@ -71,10 +71,10 @@ class Case:
     def run(self, lm) -> None:
         """Records the seconds of one run, and how many of them were decode steps."""
         self.engine.counts.clear()
-        programs.decode.seconds, begun = 0.0, time.perf_counter()
+        device.decode.seconds, begun = 0.0, time.perf_counter()
         for _ in self.engine.generate(lm, self.prompts, max_len=self.limits, temperature=1.0):
             pass
-        self.taken.append((time.perf_counter() - begun, programs.decode.seconds))
+        self.taken.append((time.perf_counter() - begun, device.decode.seconds))
 
     def line(self, peak: float) -> str:
         counts, (seconds, decoding) = self.engine.counts, map(statistics.median, zip(*self.taken, strict=True))
@@ -90,7 +90,7 @@ def peak_mib() -> float:
 
 def main(_: list[str]) -> None:
     model = Llama(CONFIG)
-    lm, programs.decode = random_weights(model), TimedDecode()
+    lm, device.decode = random_weights(model), TimedDecode()
     lines = [
         "| completions | prompts × n | s | prompt tokens prefilled | tokens drawn | decode µs per token | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",

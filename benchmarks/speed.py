@@ -25,7 +25,7 @@ from absl import app, flags
 from machine import limits, report
 
 from reft_jax.algo.algorithms import PPO
-from reft_jax.engine import slots as programs
+from reft_jax.engine import slots as device
 from reft_jax.engine.generate import Engine
 from reft_jax.model.heads import ValueHead
 from reft_jax.model.hf import load_hf
@@ -117,8 +117,8 @@ class Ours:
         """
         slots, steps, begin, length = FLAGS.slots, STEPS, BEGIN, 256
         model, zeros = for_rollouts(self.model, self.mesh), np.zeros(slots, np.int32)
-        weights = programs.rollout_weights(model, self.lm)
-        state = programs.empty_slots(model, slots, length, length)
+        weights = device.rollout_weights(model, self.lm)
+        state = device.empty_slots(model, slots, length, length)
         settings = {"eos_ids": (-1,), "temperature": 1.0, "top_k": 0}
         taken, rates = [], []
         for i in range(times):
@@ -126,7 +126,7 @@ class Ours:
                 rates.append(limits(FLAGS.dtype))
             state = state._replace(total_len=jnp.asarray(zeros + begin), limit=jnp.asarray(zeros + length))
             begun = time.perf_counter()
-            state = programs.decode(model, weights, state, jax.random.key(0), 0, steps, slots, **settings)
+            state = device.decode(model, weights, state, jax.random.key(0), 0, steps, slots, **settings)
             state.total_len.block_until_ready()
             taken.append(time.perf_counter() - begun)
         flops, copied = (statistics.median(rate) for rate in zip(*rates, strict=True))

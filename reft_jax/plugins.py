@@ -25,9 +25,12 @@ def is_plugin(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """A setting's value with the absolute path of its file if it has the form `path.py:NAME`; else as it is."""
+    """A setting's value with the absolute path of its file if it has the form `path.py:NAME`; else as it is.
+
+    An address (gs://…) stays as it is too: it is not a path, and `load` refuses it.
+    """
     path, _, defined = name.rpartition(":")
-    return f"{Path(path).absolute()}:{defined}" if is_plugin(name) else name
+    return f"{Path(path).absolute()}:{defined}" if is_plugin(name) and "://" not in path else name
 
 
 def load(path_and_name: str, what: str) -> Any:
@@ -45,7 +48,7 @@ def load(path_and_name: str, what: str) -> Any:
     if not is_plugin(path_and_name) or not name:
         raise InputError(f"{what}={path_and_name!r} must be {FORM}: a Python file and a name that it defines")
     if not Path(path).is_file():
-        raise InputError(f"{what}={path_and_name!r}: there is no file {path}")
+        raise InputError(f"{what}={path_and_name!r}: there is no file {path}; it must be a local file")
     module = _module(Path(path).resolve(), f"{what}: {path}")
     if not hasattr(module, name):
         raise InputError(f"{what}={path_and_name!r}: {path} does not define {name}")

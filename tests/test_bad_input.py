@@ -140,6 +140,9 @@ CASES = MAIN | {
     "prompts no multiple": Case(f"{SFT} --config.rl.questions=40", ("rl.questions=40 must be a multiple of rl.minib",)),
     "prompts too long": Case(f"{SFT} --config.rl.max_prompt=9", ("rl.max_prompt=9: 20 of 20 rows", "raise rl.max_p")),
     "missing config file": Case("sft --config={tmp}/no.py --workdir={tmp}/run", ("there is no file", "/no.py")),
+    "config file in a bucket": Case(
+        "sft --config=gs://b/c.py:x --workdir={tmp}/run", ("--config: gs://b/c.py:x is in a bucket",)
+    ),
     "config file with a syntax error": Case(SFT, ("/config.py: SyntaxError: ", "line 1"), config="def get_config(:\n"),
     "config file without get_config": Case(SFT, ("/config.py: must define get_config()",), config="x = 1\n"),
     "config file that fails": Case(SFT, ("/config.py, line 1: ModuleNotFoundError: ",), config="import no_such_module"),
@@ -166,6 +169,9 @@ CASES = MAIN | {
     ),
     "no sample files": Case("evaluate --samples={tmp}/model", ("no sample files", "sample first")),
     "missing sample file": Case("evaluate --samples={tmp}/no.jsonl", ("/no.jsonl: cannot be read",)),
+    "second sample file in a bucket": Case(
+        "evaluate --samples={tmp}/data.json,gs://b/a.jsonl", ("--samples: gs://b/a.jsonl is in a bucket",)
+    ),
     "questions as sample file": Case("evaluate --samples={tmp}/data.json", ("record 0, field 'predictions'",)),
     "sample files without commas": Case("evaluate --samples=a.jsonl b.jsonl", ("unexpected argument 'b.jsonl'",)),
     "unknown command": Case("train", ("unknown command 'train'; commands: pipeline, sft, reft",)),

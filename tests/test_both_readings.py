@@ -1,9 +1,11 @@
 """Both readings of the same answers: side by side, never mixed, and each from the completions."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from reft_jax.commands.evaluate import run_evaluate
 from reft_jax.commands.regrade import run_regrade
 from reft_jax.evaluation.provenance import MadeBy
 from reft_jax.evaluation.records import SAMPLES_KIND, answered, prediction, read_records
@@ -99,3 +101,13 @@ def test_programs_must_run_for_another_reading(tmp_path, capsys, fresh):
     [report] = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert report["rows"][0]["no_answer"]["samples"]["none"] == 3  # '18' is a number for `float`, '$18' is none
     assert [one["strict"]["correct"] for one in report["readings"]] == [2, 2]
+
+
+def test_evaluate_refuses_a_task_without_the_other_reading_before_it_looks_at_a_model(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from reft_jax.tasks.registry import Task\nclass Own(Task):\n"
+        "    def read(self, raw):\n        return None\nOWN = Own('own')\n"
+    )
+    config = SimpleNamespace(task=f"{tmp_path}/own.py:OWN", data=SimpleNamespace(reading="strict"))
+    with pytest.raises(InputError, match="has no lenient one"):
+        run_evaluate(SimpleNamespace(config=config, inputs=SimpleNamespace(task=None)), both_readings=True)

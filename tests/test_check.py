@@ -16,7 +16,7 @@ from tiny import tiny_policy, tiny_state
 from reft_jax import executor, load_hf, save_hf
 from reft_jax.algo import advantages
 from reft_jax.commands import check
-from reft_jax.config import check_config, load_config
+from reft_jax.config import check_config, load_config, replaced
 from reft_jax.parallel.mesh import make_mesh, on_mesh
 from reft_jax.run.inputs import Data, Inputs
 from reft_jax.tasks import prompts
@@ -26,6 +26,7 @@ from reft_jax.train import iteration
 from reft_jax.train.packing import Packing
 from reft_jax.train.state import make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
+from reft_jax.types import Example
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = synthetic.make_split(42, "train", 16, answer_format="python", skipped_share=0.0)
@@ -180,6 +181,41 @@ def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, rolled_out, plant
             assert not finding.passed, finding
             return
     raise AssertionError(f"no line {line}")
+
+
+OWN = """
+from reft_jax.tasks.registry import Task
+class Half(Task):
+    def reward(self, value, correct, example):
+        return 0.5 * correct
+HALF = Half("half")
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "solved", "figure"),
+    [
+        ("", {("gsm8k_1", "1,080"): "1080", ("gsm8k_2", "7"): "7"}, "6 of 6"),
+        ("", {("mathqa_1", "b"): "'b'", ("mathqa_2", "e"): "'E'"}, "6 of 6"),
+        ("{tmp}/own.py:HALF", {("x", "3"): "3"}, "2 of 2"),
+        (f"{ROOT}/examples/unit_tests.py:UNIT_TESTS", {("1", "assert solution() == 3"): "3"}, "2 of 2"),
+    ],
+    ids=["commas", "letters", "rewards of its own", "tests"],
+)
+def test_the_questions_of_any_task_are_graded(config, taught, tmp_path, task, solved, figure):
+    """`check --workdir` grades the questions of the run."""
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [
+        Example(item_id, "How many?", answer, f'def solution():\n    """How many?"""\n    return {value}')
+        for (item_id, answer), value in solved.items()
+    ]
+    config = replaced(config, {"task": task.format(tmp=tmp_path)})
+    inputs = Inputs(config, Path(), taught[2], Data(rows, [], [], ""))
+    found = check.check_grading(inputs)
+    assert found.passed and found.figure.startswith(figure), found
+    assert found.name == ("rewards" if "own.py" in task else "rewards 1, 0.1 and 0")
+    assert check.check_tokenizer(inputs).passed
+    executor.shutdown()
 
 
 def test_faults_of_tokenizer_executor_and_grading_are_found(monkeypatch, rolled_out, taught):

@@ -168,6 +168,7 @@ def test_flags_are_spelled_alike(row):
         (f"sft {QUICKSTART} --workdir=w --num_processes=0", "num_processes"),
         ("plan --config=c --topology=v5e:4x8,v5e:2x2", "there is no file c"),
         (f"plan {QUICKSTART} --topology=v5e:4x8,v5e:2x2", "--topology: several pods need --search or --grow"),
+        (f"plan {QUICKSTART} --topology=v5e:2x2 --grow=4 --json", "--grow: makes one table of the pods"),
         (f"plan {QUICKSTART}", "--topology is missing; see python -m reft_jax plan --help"),
     ],
 )

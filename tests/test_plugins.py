@@ -35,7 +35,12 @@ def test_a_file_may_import_what_is_hidden_from_libraries(tmp_path, monkeypatch):
         (None, "llama", "model.family='llama' must be path.py:NAME: a Python file and a name that it defines"),
         (None, "mine.py", "model.family='mine.py' must be path.py:NAME: a Python file and a name that it defines"),
         (None, "mine.py:", "model.family='mine.py:' must be path.py:NAME: a Python file and a name that it defines"),
-        (None, "mine.py:THIS", "model.family='mine.py:THIS': there is no file mine.py"),
+        (None, "mine.py:THIS", "model.family='mine.py:THIS': there is no file mine.py; it must be a local file"),
+        (
+            None,
+            "gs://bucket/mine.py:THIS",
+            "model.family='gs://bucket/mine.py:THIS': there is no file gs://bucket/mine.py; it must be a local file",
+        ),
         ("X = 1\n", "mine.py:THIS", "model.family='mine.py:THIS': mine.py does not define THIS"),
         ("\nx = 1 +\n", "mine.py:x", "model.family: mine.py, line 2: SyntaxError: invalid syntax; correct the file"),
         (
@@ -73,6 +78,5 @@ def test_a_corrected_file_is_run_again(tmp_path):
 def test_the_path_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plugins.absolute("mine.py:X") == f"{tmp_path}/mine.py:X"
-    assert [plugins.absolute(name) for name in ("", "ppo", "hub:owner/name:test", "/a/b.py:X")] == [
-        *("", "ppo", "hub:owner/name:test", "/a/b.py:X")
-    ]
+    as_they_are = ["", "ppo", "hub:owner/name:test", "/a/b.py:X", "gs://bucket/b.py:X"]
+    assert [plugins.absolute(name) for name in as_they_are] == as_they_are

@@ -1,5 +1,6 @@
 """Programs run while the engine decodes; verdicts are the graded ones; a broken executor is an error."""
 
+import json
 import time
 
 import numpy as np
@@ -61,6 +62,15 @@ def test_verdicts_belong_to_their_completions_and_are_logged(tmp_path, monkeypat
     assert len(clock.programs) == 3 and all(seconds > 0 for seconds in clock.programs)  # equal programs run once
 
 
+def test_hosts_exchange_the_times_of_programs_and_not_their_texts(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(rollout.hosts, "gather", lambda what, value: sent.append(json.dumps(value)) or [value])
+    run = run_with(FakeEngine(), tmp_path, monkeypatch)
+    assert len(dict(roll_out(run, None, PROMPTS, EXAMPLES, "a test"))) == 4
+    assert len(sent) == 1 and "solution" not in sent[0]
+    assert all(line["ms"] > 0 for line in read_executions(tmp_path / LOG_NAME))
+
+
 def test_a_rollout_that_the_caller_logs_leaves_its_lines_to_the_caller(tmp_path, monkeypatch):
     """So an iteration that ends within its rollout leaves nothing in the log: it is sampled again, and logged then."""
     run = run_with(FakeEngine(), tmp_path, monkeypatch)
@@ -110,6 +120,7 @@ def test_an_executor_that_fails_is_an_error_and_no_reward(tmp_path, monkeypatch)
 
 
 REWARD = """
+import json
 import time
 
 def reward(completion, example, verdict):

@@ -66,7 +66,7 @@ def test_few_rows_are_looked_at_together():
 
 
 def test_what_is_said_of_a_collapse_and_lines_without_a_reward():
-    collapse = Collapse(prompts=64)
+    collapse = Collapse(questions=64)
     assert collapse.add({"step": 1, "loss": 2.0}) == ""
     assert collapse.add({"reward": 0.4, "kl": 0.0}) == ""
     assert collapse.add({"reward": 0.01, "kl": 308.4}) == (

@@ -32,8 +32,10 @@ from reft_jax.parallel.mesh import on_mesh, put_rows, round_up, row_shards
 from reft_jax.run.inputs import Data, Inputs, checked_tokenizer
 from reft_jax.run.machine import LENGTHS, open_mesh, running_executor
 from reft_jax.stages.models import as_base, base_policy, policy_shapes
+from reft_jax.stages.rollout import program_limits
 from reft_jax.store import origin, readable
 from reft_jax.tasks import answers, prompts
+from reft_jax.tasks.registry import Task
 from reft_jax.tasks.tokenizer import decode, encode
 from reft_jax.toy import problems
 from reft_jax.train.batches import rollout_rows
@@ -41,7 +43,7 @@ from reft_jax.train.iteration import Iteration
 from reft_jax.train.packing import Packing
 from reft_jax.train.scoring import score_lines
 from reft_jax.train.state import init_adapter, make_optimizer, new_state, state_shardings
-from reft_jax.types import Completion, Prompt
+from reft_jax.types import Completion, Example, Prompt
 
 QUESTIONS = 4  # rolled out, scored and trained on
 RESPONSE = 32  # tokens sampled for each
@@ -120,9 +122,9 @@ def findings(inputs: Inputs, mesh) -> Iterator[Finding]:
 
 
 def check_tokenizer(inputs: Inputs) -> Finding:
-    answer_format, examples = inputs.config.data.format, inputs.data.train
-    texts = [prompts.rollout_prompt(example.question, answer_format) for example in examples]
-    texts += [prompts.sft_target(example, answer_format) for example in examples]
+    how, examples = (inputs.config.data.format, inputs.task), inputs.data.train
+    texts = [prompts.rollout_prompt(example.question, *how) for example in examples]
+    texts += [prompts.sft_target(example, *how) for example in examples]
     found = [(text, decode(inputs.tokenizer, encode(inputs.tokenizer, text))) for text in texts]
     for example in examples:  # what is read after a prompt is the beginning of the answer
         begun = inputs.prompter.answer(inputs.prompter.prompt(example.question))
@@ -133,8 +135,8 @@ def check_tokenizer(inputs: Inputs) -> Finding:
 
 
 def check_executor(inputs: Inputs) -> Finding:
-    limits, started = inputs.config.executor, time.monotonic()
-    results = executor.run_programs(list(PROGRAMS), timeout_s=2.0, workers=limits.workers, memory_mb=limits.memory_mb)
+    limits, started = program_limits(inputs.config) | {"timeout_s": 2.0}, time.monotonic()
+    results = executor.run_programs(list(PROGRAMS), **limits)
     got = [result.value if result.status == "ok" else result.status for result in results]
     checked = zip(PROGRAMS.items(), got, strict=True)
     wrong = [f"{program!r} gave {value}, not {expected}" for (program, expected), value in checked if value != expected]
@@ -143,21 +145,32 @@ def check_executor(inputs: Inputs) -> Finding:
 
 
 def check_grading(inputs: Inputs) -> Finding:
-    """A worked solution earns 1; with another number as the right answer it earns 0.1; no solution earns 0."""
-    answer_format, examples, limits = inputs.config.data.format, inputs.data.train, inputs.config.executor
-    run_programs = partial(executor.run_programs, workers=limits.workers, memory_mb=limits.memory_mb)
-    right = [prompts.sft_target(example, answer_format) for example in examples]
-    others = [example._replace(answer_value=str(float(example.answer_value) + 1)) for example in examples]
-    wrong, total = 0, 0
-    for texts, asked, reward in (
-        (right, examples, 1.0),
-        (right, others, 0.1),
-        (["I do not know."] * len(examples), examples, 0.0),
-    ):
-        verdicts = answers.grade(texts, asked, answer_format, run_programs=run_programs)
-        wrong += sum(verdict.reward != reward for verdict in verdicts)
-        total += len(verdicts)
-    return Finding("rewards 1, 0.1 and 0", not wrong, f"{total - wrong} of {total} graded correctly")
+    """A worked solution earns 1; with another question's answer as the right one it earns 0.1; no solution earns 0.
+
+    A task with rewards of its own says what a right answer, a wrong one and none earn.
+    """
+    how, examples = (inputs.config.data.format, inputs.task), inputs.data.train
+    run_programs = partial(executor.run_programs, **program_limits(inputs.config))
+    tries = [("I do not know.", example, False, False) for example in examples]  # text, example, answered, correct
+    for example in examples:
+        solution = prompts.sft_target(example, *how)
+        tries.append((solution, example, True, True))
+        if other := _with_another_answer(inputs.task.of(example.item_id), example, examples):
+            tries.append((solution, other, True, False))
+    texts, asked, *_ = zip(*tries, strict=True)
+    verdicts, wrong = answers.grade(texts, asked, *how, run_programs=run_programs), 0
+    for (_, example, *expected), (value, correct, reward, *_) in zip(tries, verdicts, strict=True):
+        earned = inputs.task.of(example.item_id).reward(value, expected[1], example)
+        wrong += [value is not None, correct, reward] != [*expected, earned]
+    name = "rewards 1, 0.1 and 0" if type(inputs.task).reward is Task.reward else "rewards"
+    return Finding(name, not wrong, f"{len(tries) - wrong} of {len(tries)} graded correctly")
+
+
+def _with_another_answer(task: Task, example: Example, examples: list[Example]) -> Example | None:
+    """The example with the first answer of another that would be wrong for it; None if all have the same."""
+    values = (other.answer_value for other in examples)
+    wrong = (value for value in values if not task.is_correct(task.target(value), example.answer_value))
+    return next((example._replace(answer_value=value) for value in wrong), None)
 
 
 def check_weights(inputs: Inputs, model: Llama, lm) -> Iterator[Finding]:
@@ -180,8 +193,8 @@ def check_weights(inputs: Inputs, model: Llama, lm) -> Iterator[Finding]:
 
 def check_layers(inputs: Inputs, mesh, model: Llama, lm) -> Iterator[Finding]:
     """The loss on worked solutions, with all layers and without each one: a damaged layer makes the model worse."""
-    kind = inputs.config.data.format
-    texts = [prompts.prompt_text(e.question) + prompts.sft_target(e, kind) for e in inputs.data.train]
+    kind, task = inputs.config.data.format, inputs.task
+    texts = [prompts.prompt_text(e.question, task) + prompts.sft_target(e, kind, task) for e in inputs.data.train]
     ids = [encode(inputs.tokenizer, text) for text in texts]
     ids = sorted(ids, key=len)[:2]
     decisions, size = [len(row) - 1 for row in ids], {"micro_batch": row_shards(mesh), "micro_batches": 2}

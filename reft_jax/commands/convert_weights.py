@@ -2,10 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from reft_jax.model.hf_folder import check_is_folder
-from reft_jax.model.safetensors import write_json, write_tensors
+from reft_jax.model.safetensors import Layout, write_shards
 from reft_jax.model.torch_bin import BinFile
 from reft_jax.model_folder import check_new_folder, read_bytes, read_json, whole_folder
 from reft_jax.store import writing
@@ -39,7 +42,8 @@ def run_convert_weights(source: Path, out_dir: Path) -> None:
     for path in others:
         read_bytes(path, 1)
     with writing(out_dir), whole_folder(out_dir) as target:
-        _write(files, target)
+        told = [f"{number} of {len(files)}: {file.path.name}" for number, file in enumerate(files, 1)]
+        write_shards(target, list(map(_read, files, told)))
         for path in others:
             shutil.copy(path, target / path.name)
     left_out = [name for file in files for name in file.left_out]
@@ -62,15 +66,12 @@ def _bin_files(source: Path) -> list[str]:
     raise InputError(f"--in: {source} has neither pytorch_model.bin nor {INDEX}; there is nothing to convert")
 
 
-def _write(files: list[BinFile], target: Path) -> None:
-    weight_map, total = {}, 0
-    for number, file in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        layout = {tensor: (array.dtype, array.shape) for tensor in file.tensors for array in [file.array(tensor)]}
-        print(f"{number} of {len(files)}: {file.path.name} -> {name}", flush=True)
-        write_tensors(target / name, layout, map(file.array, layout))
-        weight_map |= dict.fromkeys(layout, name)
-        total += sum(file.array(tensor).nbytes for tensor in layout)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / "model.safetensors.index.json", index)
+def _read(file: BinFile, told: str) -> tuple[Layout, Iterator[np.ndarray]]:
+    """One file as `write_shards` takes it; prints a line when its turn comes."""
+    layout = {tensor: (array.dtype, array.shape) for tensor in file.tensors for array in [file.array(tensor)]}
+
+    def arrays() -> Iterator[np.ndarray]:
+        print(told, flush=True)
+        yield from map(file.array, layout)
+
+    return layout, arrays()

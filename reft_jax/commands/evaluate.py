@@ -1,5 +1,6 @@
 """The table of a work directory: greedy top-1, voting, reranking and upper bound of the models in it."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 
@@ -22,10 +23,10 @@ from reft_jax.run.watch import Collapse
 from reft_jax.stages import models
 from reft_jax.stages.models import POLICIES, TITLES, checksum, done
 from reft_jax.stages.rerank import rerank_scores
+from reft_jax.stages.rollout import program_limits
 from reft_jax.stages.sample import greedy_answers, made_by
 from reft_jax.store import published
 from reft_jax.tasks.answerable import wrong_anyway
-from reft_jax.tasks.answers import RunPrograms
 from reft_jax.tasks.registry import Task, load_task
 from reft_jax.train.metrics import read_metrics
 from reft_jax.train.trackers import Results
@@ -75,7 +76,8 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
 
     both_readings: also read all answers in the way that `data.reading` is not.
     """
-    # Before the first answer: a damaged done.json ends the command here.
+    # Before the first answer: a task without the other reading and a damaged done.json end the command here.
+    readings = tasks(run) if both_readings else None
     stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     tracked = Results(run.workdir.path, run.config, versions())
@@ -93,8 +95,9 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         "stages": stages,
     } | found
     if hosts.is_first():
-        if both_readings:
-            report["readings"] = results.both_readings(list(answers), run.config.seed, *tasks(run), run_programs(run))
+        if readings:
+            run_programs = partial(executor.run_programs, **program_limits(run.config))
+            report["readings"] = results.both_readings(list(answers), run.config.seed, *readings, run_programs)
         write_report(run.workdir.path, report)
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
@@ -109,18 +112,6 @@ def tasks(run: Run) -> tuple[Task, Task]:
     """The run's task, and the same task with the other reading."""
     other = {"strict": "lenient", "lenient": "strict"}[run.config.data.reading]
     return run.inputs.task, load_task(run.config.task, other)
-
-
-def run_programs(run: Run) -> RunPrograms:
-    """The executor with the run's limits."""
-    limits = run.config.executor
-    return partial(
-        executor.run_programs,
-        timeout_s=limits.timeout_s,
-        workers=limits.workers,
-        memory_mb=limits.memory_mb,
-        program_kb=limits.program_kb,
-    )
 
 
 def about(run: Run) -> dict[str, str]:
@@ -164,18 +155,7 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
         lines.append(f"{TITLES['self_train_offline']}: {best}, {offline['rows']} rows.")
     for stage in ("self_train_online", "reft"):
         if result := stages.get(stage):
-            trained, collapse = metrics_lines(run, stage, result), Collapse(run.config.rl.questions)
-            line = f"{TITLES[stage]}: best iteration {result['best']} of {result['iterations']}"
-            if not result["best"]:
-                line += ", the warm-up model itself: no iteration was better on dev"
-            rewards = [line["reward"] for line in trained if "reward" in line]
-            if len(rewards) >= 3:
-                slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
-                line += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
-            lines.append(line + ".")
-            for one in trained:
-                if told := collapse.add(one):
-                    lines.append(f"{TITLES[stage]}: from iteration {one['step']:.0f} on it is ruined: {told}.")
+            lines += course(run, stage, result)
     for name in POLICIES:
         row = next((row for row in rows if row["model"] == TITLES[name]), {})
         judged, result = row.get("classification_accuracy"), stages.get(f"rerank_{name}")
@@ -187,3 +167,19 @@ def notes(run: Run, stages: dict, rows: list[dict]) -> list[str]:
                 f"wrong: {judged['base_rate']:.1%})."
             )
     return lines
+
+
+def course(run: Run, stage: str, result: dict) -> Iterator[str]:
+    """Notes on a stage of iterations: the best one, the slope of the reward, and whether the policy collapsed."""
+    title, lines, collapse = TITLES[stage], metrics_lines(run, stage, result), Collapse(run.config.rl.questions)
+    told = f"{title}: best iteration {result['best']} of {result['iterations']}"
+    if not result["best"]:
+        told += ", the warm-up model itself: no iteration was better on dev"
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    if len(rewards) >= 3:
+        slope, low, high = (10 * x for x in slope_interval(np.array(rewards), run.config.seed))
+        told += f"; slope of the mean reward {slope:+.3f} per 10 iterations [{low:+.3f}, {high:+.3f}]"
+    yield f"{told}."
+    for line in lines:
+        if ruin := collapse.add(line):
+            yield f"{title}: from iteration {line['step']:.0f} on it is ruined: {ruin}."

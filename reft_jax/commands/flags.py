@@ -51,11 +51,12 @@ class Flag(NamedTuple):
     def value(self, values: flags.FlagValues) -> Any:
         """The parsed value: a Path or a list of paths where the flag is one."""
         value = values[self.name].value
-        if self.disk and value and is_remote(value):
+        paths = listed(value or "") if self.kind is PATHS else [value or ""]
+        if self.disk and (remote := next((path for path in paths if is_remote(path)), None)):
             how = "copy it to one, or from one, with `gcloud storage cp -r`"
-            raise InputError(f"--{self.name}: {value} is in a bucket, and this command works on a disk; {how}")
+            raise InputError(f"--{self.name}: {remote} is in a bucket, and this command works on a disk; {how}")
         if self.kind is PATHS:
-            return listed(value or "")
+            return paths
         return as_path(value) if self.kind is Path and value else value
 
     def shown(self) -> str:
@@ -95,7 +96,9 @@ def _new_name(name: str, values: flags.FlagValues, declared: Iterable[Flag]) -> 
     return next((flag.name for flag in declared if name in flag.old), joined if joined in values else None)
 
 
-CONFIG = Flag("config", str, None, "settings: a Python file as in configs/", required=True, takes="FILE[:ARG]")
+CONFIG = Flag(
+    "config", str, None, "settings: a Python file as in configs/", required=True, takes="FILE[:ARG]", disk=True
+)
 
 
 def define_settings(values: flags.FlagValues) -> None:

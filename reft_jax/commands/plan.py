@@ -20,6 +20,8 @@ def run(config, file: str, **values) -> bool:
     """Prints the plan of the run that `file` configures, as the flags `values` say; whether it fits. InputError."""
     if len(values["topology"]) > 1 and not values["search"] and not values["grow"]:
         raise InputError("--topology: several pods need --search or --grow; write --topology=v5e:4x8 for one")
+    if values["grow"] and (values["search"] or values["json"]):
+        raise InputError("--grow: makes one table of the pods of --topology; leave out --search and --json")
     os.environ |= ENVIRONMENT
     from reft_jax.plan.table import run_plan  # imports JAX, which reads the environment then
 

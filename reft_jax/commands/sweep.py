@@ -231,7 +231,8 @@ def samples_file(workdir: Path, checkpoint: Checkpoint, data: str) -> Path:
 def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
     """Records the checksum of every model and reranker by its name.
 
-    InputError if a name belonged to another model before: that one has answers already."""
+    InputError if a name belonged to another model before: that one has answers already.
+    """
     path = workdir / SOURCES
     try:
         before = json.loads(path.read_text()) if path.exists() else {}

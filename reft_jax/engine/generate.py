@@ -154,6 +154,7 @@ class _Rollout:
         self.prefixes: dict[int, device.Prefix] = {}
 
     def run(self) -> Iterator[tuple[int, Completion]]:
+        """Yield (index of the prompt, its completion) until no request is left. total_len is int32[D·slots] here."""
         engine, schedule = self.engine, self.schedule
         total_len, ended = np.ones(schedule.owner.size, np.int32), []
         while schedule.queued or schedule.most_taken():
@@ -178,7 +179,7 @@ class _Rollout:
         yield from ended
 
     def fill(self, total_len: np.ndarray) -> np.ndarray:
-        """Seat the requests that have a free slot. Returns total_len with that of the new rows."""
+        """Seat the requests that have a free slot. Returns total_len int32[D·slots] with that of the new rows."""
         schedule, total_len = self.schedule, total_len.copy()
         while True:
             if found := schedule.next_seats(self.seats_at_once):
@@ -205,6 +206,7 @@ class _Rollout:
                 return total_len
 
     def prefill(self, shares: list[list[Group]]) -> device.Prefix:
+        """Prefill the prompts of each shard, `rows` rows per shard; rows without a prompt are padding of length 1."""
         engine, rows = self.engine, self.schedule.rows
         longest = max(len(group.tokens) for share in shares for group in share)
         tokens = np.zeros((len(shares) * rows, round_up(longest, engine.pad_multiple)), np.int32)
@@ -253,6 +255,7 @@ class _Rollout:
         return np.take_along_axis(total_len.reshape(-1, size), np.minimum(kept, size - 1), 1).reshape(-1)
 
     def count(self, drawn: np.ndarray, slots: int, queued: bool) -> None:
+        """Add a chunk to `Engine.counts`. drawn: int32[slots], the tokens that each row drew."""
         steps = int(drawn.max())
         counted = {"slot_steps": slots * steps, "tokens": int(drawn.sum())}
         self.engine.counts.update(steps=steps, **counted)
@@ -260,6 +263,7 @@ class _Rollout:
             self.engine.counts.update({f"queue_{name}": number for name, number in counted.items()})
 
     def completions(self, rows: list[tuple[int, int]], total_len: np.ndarray) -> Iterator[tuple[int, Completion]]:
+        """Fetch the completions of `rows`, (row, request) each, which have ended."""
         tokens, logprobs = fetch((self.slots.tokens, self.slots.logprobs))
         for row, request in rows:
             prompt = self.prompts[request]

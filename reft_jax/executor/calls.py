@@ -278,7 +278,7 @@ class Stream:
                     pool.end(kind, zygote)
                 raise
             except InfrastructureError as error:
-                lost = pool.bury(kind, zygote, lost)
+                lost = pool.bury(kind, zygote)
                 if under_way[0] is again or lost >= LOST_IN_A_ROW:
                     raise InfrastructureError(f"{lost} program executors in a row failed; the last: {error}") from error
                 again, zygote, sent = under_way[0], None, 0  # the others never ran

@@ -152,7 +152,7 @@ def _strike(kind: Kind, zygote: Zygote) -> None:
             _state.numbers[kind].discard(zygote.number)
 
 
-def bury(kind: Kind, zygote: Zygote, lost: int) -> int:
+def bury(kind: Kind, zygote: Zygote) -> int:
     """Kills a zygote that failed; returns how many in a row have now failed."""
     _strike(kind, zygote)
     zygote.kill()
@@ -198,7 +198,7 @@ def keep_spares(kind: Kind, workers: int, programs: int) -> None:
         try:
             zygote.keep_spares(number)
         except InfrastructureError:
-            bury(other, zygote, 0)
+            bury(other, zygote)
         else:
             give(other, zygote)
 

@@ -38,7 +38,7 @@ class Room(NamedTuple):
 def room() -> Room:
     """Measures the room now. A limit that cannot be read counts as none."""
     memory, free = _machine_memory()
-    processes = min(_processes("pids"), _user_processes())
+    processes = min(_processes(), _user_processes())
     for folder in _folders("memory"):
         for limit_file, used_file, cache in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -57,8 +57,9 @@ def _machine_memory() -> tuple[float, float]:
     return total or math.inf, free or math.inf
 
 
-def _processes(controller: str) -> float:
-    left = (_number(folder / "pids.max") - _number(folder / "pids.current", 0) for folder in _folders(controller))
+def _processes() -> float:
+    """How many more processes the cgroups leave."""
+    left = (_number(folder / "pids.max") - _number(folder / "pids.current", 0) for folder in _folders("pids"))
     return max(0.0, min(left, default=math.inf))
 
 

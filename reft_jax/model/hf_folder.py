@@ -5,15 +5,11 @@ import re
 from pathlib import Path
 
 from reft_jax.model.config_fields import shown
-from reft_jax.model.safetensors import DTYPES, Stored, read_header
+from reft_jax.model.safetensors import DTYPES, INDEX, SINGLE, Stored, read_header
 from reft_jax.model_folder import CONFIG, read_json
 from reft_jax.types import InputError
 
-SINGLE, INDEX, ADAPTER = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-)
+ADAPTER = "adapter_config.json"
 WRAPPER = "pretrained_model."  # prefix of a model saved inside TRL's value-head wrapper
 MERGE = "merge it first: python -m reft_jax convert adapter --in=ADAPTER --base=BASE --out_dir=DIR"
 # Tensors that other programs store and a Llama computes or does not use: rotation tables, causal masks, cache scales.

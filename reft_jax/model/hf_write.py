@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reft_jax.model.hf import LM_HEAD, VALUE_HEAD_FILE, hf_names, hf_shape
 from reft_jax.model.llama import Llama
 from reft_jax.model.llama_config import LlamaConfig
-from reft_jax.model.safetensors import DTYPE_CODES, write_json, write_tensors
+from reft_jax.model.safetensors import DTYPE_CODES, Layout, write_json, write_shards, write_tensors
 from reft_jax.model_folder import CONFIG, check_new_folder, whole_folder, with_end, write_generation, write_tokenizer
 from reft_jax.store import as_path
 from reft_jax.types import InputError
@@ -70,7 +70,7 @@ def save_hf(
         _write_model(target, trunk, max_shard_bytes)
         if value:
             (target / VALUE_HEAD_FILE).parent.mkdir()
-            _write_file(target / VALUE_HEAD_FILE, value)
+            write_tensors(target / VALUE_HEAD_FILE, *_laid_out(value))
 
 
 def _known_dtype(dtype: Any) -> np.dtype:
@@ -197,17 +197,9 @@ def _write_model(folder: Path, tensors: list[_Tensor], limit: float) -> None:
             room = limit
         shards[-1].append(tensor)
         room -= nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_shards(folder, [_laid_out(shard) for shard in shards])
 
 
-def _write_file(path: Path, tensors: list[_Tensor]) -> None:
-    layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    write_tensors(path, layout, (tensor.make() for tensor in tensors))
+def _laid_out(tensors: list[_Tensor]) -> tuple[Layout, Iterator[np.ndarray]]:
+    """What `write_tensors` takes."""
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}, (tensor.make() for tensor in tensors)

@@ -7,7 +7,7 @@ special case.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F64": np.dtype(np.float64),
 }
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a model's file, or the index of several
+Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # type and shape of each tensor of a file, by name
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -120,7 +122,19 @@ def write_json(path: Path, raw: dict) -> None:
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, layout: dict[str, tuple[np.dtype, tuple]], arrays: Iterable[np.ndarray]) -> None:
+def write_shards(folder: Path, shards: Sequence[tuple[Layout, Iterable[np.ndarray]]]) -> None:
+    """Write the tensors of a model: one file, or numbered ones with an index. Each shard is as for `write_tensors`."""
+    weight_map, total = {}, 0
+    for number, (layout, arrays) in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, layout, arrays)
+        weight_map |= dict.fromkeys(layout, name)
+        total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_tensors(path: Path, layout: Layout, arrays: Iterable[np.ndarray]) -> None:
     """Write a safetensors file: length of the header (8 bytes, little endian), JSON header, one array after another."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in layout.items():

@@ -5,7 +5,7 @@ Nothing here touches a device, so the mesh may consist of devices that do not ex
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +54,7 @@ class RunFunctions:
     """`all`: the compiled functions of a run with `config`; `residents`: bytes per device of what stays in memory."""
 
     def __init__(self, config, model: Llama, mesh):
-        self.config, self.model, self.mesh, self.width = config, model, mesh, jnp.dtype(model.dtype).itemsize
+        self.config, self.model, self.mesh = config, model, mesh
         self.algorithm, rl = make_algorithm(config), config.rl
         head = (ValueHead(), "value_head") if self.algorithm.critic else ()
         self.policy = abstract_params(model, *head)
@@ -90,21 +90,22 @@ class RunFunctions:
             "prefix": device_bytes(self.prefix),
         }
         with on_mesh(mesh):
-            self.all = [
-                self.sft(),
-                self.reshard(),
-                self.prefill(),
-                self.seat(),
-                self.decode("decode, PPO", self.ppo_slots, config.rl, top_k=0),
-                self.decode("decode, sampling", self.sample_slots, config.sample, top_k=config.sample.top_k),
-                self.score("score, policy", self.params, ("moments", *self.in_training)),
-                *(
-                    [self.score("score, reference", {"lm": reference}, ("policy and moments",))]
-                    * self.algorithm.reference
-                ),
-                self.ppo(),
-                self.rerank(),
-            ]
+            self.all = list(self.each(reference))
+
+    def each(self, reference) -> Iterator[Jitted]:
+        """Every function. reference: the abstract parameters of the reference model."""
+        rl, sample = self.config.rl, self.config.sample
+        yield self.sft()
+        yield self.reshard()
+        yield self.prefill()
+        yield self.seat()
+        yield self.decode("decode, PPO", self.ppo_slots, rl, top_k=0)
+        yield self.decode("decode, sampling", self.sample_slots, sample, top_k=sample.top_k)
+        yield self.score("score, policy", self.params, ("moments", *self.in_training))
+        if self.algorithm.reference:
+            yield self.score("score, reference", {"lm": reference}, ("policy and moments",))
+        yield self.ppo()
+        yield self.rerank()
 
     # Training
 
@@ -115,6 +116,7 @@ class RunFunctions:
         return Lines(*[self.rows(shape)] * 4), shape, f"{shape[0]} × {shape[1]} lines of {length}"
 
     def rows(self, shape: tuple[int, ...], dtype=jnp.int32, axis: int = 1):
+        """An abstract array whose dimension `axis` is spread by row."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row(self.mesh, axis))
 
     def training(self, name: str, step, state, settings, rows: int, old, **fields) -> Jitted:
@@ -122,12 +124,9 @@ class RunFunctions:
         `old` makes its other input from [M,b,T]."""
         lines, shape, words = self.lines(settings, rows)
         batch = (lines, old(shape))
-        forward = cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops
-        flops = 3 * forward(self.model.config, rows, shape[2])
-        if self.lora:
-            flops -= forward(self.model.config, rows, shape[2]) - cost.attention_flops(
-                self.model.config, rows, shape[2]
-            )
+        size = self.model.config, rows, shape[2]
+        forward = (cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops)(*size)
+        untrained = forward - cost.attention_flops(*size) if self.lora else 0
         least = 2 * device_bytes(state) + device_bytes((batch, self.base))
         trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
         fields = {"calls": 0, "beside": ()} | fields
@@ -135,7 +134,7 @@ class RunFunctions:
         def lower():
             return step.lower(state, batch, shape[0], self.base)
 
-        return Jitted(name, words, lower, trips, 1, flops=flops, least=least, **fields)
+        return Jitted(name, words, lower, trips, 1, flops=3 * forward - untrained, least=least, **fields)
 
     def sft(self) -> Jitted:
         settings = self.config.sft
@@ -198,6 +197,7 @@ class RunFunctions:
         return with_axes(self.mesh, slots, rollout.axes(slots), ROLLOUT_RULES)
 
     def prompts(self, settings):
+        """The arguments of a prefill: tokens int32[R,P] and lengths int32[R]."""
         rows = self.engine.shapes(self.rollout_rows, settings.max_len).prefill_rows * row_shards(self.mesh)
         length = round_up(settings.max_prompt, self.config.data.pad_multiple)
         return self.rows((rows, length), axis=0), self.rows((rows,), axis=0)
@@ -209,6 +209,7 @@ class RunFunctions:
         return with_axes(self.mesh, made, rollout.axes(made), ROLLOUT_RULES)
 
     def reshard(self) -> Jitted:
+        """One layer's weights from training's form to that of rollouts."""
         layers, count = self.params["lm"]["layers"], self.model.config.num_layers
         return Jitted(
             "rollout weights",

@@ -106,10 +106,12 @@ def kind_of(work: Work) -> str:
 def run(text: str, trips: Mapping[str, int]) -> list[Work]:
     """Everything that one call of a compiled function does. Raises LoopError."""
     computations, entry = parse(text)
-    return _Program(computations, trips).runs(entry)
+    return _Counter(computations, trips).runs(entry)
 
 
-class _Program:
+class _Counter:
+    """The computations of one compiled function, and the work of those that have been counted."""
+
     def __init__(self, computations: dict[str, Computation], trips: Mapping[str, int]):
         self.computations, self.trips = computations, trips
         self.counted: dict[str, list[Work]] = {}
@@ -183,7 +185,7 @@ class _Program:
                 if size
             )
         if one.op == "slice-start":
-            return min(sizes[0], self.destination(here, one).bytes)
+            return min(sizes[0], self.destination(one).bytes)
         if one.op in SLICES:
             return min(sizes[0], one.bytes) + sum(sizes[1:])
         return sum(sizes[1:] if one.op in UPDATES else sizes)
@@ -224,7 +226,7 @@ class _Program:
 
     def written(self, here: Computation, one: Instruction) -> int:
         if one.op.endswith("-start"):
-            return self.destination(here, one).hbm
+            return self.destination(one).hbm
         if one.op != "fusion":
             return self.stored(here, one, one.hbm)
         fused = self.computations[one.called("calls")[0]]
@@ -234,7 +236,7 @@ class _Program:
             return one.hbm
         return sum(self.stored(fused, part, array.hbm) for part, array in zip(roots, one.arrays, strict=True))
 
-    def destination(self, here: Computation, one: Instruction) -> Array:
+    def destination(self, one: Instruction) -> Array:
         """The array in which an asynchronous operation puts its result.
 
         It is the first array of copy-start; else it comes after the operands and before the other results.

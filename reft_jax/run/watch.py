@@ -8,7 +8,7 @@ from reft_jax.types import Completion, Verdict
 
 SHOWN_CHARS = 160
 SILENT_ROLLOUTS = 3  # training rollouts without an answer before the warning; a single evaluation is enough
-ROWS = 64  # rows that a mean reward needs to be reliable
+QUESTIONS = 64  # that a mean reward needs to be reliable: the samples of one question are alike
 GONE, AWAY = 0.25, 1.0  # ruined below this share of the first mean reward and above this KL in nats per row
 
 
@@ -47,9 +47,9 @@ class Silence:
 class Collapse:
     """Finds the first PPO iteration at which the reward is lost and the policy is far from its reference."""
 
-    def __init__(self, prompts: int):
-        """prompts: rows per iteration. The numbers of enough iterations to have ROWS rows are averaged."""
-        self._last: deque[tuple[float, float]] = deque(maxlen=math.ceil(ROWS / prompts))
+    def __init__(self, questions: int):
+        """questions: per iteration. The numbers of enough iterations to have QUESTIONS of them are averaged."""
+        self._last: deque[tuple[float, float]] = deque(maxlen=math.ceil(QUESTIONS / questions))
         self._first, self._told = None, False
 
     def add(self, line: dict) -> str:

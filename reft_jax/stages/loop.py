@@ -34,11 +34,13 @@ from reft_jax.train.state import abstract_state, init_adapter, new_state, state_
 from reft_jax.train.trackers import MetricsWriter
 from reft_jax.types import InputError, SaveError, Stopped
 
+START = {"best": 0, "best_dev_top1": -1.0}  # `info` at the start of a stage whose checkpoint is chosen on dev
+
 
 class Training:
     """A training stage: its state on the mesh, its metrics and its clock. Used in a `with`.
 
-        with Training(run, "sft", abstract, optimizer, make_params, {"best": 0, "best_dev_top1": -1.0}) as training:
+        with Training(run, "sft", abstract, optimizer, make_params, START) as training:
             for epoch in training.epochs(rows=len(rows), batch_size=48, epochs=40):  # or training.iterations(…)
                 for chosen in epoch:  # resumes where an earlier start stopped
                     state, numbers = step(training.state, batch_of(chosen))

@@ -242,7 +242,8 @@ def finished(run: Run, stage: str) -> dict | None:
     """The result of the stage if it is done, for a command that would train it; prints a line that says so.
 
     InputError if a finished stage was trained on data that has changed since, or this one from models that have. Prints
-    a line if this one's checkpoint was chosen on other dev questions."""
+    a line if this one's checkpoint was chosen on other dev questions.
+    """
     check_data(run)
     check_sources(run, stage)
     result = done(run, stage)
@@ -273,7 +274,8 @@ def changed_data(run: Run, result: dict) -> list[str]:
     """Which of "train" and "dev" has other rows now than when the stage was trained.
 
     Nothing if the data settings changed too, for the user allowed that, and nothing where an older version recorded no
-    data."""
+    data.
+    """
     before, now = result.get("data") or run.inputs.data_made, run.inputs.data_made
     if before["settings"] != now["settings"]:
         return []

@@ -14,7 +14,7 @@ from reft_jax.algo.algorithms import Algorithm, make_algorithm
 from reft_jax.parallel.mesh import round_up
 from reft_jax.run.executions import reinforced
 from reft_jax.run.open import Run
-from reft_jax.stages.loop import Training
+from reft_jax.stages.loop import START, Training
 from reft_jax.stages.models import abstract_policy, finished, load_model, sources, start_policy
 from reft_jax.stages.rollout import Graded, open_rewards, roll_out_once
 from reft_jax.tasks.rewards import Rewards
@@ -40,9 +40,8 @@ def run_reft(run: Run) -> dict:
     if algorithm.reference and not run.config.lora.rank:
         reference = load_model(run, "warmup")["lm"]
         made_from = {"path": "models/warmup", "checksum": digest(array_checksums(reference))}
-    start = {"best": 0, "best_dev_top1": -1.0}
     state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
-    of_warmup = Training(run, "reft", *state_parts, start, made_from, of="warmup")
+    of_warmup = Training(run, "reft", *state_parts, START, made_from, of="warmup")
     with of_warmup as training, open_rewards(run) as rewards:
         if algorithm.reference and training.lora:
             reference = training.base  # the adapter is off

@@ -18,7 +18,7 @@ from reft_jax.parallel import hosts
 from reft_jax.run.executions import execution
 from reft_jax.run.open import Run
 from reft_jax.run.watch import SILENT_ROLLOUTS, Tally
-from reft_jax.store import local
+from reft_jax.store import local, short_hash
 from reft_jax.tasks.registry import load_task
 from reft_jax.tasks.rewards import RewardError, Rewards
 from reft_jax.train.progress import Progress
@@ -53,8 +53,8 @@ class Grading:
     """Grades completions in the order in which they arrive; a context that ends with their programs.
 
     If the executor fails, InfrastructureError is raised here, and if a reward function does, RewardError: neither is
-    ever a reward of 0. seconds: the run time of each distinct program, by its text. outcomes: how many programs ended
-    in each way.
+    ever a reward of 0. seconds: the run time of each distinct program, by the hash of its text, because hosts exchange
+    these numbers. outcomes: how many programs ended in each way.
 
     Args:
         rewards: what gives the rewards; None: the task.
@@ -108,7 +108,7 @@ class Grading:
                 result = self._result(future)
                 verdict = task.judge(*task.returned(result), example)
                 self.outcomes.update([result.status] + ["cut at a blank line"] * result.cut)
-                self.seconds[text] = result.ms / 1000
+                self.seconds[short_hash(text)] = result.ms / 1000
             self.guards.step(alone=True)
             yield number, example, text, verdict
 
@@ -131,17 +131,14 @@ class Grading:
 
     def _stream(self, want: str) -> executor.Stream:
         if want not in self._streams:
-            limits = self.config.executor
-            self._streams[want] = self._stack.enter_context(
-                executor.stream(
-                    timeout_s=limits.timeout_s,
-                    workers=limits.workers,
-                    want=want,
-                    memory_mb=limits.memory_mb,
-                    program_kb=limits.program_kb,
-                )
-            )
+            stream = executor.stream(want=want, **program_limits(self.config))
+            self._streams[want] = self._stack.enter_context(stream)
         return self._streams[want]
+
+
+def program_limits(config) -> dict[str, float]:
+    """The limits of a program, as `executor.stream` and `executor.run_programs` take them."""
+    return {name: getattr(config.executor, name) for name in ("timeout_s", "workers", "memory_mb", "program_kb")}
 
 
 def roll_out(
@@ -169,7 +166,7 @@ def roll_out(
         def settled(verdicts, seconds) -> Iterator[tuple[int, Graded]]:
             for i, verdict in verdicts:
                 completion, text = ended.pop(i)
-                line = execution(purpose, examples[i], text, verdict, 1000 * seconds.get(text, 0.0))
+                line = execution(purpose, examples[i], text, verdict, 1000 * seconds.get(short_hash(text), 0.0))
                 if logged:
                     log.add(line)
                 tally.add(completion, text, verdict)

@@ -8,7 +8,7 @@ import jax
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.run.inputs import Row
 from reft_jax.run.open import Run
-from reft_jax.stages.loop import Training
+from reft_jax.stages.loop import START, Training
 from reft_jax.stages.models import abstract_policy, finished, sources, start_policy
 from reft_jax.stages.rollout import Graded, roll_out_once
 from reft_jax.stages.sample import run_sample
@@ -67,9 +67,9 @@ def run_online(run: Run) -> dict:
     rl, settings, rows = run.config.rl, run.config.self_train, online_rows(run)
     schedule = constant_schedule(settings.learning_rate, rl.lr_warmup)
     optimizer = make_optimizer(schedule, weight_decay=rl.weight_decay, clip_norm=rl.clip_norm)
-    start, made_from = {"best": 0, "best_dev_top1": -1.0}, sources(run, "warmup")
+    made_from = sources(run, "warmup")
     state_parts = abstract_policy(run), optimizer, partial(start_policy, run)
-    with Training(run, ONLINE, *state_parts, start, made_from, of="warmup") as training:
+    with Training(run, ONLINE, *state_parts, START, made_from, of="warmup") as training:
         update = make_step(self_train_loss, run.machine.model, optimizer, training.shardings, training.lora)
         for number, drawn in training.iterations(len(rows), shown=("loss", "train_correct")):
             started, state = time.monotonic(), training.state

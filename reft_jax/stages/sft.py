@@ -8,7 +8,7 @@ import numpy as np
 from reft_jax.parallel.mesh import put_rows
 from reft_jax.run.inputs import Row
 from reft_jax.run.open import Run
-from reft_jax.stages.loop import Training
+from reft_jax.stages.loop import START, Training
 from reft_jax.stages.models import abstract_policy, base_policy, finished
 from reft_jax.train.packing import Packing, pack_targets, packing_size
 from reft_jax.train.state import linear_schedule, make_optimizer
@@ -43,13 +43,12 @@ def train_supervised(
     steps_per_epoch = -(-len(rows) // settings.batch_size)
     schedule = linear_schedule(settings.learning_rate, settings.lr_warmup, epochs * steps_per_epoch)
     optimizer = make_optimizer(schedule, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
-    start = {"best": 0, "best_dev_top1": -1.0}
     machine = run.machine
     dtype = machine.model.dtype if run.config.lora.rank else jnp.float32  # of a base that is frozen, or trained
     make_params = partial(base_policy, run.inputs, machine.mesh, machine.model, dtype)
     state_parts = abstract_policy(run), optimizer, make_params
-    with Training(run, stage, *state_parts, start, sources) as training:
-        update = make_step(sft_loss, run.machine.model, optimizer, training.shardings, training.lora)
+    with Training(run, stage, *state_parts, START, sources) as training:
+        update = make_step(sft_loss, machine.model, optimizer, training.shardings, training.lora)
         for epoch in training.epochs(rows=len(rows), batch_size=settings.batch_size, epochs=last_epoch):
             for chosen in epoch:
                 packing, weight, batch = make_batch(run, [rows[i] for i in chosen])

@@ -27,6 +27,12 @@ END_S = 1.0  # to say where a function hangs
 PACKAGE = Path(reft_jax.__file__).resolve().parents[1]  # the folder that holds reft_jax/
 
 
+def environment() -> dict[str, str]:
+    """That of a process for a user's code: it finds this package, and its JAX does not take the devices."""
+    path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+
+
 class Paid(NamedTuple):
     """What a reward function gave: the reward, and its parts by name (none if it returned a number only)."""
 
@@ -51,7 +57,6 @@ class Worker:
     def __init__(self, name: str, log):
         self.name, self._received, self._where = name, b"", tempfile.TemporaryFile()
         fd = self._where.fileno()
-        path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "reft_jax.tasks.reward_worker", name, str(fd)],
             stdin=subprocess.PIPE,
@@ -59,7 +64,7 @@ class Worker:
             stderr=log,
             pass_fds=[fd],
             start_new_session=True,  # so that `kill` also ends what the function started
-            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # a function must not take the devices
+            env=environment(),
         )
 
     def ready(self) -> None:

@@ -100,8 +100,8 @@ def model_checksum(weights: Path, base: Path, memory: Path) -> str:
     """A checksum of a model, 16 hex digits: its weights, and config.json and tokenizer of `base`. Paths do not matter.
 
     For saved parameters it uses the checksums of their arrays and reads nothing large; an adapter records the checksum
-    of the model that it belongs to. Files of a Hugging Face folder
-    are hashed whole, once: `memory` is a JSON file that keeps a hash while inode, size and times of its file stay.
+    of the model that it belongs to. Files of a Hugging Face folder are hashed whole, once: `memory` is a JSON file that
+    keeps a hash while inode, size and times of its file stay.
 
     Raises InputError if files of saved parameters are missing, too many or of another size.
     """

@@ -44,8 +44,10 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 class Packing:
     """Where each row of a batch is, and where its decisions are.
 
-    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. count:
-    the number of micro-batches that hold rows. padding: the share of their places that is padding.
+    at: (row int[N], place int[N]) of all N decisions, so that `x[packing.at]` takes them from an array [B,T]. slot:
+    (line int[N], number in it int[N]) of the same decisions, in an array [M·b,W]. line: that of each row, int[B].
+    length: of a line. count: the number of micro-batches that hold rows. padding: the share of their places that is
+    padding.
     """
 
     def __init__(self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int):
@@ -73,8 +75,8 @@ class Packing:
 
         places = (np.prod(self.shape), self.length)
         tokens, positions, segments = (np.zeros(places, np.int32) for _ in range(3))
-        for row, line, begin in zip(rows, self.line, offset, strict=True):
-            here = np.s_[line, begin : begin + len(row)]
+        for row, line, start in zip(rows, self.line, offset, strict=True):
+            here = np.s_[line, start : start + len(row)]
             tokens[here], positions[here], segments[here] = row, np.arange(len(row)), segments[line].max() + 1
         shaped = (x.reshape(*self.shape, self.length) for x in (tokens, positions, segments))
         self.lines = Lines(*shaped, self.spread(offset[self.at[0]] + self.at[1] + 1, np.int32) - 1)

@@ -50,17 +50,21 @@ class Chunks:
         return x.reshape(self.shards, -1, *x.shape[1:])
 
     def part(self, tree, i):
+        """Chunk i of every array [b,W',…] of the tree; b: the rows of one shard."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, 1), tree)
 
     def put(self, x, part, i):
+        """x [b,W',…] with chunk i replaced."""
         return jax.lax.dynamic_update_slice_in_dim(x, part, i * self.size, 1)
 
     def loop(self, step, start):
+        """`carry = step(i, carry)` for every chunk i, from `start`."""
         with jax.named_scope("decisions"):
             return jax.lax.fori_loop(0, self.count, step, start)
 
 
 def _every_shard(one_shard, *axes):
+    """`one_shard` of arrays [shards,…], each row shard on its own devices. axes: as `in_axes` of `jax.vmap`."""
     return jax.vmap(one_shard, axes, spmd_axis_name=("data", "fsdp"))
 
 

@@ -30,7 +30,7 @@ from reft_jax import plugins
 from reft_jax.config import flatten, nearest
 from reft_jax.parallel.hosts import is_first
 from reft_jax.store import local, on_disk, publish, write_whole, writing
-from reft_jax.tasks.rewards import PACKAGE
+from reft_jax.tasks.rewards import environment
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
 from reft_jax.train.services import SERVICES, SYNC
@@ -132,38 +132,38 @@ TRACKERS = {"tensorboard": TensorBoard, "jsonl": JsonLines}
 
 def load_trackers(setting: str) -> dict[str, Callable[[Path], Tracker]]:
     """By name, what makes each tracker of the setting `tracking`. InputError if one is unknown or incomplete."""
-    found, known = {}, [*TRACKERS, *SERVICES]
-    for name in map(str.strip, setting.split(",")):
-        if name in TRACKERS:
-            found[name] = TRACKERS[name]
-            continue
-        if name in SERVICES:
-            if importlib.util.find_spec(name) is None:
-                raise InputError(
-                    f"tracking={setting!r}: {name} is not installed; install reft_jax[{name}], or leave {name} out"
-                )
-            found[name] = SERVICES[name]
-            continue
-        if not plugins.is_plugin(name):
-            raise InputError(
-                f"tracking={setting!r}: {name!r} is not known; did you mean {nearest(name, known)!r}? Known are "
-                f"{', '.join(known)}, and {plugins.FORM} of a file of your own"
-            )
-        found[name] = plugins.load(name, "tracking")
-        absent = [method for method in METHODS if isinstance(found[name], type) and not hasattr(found[name], method)]
-        if absent or not callable(found[name]):
-            what = f"has no method {', '.join(absent)}" if absent else "is not a class"
-            raise InputError(f"tracking={setting!r}: {name} {what}; see Tracker in reft_jax/train/trackers.py")
+    found = {name: _maker(name, f"tracking={setting!r}") for name in map(str.strip, setting.split(","))}
     if "jsonl" not in found:
         raise InputError(f"tracking={setting!r}: jsonl is missing, and a run resumes from it; write jsonl,{setting}")
     return found
 
 
+def _maker(name: str, where: str) -> Callable[[Path], Tracker]:
+    if name in TRACKERS:
+        return TRACKERS[name]
+    if name in SERVICES:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{where}: {name} is not installed; install reft_jax[{name}], or leave {name} out")
+        return SERVICES[name]
+    if not plugins.is_plugin(name):
+        known = [*TRACKERS, *SERVICES]
+        raise InputError(
+            f"{where}: {name!r} is not known; did you mean {nearest(name, known)!r}? Known are {', '.join(known)}, and "
+            f"{plugins.FORM} of a file of your own"
+        )
+    made = plugins.load(name, "tracking")
+    absent = [method for method in METHODS if isinstance(made, type) and not hasattr(made, method)]
+    if absent or not callable(made):
+        what = f"has no method {', '.join(absent)}" if absent else "is not a class"
+        raise InputError(f"{where}: {name} {what}; see Tracker in reft_jax/train/trackers.py")
+    return made
+
+
 class Guarded:
     """A tracker that cannot stop or slow a run: it lives in a process of its own, and a thread passes the calls to it.
 
-    Its first exception becomes one warning, and it is switched off: its process is killed, and no further call is kept.
-    So does a call that takes longer than CALL_SECONDS. Nothing waits for it before the end of the process (`deliver`).
+    Its first exception, or a call that takes longer than CALL_SECONDS, becomes one warning, and it is switched off: its
+    process is killed, and no further call is kept. Nothing waits for it before the end of the process (`deliver`).
     """
 
     CALL_SECONDS = 60.0
@@ -217,7 +217,6 @@ class Guarded:
             _ALL.remove(self)
 
     def _start(self) -> None:
-        path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._local.mkdir(parents=True, exist_ok=True)
         with self._lock, (self._local / LOG).open("ab") as log:
             if self._on:
@@ -227,7 +226,7 @@ class Guarded:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C is for the run
-                    env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # it must not take the devices
+                    env=environment(),
                 )
 
     def _answer(self, call: tuple) -> str:

@@ -245,4 +245,10 @@ PLANTED = [
      (f"{PAGE}::test_what_the_page_knows_of_an_answer",)),
     ("page: a completion steers the terminal", "reft_jax.page.text", 'letter.isprintable() or letter == "\\n"', "True",
      (f"{PAGE}::test_the_terminal_twin_shows_every_answer_and_escapes",)),
+    ("the address of a user's file is mangled", "reft_jax.plugins", ' and "://" not in path', "",
+     ("test_plugins.py::test_the_path_becomes_absolute",)),
+    ("check grades as the paper's task does", "reft_jax.commands.check", "answers.grade(texts, asked, *how, run",
+     "answers.grade(texts, asked, how[0], run", ("test_check.py::test_the_questions_of_any_task_are_graded",)),
+    ("hosts send the programs to each other", "reft_jax.stages.rollout", "self.seconds[short_hash(text)]",
+     "self.seconds[text]", ("test_rollout.py::test_hosts_exchange_the_times_of_programs_and_not_their_texts",)),
 ]  # fmt: skip

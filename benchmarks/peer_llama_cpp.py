@@ -1,4 +1,4 @@
-"""The sampling workload of speed.py on llama.cpp (CPU), many rows a step: useful tokens per second as one JSON line.
+"""The sampling workload of speed.py on llama.cpp (CPU), many rows per step: useful tokens per second as one JSON line.
 
     pip install llama-cpp-python gguf safetensors torch                          (an environment of its own)
     python benchmarks/peer_llama_cpp.py sample --model DIR --workload FILE [--dtype float32|bfloat16] [--slots 64]

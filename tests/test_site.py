@@ -127,7 +127,7 @@ def test_nothing_is_loaded_from_a_network(site):
 
 def test_search_finds_settings_and_functions(site):
     index = json.dumps(json.loads((site / "search.json").read_text()))
-    assert all(word in index for word in ("rl.kl_coef", "token_rewards", "What can become of a program?"))
+    assert all(word in index for word in ("rl.kl_coef", "token_rewards", "How can a program end?"))
 
 
 def test_search_works_in_a_page_that_is_opened_as_a_file(site, browser):

@@ -5,7 +5,7 @@ settings: `rl.algorithm = "path.py:NAME"`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import isabstract
 from typing import Any, ClassVar, NamedTuple
 
@@ -236,8 +236,24 @@ def make_algorithm(config) -> Algorithm:
         raise InputError(f"rl.algorithm={rl.algorithm}: is not a subclass of reft_jax.algo.algorithms.Algorithm")
     if isabstract(made):
         raise InputError(f"rl.algorithm={rl.algorithm}: does not define `advantages`; see reft_jax/algo/algorithms.py")
-    own = {name: getattr(rl, name) or getattr(made, name) for name in ("samples", "kl_in", "loss_mean", "clip_high")}
-    algorithm = made(**{one.name: getattr(rl, one.name) for one in fields(Algorithm)} | own)
+    algorithm = made(
+        kl_coef=rl.kl_coef,
+        gamma=rl.gamma,
+        lam=rl.lam,
+        clip=rl.clip,
+        value_clip=rl.value_clip,
+        vf_coef=rl.vf_coef,
+        temperature=rl.temperature,
+        samples=rl.samples or made.samples,
+        clip_high=rl.clip_high or made.clip_high,
+        kl_in=rl.kl_in or made.kl_in,
+        kl_estimator=rl.kl_estimator,
+        loss_mean=rl.loss_mean or made.loss_mean,
+        overlong=rl.overlong,
+        redraws=rl.redraws,
+        max_prompt=rl.max_prompt,
+        max_len=rl.max_len,
+    )
     if algorithm.samples < algorithm.fewest:
         raise InputError(
             f"config: rl.samples={rl.samples}: {rl.algorithm} compares the samples of a question; "

@@ -138,7 +138,13 @@ class Grading:
 
 def program_limits(config) -> dict[str, float]:
     """The limits of a program, as `executor.stream` and `executor.run_programs` take them."""
-    return {name: getattr(config.executor, name) for name in ("timeout_s", "workers", "memory_mb", "program_kb")}
+    limits = config.executor
+    return {
+        "timeout_s": limits.timeout_s,
+        "workers": limits.workers,
+        "memory_mb": limits.memory_mb,
+        "program_kb": limits.program_kb,
+    }
 
 
 def roll_out(

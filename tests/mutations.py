@@ -30,6 +30,7 @@ from planted import executor, models, runs, training
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
+LIMIT_S = 600  # for the tests of one mistake, in a process of their own; most take seconds
 # Nobody reads what a failed assertion compared, nor needs garbage collected between mistakes: each costs a second.
 PYTEST = ["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 
@@ -97,7 +98,10 @@ def failing_in_copy(tests, name: Path, mutated: str) -> tuple[int, str]:
         shutil.copy(REPO / "pyproject.toml", copy)
         (copy / name).write_text(mutated)
         command = [sys.executable, "-m", "pytest", *PYTEST, *(str(copy / "tests" / test) for test in tests)]
-        run = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        try:
+            run = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return 124, f"not ended after {LIMIT_S} s"
         return run.returncode, run.stdout + run.stderr
 
 

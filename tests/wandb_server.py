@@ -120,6 +120,8 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Run]]:
         monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.1")  # seconds; the client's own is 15
         thread = threading.Thread(target=server.serve_forever, args=[0.05])
         thread.start()
-        yield server.runs
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.runs
+        finally:  # also after a failed test: otherwise the thread keeps the process alive
+            server.shutdown()
+            thread.join()

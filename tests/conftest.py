@@ -4,7 +4,7 @@ JAX reads its settings from the environment when it is first imported, so they a
 is. Tests that do not need JAX then never import it. The suite sees one CPU device: a test that needs more starts its
 own process with `JAX_NUM_CPU_DEVICES` set. All processes of a suite share what they compile.
 
-Without --long, XLA leaves out optimizations: most of the suite's time went to optimizing code that runs once.
+Without --long, XLA leaves out optimizations: about half of the suite's time went to optimizing code that runs once.
 """
 
 import atexit

@@ -29,7 +29,7 @@ LATER = [
     ("mathqa", "nl"),
     ("mathqa-numeric", "python"),
     ("mathqa-numeric", "nl"),
-]  # the others have each want, format, dataset
+]  # with --long; the others have numbers and letters as answers, programs and text
 TRAINED = ("warmup", "sft", "self_train_offline", "self_train_online", "reft", "rerank_sft", "rerank_reft")
 LENGTH = 128
 SETTINGS = {

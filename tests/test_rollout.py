@@ -120,7 +120,6 @@ def test_an_executor_that_fails_is_an_error_and_no_reward(tmp_path, monkeypatch)
 
 
 REWARD = """
-import json
 import time
 
 def reward(completion, example, verdict):

@@ -89,6 +89,9 @@ class DataSettings:
     train_limit: int = setting(0, at_least(0), "rows of the training file to use, drawn with the seed; 0: all")
     test_limit: int = setting(0, at_least(0), "rows of the test file to use, drawn with the seed; 0: all")
     max_dropped: float = setting(0.2, between(0, 1), "largest share of training rows to drop: too long, never rewarded")
+    line_len: int = setting(
+        0, at_least(0), "tokens of the lines that rows are packed into; less than a stage's max_len: its max_len"
+    )
     pad_multiple: int = setting(64, MULTIPLE_OF_32, "rows are padded to a multiple of this: few shapes are compiled")
 
 

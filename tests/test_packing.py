@@ -11,7 +11,7 @@ from tiny import tiny_policy, tiny_ppo
 from reft_jax.parallel.mesh import sizes_up_to
 from reft_jax.stages import rerank, sft
 from reft_jax.train.iteration import Iteration
-from reft_jax.train.packing import LINE_LENGTHS, Lines, Packing, first_fit
+from reft_jax.train.packing import LINE_LENGTHS, Lines, Packing, first_fit, packing_size
 from reft_jax.train.scoring import make_scorer
 from reft_jax.types import Rollout
 
@@ -140,7 +140,7 @@ def of_lengths(*lengths: int, decisions: int = 1, **shape) -> Packing:
     ("max_len", "multiple", "lengths"),
     [(64, 8, (16, 32, 48, 64)), (100, 8, (32, 56, 80, 104)), (224, 224, (224,)), (24, 8, (8, 16, 24))],
 )
-def test_lines_are_the_shortest_of_few_that_hold_the_longest_row(max_len, multiple, lengths):
+def test_one_row_is_in_the_shortest_of_few_lines_that_hold_it(max_len, multiple, lengths):
     """Quarters of max_len, rounded up."""
     assert sizes_up_to(max_len, LINE_LENGTHS, multiple) == list(lengths)
     for longest in range(1, max_len + 1):
@@ -152,8 +152,12 @@ def test_lines_are_the_shortest_of_few_that_hold_the_longest_row(max_len, multip
 
 
 def test_padding_by_hand():
-    # 20 + 20 tokens in two lines of 32, a micro-batch each; the other three micro-batches are not run
-    assert of_lengths(20, 20, micro_batch=1).padding == pytest.approx(1 - 40 / 64)
+    # 22 + 22 tokens: two lines of 32 are 64 places, and so is one line of 64. One of 48 has the fewest
+    one = of_lengths(22, 22, micro_batch=1)
+    assert (one.length, one.count) == (48, 1) and one.padding == pytest.approx(1 - 44 / 48)
+    # 30 + 30 tokens: two lines of 32, a micro-batch each, and one line of 64 are 64 places; the shorter line is taken
+    two = of_lengths(30, 30, micro_batch=1)
+    assert (two.length, two.count) == (32, 2) and two.padding == pytest.approx(1 - 60 / 64)
     # 20 and 12 share a line
     assert of_lengths(20, 12, 20, micro_batch=1).padding == pytest.approx(1 - 52 / 64)
     # Two lines of 32 with 30 each, of a micro-batch of 4 lines: the two empty ones are run too
@@ -185,7 +189,7 @@ def test_shapes_come_from_few_sizes_whatever_the_rows():
         if len(rows) == 20:
             padding.append(packing.padding)
     assert {shape[2] for shape in shapes} <= {32, 56, 80, 104} and len(shapes) <= LINE_LENGTHS
-    assert np.mean(padding) < 0.4  # rows alone in lines of the longest's length are half padding
+    assert np.mean(padding) < 0.2  # rows alone in lines of the longest's length are half padding
 
 
 def test_room_is_for_a_row_a_line():
@@ -198,9 +202,18 @@ def test_room_is_for_a_row_a_line():
 # --- what the stages pack
 
 
+def test_lines_may_be_longer_than_rows():
+    """data.line_len: rows of at most 40 tokens, in lines of up to 128. The room is still one row a line."""
+    assert packing_size(RUN.config, 40, 1, 12)["max_len"] == 40
+    config = SimpleNamespace(data=SimpleNamespace(pad_multiple=8, line_len=128))
+    packing = Packing([[1] * 36] * 12, [0] * 12, [35] * 12, **packing_size(config, 40, 1, 12))
+    assert (packing.length, packing.count) == (128, 4)  # three rows a line; in lines of 40 there is one
+    assert packing.lines.tokens.shape == (12, 1, 128) and packing.padding == pytest.approx(1 - 12 * 36 / 512)
+
+
 RUN = SimpleNamespace(
     config=SimpleNamespace(
-        data=SimpleNamespace(pad_multiple=8),
+        data=SimpleNamespace(pad_multiple=8, line_len=0),
         **{name: SimpleNamespace(max_len=16, micro_batch=2, batch_size=4) for name in ("sft", "rerank", "rl")},
     )
 )

@@ -132,6 +132,21 @@ def test_the_planned_arrays_are_those_of_a_run():
     assert {one.name: one.trips for one in functions.all}["PPO update"] == {"micro_batches": 4, "decisions": 8}
 
 
+def test_longer_lines_hold_several_rows():
+    """Two rows of 128 tokens in a line of 256: half as many micro-batches, the same products, longer attention."""
+    model, _ = tiny_model()
+    config = check_config(load_config(str(REPO / "configs" / "quickstart.py")))
+    configs = config, replaced(config, {"data.line_len": 256})
+    plain, longer = (
+        {one.name: one for one in RunFunctions(one, model, make_mesh(1, 1, 1)).all if "lines" in one.shape}
+        for one in configs
+    )
+    assert plain["PPO update"].shape == "4 × 16 lines of 128" and longer["PPO update"].shape == "2 × 16 lines of 256"
+    for name in ("PPO update", "score, policy", "score, reference"):
+        assert longer[name].trips["micro_batches"] == plain[name].trips["micro_batches"] / 2
+        assert plain[name].flops < longer[name].flops < 1.5 * plain[name].flops
+
+
 def test_what_an_algorithm_does_without_is_not_planned():
     """GRPO without a KL penalty: no value head in the state, no reference, no pass under it; rows are all samples."""
     model, lm = tiny_model()

@@ -21,7 +21,7 @@ from reft_jax.model.rollout_weights import rollout_layer, rollout_rest
 from reft_jax.parallel.mesh import ROLLOUT_RULES, abstract_arrays, by_row, on_mesh, round_up, row_shards, with_axes
 from reft_jax.plan import flops as cost
 from reft_jax.train.iteration import Iteration
-from reft_jax.train.packing import Lines
+from reft_jax.train.packing import Lines, line_size
 from reft_jax.train.scoring import decisions_at_once
 from reft_jax.train.state import abstract_params, abstract_state, constant_schedule, make_optimizer, state_shardings
 from reft_jax.train.steps import RerankBatch, make_step, rerank_loss, sft_loss
@@ -65,7 +65,7 @@ class RunFunctions:
         self.state = abstract_arrays(mesh, abstract_state(self.optimizer, trains))
         self.where = state_shardings(mesh, self.optimizer, trains)
         self.base = frozen(abstract_arrays(mesh, self.policy["lm"]), model.dtype) if self.lora else None
-        size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": config.data.pad_multiple}
+        size = line_size(config, rl.max_len, rl.micro_batch)
         self.iteration = Iteration(model, mesh, self.optimizer, self.algorithm, self.where, self.lora, **size)
         self.engine = make_engine(config, model, mesh, EOS)
         self.params = whole(self.state.params, self.base)
@@ -109,11 +109,14 @@ class RunFunctions:
 
     # Training
 
-    def lines(self, settings, rows: int) -> tuple[Lines, tuple[int, int, int], str]:
-        """Lines for `rows` rows, their shape [M,b,T], and the shape in words."""
-        length = round_up(settings.max_len, self.config.data.pad_multiple)
+    def lines(self, settings, rows: int) -> tuple[Lines, tuple[int, int, int], int, str]:
+        """Lines for `rows` rows, their shape [M,b,T], how many of M hold rows if all are as long as allowed, and that
+        in words."""
+        size = line_size(self.config, settings.max_len, settings.micro_batch)
+        length = round_up(size["max_len"], size["multiple"])
         shape = (rows // settings.micro_batch, settings.micro_batch, length)
-        return Lines(*[self.rows(shape)] * 4), shape, f"{shape[0]} × {shape[1]} lines of {length}"
+        count = -(-rows // (length // settings.max_len * settings.micro_batch))
+        return Lines(*[self.rows(shape)] * 4), shape, count, f"{count} × {shape[1]} lines of {length}"
 
     def rows(self, shape: tuple[int, ...], dtype=jnp.int32, axis: int = 1):
         """An abstract array whose dimension `axis` is spread by row."""
@@ -122,17 +125,17 @@ class RunFunctions:
     def training(self, name: str, step, state, settings, rows: int, old, **fields) -> Jitted:
         """An update of full lines: the FLOPs of three forward passes, without those of the gradient of frozen weights.
         `old` makes its other input from [M,b,T]."""
-        lines, shape, words = self.lines(settings, rows)
+        lines, shape, count, words = self.lines(settings, rows)
         batch = (lines, old(shape))
-        size = self.model.config, rows, shape[2]
+        size = self.model.config, count * shape[1], shape[2]
         forward = (cost.trunk_flops if "rerank_head" in state.params else cost.forward_flops)(*size)
         untrained = forward - cost.attention_flops(*size) if self.lora else 0
         least = 2 * device_bytes(state) + device_bytes((batch, self.base))
-        trips = {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
+        trips = {"micro_batches": count, "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))}
         fields = {"calls": 0, "beside": ()} | fields
 
         def lower():
-            return step.lower(state, batch, shape[0], self.base)
+            return step.lower(state, batch, count, self.base)
 
         return Jitted(name, words, lower, trips, 1, flops=3 * forward - untrained, least=least, **fields)
 
@@ -169,15 +172,15 @@ class RunFunctions:
 
     def score(self, name: str, params, beside: tuple[str, ...]) -> Jitted:
         rl = self.config.rl
-        lines, shape, words = self.lines(rl, self.rollout_rows)
+        lines, shape, count, words = self.lines(rl, self.rollout_rows)
         return Jitted(
             name,
             words,
-            lambda: self.iteration.score_lines.lower(params, lines, shape[0]),
-            {"micro_batches": shape[0], "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))},
+            lambda: self.iteration.score_lines.lower(params, lines, count),
+            {"micro_batches": count, "decisions": -(-shape[2] // decisions_at_once(*shape[1:]))},
             once=1,
             calls=1,
-            flops=cost.forward_flops(self.model.config, shape[0] * shape[1], shape[2]),
+            flops=cost.forward_flops(self.model.config, count * shape[1], shape[2]),
             least=device_bytes((params, lines)),
             beside=beside,
         )

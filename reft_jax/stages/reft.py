@@ -21,7 +21,7 @@ from reft_jax.tasks.rewards import Rewards
 from reft_jax.train.batches import minibatches, rollout_rows
 from reft_jax.train.checksums import array_checksums, digest
 from reft_jax.train.iteration import Iteration, Scores, gap_metrics, importance_weights
-from reft_jax.train.packing import Packing
+from reft_jax.train.packing import Packing, line_size
 from reft_jax.train.state import TrainState, constant_schedule, make_optimizer
 from reft_jax.types import Completion, Example, PPOBatch, Prompt, Rollout, SamplerGapError
 
@@ -59,7 +59,7 @@ def run_reft(run: Run) -> dict:
 def make_iteration(run: Run, optimizer, algorithm: Algorithm, training: Training) -> Iteration:
     """The compiled functions of the run's iterations."""
     machine, rl = run.machine, run.config.rl
-    size = {"micro_batch": rl.micro_batch, "max_len": rl.max_len, "multiple": run.config.data.pad_multiple}
+    size = line_size(run.config, rl.max_len, rl.micro_batch)
     return Iteration(machine.model, machine.mesh, optimizer, algorithm, training.shardings, training.lora, **size)
 
 

@@ -51,16 +51,18 @@ class Packing:
     """
 
     def __init__(self, rows, first, decisions, *, max_len: int, micro_batch: int, micro_batches: int, multiple: int):
-        """rows: token ids, at most max_len each; row i has `decisions[i]` decisions, from place first[i] on.
+        """rows: token ids; row i has `decisions[i]` decisions, from place first[i] on. max_len: of a line.
 
         The arrays always have room for `micro_batches` of `micro_batch` lines, enough for one row per line. The length
-        of a line is the shortest of a few lengths that holds the longest row. No other shape depends on the rows.
+        of a line is one of a few that hold the longest row: that with the least padding. No other shape depends on the
+        rows.
         """
         lengths = np.array([len(row) for row in rows])
-        lines = sizes_up_to(max_len, LINE_LENGTHS, multiple)
-        self.length = next(length for length in lines if length >= lengths.max())
-        self.line, offset = first_fit(lengths, self.length)
-        self.count = needed = int(self.line.max()) // micro_batch + 1
+        fits = {n: first_fit(lengths, n) for n in sizes_up_to(max_len, LINE_LENGTHS, multiple) if n >= lengths.max()}
+        counts = {length: int(line.max()) // micro_batch + 1 for length, (line, _) in fits.items()}
+        self.length = min(counts, key=lambda length: (counts[length] * length, length))
+        self.line, offset = fits[self.length]
+        self.count = needed = counts[self.length]
         if needed > micro_batches:
             raise ValueError(f"{len(rows)} rows need {needed} micro-batches of {micro_batch} lines: {micro_batches}")
         self.shape = (micro_batches, micro_batch)
@@ -99,10 +101,15 @@ class Packing:
         return out
 
 
+def line_size(config, max_len: int, micro_batch: int) -> dict[str, int]:
+    """The size of the micro-batches of a Packing. Rows have at most `max_len` tokens; lines may be longer."""
+    data = config.data
+    return {"max_len": max(max_len, data.line_len), "micro_batch": micro_batch, "multiple": data.pad_multiple}
+
+
 def packing_size(config, max_len: int, micro_batch: int, rows: int) -> dict[str, int]:
     """The size of a Packing of at most `rows` rows, each of at most `max_len` tokens."""
-    size = {"max_len": max_len, "micro_batch": micro_batch, "micro_batches": -(-rows // micro_batch)}
-    return size | {"multiple": config.data.pad_multiple}
+    return line_size(config, max_len, micro_batch) | {"micro_batches": -(-rows // micro_batch)}
 
 
 def pack_rollout(rollout: Rollout, **size) -> Packing:

@@ -27,7 +27,7 @@ from reft_jax.plan.growth import grown, growth_row
 from reft_jax.plan.hlo import Cost
 from reft_jax.plan.plan import Measured, Plan, Planned, advice, estimated, planned
 from reft_jax.plan.search import candidates
-from reft_jax.plan.table import table, verdict, write_into
+from reft_jax.plan.table import short, table, verdict, write_into
 from reft_jax.toy.model import toy_config
 from reft_jax.train.state import abstract_params
 from reft_jax.types import InputError
@@ -242,6 +242,10 @@ def test_tables_go_between_their_marks(tmp_path):
     )
     with pytest.raises(InputError, match="has no lines"):
         write_into(path, "c", "")
+    assert (
+        short("configs/a.py") == "a"
+        and short("configs/gsm8k_pods.py:Qwen2.5-Coder-7B") == "gsm8k_pods:Qwen2.5-Coder-7B"
+    )
 
 
 def test_the_command_plans_the_toy_with_the_tpu_compiler(tmp_path):

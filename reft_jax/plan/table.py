@@ -30,11 +30,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
+def short(config: str) -> str:
+    """The flag `--config`, FOLDER/NAME.py:ARGUMENT, as the marks of a file have it: NAME:ARGUMENT."""
+    path, colon, argument = config.partition(":")
+    return Path(path).stem + colon + argument
+
+
 def run_plan(config, values) -> bool:
     """The `plan` command: prints the plan that the flags `values` ask for; returns whether the run fits."""
     shapes, source = shapes_of(config, Path(values.config.partition(":")[0]))
     kind = "growth" if values.grow else "search" if values.search else values.topology[0]
-    name, to_people = f"{Path(values.config).stem} {kind}", sys.stderr if values.json else sys.stdout
+    name, to_people = f"{short(values.config)} {kind}", sys.stderr if values.json else sys.stdout
     if values.into:
         _marked(Path(values.into), name)  # before anything is compiled
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from unittest import mock
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh
 from tiny import rollouts_on, tiny_config
 
 from reft_jax import load_hf, save_hf
+from reft_jax.__main__ import main
 from reft_jax.config import default_config
 from reft_jax.engine import generate
 from reft_jax.model.families import FAMILIES
@@ -23,7 +25,8 @@ from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.parallel.mesh import check_divides, make_mesh
 from reft_jax.plan import flops
 from reft_jax.run.machine import make_machine
-from reft_jax.tasks.tokenizer import encode, load_tokenizer
+from reft_jax.tasks.prompts import make_prompter
+from reft_jax.tasks.tokenizer import load_tokenizer
 from reft_jax.train.state import abstract_params
 from reft_jax.types import InputError, Prompt
 
@@ -230,25 +233,30 @@ def test_a_mesh_of_more_than_the_key_value_heads_is_one_line():
 
 
 @pytest.mark.long
-def test_real_weights_of_qwen(capsys):
-    """Qwen2.5-Coder-0.5B-Instruct: the same first choice at every position of a prompt, and the same greedy text."""
+def test_real_weights_of_qwen(capsys, monkeypatch):
+    """Qwen2.5-Coder-0.5B-Instruct: the same first choice at every position of a prompt. `solve` prints the same greedy
+    program as transformers', and its answer, 12 · 50 / 60."""
     folder = os.environ.get("QWEN_CODER")
     if not folder:
         pytest.skip("set QWEN_CODER to the folder of Qwen2.5-Coder-0.5B-Instruct")
-    text = "Question:\nWeng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How "
-    text += "much did she earn?\nAnswer reasoning:\ndef solution():\n"
-    tokens = np.array([encode(load_tokenizer(folder), text)], np.int32)
+    question = (
+        "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did "
+    )
+    question += "she earn?"
+    prompter = make_prompter(load_tokenizer(folder))
+    tokens = np.array([prompter.prompt(question)], np.int32)
     model, params = load_hf(folder)
     ours = np.asarray(jax.jit(model.apply)({"params": params}, tokens))
+    del params
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     want = torch_logits(theirs, tokens)
     with capsys.disabled():
         print(f"\n[Qwen2.5-Coder-0.5B: largest difference of {want.size} logits {np.abs(ours - want).max():.1e}]")
     np.testing.assert_array_equal(ours.argmax(-1), want.argmax(-1))
     assert np.abs(ours - want).max() <= 2e-3
-    engine = generate.Engine(model, make_mesh(1, 1, 1), slots=1, pad_multiple=64, eos_id=151645, seed=0)
-    [(_, found)] = engine.generate(
-        params, [Prompt("gsm8k_0", 0, tokens[0])], max_len=len(tokens[0]) + 40, temperature=0.0
-    )
-    text = theirs.generate(torch.tensor(tokens, dtype=torch.int64), max_new_tokens=40, do_sample=False)
-    np.testing.assert_array_equal(found.tokens, text[0, len(tokens[0]) :].numpy())
+    text = theirs.generate(torch.tensor(tokens, dtype=torch.int64), max_new_tokens=100, do_sample=False)[0].numpy()
+    assert text[-1] in (151643, 151645)  # it ended by itself
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["reft", "solve", f"--model={folder}", "--max_len=300", question])
+    main()
+    assert capsys.readouterr().out == f"{prompter.answer(text[:-1])}\n\nanswer: 10.0\n"

@@ -298,4 +298,26 @@ def test_lines_of_one_epoch_become_their_mean():
 
 
 def test_moving_average_uses_the_points_there_are_at_the_ends():
-    assert moving_average(np.array([1.0, 2.0, 6.0, 1.0]), 3).tolist() == [1.5, 3.0, 3.0, 3.5]
+    mean, half = moving_average(np.array([1.0, 2.0, 6.0, 1.0]), 3)
+    assert mean.tolist() == [1.5, 3.0, 3.0, 3.5]
+    # 1, 2: variance (n) 1/4, so 1.96 √(1/4 / 1); 1, 2, 6: 14/3, so 1.96 √(14/3 / 2); 6, 1: 25/4
+    np.testing.assert_allclose(half, 1.959964 * np.sqrt([0.25, 7 / 3, 7 / 3, 6.25]), rtol=1e-6)
+    assert moving_average(np.array([3.0]), 3)[1] == 0  # one point has no scatter
+
+
+def test_a_noisy_quantity_has_an_interval(tmp_path, drawn):
+    """The reward of ten iterations: faint points, their average, and a band around it. Of five: the points alone."""
+    reward = [0.2, 0.4, 0.3, 0.5, 0.4, 0.6, 0.5, 0.7, 0.6, 0.8]
+    lines = [{"step": step, "reward": value, "kl": value} for step, value in enumerate(reward, start=1)]
+    plot_curves(tmp_path, [], lines, tmp_path / "curves.png")
+    of_reward, of_kl = drawn[0].axes
+    (band,) = of_reward.collections
+    mean, half = moving_average(np.array(reward), 5)
+    corners = band.get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx((mean - half).min()) and corners[:, 1].max() == pytest.approx(
+        (mean + half).max()
+    )
+    assert [text.get_text() for text in of_reward.get_legend().get_texts()] == ["mean of 5 points, 95 % interval"]
+    assert len(of_reward.lines) == 2 and len(of_kl.lines) == 1 and not of_kl.collections
+    plot_curves(tmp_path, [], lines[:5], tmp_path / "curves.png")
+    assert not drawn[1].axes[0].collections and len(drawn[1].axes[0].lines) == 1

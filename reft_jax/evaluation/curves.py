@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from reft_jax.evaluation.intervals import Z95
 from reft_jax.store import write_whole
 from reft_jax.types import InputError
 
@@ -24,12 +25,13 @@ INK, GRID = "#3b3b3b", "#e4e4e4"
 SFT_COLOR, REFT_COLOR = "#2f6db3", "#c4561c"
 ROUND = [1, 2, 5, 10]  # steps between ticks
 MANY = 40  # more points than this are drawn faint, under their moving average
+FEW = 10  # so many points of a noisy quantity are drawn faint too, with an interval
 
 
 class Panel(NamedTuple):
     """One panel. `scale` turns the logged number into the shown one (fractions into percent); `best` marks the maximum.
 
-    key: the name of the number in metrics.jsonl.
+    key: the name of the number in metrics.jsonl. noisy: a mean over few samples, so its interval is drawn.
     """
 
     key: str
@@ -37,6 +39,7 @@ class Panel(NamedTuple):
     unit: str
     scale: float = 1.0
     best: bool = False
+    noisy: bool = False
 
 
 SFT_PANELS = (
@@ -44,7 +47,7 @@ SFT_PANELS = (
     Panel("dev_top1", "SFT: dev accuracy", "% of questions, greedy", 100, best=True),
 )
 REFT_PANELS = (
-    Panel("reward", "ReFT: mean reward", "reward per sample"),
+    Panel("reward", "ReFT: mean reward", "reward per sample", noisy=True),
     Panel("no_answer", "ReFT: samples without an answer", "% of samples", 100),
     Panel("kl", "ReFT: divergence from the reference", "nats per row"),
     Panel("response_length", "ReFT: response length", "tokens"),
@@ -98,12 +101,21 @@ def series(metrics: Sequence[dict], x_key: str, panel: Panel) -> tuple[np.ndarra
     return distinct, panel.scale * np.bincount(group, weights=y) / np.bincount(group)
 
 
-def moving_average(y: np.ndarray, window: int) -> np.ndarray:
-    """Averages over `window` (odd) points around each point; near the ends over those that exist. float64[n]."""
-    ones = np.ones(window)
+def moving_average(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Averages over `window` (odd) points around each point, near the ends over those that exist, and half of the 95 %
+    interval of each: 1.96 standard errors of the points in the window. float64[n] each.
+
+    The interval takes the points for independent, and for a window of few points it is a little too narrow.
+    """
     half = window // 2
-    total = np.convolve(y, ones)[half : half + y.size]
-    return total / np.convolve(np.ones_like(y), ones)[half : half + y.size]
+
+    def sums(y: np.ndarray) -> np.ndarray:
+        return np.convolve(y, np.ones(window))[half : half + y.size]
+
+    count = sums(np.ones_like(y))
+    mean = sums(y) / count
+    variance = np.maximum(sums(y**2) / count - mean**2, 0.0)
+    return mean, Z95 * np.sqrt(variance / np.maximum(count - 1, 1))
 
 
 def _draw(axes: Axes, panel: Panel, x: np.ndarray, y: np.ndarray, x_label: str, color: str) -> None:
@@ -121,10 +133,15 @@ def _draw(axes: Axes, panel: Panel, x: np.ndarray, y: np.ndarray, x_label: str, 
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_xlim(0, 1.03 * x.max() or 1.0)
-    if x.size > MANY:
-        window = 2 * (x.size // 30) + 1
+    if x.size > MANY or (panel.noisy and x.size >= FEW):
+        window = max(5 if panel.noisy else 1, 2 * (x.size // 30) + 1)
+        mean, half = moving_average(y, window)
         axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
-        axes.plot(x, moving_average(y, window), color=color, linewidth=1.8, label=f"mean of {window} points")
+        label = f"mean of {window} points"
+        if panel.noisy:
+            axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
+            label += ", 95 % interval"
+        axes.plot(x, mean, color=color, linewidth=1.8, label=label)
         axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
     else:
         axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=3.5, clip_on=False)

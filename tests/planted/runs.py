@@ -193,6 +193,8 @@ PLANTED = [
      ("test_datasets.py::test_the_hubs_library_finds_pytorch_where_it_is_installed",)),
     ("compile time is in the rate", "reft_jax.train.progress", " - (compile_seconds() - self._compiled)", "",
      ("test_metrics.py::test_compile_time_is_in_no_rate",)),
+    ("the interval of a curve of too many points", "reft_jax.evaluation.curves", "np.maximum(count - 1, 1)", "count",
+     ("test_report.py",)),
     ("curves begin where the data do", "reft_jax.evaluation.curves", "1.12 * min(0.0, y.min())", "y.min()",
      ("test_report.py::test_axes_hide_no_scale",)),
     ("the suggestion is what is spelled alike", "reft_jax.config", "return meant, meant and its_section",

@@ -15,11 +15,14 @@ The second plan, written before ReFT started. It must fit into two hours on two 
 
 - 448 training rows, 128 of them as dev. Dev chooses every checkpoint. All 1,000 test questions, greedy, once, after
   everything is trained.
-- LoRA of rank 16 everywhere: a quarter of an update's FLOPs is saved, and the process needs 3 GB.
+- LoRA of rank 16 everywhere: a quarter of an update's FLOPs is saved, and the process needs 6 GB.
 - SFT: three epochs at 2e-4. Two of them are the warm-up, as in the paper's GSM8K runs.
-- ReFT: DAPO, 36 iterations of 4 questions × 8 samples, one update each at 3e-5, no KL penalty. After SFT most training
+- ReFT: DAPO, 44 iterations of 4 questions × 8 samples, one update each at 1e-4, no KL penalty. After SFT most training
   questions are always solved. PPO would spend most of its updates on them; DAPO replaces them by questions that are
-  solved sometimes. Its baseline is the question's own mean, so no value head has to be learned in 36 updates.
+  solved sometimes. Its baseline is the question's own mean, so no value head has to be learned in 44 updates.
+  The plan said 36 iterations at 3e-5. It was changed after iteration 15, before any test question was read: dev had not
+  moved (86.7 % at the start and after iteration 12), and the norm of all products A B was a tenth of that of SFT's
+  adapter. The run continued from there.
 - If hours are left: voting with four samples per question, and self-training. Offline: one epoch with two samples per
   question. Online: as many iterations as ReFT. The rerankers learn from four samples of each of 300 questions.
 """
@@ -42,11 +45,11 @@ def get_config(argument="svamp,0.5b"):
     config.data.update(dev_rows=128, train_limit=448, max_dropped=0.3, pad_multiple=32, line_len=448 * longer)
     config.lora.rank = 16
     config.sft.update(epochs=3, warmup_epoch=2, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=192 * longer)
-    config.rl.update(algorithm="dapo", iterations=36, questions=4, samples=8, redraws=2, learning_rate=3e-5)
+    config.rl.update(algorithm="dapo", iterations=44, questions=4, samples=8, redraws=2, learning_rate=1e-4)
     config.rl.update(micro_batch=2, ppo_epochs=1, max_prompt=128 * longer, max_len=224 * longer)
-    config.rl.update(eval_every=12, save_every=2)
+    config.rl.update(eval_every=10, save_every=2)
     config.sample.update(n=4, train_n=4, train_limit=300, max_len=224 * longer)
     config.engine.slots = 64
     config.rerank.update(epochs=1, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=224 * longer)
-    config.self_train.update(samples=2, epochs=1, updates=1, learning_rate=3e-5)
+    config.self_train.update(samples=2, epochs=1, updates=1, learning_rate=1e-4)
     return config

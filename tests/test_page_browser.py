@@ -1,0 +1,183 @@
+"""report.html in headless Chromium: no console error, no request but the file itself, nothing that axe calls serious.
+
+The tests print how long the page takes to open. REFT_SCREENSHOTS=FOLDER keeps the pictures that the docs show.
+"""
+
+import io
+import os
+import re
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_page import HOSTILE, workdir_with
+
+from reft_jax.page.build import write_page
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a file in a new page; at the end, checks that it complained of nothing and asked for nothing else."""
+    pages, said, asked = [], [], []
+
+    def open_file(path: Path, **context):
+        one = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context).new_page()
+        one.set_default_timeout(10_000)
+        one.on("console", lambda message: said.append(message.text))
+        one.on("pageerror", lambda error: said.append(str(error)))
+        one.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
+        one.on("request", lambda request: asked.append(request.url))
+        begun = time.monotonic()
+        one.goto(path.as_uri())
+        one.wait_for_selector("body[data-ready]", timeout=60_000)
+        print(f"{path.stat().st_size / 1e6:.2f} MB opened in {time.monotonic() - begun:.2f} s")
+        pages.append((one, path.as_uri()))
+        return one
+
+    yield open_file
+    assert said == []
+    assert {url.partition("#")[0] for url in asked if not url.startswith("blob:")} <= {url for _, url in pages}
+    for one, _ in pages:
+        one.context.close()
+
+
+def chosen(shown, item: str) -> None:
+    """Waits until this question is shown."""
+    shown.locator("#one h3", has_text=re.compile(f"^{item}$")).wait_for()
+
+
+def picture(shown, name: str, part: str = "") -> None:
+    """Keeps a picture if REFT_SCREENSHOTS names a folder; with `part`, of this part of the page."""
+    if folder := os.environ.get("REFT_SCREENSHOTS"):
+        if part:
+            shown.evaluate(f"document.getElementById('{part}').scrollIntoView()")
+        image = Image.open(io.BytesIO(shown.screenshot()))
+        image.quantize(128).save(Path(folder) / f"{name}.png", optimize=True)
+
+
+def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
+    if not find_spec("uplot"):
+        pytest.skip("uplot-python is not installed")
+    shown = opened(write_page(workdir_with(tmp_path / "w", 60, samples=15)))
+    count, one = shown.locator("#count"), shown.locator("#one")
+    assert count.inner_text() == "60 of 60 questions" and "gsm8k_0" in one.inner_text()
+    bar = shown.locator("#results .bar i").first
+    assert bar.evaluate("one => [one.style.left, one.style.width]") == ["22.73%", "23.21%"]  # Wilson, 20 of 60
+    assert shown.locator("#list li").count() == 25 and shown.locator("#back").is_disabled()
+
+    shown.click("#next")  # 1
+    assert "gsm8k_25" in shown.locator("#list li").first.inner_text()
+    shown.click("#next")  # 2
+    assert shown.locator("#list li").count() == 10 and shown.locator("#next").is_disabled()
+    shown.click("#back")  # 3
+    assert shown.locator("#pages").inner_text() == "Page 2 of 3"
+
+    expected = {"right": 0, "wrong": 0, "none": 0, "changed": 0}
+    for q in range(60):
+        none = q % 5 == 4
+        was, now = not none and q % 3 == 0, not none and (q + 1) % 3 == 0
+        expected["none" if none else "right" if now else "wrong"] += 1
+        expected["changed"] += was != now
+    for name, number in expected.items():  # 4 to 7
+        shown.select_option("#filter", name)
+        if name == "changed":
+            shown.select_option("#other", "0")
+        assert count.inner_text() == f"{number} of 60 questions", name
+    shown.select_option("#filter", "timeouts")  # 8
+    assert 0 < int(count.inner_text().split()[0]) < 60
+    shown.select_option("#filter", "right")
+    shown.select_option("#model", "0")  # 9
+    assert count.inner_text() == "16 of 60 questions"
+    shown.select_option("#filter", "all")  # 10
+    shown.fill("#search", "APPLES 59")  # 11
+    assert count.inner_text() == "1 of 60 questions"
+    shown.locator("#list a").first.click()  # 12
+    chosen(shown, "gsm8k_59")
+    assert shown.url.endswith("#q=test/gsm8k_59") and "style 0.5" in one.inner_text()
+    assert one.locator("pre .k").first.inner_text() == "def"
+    shown.fill("#search", "")  # 13
+    shown.select_option("#order", "hardest")  # 14
+    first = shown.locator("#list li").first.inner_text()
+    shown.select_option("#order", "longest")  # 15
+    assert shown.locator("#list li").count() == 25 and first
+    shown.select_option("#order", "id")
+    shown.locator("#list a").first.focus()
+    shown.keyboard.press("ArrowDown")  # 16
+    shown.keyboard.press("Enter")  # 17
+    chosen(shown, "gsm8k_1")
+    assert shown.evaluate("document.activeElement.id") == "one"
+    shown.go_back()  # 18
+    chosen(shown, "gsm8k_59")
+    cards = one.locator(".card").count()
+    one.locator("button.rest").first.click()  # 19
+    assert one.locator(".card").count() == cards + 5
+    picture(shown, "page_questions", "questions")
+
+    chart = shown.locator("#charts figure").first
+    chart.locator(".u-over").hover()  # 20
+    assert re.fullmatch(r"iteration 3: 0\.3 \(reward per sample\)", chart.locator("output").inner_text())
+    picture(shown, "page", "results")
+    chart.locator(".plot").focus()
+    shown.keyboard.press("Home")  # 21
+    shown.keyboard.press("ArrowRight")
+    assert chart.locator("output").inner_text().startswith("iteration 2: 0.2")
+    chart.locator("summary").click()  # 22
+    assert chart.locator("tbody tr").count() == 5
+
+    assert shown.locator("#sampled .card").count() == 20
+    shown.click("#more")  # 23
+    assert shown.locator("#sampled .card").count() == 30 and shown.locator("#more").is_disabled()
+    shown.select_option("#by", "high")  # 24
+    shown.locator("#sampled .card", has_text="advantage 1.9").first.wait_for()
+    assert "advantage 1.9, reinforced" in re.sub(r"\s+", " ", shown.locator("#sampled .card").first.inner_text())
+    before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    shown.click("#theme")  # 25
+    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    picture(shown, "page_dark", "rollouts")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(tmp_path, opened, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    shown = opened(write_page(workdir_with(tmp_path / "w", 30)), color_scheme=scheme, bypass_csp=True)
+    found = axe.Axe().run(shown).response["violations"]
+    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert not serious, [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in serious]
+
+
+def test_a_phone_has_no_sideways_scrolling(tmp_path, opened):
+    path = write_page(workdir_with(tmp_path / "w", 30))
+    shown = opened(path, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+    picture(shown, "page_phone")
+
+
+def test_hostile_completions_are_text_and_run_nothing(tmp_path, opened):
+    shown = opened(write_page(workdir_with(tmp_path / "w", len(HOSTILE), HOSTILE)))
+    shown.select_option("#by", "long")
+    while shown.locator("#more").is_enabled():
+        shown.click("#more")
+    assert shown.locator("#sampled .card").count() == len(HOSTILE)
+    for q, text in enumerate(HOSTILE):
+        shown.evaluate(f"location.hash = '#q=test/gsm8k_{q}'")
+        chosen(shown, f"gsm8k_{q}")
+        if len(text) < 100 and text.isascii() and text.isprintable():
+            assert shown.locator("#one pre").first.inner_text() == text
+    shown.evaluate("location.hash = '#q=test/gsm8k_36'")
+    chosen(shown, "gsm8k_36")
+    assert shown.locator("#one pre .odd").first.inner_text() == "U+202E"
+    shown.evaluate("location.hash = '#q=test/gsm8k_33'")
+    shown.locator("#one button.all").first.click()
+    assert shown.locator("#one pre").first.evaluate("box => box.textContent.length") == 1_000_000
+    assert shown.evaluate("window.ran") is None
+    assert shown.locator("#sampled pre *:not(span), #one pre *:not(span)").count() == 0
+
+
+@pytest.mark.long
+def test_a_sweep_of_the_papers_size_opens_and_is_small(tmp_path, opened):
+    path = write_page(workdir_with(tmp_path / "w", 1319, samples=100))
+    assert path.stat().st_size < 40e6
+    shown = opened(path)
+    assert shown.locator("#count").inner_text() == "1319 of 1319 questions"

@@ -4,6 +4,7 @@ The tests print how long the page takes to open. REFT_SCREENSHOTS=FOLDER keeps t
 """
 
 import io
+import json
 import os
 import re
 import time
@@ -15,6 +16,8 @@ from PIL import Image
 from test_page import HOSTILE, workdir_with
 
 from reft_jax.page.build import write_page
+from reft_jax.run.executions import ExecutionLog, execution, reinforced
+from reft_jax.types import Example, Verdict
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def opened(browser):
     """Opens a file in a new page; at the end, checks that it complained of nothing and asked for nothing else."""
     pages, said, asked = [], [], []
 
-    def open_file(path: Path, **context):
+    def open_file(path: Path, at: str = "", **context):
         one = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context).new_page()
         one.set_default_timeout(10_000)
         one.on("console", lambda message: said.append(message.text))
@@ -30,7 +33,7 @@ def opened(browser):
         one.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
         one.on("request", lambda request: asked.append(request.url))
         begun = time.monotonic()
-        one.goto(path.as_uri())
+        one.goto(path.as_uri() + at)
         one.wait_for_selector("body[data-ready]", timeout=60_000)
         print(f"{path.stat().st_size / 1e6:.2f} MB opened in {time.monotonic() - begun:.2f} s")
         pages.append((one, path.as_uri()))
@@ -98,44 +101,112 @@ def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
     assert shown.url.endswith("#q=test/gsm8k_59") and "style 0.5" in one.inner_text()
     assert one.locator("pre .k").first.inner_text() == "def"
     shown.fill("#search", "")  # 13
-    shown.select_option("#order", "hardest")  # 14
-    first = shown.locator("#list li").first.inner_text()
-    shown.select_option("#order", "longest")  # 15
-    assert shown.locator("#list li").count() == 25 and first
-    shown.select_option("#order", "id")
     shown.locator("#list a").first.focus()
-    shown.keyboard.press("ArrowDown")  # 16
-    shown.keyboard.press("Enter")  # 17
+    shown.keyboard.press("ArrowDown")  # 14
+    shown.keyboard.press("Enter")  # 15
     chosen(shown, "gsm8k_1")
     assert shown.evaluate("document.activeElement.id") == "one"
-    shown.go_back()  # 18
+    shown.go_back()  # 16
     chosen(shown, "gsm8k_59")
     cards = one.locator(".card").count()
-    one.locator("button.rest").first.click()  # 19
+    one.locator("button.rest").first.click()  # 17
     assert one.locator(".card").count() == cards + 5
     picture(shown, "page_questions", "questions")
 
     chart = shown.locator("#charts figure").first
-    chart.locator(".u-over").hover()  # 20
+    chart.locator(".u-over").hover()  # 18
     assert re.fullmatch(r"iteration 3: 0\.3 \(reward per sample\)", chart.locator("output").inner_text())
     picture(shown, "page", "results")
     chart.locator(".plot").focus()
-    shown.keyboard.press("Home")  # 21
+    shown.keyboard.press("Home")  # 19
     shown.keyboard.press("ArrowRight")
     assert chart.locator("output").inner_text().startswith("iteration 2: 0.2")
-    chart.locator("summary").click()  # 22
+    chart.locator("summary").click()  # 20
     assert chart.locator("tbody tr").count() == 5
 
     assert shown.locator("#sampled .card").count() == 20
-    shown.click("#more")  # 23
+    shown.click("#more")  # 21
     assert shown.locator("#sampled .card").count() == 30 and shown.locator("#more").is_disabled()
-    shown.select_option("#by", "high")  # 24
+    shown.select_option("#by", "high")  # 22
     shown.locator("#sampled .card", has_text="advantage 1.9").first.wait_for()
     assert "advantage 1.9, reinforced" in re.sub(r"\s+", " ", shown.locator("#sampled .card").first.inner_text())
     before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
-    shown.click("#theme")  # 25
+    shown.click("#theme")  # 23
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") != before
     picture(shown, "page_dark", "rollouts")
+
+
+def test_orders_of_questions_and_of_rollouts(tmp_path, opened):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    workdir = workdir_with(tmp_path / "w", 12, samples=2)
+    numbers = [(0.5, 0.1, 20), (-2.0, 0.3, 5), (1.5, float("nan"), 10), (float("nan"), 0.2, 30)]
+    lines = []
+    for row, (advantage, gap, length) in enumerate(numbers):
+        example, text = Example(f"gsm8k_{row}", "", "1"), "x" * length
+        line = execution("reft rollout", example, text, Verdict(1.0, True, 1.0, "ok"), 1.0)
+        lines.append(line | reinforced(2, row, text, advantage, gap))
+    ExecutionLog(workdir).append(lines)
+    right, length = [], []
+    for line in (workdir / "samples" / "sft_test.jsonl").read_text().splitlines():
+        right.append(sum(one["correctness"] for one in json.loads(line)["predictions"]))
+        length.append(max(len(one["completion"]) for one in json.loads(line)["predictions"]))
+    for q, line in enumerate((workdir / "samples" / "sft_test.greedy.jsonl").read_text().splitlines()):
+        length[q] = max(length[q], len(json.loads(line)["predictions"][0]["completion"]))
+
+    shown = opened(write_page(workdir))
+    shown.select_option("#model", "0")
+    for order, expected in {
+        "hardest": sorted(range(12), key=lambda q: right[q]),
+        "longest": sorted(range(12), key=lambda q: -length[q]),
+        "id": list(range(12)),
+    }.items():
+        shown.select_option("#order", order)
+        assert shown.locator("#list strong").all_inner_texts() == [f"gsm8k_{q}" for q in expected], order
+    for order, rows in {"low": "1023", "gap": "1302", "long": "3021", "high": "2013", "row": "0123"}.items():
+        shown.select_option("#by", order)
+        expect(shown.locator("#sampled strong")).to_have_text([f"gsm8k_{row}" for row in rows])
+
+
+def test_the_address_names_the_shown_question_whatever_chose_it(tmp_path, opened):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    workdir = workdir_with(tmp_path / "w", 30)
+    samples = workdir / "samples"
+    (samples / "sft_train.jsonl").write_bytes((samples / "sft_test.jsonl").read_bytes())
+    (samples / "begun").mkdir()
+    (samples / "begun" / "sft.jsonl").write_text('{"schema": 1, "kind": "samples", "made_by": {}, "recorded": {}}\n')
+    path = write_page(workdir)
+
+    shown = opened(path, "#q=train/gsm8k_28")  # a link to a question
+    chosen(shown, "gsm8k_28")
+    assert shown.locator("#set").input_value() == "train"
+
+    shown = opened(path)
+    chosen(shown, "gsm8k_0")
+    link = shown.locator("#list a", has_text="Question 7:")
+    link.click()
+    chosen(shown, "gsm8k_7")
+    for name in ("train", "test"):
+        shown.locator("#set").focus()
+        shown.select_option("#set", name)
+        chosen(shown, "gsm8k_0")
+        assert shown.url.endswith(f"#q={name}/gsm8k_0") and shown.evaluate("document.activeElement.id") == "set"
+    link.click()  # the same link once more
+    chosen(shown, "gsm8k_7")
+    assert shown.url.endswith("#q=test/gsm8k_7")
+    shown.select_option("#set", "begun")  # its file has only a header so far
+    shown.wait_for_url(re.compile("#q=begun/$"))
+    assert shown.locator("#count").inner_text() == "0 of 0 questions" and not shown.locator("#one").inner_text()
+    shown.go_back()
+    chosen(shown, "gsm8k_7")
+    for _ in range(2):
+        shown.go_back()
+    shown.wait_for_url(re.compile("#q=train/gsm8k_0$"))
+    expect(shown.locator("#set")).to_have_value("train")
+    for _ in range(2):
+        shown.go_back()
+    expect(shown.locator("#set")).to_have_value("test")  # no name: the first set
+    chosen(shown, "gsm8k_0")
+    assert "#" not in shown.url
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

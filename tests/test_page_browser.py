@@ -209,6 +209,33 @@ def test_the_address_names_the_shown_question_whatever_chose_it(tmp_path, opened
     assert "#" not in shown.url
 
 
+def test_the_rollouts_of_a_question_in_all_iterations(tmp_path, opened):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    workdir = workdir_with(tmp_path / "w", 40, samples=2)
+    line = execution("reft rollout", Example("gsm8k_1", "", "1"), "text", Verdict(1.0, True, 1.0, "ok"), 1.0)
+    ExecutionLog(workdir).append([line | reinforced(2, 0, "text", 0.5, 1e-4)])
+    shown = opened(write_page(workdir), "#q=test/gsm8k_39")
+    chosen(shown, "gsm8k_39")
+    assert shown.locator("#one button.sampled").count() == 0  # no iteration has asked it
+    items, said = shown.locator("#sampled strong"), shown.locator("#told")
+    expect(items).to_have_text(["gsm8k_1"])  # the last iteration
+
+    shown.locator("#list a", has_text="Question 1:").click()
+    chosen(shown, "gsm8k_1")
+    shown.click("#one button.sampled")
+    expect(items).to_have_text(["gsm8k_1"] * 3)  # two of iteration 1, and not those of gsm8k_10 to gsm8k_14
+    assert said.inner_text().startswith("3 rollouts, mean reward 0.333, 1 with a positive advantage")
+    assert shown.locator("#sampled .card", has_text="reft rollout 2").count() == 1
+    assert shown.url.endswith("#q=test/gsm8k_1") and shown.evaluate("document.activeElement.id") == "item"
+    shown.select_option("#iteration", "0")
+    expect(items).to_have_text(["gsm8k_1"] * 2)
+    shown.fill("#item", "K_14")
+    expect(items).to_have_text(["gsm8k_14"] * 2)
+    shown.fill("#item", "k_99")
+    expect(said).to_have_text("No rollout here is of such a question.")
+    assert shown.locator("#more").is_disabled() and items.count() == 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(tmp_path, opened, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")

@@ -20,7 +20,6 @@ from reft_jax.evaluation.intervals import wilson
 from reft_jax.evaluation.report import cell, columns, compared, remarks, row_name, subject
 from reft_jax.page.collect import (
     curves,
-    of_iterations,
     question,
     read_answered,
     read_reports,
@@ -104,8 +103,13 @@ def page(workdir: Path, iterations: str = "") -> str:
         pages = chunks.paged(asked())
         models = list(answered.files)
         sets.append({"name": answered.name, "models": models, "pages": pages, "index": chunks.add(index)})
-    rollouts = [told | {"pages": chunks.paged(lines)} for told, lines in of_iterations(read_rollouts(workdir, shown))]
-    data = {"sets": sets, "iterations": rollouts, "charts": curves(workdir, reports)}
+    rollouts = read_rollouts(workdir, shown)
+    told = [
+        {"purpose": purpose, "iteration": number, "pages": chunks.paged(lines)}
+        for (purpose, number), lines in rollouts.items()
+    ]
+    sampled = sorted({line["item_id"] for lines in rollouts.values() for line in lines})
+    data = {"sets": sets, "iterations": told, "sampled": sampled, "charts": curves(workdir, reports)}
     main, folder = chunks.add(data), files(__package__)
     script = "\n".join([*_chart_library()[:1], *((folder / name).read_text("utf-8") for name in SCRIPTS)])
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -27,7 +27,6 @@ from reft_jax.evaluation.records import (
     SAMPLES_KIND,
     read_file,
 )
-from reft_jax.page.log import Iteration
 from reft_jax.run.workdir import recorded
 from reft_jax.store import read_text, short_hash
 from reft_jax.tasks.registry import Task, load_task
@@ -173,22 +172,6 @@ def _counts(model: dict) -> list:
         sum(row[3] == "timeout" for one in both for row in one["rows"]),
         max(len(one["prefix"]) + max(map(len, one["texts"])) for one in both),
     ]
-
-
-def of_iterations(rollouts: dict[Iteration, list[dict]]) -> Iterator[tuple[dict[str, Any], list[dict]]]:
-    """(summary, rollouts) of each iteration, in order."""
-    for (purpose, number), lines in rollouts.items():
-        advantages = [line["advantage"] for line in lines if line.get("advantage") is not None]
-        yield (
-            {
-                "purpose": purpose,
-                "iteration": number,
-                "rollouts": len(lines),
-                "reward": sum(line["reward"] for line in lines) / len(lines),
-                "positive": sum(advantage > 0 for advantage in advantages),
-            },
-            [line | {"value": shown(line["value"])} for line in lines],
-        )
 
 
 def read_reports(workdir: Path) -> list[dict]:

@@ -3,7 +3,8 @@
 The log of a long run has millions of lines. It is read once to see what there is, and once more for the rollouts that
 the page shows; only these are held in memory.
 
-The page's data are JSON values. A rollout is one line of the log, without its purpose and iteration.
+The page's data are JSON values. A rollout is one line of the log, without its purpose and iteration, its
+value as text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reft_jax.page.collect import shown
 from reft_jax.run.executions import LOG_NAME, read_executions
 from reft_jax.types import InputError
 
@@ -93,5 +95,6 @@ def read_rollouts(workdir: Path, iterations: Iterable[Iteration]) -> dict[Iterat
         if lines is not None:
             if line["row"] == 0:
                 lines.clear()
-            lines.append({key: value for key, value in line.items() if key not in LEFT_OUT})
+            kept = {key: value for key, value in line.items() if key not in LEFT_OUT}
+            lines.append(kept | {"value": shown(line["value"])})
     return found

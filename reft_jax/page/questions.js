@@ -1,7 +1,7 @@
 // The list of questions with its filters, and the chosen one. The address names the chosen question: #q=SET/ITEM.
 const PER_PAGE = 25;
 const FEW = 10; // distinct samples that are shown at once
-const state = { set: null, index: [], found: [], page: 0, chosen: "", turn: 0 };
+const state = { set: null, index: [], found: [], page: 0, chosen: "", turn: 0, sampled: new Set() };
 
 const GREEDY = 0, RIGHT = 1, NONE = 2, SAMPLES = 3, TIMEOUTS = 4, LENGTH = 5;
 
@@ -105,6 +105,7 @@ async function choose(item, focus) {
     if (model && model.greedy) parts.push(answersOf(state.set.models[i] + ", greedy", model.greedy));
     if (model && model.samples) parts.push(answersOf(state.set.models[i] + ", samples", model.samples));
   });
+  if (state.sampled.has(item)) parts.push(rolloutsButton(item));
   byId("one").replaceChildren(...parts);
   list();
   if (focus) { byId("one").focus({ preventScroll: true }); byId("one").scrollIntoView({ block: "nearest" }); }
@@ -147,7 +148,8 @@ async function follow(sets, focus) {
   else if (!location.hash || !state.chosen) await chooseFirst();
 }
 
-async function openQuestions(sets) {
+async function openQuestions(sets, sampled) {
+  state.sampled = sampled;
   if (!sets.length) {
     byId("count").textContent = "No model has answered a question yet.";
     return;

@@ -16,7 +16,7 @@ from reft_jax.page.collect import shown
 from reft_jax.run.executions import LOG_NAME, read_executions
 from reft_jax.types import InputError
 
-LARGEST = 40_000_000  # characters of the rollouts that a page shows unless iterations are named; packed about a quarter
+LARGEST = 40_000_000  # characters of the rollouts that a page shows unless iterations are named; not compressed
 OTHERS = 250  # characters of a rollout besides its completion, about
 LEFT_OUT = ("purpose", "iteration", "program")
 Iteration = tuple[str, int]  # (purpose, number)

@@ -1,27 +1,26 @@
-"""report.html: what it holds, that hostile completions are text, and what it does in headless Chromium.
+"""report.html: what it holds, and that hostile completions are text. tests/test_page_browser.py opens it."""
 
-In Chromium: no console error, no request besides the file itself, nothing that axe calls serious. The tests print how
-long the page takes to open. REFT_SCREENSHOTS=FOLDER keeps the pictures that the docs show.
-"""
-
-import io
+import base64
 import json
-import os
 import random
 import re
-import time
-from importlib.util import find_spec
+import zlib
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from acts import World
+from fakes import Fakes
 
+from reft_jax.commands import evaluate
 from reft_jax.commands.look import run_look
 from reft_jax.evaluation.records import answered, prediction
+from reft_jax.page import log as page_log
 from reft_jax.page.build import page, write_page
-from reft_jax.page.collect import question, read_answered, read_log, summary
+from reft_jax.page.collect import question, read_answered, summary
+from reft_jax.page.log import chosen, read_log, read_rollouts
 from reft_jax.page.text import item_text
 from reft_jax.run.executions import ExecutionLog, execution, reinforced
+from reft_jax.stages.sample import run_sample
 from reft_jax.store import short_hash
 from reft_jax.types import Example, InputError, Verdict
 
@@ -160,7 +159,8 @@ def test_a_repeated_iteration_counts_once(tmp_path):
     line = execution("reft rollout", Example("gsm8k_1", "", "1"), "text", Verdict(1.0, True, 1.0, "ok"), 1.0)
     twice = [line | reinforced(2, row, "text", float("nan"), 0.1) for row in (0, 1, 0, 1)]
     ExecutionLog(workdir).append(twice)
-    found = read_log(workdir).rollouts["reft rollout", 2]
+    assert read_log(workdir, set()).iterations["reft rollout", 2] == 2 * (page_log.OTHERS + len("text"))
+    found = read_rollouts(workdir, [("reft rollout", 2)])["reft rollout", 2]
     assert [one["row"] for one in found] == [0, 1] and found[0]["advantage"] is None
 
 
@@ -178,182 +178,118 @@ def test_what_the_page_knows_of_an_answer(tmp_path):
     ExecutionLog(workdir).append([execution("sft test", example, texts[0], right, 1.5)])
     [found] = read_answered(workdir)
     rows = [[0, "4", True, "ok", 1.0, {"style": 0.5}, 1.5, 0.75], [1, None, False, None, None, None, None, 0.25]]
-    one = question(found, "gsm8k_1", read_log(workdir))
+    known = set(found.programs())
+    assert known == {("gsm8k_1", short_hash(text)) for text in texts} and not set(found.programs("gsm8k_2"))
+    assert read_log(workdir, set()).endings == {}  # an ending that nothing asks for is not held
+    endings = read_log(workdir, known).endings
+    one = question(found, "gsm8k_1", endings)
     assert one["models"] == [
         {"greedy": None, "samples": {"prefix": "return ", "texts": ["2 + 2", "4"], "rows": [rows[0], rows[1], rows[0]]}}
     ]
     assert summary(one) == ["gsm8k_1", "How many?", [[None, 2, 1, 3, 0, 12]]]
 
-    scores["completions"].reverse()  # they judge samples of another time
+    scores["completions"][0] = short_hash("a sample of another time")
     (workdir / "samples" / "sft_test.rerank.jsonl").write_text(json.dumps(scores) + "\n")
-    again = question(read_answered(workdir)[0], "gsm8k_1", read_log(workdir))
+    again = question(read_answered(workdir)[0], "gsm8k_1", endings)
+    assert [row[7] for row in again["models"][0]["samples"]["rows"]] == [None, 0.25, None]
+    del scores["completions"]  # as older versions wrote it: what they judge is not known
+    (workdir / "samples" / "sft_test.rerank.jsonl").write_text(json.dumps(scores) + "\n")
+    again = question(read_answered(workdir)[0], "gsm8k_1", endings)
     assert [row[7] for row in again["models"][0]["samples"]["rows"]] == [None, None, None]
 
 
-# --- in a browser
+def test_test_questions_come_first_and_what_was_moved_aside_is_left_out(tmp_path):
+    workdir = workdir_with(tmp_path / "w", 2)
+    for other in ("aside/sft_test.1.jsonl", "sft_train.jsonl", "algebra/one.jsonl", "algebra/aside/one.1.jsonl"):
+        path = workdir / "samples" / other
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((workdir / "samples" / "sft_test.jsonl").read_bytes())
+    found = {answered.name: list(answered.files) for answered in read_answered(workdir)}
+    assert list(found.items()) == [("test", ["sft", "reft"]), ("train", ["sft"]), ("algebra", ["one"])]
 
 
-@pytest.fixture
-def opened(browser):
-    """Opens a file in a new page; at the end, checks that it complained of nothing and asked for nothing else."""
-    pages, said, asked = [], [], []
-
-    def open_file(path: Path, **context):
-        one = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context).new_page()
-        one.set_default_timeout(10_000)
-        one.on("console", lambda message: said.append(message.text))
-        one.on("pageerror", lambda error: said.append(str(error)))
-        one.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
-        one.on("request", lambda request: asked.append(request.url))
-        begun = time.monotonic()
-        one.goto(path.as_uri())
-        one.wait_for_selector("body[data-ready]", timeout=60_000)
-        print(f"{path.stat().st_size / 1e6:.2f} MB opened in {time.monotonic() - begun:.2f} s")
-        pages.append((one, path.as_uri()))
-        return one
-
-    yield open_file
-    assert said == []
-    assert {url.partition("#")[0] for url in asked if not url.startswith("blob:")} <= {url for _, url in pages}
-    for one, _ in pages:
-        one.context.close()
+def with_iterations(workdir: Path, numbers, purpose="reft rollout", rows=2) -> Path:
+    """Appends iterations to the log; a completion of iteration 7 is `ITERATION_7 …`."""
+    for number in numbers:
+        example, texts = Example("gsm8k_1", "", "1"), [f"ITERATION_{number} row {row}" for row in range(rows)]
+        lines = [execution(purpose, example, text, Verdict(1.0, True, 1.0, "ok"), 1.0) for text in texts]
+        ExecutionLog(workdir).append(
+            line | reinforced(number, row, texts[row], 0.5, 1e-4) for row, line in enumerate(lines)
+        )
+    return workdir
 
 
-def chosen(shown, item: str) -> None:
-    """Waits until this question is shown."""
-    shown.locator("#one h3", has_text=re.compile(f"^{item}$")).wait_for()
+def shown_iterations(text: str) -> list[int]:
+    """The iterations whose rollouts are in the page."""
+    packed = re.findall(r'<script type="text/plain" id="c\d+">(.*?)</script>', text)
+    return [int(found) for one in packed for found in re.findall(rb"ITERATION_(\d+) row 0", unpacked(one))]
 
 
-def picture(shown, name: str, part: str = "") -> None:
-    """Keeps a picture if REFT_SCREENSHOTS names a folder; with `part`, of this part of the page."""
-    if folder := os.environ.get("REFT_SCREENSHOTS"):
-        if part:
-            shown.evaluate(f"document.getElementById('{part}').scrollIntoView()")
-        image = Image.open(io.BytesIO(shown.screenshot()))
-        image.quantize(128).save(Path(folder) / f"{name}.png", optimize=True)
+def unpacked(one: str) -> bytes:
+    return zlib.decompress(base64.b64decode(one))
 
 
-def test_the_page_answers_to_pointer_and_keyboard(tmp_path, opened):
-    if not find_spec("uplot"):
-        pytest.skip("uplot-python is not installed")
-    shown = opened(write_page(workdir_with(tmp_path / "w", 60, samples=15)))
-    count, one = shown.locator("#count"), shown.locator("#one")
-    assert count.inner_text() == "60 of 60 questions" and "gsm8k_0" in one.inner_text()
-    bar = shown.locator("#results .bar i").first
-    assert bar.evaluate("one => [one.style.left, one.style.width]") == ["22.73%", "23.21%"]  # Wilson, 20 of 60
-    assert shown.locator("#list li").count() == 25 and shown.locator("#back").is_disabled()
-
-    shown.click("#next")  # 1
-    assert "gsm8k_25" in shown.locator("#list li").first.inner_text()
-    shown.click("#next")  # 2
-    assert shown.locator("#list li").count() == 10 and shown.locator("#next").is_disabled()
-    shown.click("#back")  # 3
-    assert shown.locator("#pages").inner_text() == "Page 2 of 3"
-
-    expected = {"right": 0, "wrong": 0, "none": 0, "changed": 0}
-    for q in range(60):
-        none = q % 5 == 4
-        was, now = not none and q % 3 == 0, not none and (q + 1) % 3 == 0
-        expected["none" if none else "right" if now else "wrong"] += 1
-        expected["changed"] += was != now
-    for name, number in expected.items():  # 4 to 7
-        shown.select_option("#filter", name)
-        if name == "changed":
-            shown.select_option("#other", "0")
-        assert count.inner_text() == f"{number} of 60 questions", name
-    shown.select_option("#filter", "timeouts")  # 8
-    assert 0 < int(count.inner_text().split()[0]) < 60
-    shown.select_option("#filter", "right")
-    shown.select_option("#model", "0")  # 9
-    assert count.inner_text() == "16 of 60 questions"
-    shown.select_option("#filter", "all")  # 10
-    shown.fill("#search", "APPLES 59")  # 11
-    assert count.inner_text() == "1 of 60 questions"
-    shown.locator("#list a").first.click()  # 12
-    chosen(shown, "gsm8k_59")
-    assert shown.url.endswith("#q=test/gsm8k_59") and "style 0.5" in one.inner_text()
-    assert one.locator("pre .k").first.inner_text() == "def"
-    shown.fill("#search", "")  # 13
-    shown.select_option("#order", "hardest")  # 14
-    first = shown.locator("#list li").first.inner_text()
-    shown.select_option("#order", "longest")  # 15
-    assert shown.locator("#list li").count() == 25 and first
-    shown.select_option("#order", "id")
-    shown.locator("#list a").first.focus()
-    shown.keyboard.press("ArrowDown")  # 16
-    shown.keyboard.press("Enter")  # 17
-    chosen(shown, "gsm8k_1")
-    assert shown.evaluate("document.activeElement.id") == "one"
-    shown.go_back()  # 18
-    chosen(shown, "gsm8k_59")
-    cards = one.locator(".card").count()
-    one.locator("button.rest").first.click()  # 19
-    assert one.locator(".card").count() == cards + 5
-    picture(shown, "page_questions", "questions")
-
-    chart = shown.locator("#charts figure").first
-    chart.locator(".u-over").hover()  # 20
-    assert re.fullmatch(r"iteration 3: 0\.3 \(reward per sample\)", chart.locator("output").inner_text())
-    picture(shown, "page", "results")
-    chart.locator(".plot").focus()
-    shown.keyboard.press("Home")  # 21
-    shown.keyboard.press("ArrowRight")
-    assert chart.locator("output").inner_text().startswith("iteration 2: 0.2")
-    chart.locator("summary").click()  # 22
-    assert chart.locator("tbody tr").count() == 5
-
-    assert shown.locator("#sampled .card").count() == 20
-    shown.click("#more")  # 23
-    assert shown.locator("#sampled .card").count() == 30 and shown.locator("#more").is_disabled()
-    shown.select_option("#by", "high")  # 24
-    shown.locator("#sampled .card", has_text="advantage 1.9").first.wait_for()
-    assert "advantage 1.9, reinforced" in re.sub(r"\s+", " ", shown.locator("#sampled .card").first.inner_text())
-    before = shown.evaluate("getComputedStyle(document.body).backgroundColor")
-    shown.click("#theme")  # 25
-    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") != before
-    picture(shown, "page_dark", "rollouts")
+def test_a_long_run_shows_the_first_the_last_and_evenly_spaced_iterations(tmp_path, monkeypatch):
+    (tmp_path / "samples").mkdir()
+    workdir = with_iterations(tmp_path, range(1, 101))
+    assert shown_iterations(page(workdir)) == list(range(1, 101)) and "This page has" not in page(workdir)
+    monkeypatch.setattr(page_log, "LARGEST", 12 * 2 * 270)  # twelve iterations
+    text = page(workdir)
+    assert shown_iterations(text) == [*range(1, 101, 9)]
+    told = "rollouts of 12 of 100 iterations: the first, the last, and one in 9 between them. `look --iterations=A-B`"
+    assert told in text
+    monkeypatch.setattr(page_log, "LARGEST", 1)
+    assert shown_iterations(page(workdir)) == [1, 100]
+    assert shown_iterations(page(workdir, "98")) == [98]
+    run_look(workdir, iterations="20-22")
+    text = (workdir / "report.html").read_text()
+    assert shown_iterations(text) == [20, 21, 22] and "3 of 100 iterations: those of --iterations=20-22." in text
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(tmp_path, opened, scheme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    shown = opened(write_page(workdir_with(tmp_path / "w", 30)), color_scheme=scheme, bypass_csp=True)
-    found = axe.Axe().run(shown).response["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert not serious, [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in serious]
+def test_every_kind_of_iteration_has_its_first_and_last(tmp_path, monkeypatch):
+    for purpose in ("b rollout", "a rollout"):
+        with_iterations(tmp_path, range(1, 8), purpose)
+    monkeypatch.setattr(page_log, "LARGEST", 1)
+    found, _ = chosen(read_log(tmp_path, set()))
+    assert found == [("a rollout", 1), ("a rollout", 7), ("b rollout", 1), ("b rollout", 7)]
+    assert len(chosen(read_log(tmp_path, set()), "7")[0]) == 2
 
 
-def test_a_phone_has_no_sideways_scrolling(tmp_path, opened):
-    path = write_page(workdir_with(tmp_path / "w", 30))
-    shown = opened(path, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    assert shown.evaluate("document.documentElement.scrollWidth") <= 360
-    picture(shown, "page_phone")
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("5-9", "the log has 1 to 3"), ("3-1", "write a number or"), ("2-", "write a number"), ("x", "write a number")],
+)
+def test_iterations_that_cannot_be_shown_are_refused(tmp_path, given, says):
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(InputError, match=f"--iterations={given}: .*{says}"):
+        run_look(with_iterations(tmp_path, (1, 2, 3)), iterations=given)
+    with pytest.raises(InputError, match="--iterations is about report.html"):
+        run_look(tmp_path, text=True, item="gsm8k_1", iterations="1")
 
 
-def test_hostile_completions_are_text_and_run_nothing(tmp_path, opened):
-    shown = opened(write_page(workdir_with(tmp_path / "w", len(HOSTILE), HOSTILE)))
-    shown.select_option("#by", "long")
-    while shown.locator("#more").is_enabled():
-        shown.click("#more")
-    assert shown.locator("#sampled .card").count() == len(HOSTILE)
-    for q, text in enumerate(HOSTILE):
-        shown.evaluate(f"location.hash = '#q=test/gsm8k_{q}'")
-        chosen(shown, f"gsm8k_{q}")
-        if len(text) < 100 and text.isascii() and text.isprintable():
-            assert shown.locator("#one pre").first.inner_text() == text
-    shown.evaluate("location.hash = '#q=test/gsm8k_36'")
-    chosen(shown, "gsm8k_36")
-    assert shown.locator("#one pre .odd").first.inner_text() == "U+202E"
-    shown.evaluate("location.hash = '#q=test/gsm8k_33'")
-    shown.locator("#one button.all").first.click()
-    assert shown.locator("#one pre").first.evaluate("box => box.textContent.length") == 1_000_000
-    assert shown.evaluate("window.ran") is None
-    assert shown.locator("#sampled pre *:not(span), #one pre *:not(span)").count() == 0
-
-
-@pytest.mark.long
-def test_a_sweep_of_the_papers_size_opens_and_is_small(tmp_path, opened):
-    path = write_page(workdir_with(tmp_path / "w", 1319, samples=100))
-    assert path.stat().st_size < 40e6
-    shown = opened(path)
-    assert shown.locator("#count").inner_text() == "1319 of 1319 questions"
+def test_a_page_that_cannot_be_made_costs_neither_the_table_nor_the_upload(tmp_path, monkeypatch, capsys):
+    """`evaluate` prints and uploads first; then it says in one line why there is no report.html."""
+    fakes = Fakes()
+    fakes.install(monkeypatch)
+    world = World(tmp_path, 0, fakes, capsys)
+    world.files["test"].write_text(json.dumps([world.question(i) for i in range(6)]))
+    run_sample(world.run(), "reft", "test")
+    evaluate.run_evaluate(world.run())
+    report, odd = world.workdir / "report.html", world.workdir / "samples" / "odd.jsonl"
+    assert "SFT" in report.read_text()
+    report.unlink()
+    done = []
+    monkeypatch.setattr(evaluate.Results, "close", lambda self, files: done.extend(path.name for path in files))
+    odd.write_text("odd\n{}\n")
+    capsys.readouterr()
+    evaluate.run_evaluate(world.run())
+    said = capsys.readouterr()
+    assert "voting@3" in said.out and "report.md" in done
+    [line] = said.err.splitlines()
+    assert line.startswith("warning: report.html is not written: ") and "odd.jsonl: line 1 is not JSON" in line
+    odd.unlink()
+    with (world.workdir / "executions.jsonl.gz").open("ab") as log:
+        log.write(b"damaged")
+    evaluate.run_evaluate(world.run())
+    said = capsys.readouterr()
+    assert "voting@3" in said.out and "executions.jsonl.gz: damaged after byte" in said.err and not report.exists()

@@ -88,6 +88,8 @@ def test_a_sweep_is_a_table_a_data_file(finished):
             assert bounds == sorted(bounds) and bounds[-1] == row["upper_bound"]["correct"] / QUESTIONS
         pairs = {(found["a"], found["b"]) for found in report["comparisons"] if found["column"] == "rerank"}
         assert pairs == {("reft", NAMES[1])}
+    page = (finished / "report.html").read_text()
+    assert page.count("voting@8") == page.count("<tbody>") == 2 and NAMES[1] in page
     samples = [json.loads(line) for line in (finished / "samples/gsm8k/reft.jsonl").read_text().splitlines()]
     assert len({p["completion"] for record in samples[1:] for p in record["predictions"]}) > 20
 

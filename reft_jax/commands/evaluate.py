@@ -15,7 +15,7 @@ from reft_jax.evaluation.provenance import stored
 from reft_jax.evaluation.records import first_samples
 from reft_jax.evaluation.report import print_report, write_report
 from reft_jax.evaluation.results import Answers, by_item, table
-from reft_jax.page.build import write_page
+from reft_jax.page.build import try_page
 from reft_jax.parallel import hosts
 from reft_jax.run.about import made, versions
 from reft_jax.run.open import Run
@@ -101,10 +101,10 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         write_report(run.workdir.path, report)
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
-        write_page(run.workdir.path)
         print_report(report)
         files = [run.workdir.path / name for name in ("report.md", "report.json", "curves.png")]
         tracked.close([path for path in files if path.exists()])
+        try_page(run.workdir.path)
     return report
 
 

@@ -1,7 +1,7 @@
 """Evaluates many checkpoints on many data files: writes their answers to sample files, then a table per data file.
 
     WORKDIR/samples/DATA/MODEL.jsonl      and beside it .greedy.jsonl, .rerank.jsonl (evaluation/records.py)
-    WORKDIR/sweep.md, sweep.json, sources.json
+    WORKDIR/sweep.md, sweep.json, sources.json, report.html
 
 Questions that the same model has answered are not asked again, so an interrupted sweep resumes at its next question.
 """
@@ -23,6 +23,7 @@ from reft_jax.model.heads import RerankHead
 from reft_jax.model.hf import load_hf, load_rerank_head, read_config
 from reft_jax.model.llama import Llama
 from reft_jax.model.lora import trained
+from reft_jax.page.build import try_page
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import put, shardings
 from reft_jax.run import lock
@@ -205,7 +206,8 @@ def run_sweep(
             for report in reports:
                 print_report(report)
             write_sweep(workdir, reports)
-            print(f"\nsweep.md, sweep.json: {workdir}")
+            page = ", report.html" if try_page(workdir) else ""
+            print(f"\nsweep.md, sweep.json{page}: {workdir}")
     return reports
 
 

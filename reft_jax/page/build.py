@@ -20,14 +20,15 @@ from reft_jax.evaluation.intervals import wilson
 from reft_jax.evaluation.report import cell, columns, compared, remarks, row_name, subject
 from reft_jax.page.collect import (
     curves,
-    of_iterations,
     question,
     read_answered,
-    read_log,
     read_reports,
     summary,
 )
+from reft_jax.page.log import chosen, read_log, read_rollouts
 from reft_jax.store import write_whole
+from reft_jax.train.progress import remark
+from reft_jax.types import InputError
 
 PAGE = "report.html"
 SCRIPTS = ("data.js", "code.js", "charts.js", "questions.js", "rollouts.js", "main.js")
@@ -61,31 +62,54 @@ class Chunks:
         return pages + ([[self._pack(f"[{','.join(texts)}]"), len(texts)]] if texts else [])
 
 
-def write_page(workdir: Path) -> Path:
-    """Writes report.html of a work directory, finished or not, and returns its path. InputError, SaveError."""
+def write_page(workdir: Path, iterations: str = "") -> Path:
+    """Writes report.html of a work directory, finished or not, and returns its path. InputError, SaveError.
+
+    iterations: those whose rollouts it shows, as in `chosen`.
+    """
     path = workdir / PAGE
-    write_whole(path, page(workdir))
+    write_whole(path, page(workdir, iterations))
     return path
 
 
-def page(workdir: Path) -> str:
+def try_page(workdir: Path) -> bool:
+    """`write_page` at the end of a command whose results are there: prints one line if it cannot be made. SaveError.
+
+    Returns whether it is written.
+    """
+    try:
+        write_page(workdir)
+    except InputError as error:
+        remark(f"warning: {PAGE} is not written: {error}; then run `look`")
+        return False
+    return True
+
+
+def page(workdir: Path, iterations: str = "") -> str:
     """The text of report.html."""
     reports, chunks = read_reports(workdir), Chunks()
-    log, sets = read_log(workdir), []
-    for answered in read_answered(workdir):
+    answers, sets = read_answered(workdir), []
+    log = read_log(workdir, {one for answered in answers for one in answered.programs()})
+    shown, left_out = chosen(log, iterations)
+    for answered in answers:
         index = []
 
         def asked(answered=answered, index=index):
             for item in answered.items:
-                one = question(answered, item, log)
+                one = question(answered, item, log.endings)
                 index.append(summary(one))
                 yield one
 
         pages = chunks.paged(asked())
         models = list(answered.files)
         sets.append({"name": answered.name, "models": models, "pages": pages, "index": chunks.add(index)})
-    iterations = [told | {"pages": chunks.paged(lines)} for told, lines in of_iterations(log)]
-    data = {"sets": sets, "iterations": iterations, "charts": curves(workdir, reports)}
+    rollouts = read_rollouts(workdir, shown)
+    told = [
+        {"purpose": purpose, "iteration": number, "pages": chunks.paged(lines)}
+        for (purpose, number), lines in rollouts.items()
+    ]
+    sampled = sorted({line["item_id"] for lines in rollouts.values() for line in lines})
+    data = {"sets": sets, "iterations": told, "sampled": sampled, "charts": curves(workdir, reports)}
     main, folder = chunks.add(data), files(__package__)
     script = "\n".join([*_chart_library()[:1], *((folder / name).read_text("utf-8") for name in SCRIPTS)])
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -97,6 +121,7 @@ def page(workdir: Path) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         chunks=[Markup(one) for one in chunks.packed],
         main=main,
+        left_out=left_out,
     )
 
 

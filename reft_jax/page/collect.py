@@ -8,7 +8,7 @@ The page's data are JSON values. `Chunk` lists below are compressed and opened o
               "greedy" and "samples" are {"prefix", "texts", "rows"}, or null. A text is prefix + texts[i]. A row is
               [i, value or null, correct, outcome, reward, parts or null, milliseconds, the reranker's probability];
               what is not known is null. Outcome, reward, parts and milliseconds come from the audit log.
-    rollouts  one line of the audit log, without its purpose and iteration.
+    rollouts  one line of the audit log (page/log.py).
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reft_jax.evaluation.curves import REFT_PANELS, SFT_PANELS, Panel, series
+from reft_jax.evaluation.provenance import ASIDE
 from reft_jax.evaluation.records import (
     GREEDY,
     GREEDY_KIND,
@@ -26,8 +27,6 @@ from reft_jax.evaluation.records import (
     SAMPLES_KIND,
     read_file,
 )
-from reft_jax.evaluation.voting import deduplicate
-from reft_jax.run.executions import LOG_NAME, read_executions
 from reft_jax.run.workdir import recorded
 from reft_jax.store import read_text, short_hash
 from reft_jax.tasks.registry import Task, load_task
@@ -55,38 +54,20 @@ class Answered(NamedTuple):
         found = {item for kinds in self.files.values() for records in kinds.values() for item in records}
         return sorted(found, key=lambda item: [(len(word), word) for word in item.split("_")])
 
-
-class Log(NamedTuple):
-    """The audit log, as the page needs it.
-
-    endings: {(item_id, hash of the completion): (outcome, reward, parts, ms)}. rollouts: {(purpose, iteration): lines}.
-    """
-
-    endings: dict[tuple[str, str], tuple]
-    rollouts: dict[tuple[str, int], list[dict]]
-
-
-def read_log(workdir: Path) -> Log:
-    """Reads the audit log; an iteration that was interrupted and repeated counts once, the last time."""
-    log = Log({}, {})
-    if not (workdir / LOG_NAME).exists():
-        return log
-    for line in read_executions(workdir / LOG_NAME):
-        ending = line["outcome"], line["reward"], line.get("parts"), line["ms"]
-        log.endings[line["item_id"], line["program"]] = ending
-        if "iteration" in line:
-            lines = log.rollouts.setdefault((line["purpose"], line["iteration"]), [])
-            lines.append({key: value for key, value in line.items() if key not in ("purpose", "iteration", "program")})
-    for lines in log.rollouts.values():
-        starts = [i for i, line in enumerate(lines) if line["row"] == 0]
-        del lines[: starts[-1] if starts else 0]
-    return log
+    def programs(self, item: str = "") -> Iterator[tuple[str, str]]:
+        """(item_id, hash of the completion) of every answer; with `item`, of the answers to this question."""
+        for kinds in self.files.values():
+            for kind in (GREEDY_KIND, SAMPLES_KIND):
+                for one, record in kinds.get(kind, {}).items():
+                    if item in ("", one):
+                        yield from ((one, short_hash(text["completion"])) for text in record["predictions"])
 
 
 def read_answered(workdir: Path) -> list[Answered]:
     """The answers under `samples/`, test questions first. InputError as `read_file`, or if there is no work directory.
 
-    Unlike `evaluate`, it takes files that are not finished, and an incomplete last line.
+    Leaves out what was moved aside. Unlike `evaluate`, it takes files that are not finished, and an incomplete last
+    line.
     """
     settings = recorded(workdir)
     if settings is None and not (workdir / "samples").is_dir():
@@ -94,19 +75,20 @@ def read_answered(workdir: Path) -> list[Answered]:
     settings = settings or {}
     task = load_task(settings.get("task", ""), settings.get("data.reading", "strict"))
     sets: dict[str, dict[str, dict[str, dict[str, dict]]]] = {}
-    for path in sorted((workdir / "samples").rglob("*.jsonl")):
+    paths = (workdir / "samples").rglob("*.jsonl")
+    for path in sorted(path for path in paths if path.parent.name != ASIDE):
         name, kind = _kind(path)
         model, _, split = name.rpartition("_")
         folder = path.parent.relative_to(workdir / "samples").as_posix()
         where = (split, model) if split in SPLITS and folder == "." else (folder if folder != "." else "answers", name)
         sets.setdefault(where[0], {}).setdefault(where[1], {})[kind] = _by_item(path, kind, task)
-    ordered = {name: dict(sorted(models.items(), key=_place)) for name, models in sorted(sets.items())}
-    return [Answered(name, models) for name, models in ordered.items()]
+    in_order = sorted(sets, key=lambda name: _place(name, SPLITS))
+    return [Answered(one, {name: sets[one][name] for name in sorted(sets[one], key=_place)}) for one in in_order]
 
 
-def _place(named: tuple[str, dict]) -> tuple[int, str]:
-    """The models of a run in the order in which they are trained, then others by name."""
-    return (ORDER.index(named[0]) if named[0] in ORDER else len(ORDER)), named[0]
+def _place(name: str, order: tuple[str, ...] = ORDER) -> tuple[int, str]:
+    """Names in this order come first, the models of a run as they are trained; then others by name."""
+    return (order.index(name) if name in order else len(order)), name
 
 
 def _kind(path: Path) -> tuple[str, str]:
@@ -120,45 +102,41 @@ def _by_item(path: Path, kind: str, task: Task) -> dict[str, dict]:
     return {record["item_id"]: record for record in read_file(path, kind, task).records}
 
 
-def question(answered: Answered, item: str, log: Log) -> dict[str, Any]:
-    """The value of one question in the list `answers`."""
+def question(answered: Answered, item: str, endings: dict) -> dict[str, Any]:
+    """The value of one question in the list `answers`; endings as in `Log`."""
     kinds = list(answered.files.values())
     asked = next(one[kind][item] for one in kinds for kind in one if item in one[kind])
     return {
         "item": item,
         "question": asked.get("question", ""),
         "answer": asked.get("answer_value", ""),
-        "models": [_of_model(one, item, log) for one in kinds],
+        "models": [_of_model(one, item, endings) for one in kinds],
     }
 
 
-def _of_model(kinds: dict[str, dict[str, dict]], item: str, log: Log) -> dict | None:
+def _of_model(kinds: dict[str, dict[str, dict]], item: str, endings: dict) -> dict | None:
     records = {kind: kinds.get(kind, {}).get(item) for kind in (GREEDY_KIND, SAMPLES_KIND, RERANK_KIND)}
-    scores: dict[str, float] = {}
-    if records[RERANK_KIND] and records[SAMPLES_KIND]:
-        texts = [one["completion"] for one in deduplicate(records[SAMPLES_KIND]["predictions"])]
-        given = records[RERANK_KIND]
-        if given.get("completions") == list(map(short_hash, texts)):  # else it judges samples of another time
-            scores = dict(zip(texts, given["probabilities"], strict=True))
+    judged = records[RERANK_KIND] or {}
+    scores = dict(zip(judged.get("completions") or (), judged.get("probabilities", ()), strict=False))  # by hash
     found = {
-        "greedy": _answers(records[GREEDY_KIND], item, log, {}),
-        "samples": _answers(records[SAMPLES_KIND], item, log, scores),
+        "greedy": _answers(records[GREEDY_KIND], item, endings, {}),
+        "samples": _answers(records[SAMPLES_KIND], item, endings, scores),
     }
     return found if any(found.values()) else None
 
 
-def _answers(record: dict | None, item: str, log: Log, scores: dict[str, float]) -> dict | None:
+def _answers(record: dict | None, item: str, endings: dict, scores: dict[str, float]) -> dict | None:
     if record is None:
         return None
     places: dict[str, int] = {}
-    endings: dict[str, tuple] = {}
+    told: list[tuple] = []  # of each place: its ending and its score
     rows = []
     for one in record["predictions"]:
-        text = one["completion"]
-        place = places.setdefault(text, len(places))
-        if text not in endings:
-            endings[text] = log.endings.get((item, short_hash(text)), EMPTY)
-        known = (place, shown(one["solving_res"]), one.get("correctness"), *endings[text], scores.get(text))
+        place = places.setdefault(one["completion"], len(places))
+        if place == len(told):
+            program = short_hash(one["completion"])
+            told.append((*endings.get((item, program), EMPTY), scores.get(program)))
+        known = (place, shown(one["solving_res"]), one.get("correctness"), *told[place])
         rows.append([round(value, 4) if isinstance(value, float) else value for value in known])
     prefix = os.path.commonprefix(list(places))
     return {"prefix": prefix, "texts": [text[len(prefix) :] for text in places], "rows": rows}
@@ -194,22 +172,6 @@ def _counts(model: dict) -> list:
         sum(row[3] == "timeout" for one in both for row in one["rows"]),
         max(len(one["prefix"]) + max(map(len, one["texts"])) for one in both),
     ]
-
-
-def of_iterations(log: Log) -> Iterator[tuple[dict[str, Any], list[dict]]]:
-    """(summary, rollouts) of each iteration, in order."""
-    for (purpose, number), lines in sorted(log.rollouts.items()):
-        advantages = [line["advantage"] for line in lines if line.get("advantage") is not None]
-        yield (
-            {
-                "purpose": purpose,
-                "iteration": number,
-                "rollouts": len(lines),
-                "reward": sum(line["reward"] for line in lines) / len(lines),
-                "positive": sum(advantage > 0 for advantage in advantages),
-            },
-            [line | {"value": shown(line["value"])} for line in lines],
-        )
 
 
 def read_reports(workdir: Path) -> list[dict]:

@@ -10,7 +10,7 @@ async function opening() {
   byId("theme").addEventListener("click", () => setTheme(theme() === "dark" ? "light" : "dark"));
   const data = await unpacked(+document.body.dataset.main);
   drawCharts(data.charts);
-  await openQuestions(data.sets);
+  await openQuestions(data.sets, new Set(data.sampled));
   await openRollouts(data.iterations);
   document.body.dataset.ready = "yes";
 }

@@ -1,7 +1,7 @@
-// The list of questions with its filters, and the chosen one. The address keeps the chosen question: #q=SET/ITEM.
+// The list of questions with its filters, and the chosen one. The address names the chosen question: #q=SET/ITEM.
 const PER_PAGE = 25;
 const FEW = 10; // distinct samples that are shown at once
-const state = { set: null, index: [], found: [], page: 0, chosen: "" };
+const state = { set: null, index: [], found: [], page: 0, chosen: "", turn: 0, sampled: new Set() };
 
 const GREEDY = 0, RIGHT = 1, NONE = 2, SAMPLES = 3, TIMEOUTS = 4, LENGTH = 5;
 
@@ -97,22 +97,26 @@ async function choose(item, focus) {
   const at = state.index.findIndex((one) => one[0] === item);
   if (at < 0) return;
   state.chosen = item;
-  const one = await valueOf(state.set.pages, at);
-  if (state.chosen !== item) return; // another one was chosen meanwhile
+  const set = state.set, one = await valueOf(set.pages, at);
+  if (state.chosen !== item || state.set !== set) return; // another one was chosen meanwhile
   const parts = [make("h3", "", ...visible(one.item)), make("p", "asked", ...visible(one.question)),
     make("p", "", "Answer: ", make("strong", "", ...visible(one.answer)))];
   one.models.forEach((model, i) => {
     if (model && model.greedy) parts.push(answersOf(state.set.models[i] + ", greedy", model.greedy));
     if (model && model.samples) parts.push(answersOf(state.set.models[i] + ", samples", model.samples));
   });
+  if (state.sampled.has(item)) parts.push(rolloutsButton(item));
   byId("one").replaceChildren(...parts);
   list();
   if (focus) { byId("one").focus({ preventScroll: true }); byId("one").scrollIntoView({ block: "nearest" }); }
 }
 
+// Opens a set; false if another one was asked for meanwhile.
 async function openSet(set) {
-  state.set = set;
-  state.index = await chunk(set.index);
+  const turn = ++state.turn, index = set === state.set ? state.index : await chunk(set.index);
+  if (turn !== state.turn) return false;
+  if (set === state.set) return true;
+  Object.assign(state, { set, index, chosen: "" });
   byId("set").value = set.name;
   const models = set.models.map((name, i) => [String(i), name]);
   fill(byId("model"), models);
@@ -121,9 +125,15 @@ async function openSet(set) {
   byId("marks").textContent = "· marks: " + set.models.join(", ") + "; the greedy answer, then right samples";
   search();
   byId("one").replaceChildren();
+  return true;
 }
 
-// Opens what the address names; without a name, the first question of the first set.
+// Chooses the first question of the open set, if it has one.
+async function chooseFirst() {
+  if (state.index.length) await choose(state.index[0][0], false);
+}
+
+// Opens what the address names; if it is empty, the first question of the first set.
 async function follow(sets, focus) {
   const named = /^#q=([^/]*)\/(.*)$/.exec(location.hash);
   let set, item;
@@ -132,21 +142,24 @@ async function follow(sets, focus) {
   } catch {
     set = undefined;
   }
-  const wanted = sets.find((one) => one.name === set) || state.set || sets[0];
-  if (wanted !== state.set) await openSet(wanted);
+  const wanted = sets.find((one) => one.name === set) || (location.hash && state.set) || sets[0];
+  if (!(await openSet(wanted))) return;
   if (item !== undefined) await choose(item, focus);
-  else if (!state.chosen && state.index.length) await choose(state.index[0][0], false);
+  else if (!location.hash || !state.chosen) await chooseFirst();
 }
 
-async function openQuestions(sets) {
+async function openQuestions(sets, sampled) {
+  state.sampled = sampled;
   if (!sets.length) {
     byId("count").textContent = "No model has answered a question yet.";
     return;
   }
   fill(byId("set"), sets.map((set) => [set.name, set.name + " (" + set.models.join(", ") + ")"]));
   byId("set").addEventListener("change", async () => {
-    await openSet(sets.find((set) => set.name === byId("set").value));
-    await choose(state.index[0][0], false);
+    if (!(await openSet(sets.find((set) => set.name === byId("set").value)))) return;
+    const first = state.index.length ? state.index[0][0] : "";
+    history.pushState(null, "", "#" + address(first)); // fires no hashchange, which would move the focus
+    await chooseFirst();
   });
   for (const id of ["filter", "model", "other", "order"]) byId(id).addEventListener("change", search);
   byId("search").addEventListener("input", search);

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reft_jax.config import nearest
-from reft_jax.page.collect import question, read_answered, read_log
+from reft_jax.page.collect import question, read_answered
+from reft_jax.page.log import read_log
 from reft_jax.types import InputError
 
 MOST = 4000  # characters of a completion that are printed
@@ -19,8 +20,8 @@ def item_text(workdir: Path, item: str) -> str:
         known = [one for answered in sets for one in answered.items]
         hint = f"; did you mean {nearest(item, known)}?" if known else "; run `sample` or `evaluate` first"
         raise InputError(f"--item: no model in {workdir} has answered {item!r}{hint}")
-    log = read_log(workdir)
-    return "\n".join("\n".join(_lines(question(answered, item, log), answered)) for answered in asked)
+    endings = read_log(workdir, {one for answered in asked for one in answered.programs(item)}).endings
+    return "\n".join("\n".join(_lines(question(answered, item, endings), answered)) for answered in asked)
 
 
 def _lines(one: dict, answered) -> Iterator[str]:

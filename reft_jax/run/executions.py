@@ -14,6 +14,7 @@ import math
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,17 @@ def whole_bytes(path: Path) -> int:
 
     Raises InputError if anything else follows.
     """
+    return max((end for end, _ in _members(path)), default=0)
+
+
+def _members(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(bytes of the file up to its end, content) of each whole gzip member; holds one at a time. InputError."""
     whole = 0
     with path.open("rb") as file:
-        member, data = zlib.decompressobj(wbits=31), file.read(1 << 20)
+        member, content, data = zlib.decompressobj(wbits=31), [], file.read(1 << 20)
         while data:
             try:
-                member.decompress(data)
+                content.append(member.decompress(data))
             except zlib.error as error:
                 problem = f"{path}: damaged after byte {whole} ({error})"
                 raise InputError(f"{problem}; restore it from a copy, or move it away to start a new one") from error
@@ -97,27 +103,28 @@ def whole_bytes(path: Path) -> int:
                 continue
             data = member.unused_data
             whole = file.tell() - len(data)
-            member = zlib.decompressobj(wbits=31)
+            yield whole, b"".join(content)
+            member, content = zlib.decompressobj(wbits=31), []
             data = data or file.read(1 << 20)
-    return whole
 
 
 def read_executions(path: Path) -> Iterator[dict]:
-    """The lines of the log, without an incomplete end. InputError if there is no log, or a line is not an execution."""
+    """The lines of the log, without an incomplete end. InputError if there is no log, or a line is not an execution.
+
+    Holds one batch at a time.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file; nothing has been executed in this work directory yet")
-    with path.open("rb") as file:
-        whole = io.BytesIO(file.read(whole_bytes(path)))
-    with gzip.open(whole, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                found = json.loads(line)
-                if not FIELDS <= found.keys():
-                    raise ValueError("fields are missing")
-            except (ValueError, AttributeError) as error:
-                told = f"{path}: line {number} is not an execution ({error})"
-                raise InputError(f"{told}; restore it from a copy") from error
-            yield found
+    lines = chain.from_iterable(io.BytesIO(content) for _, content in _members(path))
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            if not FIELDS <= found.keys():
+                raise ValueError("fields are missing")
+        except (ValueError, AttributeError) as error:
+            told = f"{path}: line {number} is not an execution ({error})"
+            raise InputError(f"{told}; restore it from a copy") from error
+        yield found
 
 
 def replay(workdir: Path) -> bool:

@@ -14,7 +14,8 @@ from reft_jax.model.peft import stacked, write_peft
 from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
-from reft_jax.stages.models import TITLES, abstract_reranker, adapters_of, checksum, done, load_model
+from reft_jax.run.workdir import TITLES
+from reft_jax.stages.models import abstract_reranker, adapters_of, checksum, done, load_model
 from reft_jax.store import copy, origin, remove, writing
 from reft_jax.tasks.prompts import Prompter
 from reft_jax.tasks.registry import Task

@@ -45,7 +45,7 @@ class Holder(NamedTuple):
 
 
 def look(workdir: Path) -> None:
-    """Raises InputError if another process works in `workdir`. Writes nothing."""
+    """Raises InputError if another process works in `workdir`, SaveError if its bucket is gone. Writes nothing."""
     if hosts.is_first():
         _left_by(workdir, _read(workdir / LOCK_NAME))
 
@@ -142,7 +142,8 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(**store.TEXT)
+        with store.reading(path):
+            return path.read_text(**store.TEXT)
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:

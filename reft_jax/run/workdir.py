@@ -10,7 +10,7 @@ from reft_jax.config import flatten, renamed, replaced, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
 from reft_jax.settings import SETTINGS, Config
-from reft_jax.store import may_write, published, remove, why_not_writable, write_whole, writing
+from reft_jax.store import may_write, published, reading, remove, why_not_writable, write_whole, writing
 from reft_jax.types import InputError
 
 # Settings that may change between two starts of one run: they decide where it computes, not what.
@@ -67,7 +67,8 @@ def recorded(workdir: Path) -> dict | None:
     """The settings that `workdir` was made with, old names replaced; None if it is new. InputError if unreadable."""
     path = workdir / "config.json"
     try:
-        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        with reading(path):
+            settings = dict(json.loads(path.read_text(encoding="utf-8")))
         return {renamed(str(key)) or key: value for key, value in settings.items()}
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -7,6 +7,7 @@
 # Ends with 0 when the command does, with 2 (wrong input) at once, and after SIGTERM or SIGINT when the command has ended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+export REFT_WAIT="${REFT_WAIT-1}" # the run that died may have been on another machine
 restarts="${RESTARTS:-20}"
 wait_s="${WAIT_S:-60}" # longer than the other hosts need to notice that one has died
 python="${PYTHON:-.venv/bin/python}"

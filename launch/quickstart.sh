@@ -9,7 +9,9 @@ workdir="${WORKDIR:-runs/quickstart}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # large pages: XLA on a CPU takes fresh memory each step
 
-launch/venv.sh page # with the charts of report.html
+extras=page # the charts of report.html
+[[ "$workdir" != gs://* ]] || extras=page,gcs
+launch/venv.sh "$extras"
 echo "Results will be in $workdir: report.md, report.json, report.html, curves.png"
 .venv/bin/python -m reft_jax pipeline --config=configs/quickstart.py --workdir="$workdir" "$@"
 echo "Results are in $workdir: report.md, report.json, report.html, curves.png"

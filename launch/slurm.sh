@@ -9,6 +9,7 @@
 set -uo pipefail
 # Slurm runs a copy of this file from another folder; the job starts in the folder where sbatch was called.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit 1
+export REFT_WAIT="${REFT_WAIT-1}" # the run that died may have been on another machine
 restarts="${RESTARTS:-20}"
 
 for ((attempt = 0; ; attempt++)); do

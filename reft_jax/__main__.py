@@ -14,7 +14,7 @@ from reft_jax.commands.flags import CONFIG, config_of, define_settings, no_argum
 from reft_jax.commands.table import COMMANDS, HOSTS, TABLE, Command, described, overview
 from reft_jax.config import check_keys
 from reft_jax.model_folder import check_new_folder
-from reft_jax.store import DISK, not_written, with_origins
+from reft_jax.store import unforeseen, with_origins
 from reft_jax.types import InputError, NotFiniteError, SamplerGapError, SaveError, Stopped
 
 
@@ -37,9 +37,9 @@ def main() -> None:
     except (InputError, NotFiniteError, SamplerGapError, SaveError) as error:
         end(error.exit_code, error)
     except OSError as error:
-        if error.errno not in DISK:
+        if (told := unforeseen(error)) is None:
             raise
-        end(SaveError.exit_code, not_written("a file", error))
+        end(told.exit_code, told)
     except KeyboardInterrupt:
         os._exit(terminal.INTERRUPTED)  # a normal exit would wait for threads, and these wait for programs
 

@@ -126,7 +126,7 @@ class BucketPath(gpath.PosixGPath):
     def sums(self) -> dict[str, tuple[int, str]]:
         """{relative name: (size, CRC32C)} of every object under this folder, as the store computed them."""
         about = ((entry["name"], entry) for entry in self._objects(self._key + "/") if f"{PARTS}/" not in entry["name"])
-        start = len(self._place[1]) + 1
+        start = len(self._place[1]) + 1 if self._place[1] else 0  # a whole bucket is a folder, too
         return {name[start:]: (int(entry["size"]), f"crc32c {entry['crc32c']}") for name, entry in about}
 
     def _objects(self, prefix: str, **more) -> Iterator[dict]:

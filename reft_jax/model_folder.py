@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from reft_jax.store import as_path, is_remote, upload, why_not_writable
+from reft_jax.store import as_path, is_remote, reading, upload, why_not_writable
 from reft_jax.types import InputError
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -50,7 +50,7 @@ def check_file(path: Path) -> None:
 def read_bytes(path: Path, count: int = -1) -> bytes:
     """Return the first `count` bytes of a file, or all. Raises InputError if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             return file.read(count)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its owner and mode, or the disk") from None

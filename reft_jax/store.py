@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from reft_jax.types import InputError, SaveError
 
 REMEDY = "make room or repair the disk, then run the same command again"
 REMEDY_BUCKET = "see to the bucket, your rights in it and the network, then run the same command again"
+WHOLE = "what was saved before is whole"
 # Errors of the disk, not of the code: full, over a quota or a limit, read-only, broken, or without permission.
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EIO EACCES EPERM".split()}
 PATIENCE_S = 180.0
@@ -29,8 +31,13 @@ TEXT = {"encoding": "utf-8", "errors": "replace"}
 
 
 def as_path(text: str | Path) -> Path:
-    """The path that a user wrote: of a disk, or of a bucket (`gs://bucket/…`). InputError without the extra `gcs`."""
+    """The path that a user wrote: of a disk, or of a bucket (`gs://bucket/…`).
+
+    InputError for another store (`s3://…`), which would be a folder of this disk, and without the extra `gcs`.
+    """
     if not is_remote(text):
+        if found := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)):
+            raise InputError(f"{text}: {found[0]} is not supported; give a path on a disk, or gs://…")
         return Path(text)
     try:
         from reft_jax.bucket import BucketPath
@@ -167,8 +174,41 @@ def writing(path: Path) -> Iterator[None]:
 def not_written(path: Path | str, error: OSError) -> SaveError:
     """The SaveError for an error of the disk."""
     place = error.filename or path
-    remedy = REMEDY_BUCKET if is_remote(place) else REMEDY
-    return SaveError(f"{place} could not be written ({error.strerror}); what was saved before is whole: {remedy}")
+    return SaveError(f"{place} could not be written ({error.strerror}); {WHOLE}: {remedy(place)}")
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turns the errors of a bucket inside the `with` into SaveError: what does not answer is not wrong input.
+
+    FileNotFoundError and the errors of a disk pass.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if not is_remote(path):
+            raise
+        raise not_reached(path, error) from error
+
+
+def not_reached(path: Path | str, error: OSError) -> SaveError:
+    """The SaveError for a bucket that does not answer."""
+    return SaveError(f"{path} could not be reached ({error.strerror}); {WHOLE}: {REMEDY_BUCKET}")
+
+
+def unforeseen(error: OSError) -> SaveError | None:
+    """The SaveError for an error that nothing has expected; None if it is neither of the disk nor of a bucket."""
+    if error.errno not in DISK:
+        return None
+    remote = is_remote(error.filename or "")
+    return not_reached(error.filename, error) if remote else not_written("a file", error)
+
+
+def remedy(path: Path | str) -> str:
+    """What helps if a file cannot be written."""
+    return REMEDY_BUCKET if is_remote(path) else REMEDY
 
 
 def write_whole(path: Path, content: str | bytes, *, synced: bool = False) -> None:
@@ -196,9 +236,10 @@ def write_whole(path: Path, content: str | bytes, *, synced: bool = False) -> No
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, without its byte order mark. InputError if it cannot be read or is not UTF-8."""
+    """The text of a file, without its byte order mark. InputError if it cannot be read or is not UTF-8; SaveError."""
     try:
-        return as_path(path).read_text(encoding="utf-8-sig")
+        with reading(path):
+            return as_path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:

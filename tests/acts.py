@@ -14,6 +14,7 @@ from reft_jax.commands import evaluate, sweep
 from reft_jax.config import default_config, flatten
 from reft_jax.run.inputs import Data, shorten
 from reft_jax.run.open import Run
+from reft_jax.run.workdir import TITLES
 from reft_jax.stages import models as stages
 from reft_jax.stages import sample
 from reft_jax.tasks.datasets import load_examples
@@ -146,7 +147,7 @@ class World:
         assert report["checksums"] == there  # so that an exported card has the figures of these models or none
         out = self.capsys.readouterr().out
         [table] = printed(out)
-        titles = {stages.TITLES[name]: name for name in POLICIES}
+        titles = {TITLES[name]: name for name in POLICIES}
         assert set(table) == set(titles), out
         for title, row in table.items():
             name, judge = titles[title], self.workdir / "models" / f"rerank_{titles[title]}"

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,3 +112,16 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(trackers, "LEAST_SECONDS", 60.0)
     monkeypatch.setattr(trackers, "MOST_SECONDS", 60.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """gcsfs waits half a minute before it gives up: here a hundredth of that."""
+    from emulator import needs_gcsfs
+
+    needs_gcsfs()
+    import asyncio
+
+    import gcsfs.retry
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100)))

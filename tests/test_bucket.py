@@ -9,11 +9,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from emulator import BUCKET, emulator, environment, faulty, needs_gcsfs, pointed_at
+from emulator import BUCKET, emulator, environment, faulty, pointed_at
 
 from reft_jax import __main__, store
 from reft_jax.types import InputError, SaveError
@@ -31,17 +30,6 @@ def url(tmp_path_factory):
 def folder(url, request):
     """A new folder in the bucket."""
     return store.as_path(f"{BUCKET}/{request.node.name}")
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """gcsfs waits half a minute before it gives up: here a hundredth of that."""
-    needs_gcsfs()
-    import asyncio
-
-    import gcsfs.retry
-
-    monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100)))
 
 
 def forget() -> None:

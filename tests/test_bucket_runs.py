@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from emulator import BUCKET, emulator, faulty, pointed_at
+from emulator import BUCKET, Faults, emulator, faulty, pointed_at
 from test_pipeline import command
 
 from reft_jax import store
@@ -25,6 +25,7 @@ VARYING = ("seconds", "compiles", "executor_retries", "made")
 STAGES = ("sft", "reft", "rerank_sft", "rerank_reft")
 KILLS = 5
 SOON_S = 3 * 60  # "about 60 s" until a host has noticed that another one is lost
+UPLOAD = 8  # of about 17 of a step's state: the first arrays are up
 SAVES = """
 import os, sys
 from reft_jax.train import checkpoints
@@ -48,6 +49,19 @@ def start(name: str, workdir, cache: Path, scratch: Path, *more: str, code: str 
     return subprocess.Popen(
         words, cwd=ROOT, env=os.environ | {"TMPDIR": str(scratch)}, stdout=log, stderr=subprocess.STDOUT
     )
+
+
+def killed_in_an_upload(proxy: Faults, name: str, workdir, cache: Path, scratch: Path) -> Path:
+    """Starts a command and kills it in the middle of the upload of its second step. Returns that step's folder."""
+    process = start(name, workdir, cache, scratch)
+    proxy.in_a_save = (2, UPLOAD, process.kill)
+    assert process.wait(timeout=600) == -signal.SIGKILL
+    steps = {folder: {path.name for path in folder.rglob("*")} for folder in (workdir / "sft/checkpoints").iterdir()}
+    [half] = [folder for folder, files in steps.items() if "manifest.json" not in files]
+    assert "step.json" in steps[half] and "commit_success.txt" not in steps[half]
+    assert any(path.parent.name == "d" for path in half.rglob("*")), steps[half]  # arrays
+    assert len(steps) == 2  # the one before is whole
+    return half
 
 
 def whole(name: str, workdir, cache: Path, scratch: Path, *more: str) -> str:
@@ -95,19 +109,21 @@ def test_a_stage_that_was_killed_in_a_save_ends_as_on_a_disk(cache, tmp_path):
     """The short test of those below: one kill, and answers that are sampled afterwards."""
     scratch = tmp_path / "scratch"
 
+    said = []
+
     def ended(workdir) -> tuple[dict, list[dict]]:
-        whole("sft", workdir, cache, scratch)
+        said.append(whole("sft", workdir, cache, scratch))
         whole("sample", workdir, cache, scratch, "--model=sft")
         answers = read_records(workdir / "samples" / "sft_test.jsonl")
         assert "== sft, samples: " in item_text(workdir, answers[0]["item_id"])
         return results(workdir, ["sft"]), answers
 
-    with emulator(tmp_path) as url, pointed_at(url):
+    with faulty(tmp_path, 0.0) as proxy, pointed_at(proxy.url):
         workdir = store.as_path(f"{BUCKET}/run")
-        assert start("sft", workdir, cache, scratch, code=SAVES).wait(timeout=600) == -signal.SIGKILL
-        up = {path.name for path in (workdir / "sft").rglob("*")}
-        assert "arrays.json" in up and "manifest.json" not in up
+        half = killed_in_an_upload(proxy, "sft", workdir, cache, scratch)
         assert ended(workdir) == ended(tmp_path / "run")
+        assert f"step {half.name} is not used (no manifest.json: it was only half written)" in said[0]
+        assert f"sft: resuming after {int(half.name) // 2}\n" in said[0]
 
 
 @pytest.mark.long
@@ -119,6 +135,9 @@ def test_a_pipeline_that_is_killed_ends_as_on_a_disk(share, on_disk, cache, tmp_
         workdir, scratch = store.as_path(f"{BUCKET}/run"), tmp_path / "scratch"
         saves = start("pipeline", workdir, cache, scratch, code=SAVES)
         assert saves.wait(timeout=600) == -signal.SIGKILL
+        up = {path.name for path in (workdir / "sft").rglob("*")}
+        assert "arrays.json" in up and "manifest.json" not in up
+        killed_in_an_upload(proxy, "pipeline", workdir, cache, scratch)
         for number in range(KILLS - 1):
             with (log := tmp_path / f"{number}.log").open("w") as file:
                 process = start("pipeline", workdir, cache, scratch, log=file)

@@ -1,5 +1,6 @@
 """`check --workdir`: what it says of a run is what the run does; it writes nothing there."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from reft_jax.commands import forecast
 from reft_jax.commands.forecast import Costs, Forecast
 from reft_jax.commands.pipeline import steps
 from reft_jax.config import load_config
+from reft_jax.train.progress import clock
 from reft_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,57 @@ def test_a_stage_that_is_done_is_not_counted(by_hand, tmp_path, monkeypatch):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "done.json").write_text("{}")
     assert "about 0:05:03 for what is not done" in "\n".join(by_hand.lines(chain, tmp_path))
+
+
+def test_saved_steps_of_a_stage_are_not_counted(by_hand, tmp_path, monkeypatch):
+    monkeypatch.setattr(Forecast, "sizes", lambda self, abstract: (2**30, 2**31))
+    for step, file in {"sft/checkpoints/3": "manifest.json", "sft/checkpoints/6": "step.json"}.items():
+        (tmp_path / step).mkdir(parents=True)  # 6 is not whole
+        (tmp_path / step / file).write_text("{}")
+    (tmp_path / "reft" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "reft" / "checkpoints" / "1" / "manifest.json").write_text("{}")
+    said = "\n".join(by_hand.lines(steps(baselines=False)[:2], tmp_path))
+    seconds = 225 * (1 - 3 / 9) + 303 * (1 - 1 / 4)  # 9 updates and 4 iterations
+    assert f"about {clock(seconds)} for what is not done" in said and clock(seconds) == "0:06:17"
+    assert "saved steps are not made again: sft 3 of 9, reft 1 of 4" in said
+    assert "asks" not in said
+
+
+def test_questions_that_are_drawn_again_are_counted(by_hand, tmp_path, monkeypatch):
+    monkeypatch.setattr(Forecast, "sizes", lambda self, abstract: (0, 0))
+    by_hand.costs = by_hand.costs._replace(asked=2.5)
+    chain = steps(baselines=False)[:2]
+    assert by_hand.expected(chain[1], chain).seconds == pytest.approx(4 * 8 * (2.5 * 1 + 2 + 2 * 3) + 3 * 5)
+    said = "\n".join(by_hand.lines(chain, tmp_path))
+    assert "an iteration of ReFT asks 2.5 times its questions, as here (rl.redraws)" in said
+
+
+def test_the_rehearsal_counts_questions_that_are_drawn_again(monkeypatch):
+    """Of 8 questions 8 and 4 were drawn again in its two iterations."""
+    redrawn = iter([8, 4])
+
+    def iterate(run, functions, state, models, asked, number, rewards):
+        seconds = dict.fromkeys(("seconds_rollout", "seconds_reward", "seconds_score", "seconds_update"), 1.0)
+        return state, seconds | {"tokens": 10, "redrawn": next(redrawn)}, [], None
+
+    config = load_config(str(ROOT / "configs" / "quickstart.py"))
+    config.rl.update(questions=8, micro_batch=4, minibatches=2)
+    training = SimpleNamespace(state={}, shardings=None, lora=None, base=None, params={})
+    for name, made in {
+        "Training": lambda *args: nullcontext(training),
+        "abstract_policy": lambda run: {},
+        "base_policy": lambda *args: {"lm": {}},
+        "make_step": lambda *args: lambda state, batch, count, base: (state, 0.0),
+        "make_batch": lambda run, rows: (SimpleNamespace(count=1), None, None),
+        "make_iteration": lambda *args: None,
+        "open_rewards": lambda run: nullcontext(),
+        "iterate": iterate,
+    }.items():
+        monkeypatch.setattr(forecast, name, made)
+    machine = SimpleNamespace(mesh=None, model=SimpleNamespace(dtype=None))
+    inputs = SimpleNamespace(sft_rows=[1, 2], questions=[1, 2, 3])
+    found = forecast.rehearse(SimpleNamespace(config=config, machine=machine, inputs=inputs))
+    assert found.asked == 1 + 12 / 16 and found.token == 0.2
 
 
 def test_it_runs_on_one_host(monkeypatch):

@@ -3,6 +3,7 @@
 Run as a script, this file is one of two hosts that only exchange messages.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -120,6 +121,32 @@ def command(name: str, workdir: Path, cache: Path, settings: tuple[str, ...] = (
     changed = [*TINY, *SMALLER, *MESH, *inputs, f"mesh.cpu_devices={devices}", *settings]
     config = [f"--config={ROOT / 'configs/quickstart.py'}", *(f"--config.{setting}" for setting in changed)]
     return [sys.executable, "-m", "reft_jax", name, *config, f"--workdir={workdir}"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.EIO, "gone", "gs://b/x"), 4, "error: gs://b/x could not be reached (gone); "),
+        (OSError(errno.ENOSPC, "full", "/x"), 4, "error: /x could not be written (full); "),
+        (OSError(errno.EBADF, "closed", "/x"), 1, "OSError: "),
+    ],
+)
+def test_a_disk_or_a_bucket_that_fails_ends_all_hosts_with_one_line(monkeypatch, capsys, error, code, says):
+    """Of an error of the code there is also a traceback."""
+    monkeypatch.setattr(hosts, "_state", hosts._State())
+    for name, act in {"initialize": lambda *given: None, "count": lambda: 2, "_watch": lambda: None}.items():
+        monkeypatch.setattr(hosts, name, act)
+
+    def end_all(line: str, code: int):
+        print(line)
+        sys.exit(code)
+
+    monkeypatch.setattr(hosts, "end_all", end_all)
+    with pytest.raises(SystemExit) as ended, hosts.joined(None, None, None):
+        raise error
+    said = capsys.readouterr()
+    assert ended.value.code == code and said.out.startswith(says)
+    assert ("Traceback" in said.err) == (code == 1)
 
 
 class Pair:

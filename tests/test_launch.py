@@ -41,7 +41,11 @@ def run(script: str, *arguments: str, env: dict[str, str]) -> subprocess.Complet
     return subprocess.run([LAUNCH / script, *arguments], env=env, capture_output=True, text=True, timeout=60)
 
 
-FAILS = 'echo "$@" >> "$RECORD"; (( $(wc -l < "$RECORD") > FAILURES )) || exit "$CODE"'  # so often, with that code
+FAILS = """
+[[ "$REFT_WAIT" == 1 ]] || exit 99
+echo "$@" >> "$RECORD"
+(( $(wc -l < "$RECORD") > FAILURES )) || exit "$CODE"  # so often, with that code
+"""
 
 
 @pytest.mark.parametrize("script", ["host.sh", "slurm.sh"])
@@ -136,10 +140,30 @@ def test_the_manifest_fills_its_slice_and_runs_what_is_there():
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert hosts["completions"] == hosts["parallelism"] == rows * columns // chips == 8
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0 and hosts["backoffLimit"] == 0
+    assert {"name": "REFT_WAIT", "value": "1"} in container["env"]
     [script] = container["args"]
     assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
     for name in re.findall(r"\b(?:launch|configs)/\w+\.\w+", script):
         assert (LAUNCH.parent / name).exists(), name
+
+
+@pytest.mark.parametrize(("place", "extras"), [("", "page"), ("gs://bucket/runs/q", "page,gcs")])
+def test_the_quickstart_installs_what_its_work_directory_needs(tmp_path, place, extras):
+    """A fresh clone: the script alone, beside a stand-in for venv.sh that makes a Python."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "quickstart.sh", tmp_path / "launch")
+    record = {"RECORD": str(tmp_path / "record"), "WORKDIR": place}
+    makes = 'echo "$0 $*" >> "$RECORD"; mkdir -p .venv/bin; cp launch/python .venv/bin'
+    stand_in(tmp_path / "launch", "venv.sh", makes)
+    stand_in(tmp_path / "launch", "python", 'echo "$0 $*" >> "$RECORD"')
+    words = [tmp_path / "launch" / "quickstart.sh", "--config.seed=7"]
+    done = subprocess.run(words, env=environment(tmp_path, **record), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    installed, ran = (tmp_path / "record").read_text().splitlines()
+    assert installed == f"launch/venv.sh {extras}"
+    assert ran.endswith(
+        f"pipeline --config=configs/quickstart.py --workdir={place or 'runs/quickstart'} --config.seed=7"
+    )
 
 
 def test_a_python_that_will_do_is_found(tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +151,64 @@ def test_a_holder_elsewhere_counts_as_dead_after_its_silence(tmp_path, capsys):
         pass
     assert "takes over from process 7 on host other since" in (out := capsys.readouterr().out)
     assert "which gave no sign of life for 95 s" in out
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """The waits of `look`, none of which takes time. `naps.then` is called at the third."""
+
+    class Naps(list):
+        then = staticmethod(lambda: None)
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            naps.then()
+
+    naps = Naps()
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=nap, monotonic=time.monotonic))
+    monkeypatch.setattr(lock.store, "silence", lambda path: 80.0 + lock.LOOK_S * len(naps))
+    return naps
+
+
+def test_a_start_that_waits_takes_over_when_a_holder_elsewhere_counts_as_dead(tmp_path, naps, monkeypatch, capsys):
+    """As a new pod after one that was killed. A plain start is refused at once."""
+    write(tmp_path, **ELSEWHERE)
+    with pytest.raises(InputError, match="process 7 on host other"):
+        lock.look(tmp_path)
+    assert not naps
+    monkeypatch.setenv("REFT_WAIT", "1")
+    lock.look(tmp_path)
+    assert sum(naps) == 11.0  # until 91 s of silence
+    assert capsys.readouterr().out.count("REFT_WAIT is set, so this start waits for that\n") == 1
+
+
+@pytest.mark.parametrize(("happens", "refused"), [("touched", True), ("another", True), ("released", False)])
+def test_a_start_that_waits_knows_at_the_first_sign_of_life(tmp_path, naps, monkeypatch, happens, refused):
+    def then() -> None:
+        if happens == "touched":
+            os.utime(tmp_path / lock.LOCK_NAME, (1, 1))
+        elif happens == "another":
+            write(tmp_path, **ELSEWHERE | {"pid": 8})
+        else:
+            (tmp_path / lock.LOCK_NAME).unlink()
+
+    write(tmp_path, **ELSEWHERE)
+    naps.then = then
+    monkeypatch.setenv("REFT_WAIT", "1")
+    if refused:
+        with pytest.raises(InputError, match=f"process {8 if happens == 'another' else 7} on host other"):
+            lock.look(tmp_path)
+    else:
+        lock.look(tmp_path)
+    assert len(naps) == 3
+
+
+def test_a_start_that_waits_is_refused_at_once_on_the_machine_of_the_holder(working, naps, monkeypatch):
+    monkeypatch.setenv("REFT_WAIT", "1")
+    with pytest.raises(InputError, match=f"process {working.pid} "):
+        lock.look(working.at)
+    assert not naps
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"pid": 1}', "null", "\xff"])

@@ -10,6 +10,7 @@ from reft_jax.commands import paths
 from reft_jax.commands.solve import trained_with
 from reft_jax.commands.sweep import find
 from reft_jax.config import check_config, load_config
+from reft_jax.run import open as open_
 from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
 from reft_jax.stages.models import read_result
 from reft_jax.types import InputError
@@ -106,12 +107,58 @@ def test_names_are_no_paths(here):
 
 def test_what_a_finished_stage_no_longer_needs_goes(here):
     workdir = here / "run"
+    opened(config(), workdir)
     for folder in ("sft/checkpoints/3", "sft/best_2", "sft/best_3.new", "sft/tb", "reft/checkpoints/1", "reft/best_1"):
         (workdir / folder).mkdir(parents=True)
-    (workdir / "sft" / "done.json").write_text("{}")
+    for foreign in ("job/checkpoints", "job/best_1"):
+        (workdir / foreign).mkdir(parents=True)
+    for stage in ("sft", "job"):
+        (workdir / stage / "done.json").write_text("{}")
     opened(config(), workdir)
     left = sorted(str(path.relative_to(workdir)) for path in workdir.glob("*/*"))
-    assert left == ["reft/best_1", "reft/checkpoints", "sft/done.json", "sft/tb"]
+    theirs = ["job/best_1", "job/checkpoints", "job/done.json"]
+    assert left == [*theirs, "reft/best_1", "reft/checkpoints", "sft/done.json", "sft/tb"]
+
+
+def test_a_folder_that_is_new_to_runs_loses_nothing(here):
+    workdir = here / "run"
+    for stage in ("sft", "job"):  # another tool may use our names, too
+        (workdir / stage / "checkpoints").mkdir(parents=True)
+        (workdir / stage / "done.json").write_text("{}")
+    opened(config(), workdir)
+    left = sorted(str(path.relative_to(workdir)) for path in workdir.glob("*/*"))
+    assert left == ["job/checkpoints", "job/done.json", "sft/checkpoints", "sft/done.json"]
+
+
+def toy_files(workdir: Path) -> set[str]:
+    return {path.name for path in (workdir / "toy").iterdir()}
+
+
+def toy_of_a_start(workdir: Path, **changed) -> None:
+    """What a start does to toy/, without the model, which takes seconds."""
+    written = load_config(str(CONFIG))
+    written.update_from_flattened_dict({key.replace("_", ".", 1): value for key, value in changed.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_, "write_model", lambda *args: None)
+        for last in ("load_tokenizer", "read_inputs"):
+            patch.setattr(open_, last, lambda *args: None)
+        open_.toy_inputs(check_config(written), workdir, read_only=False)
+
+
+def test_a_toy_folder_of_another_is_never_removed(tmp_path):
+    (tmp_path / "toy" / "plans").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"--workdir: {tmp_path}/toy is there already, and no run has made it; choose"):
+        toy_of_a_start(tmp_path)
+    assert toy_files(tmp_path) == {"plans"}
+
+
+def test_the_toy_of_a_start_that_failed_is_made_again(tmp_path):
+    toy_of_a_start(tmp_path, toy_train_rows=20)
+    assert len(json.loads((tmp_path / "toy" / "train.json").read_text())) <= 20
+    (tmp_path / "toy" / "model").mkdir()
+    toy_of_a_start(tmp_path, toy_train_rows=40)
+    assert len(json.loads((tmp_path / "toy" / "train.json").read_text())) > 20
+    assert "model" not in toy_files(tmp_path)
 
 
 def test_a_folder_in_it_that_cannot_be_written_is_found_first(here, monkeypatch):

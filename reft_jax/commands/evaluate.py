@@ -20,8 +20,9 @@ from reft_jax.parallel import hosts
 from reft_jax.run.about import made, versions
 from reft_jax.run.open import Run
 from reft_jax.run.watch import Collapse
+from reft_jax.run.workdir import POLICIES, STAGES, TITLES
 from reft_jax.stages import models
-from reft_jax.stages.models import POLICIES, TITLES, checksum, done
+from reft_jax.stages.models import checksum, done
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.rollout import program_limits
 from reft_jax.stages.sample import greedy_answers, made_by
@@ -78,7 +79,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
     """
     # Before the first answer: a task without the other reading and a damaged done.json end the command here.
     readings = tasks(run) if both_readings else None
-    stages = {stage: result for stage in models.STAGES if (result := done(run, stage))}
+    stages = {stage: result for stage in STAGES if (result := done(run, stage))}
     lines = [metrics_lines(run, stage, stages.get(stage, {})) for stage in ("sft", "reft")]
     tracked = Results(run.workdir.path, run.config, versions())
     names = [name for name in POLICIES if published(run.workdir.model(name))]

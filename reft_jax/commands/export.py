@@ -14,8 +14,9 @@ from reft_jax.model.peft import stacked, write_peft
 from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
-from reft_jax.stages.models import TITLES, abstract_reranker, adapters_of, checksum, done, load_model
-from reft_jax.store import copy, origin, remove, writing
+from reft_jax.run.workdir import TITLES
+from reft_jax.stages.models import abstract_reranker, adapters_of, checksum, done, load_model
+from reft_jax.store import copy, origin, reading, remove, writing
 from reft_jax.tasks.prompts import Prompter
 from reft_jax.tasks.registry import Task
 from reft_jax.types import InputError
@@ -118,7 +119,8 @@ def stages(run: Run, name: str, base: str) -> list[str]:
 def measured(run: Run, path: Path) -> str:
     """The table of report.json, if its models have not changed since. InputError if it cannot be read."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            report = json.loads(path.read_text(encoding="utf-8"))
         before = dict(report.get("checksums", {}))
         table = markdown_table(report).rstrip()
         subject = f"{report['test_questions']} test questions, {report['n']} samples each, 95 % intervals in brackets."

@@ -37,6 +37,7 @@ from reft_jax.stages.rollout import open_rewards
 from reft_jax.stages.sample import run_sample
 from reft_jax.stages.self_train import OFFLINE, ONLINE, run_offline, run_online
 from reft_jax.stages.sft import make_batch, run_sft
+from reft_jax.train.checksums import MANIFEST
 from reft_jax.train.progress import clock
 from reft_jax.train.state import abstract_state, constant_schedule, make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
@@ -48,7 +49,9 @@ TRAINS = {run_sft: "sft", run_reft: "reft", run_offline: OFFLINE, run_online: ON
 
 class Costs(NamedTuple):
     """Measured. Seconds: of a row in an SFT update; of a sampled token and its share of a program; of scoring a row by
-    policy and reference; of a row in one pass of updates. memory: bytes at most. compiling: seconds of all."""
+    policy and reference; of a row in one pass of updates. memory: bytes at most. compiling: seconds of all.
+
+    asked: how often an iteration asks for each of its questions: 1, or more if questions are replaced (rl.redraws)."""
 
     sft_row: float
     token: float
@@ -56,17 +59,23 @@ class Costs(NamedTuple):
     update_row: float
     memory: int
     compiling: float
+    asked: float = 1.0
 
 
 class Expected(NamedTuple):
     """Of one step: the rows that it reads, its updates, the seconds that it takes. Bytes: of the models that it makes,
-    and at most besides them while it runs."""
+    and at most besides them while it runs. saves: the number of its last saved step, of updates or iterations."""
 
     rows: str
     updates: int = 0
     seconds: float = 0.0
     models: int = 0
     working: int = 0
+    saves: int = 0
+
+    def seconds_after(self, step: int) -> float:
+        """What is left after a saved step."""
+        return self.seconds * max(0.0, 1 - step / self.saves) if self.saves else self.seconds
 
 
 def run_forecast(config, workdir: Path, allowed: list[str], stage: str, baselines: bool) -> bool:
@@ -113,10 +122,12 @@ def rehearse(run: Run) -> Costs:
             reference = training.base if training.lora else make_params()["lm"]
         functions, questions = make_iteration(run, optimizer, algorithm, training), run.inputs.questions
         asked = [questions[i % len(questions)] for i in range(rl.questions)]
+        redrawn = 0
         with open_rewards(run) as rewards:
             for number in (1, 2):
                 models = training.params, reference, training.base
                 training.state, metrics, _, _ = iterate(run, functions, training.state, models, asked, number, rewards)
+                redrawn += metrics.get("redrawn", 0)
     sampled = len(asked) * algorithm.samples
     return Costs(
         sft_row=sft_seconds / len(rows),
@@ -125,6 +136,7 @@ def rehearse(run: Run) -> Costs:
         update_row=metrics["seconds_update"] / sampled / rl.ppo_epochs,
         memory=most_memory(),
         compiling=compile_seconds(),
+        asked=1 + redrawn / (2 * len(asked)),
     )
 
 
@@ -146,14 +158,17 @@ class Forecast:
 
     def lines(self, chain: list[Step], workdir: Path) -> Iterator[str]:
         """The table of the steps, and what stands below it."""
-        costs, rl, rows, left = self.costs, self.config.rl, [], 0.0
+        costs, rl, rows, left, resumed = self.costs, self.config.rl, [], 0.0, []
         found = [self.expected(step, chain) for step in chain]
         for step, one in zip(chain, found, strict=True):
             stage = f"rerank_{step.arguments[0]}" if step.function is run_rerank else TRAINS.get(step.function)
             done = stage is not None and (workdir / stage / "done.json").exists()
-            left += 0.0 if done else one.seconds
+            saved = 0 if done or stage is None else last_step(workdir / stage)
+            seconds = one.seconds_after(saved)
+            left += 0.0 if done else seconds
+            resumed += [f"{stage} {saved} of {one.saves}"] if saved else []
             columns = one.rows, f"{one.updates or '-'}", size(one.models) if one.models else "-"
-            rows.append([step.title, *columns, "done" if done else clock(one.seconds)])
+            rows.append([step.title, *columns, "done" if done else clock(seconds)])
         yield "\n" + table(["step", "rows", "updates", "models", "time"], rows) + "\n"
         models, working = size(sum(one.models for one in found)), size(max(one.working for one in found))
         where = "of this process" if jax.default_backend() == "cpu" else "per device"
@@ -165,6 +180,10 @@ class Forecast:
         yield f"           scoring a row {costs.score_row:.3g} s; a row in each of {rl.ppo_epochs} passes of updates"
         yield f"           {costs.update_row:.3g} s"
         yield f"assumed    answers as long as the worked solutions ({self.tokens:.0f} tokens), all samples distinct"
+        if resumed:
+            yield f"           saved steps are not made again: {', '.join(resumed)}"
+        if costs.asked > 1:
+            yield f"           an iteration of ReFT asks {costs.asked:.3g} times its questions, as here (rl.redraws)"
 
     def expected(self, step: Step, chain: list[Step]) -> Expected:
         """What one step of the chain will read, make and cost."""
@@ -185,7 +204,7 @@ class Forecast:
         if function is run_reft:
             rl = config.rl
             rows = rl.questions * make_algorithm(config).samples
-            seconds = rows * (self.completion + costs.score_row + rl.ppo_epochs * costs.update_row)
+            seconds = rows * (costs.asked * self.completion + costs.score_row + rl.ppo_epochs * costs.update_row)
             return self.iterations(rows, rl.ppo_epochs * rl.minibatches, seconds)
         if function is run_sample:
             train = step.arguments[1] == "train"
@@ -194,7 +213,7 @@ class Forecast:
         if function is run_rerank:
             rows, epochs = self.asked * config.sample.train_n, config.rerank.epochs
             updates, sizes = epochs * ceil(rows / config.rerank.batch_size), self.sizes(abstract_reranker(self.run))
-            return Expected(f"{rows:,}", updates, epochs * rows * costs.sft_row, *sizes)
+            return Expected(f"{rows:,}", updates, epochs * rows * costs.sft_row, *sizes, saves=updates)
         assert function is run_evaluate, step.title
         judged = sum(one.function is run_rerank for one in chain) * len(data.test) * config.sample.n
         greedy = (1 + sum(one.function in TRAINS for one in chain)) * len(data.test)  # the warm-up model too
@@ -204,7 +223,8 @@ class Forecast:
     def supervised(self, rows: int, epochs: int, evaluations: int, models: int) -> Expected:
         seconds = epochs * rows * self.costs.sft_row + evaluations * self.dev
         size, working = self.sizes(abstract_policy(self.run))
-        return Expected(f"{rows:,}", epochs * ceil(rows / self.config.sft.batch_size), seconds, models * size, working)
+        updates = epochs * ceil(rows / self.config.sft.batch_size)
+        return Expected(f"{rows:,}", updates, seconds, models * size, working, saves=updates)
 
     def iterations(self, rows: int, updates: int, seconds: float) -> Expected:
         """rows, updates, seconds: of one iteration."""
@@ -212,7 +232,8 @@ class Forecast:
         evaluations = 1 + ceil(plan.iterations / plan.eval_every)
         seconds = plan.iterations * seconds + evaluations * self.dev
         sizes = self.sizes(abstract_policy(self.run))
-        return Expected(f"{plan.iterations} × {rows:,}", plan.iterations * updates, seconds, *sizes)
+        made = plan.iterations * updates
+        return Expected(f"{plan.iterations} × {rows:,}", made, seconds, *sizes, saves=plan.iterations)
 
     def sizes(self, abstract) -> tuple[int, int]:
         """Bytes of a saved model, and of the saved steps and best models at the same time while it is trained."""
@@ -220,6 +241,13 @@ class Forecast:
         optimizer = make_optimizer(constant_schedule(0.0, 0), weight_decay=0.0, clip_norm=1.0)
         model, state = stored_bytes(trains), stored_bytes(abstract_state(optimizer, trains))
         return model, (self.config.keep_steps + 1) * (state + model)
+
+
+def last_step(stage: Path) -> int:
+    """The last step of a stage that was saved whole; 0 if there is none."""
+    folders = (stage / "checkpoints").glob("[0-9]*")
+    whole = (int(folder.name) for folder in folders if folder.name.isdigit() and (folder / MANIFEST).exists())
+    return max(whole, default=0)
 
 
 def size(count: int) -> str:

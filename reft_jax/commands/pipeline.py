@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from reft_jax.commands.evaluate import run_evaluate
 from reft_jax.run.open import Run
-from reft_jax.stages.models import TITLES, check_sources
+from reft_jax.run.workdir import TITLES
+from reft_jax.stages.models import check_sources
 from reft_jax.stages.reft import run_reft
 from reft_jax.stages.rerank import run_rerank
 from reft_jax.stages.sample import run_sample

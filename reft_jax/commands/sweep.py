@@ -35,7 +35,7 @@ from reft_jax.run.workdir import recorded
 from reft_jax.stages.models import Weights, load_saved, policy_shapes, read_adapter
 from reft_jax.stages.rerank import rerank_scores
 from reft_jax.stages.sample import greedy_answers, sampled
-from reft_jax.store import as_path, readable, write_whole
+from reft_jax.store import as_path, readable, reading, write_whole
 from reft_jax.tasks.answerable import wrong_anyway
 from reft_jax.tasks.datasets import load_examples
 from reft_jax.tasks.registry import load_task
@@ -237,7 +237,8 @@ def keep_sources(workdir: Path, sources: dict[str, str]) -> None:
     """
     path = workdir / SOURCES
     try:
-        before = json.loads(path.read_text()) if path.exists() else {}
+        with reading(path):
+            before = json.loads(path.read_text()) if path.exists() else {}
         before = {name: source for name, source in before.items() if "/" not in source}  # older versions': folders
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove it, the sample files say the same") from error

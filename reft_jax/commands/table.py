@@ -180,8 +180,9 @@ COMMAND --help lists the flags of a command; --version prints versions. The same
 On several hosts, every host runs the same command (docs/pods.md).
 
 Exit codes: 0 done; 1 a check failed, or an unexpected error; 2 wrong input; 3 a number was NaN or infinite, and what
-made it is saved; 4 the disk is full or cannot be written; 75 stopped by SIGTERM or SIGINT with everything saved: run it
-again. A second signal (with several hosts only a second Ctrl-C) ends the process at once: 128 + its number."""
+made it is saved, or the sampler gap is too large (rl.max_gap); 4 the disk is full or cannot be written, or the bucket
+does not answer; 75 stopped by SIGTERM or SIGINT with everything saved: run it again. A second signal (with several
+hosts only a second Ctrl-C) ends the process at once: 128 + its number."""
 
 
 def overview() -> str:

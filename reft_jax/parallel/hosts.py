@@ -26,7 +26,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from reft_jax.parallel import host_log, private_jax
-from reft_jax.store import settle
+from reft_jax.store import settle, unforeseen
 from reft_jax.types import InputError, NotFiniteError, SamplerGapError, SaveError, Stopped
 
 CONNECT_S = 300  # for the slowest host to start
@@ -89,16 +89,22 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     except (SystemExit, Stopped):  # all hosts leave by the same decision
         raise
     except (InputError, NotFiniteError, SamplerGapError, SaveError) as error:
-        end_all("error: " + " ".join(str(error).splitlines()), error.exit_code)
+        _end_with(error)
     except KeyboardInterrupt:
         end_all(f"host {number()}: stopped by SIGINT", 128 + signal.SIGINT)
     except BaseException as error:
+        if isinstance(error, OSError) and (told := unforeseen(error)):
+            _end_with(told)
         traceback.print_exc()
         if _of_the_devices(error):  # perhaps the other side of a connection has died
             _look_for_the_lost()
         end_all(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1)
     finally:
         _state.ended.set()
+
+
+def _end_with(error: Exception) -> None:
+    end_all("error: " + " ".join(str(error).splitlines()), error.exit_code)
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

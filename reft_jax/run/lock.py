@@ -24,6 +24,8 @@ from reft_jax.types import InputError, SaveError
 LOCK_NAME = "lock.json"
 BEAT_S = 20.0  # between two signs of life
 SILENCE_S = 90.0  # without a sign of life, until a holder on another machine counts as dead
+WAITS = "REFT_WAIT"  # an environment variable; launch scripts set it, because a restart may be on another machine
+LOOK_S = 1.0  # between two looks at a lock that may be a dead process's
 
 
 class Holder(NamedTuple):
@@ -44,10 +46,39 @@ class Holder(NamedTuple):
         return f"process {self.pid} on host {self.host} since {self.since}"
 
 
+class PerhapsDead(InputError):
+    """The holder of a lock is elsewhere, so only its silence will show whether it is dead."""
+
+
 def look(workdir: Path) -> None:
-    """Raises InputError if another process works in `workdir`. Writes nothing."""
-    if hosts.is_first():
-        _left_by(workdir, _read(workdir / LOCK_NAME))
+    """Raises InputError if another process works in `workdir`, SaveError if its bucket is gone. Writes nothing.
+
+    With WAITS in the environment it first waits, if the holder may be dead, for its next sign of life or its silence.
+    """
+    if not hosts.is_first():
+        return
+    path = workdir / LOCK_NAME
+    first, told = _signs(path), False
+    while True:
+        try:
+            _left_by(workdir, _read(path))
+            return
+        except PerhapsDead as refused:
+            if not os.environ.get(WAITS) or _signs(path) != first:
+                raise
+            if not told:
+                print(f"{refused}; {WAITS} is set, so this start waits for that", flush=True)
+            told = True
+        time.sleep(LOOK_S)
+
+
+def _signs(path: Path) -> tuple[str, int]:
+    """The text of a lock, and when it was touched: one of them changes with every sign of life."""
+    try:
+        with store.reading(path):
+            return _read(path), path.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return "", 0
 
 
 @contextmanager
@@ -106,15 +137,16 @@ def _left_by(workdir: Path, text: str) -> str:
             return f"{holder}, which has ended"
         if not store.is_same(holder.workdir, workdir):
             return f"{holder}, which works in {holder.workdir}"
-        wait = "as soon as that process has ended"
+        kind, wait = InputError, "as soon as that process has ended"
     else:
         silent = store.silence(path)
         if silent > SILENCE_S:
             return f"{holder or 'an unknown process'}, which gave no sign of life for {silent:.0f} s"
         until = datetime.now().astimezone() + timedelta(seconds=SILENCE_S - silent)
         wait = f"at {_clock(until)} if it gives no sign of life; the last one was {max(0, silent):.0f} s ago"
+        kind = PerhapsDead
     who = holder or f"an unknown process ({path} cannot be read)"
-    raise InputError(f"--workdir: {workdir} is in use by {who}; choose another, or wait: a start takes it over {wait}")
+    raise kind(f"--workdir: {workdir} is in use by {who}; choose another, or wait: a start takes it over {wait}")
 
 
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:
@@ -142,7 +174,8 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(**store.TEXT)
+        with store.reading(path):
+            return path.read_text(**store.TEXT)
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:

@@ -29,9 +29,10 @@ from reft_jax.settings import Config
 from reft_jax.store import as_path, readable, remove
 from reft_jax.tasks.rewards import check_reward
 from reft_jax.tasks.tokenizer import load_tokenizer
-from reft_jax.toy.model import write_data, write_model
+from reft_jax.toy.model import MADE, write_data, write_model
 from reft_jax.train.state import abstract_params
 from reft_jax.train.trackers import load_trackers
+from reft_jax.types import InputError
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,18 @@ def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[
 
 
 def toy_inputs(config, workdir: Path, read_only: bool) -> Inputs:
-    """The inputs of the toy. The first host writes its data and its tiny model if they are missing."""
+    """The inputs of the toy. The first host writes its data and its tiny model if they are missing.
 
+    InputError if the work directory is new and has a folder toy/ that no start of a run has made.
+    """
     folder = workdir / "toy"
 
     def write() -> dict[str, str]:
-        if not read_only and not (workdir / "config.json").exists():  # left by a start with other settings
-            remove(folder)
+        if not read_only and not (workdir / "config.json").exists() and any(folder.glob("*")):
+            if not (folder / MADE).exists():
+                problem = f"{folder} is there already, and no run has made it"
+                raise InputError(f"--workdir: {problem}; choose another, or move that folder away")
+            remove(folder)  # left by a start with other settings
         return write_data(config, folder)
 
     data = load_data(config, hosts.from_first("the toy's data", write))

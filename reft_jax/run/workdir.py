@@ -10,12 +10,21 @@ from reft_jax.config import flatten, renamed, replaced, to_json
 from reft_jax.parallel import hosts
 from reft_jax.run.about import versions
 from reft_jax.settings import SETTINGS, Config
-from reft_jax.store import may_write, published, remove, why_not_writable, write_whole, writing
+from reft_jax.store import may_write, published, reading, remove, why_not_writable, write_whole, writing
 from reft_jax.types import InputError
 
 # Settings that may change between two starts of one run: they decide where it computes, not what.
 MACHINE = ("compiled", "executor.workers", "keep_steps", "mesh.cpu_devices", "mesh.data", "mesh.fsdp", "mesh.tensor")
 MACHINE += ("reward_timeout_s", "reward_workers", "tracking", "watchdog_minutes")
+TITLES = {
+    "warmup": "SFT warm-up",
+    "sft": "SFT",
+    "self_train_offline": "offline self-training",
+    "self_train_online": "online self-training",
+    "reft": "ReFT",
+}
+POLICIES = tuple(TITLES)
+STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
 FOLDERS = ("models", "samples", "sft", "reft", "compiled", "logs")
 FILES = ("report.md", "report.json", "report.html", "curves.png", "executions.jsonl.gz", "checksums.json")
 FILES += ("versions.json", "sweep.md", "sweep.json", "sources.json")
@@ -58,7 +67,8 @@ def recorded(workdir: Path) -> dict | None:
     """The settings that `workdir` was made with, old names replaced; None if it is new. InputError if unreadable."""
     path = workdir / "config.json"
     try:
-        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        with reading(path):
+            settings = dict(json.loads(path.read_text(encoding="utf-8")))
         return {renamed(str(key)) or key: value for key, value in settings.items()}
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -115,17 +125,20 @@ def check_writable(flag: str, folder: Path) -> None:
 def create_workdir(config, workdir: Path) -> None:
     """Makes the work directory if it is new. Records config and versions there; a changed config replaces the old one.
 
-    Removes what finished stages no longer need. The first host does it; all must see it. Raises SaveError.
+    Removes what finished stages no longer need, but nothing from a folder that is new to runs: that is another's. The
+    first host does it; all must see it. Raises SaveError.
     """
     path, text = workdir / "config.json", to_json(config) + "\n"
     if hosts.is_first():
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-        if not (path.exists() and path.read_text(encoding="utf-8") == text):
+        known = path.exists()
+        if not (known and path.read_text(encoding="utf-8") == text):
             write_whole(workdir / "versions.json", json.dumps(versions(), indent=1) + "\n")
             write_whole(path, text)  # last: from here on the directory is in use
-        for done in workdir.glob("*/done.json"):
-            remove_leftovers(done.parent)
+        for stage in (workdir / name for name in STAGES):
+            if known and (stage / "done.json").exists():
+                remove_leftovers(stage)
     hosts.gather("the work directory", None)
     if not path.exists():
         raise InputError(f"--workdir: host {hosts.number()} does not see {workdir} of host 0; choose a shared folder")

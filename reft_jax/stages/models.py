@@ -20,21 +20,13 @@ from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import abstract_arrays, put, shardings
 from reft_jax.run.inputs import Inputs
 from reft_jax.run.open import Run
-from reft_jax.store import origin, published
+from reft_jax.run.workdir import STAGES
+from reft_jax.store import origin, published, reading
 from reft_jax.train.checkpoints import has_value_head, load_params
 from reft_jax.train.checksums import ADAPTER, MEMORY, model_checksum
 from reft_jax.train.state import abstract_params, init_head
 from reft_jax.types import InputError
 
-TITLES = {
-    "warmup": "SFT warm-up",
-    "sft": "SFT",
-    "self_train_offline": "offline self-training",
-    "self_train_online": "online self-training",
-    "reft": "ReFT",
-}
-POLICIES = tuple(TITLES)
-STAGES = (*(name for name in POLICIES if name != "warmup"), *(f"rerank_{name}" for name in POLICIES))
 COUNTS = {  # fields that a stage's done.json must have besides `seconds`; rerankers: RERANKED
     "sft": ("best", "epochs"),
     "self_train_offline": ("best", "epochs", "rows"),
@@ -211,11 +203,12 @@ def done(run: Run, stage: str) -> dict | None:
 
 
 def read_result(path: Path) -> dict | None:
-    if not path.exists():
-        return None
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            result = json.loads(path.read_text(encoding="utf-8"))
         problem = _problem(path.parent.name, dict(result))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, TypeError) as error:
         problem = error
     if problem:

@@ -22,13 +22,19 @@ from reft_jax.tasks.tokenizer import train_bpe
 from reft_jax.toy import problems
 from reft_jax.types import Example
 
+MADE = "made_by_reft_jax.txt"
+
 
 def write_data(config, folder: Path) -> dict[str, str]:
     """Writes train.json, dev.json and test.json in the format of real data files and returns their paths by split.
 
-    With `toy.drop_skipped`, train.json has only the good annotations. Files that exist are kept.
+    With `toy.drop_skipped`, train.json has only the good annotations. Files that exist are kept. The first one, MADE,
+    says who made the folder.
     """
     toy, paths = config.toy, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MADE).exists():
+        write_whole(folder / MADE, "reft_jax made this folder, and may remove it\n")
     for split, rows in (("train", toy.train_rows), ("dev", toy.dev_rows), ("test", toy.test_rows)):
         path = folder / f"{split}.json"
         paths[split] = str(path)
@@ -36,7 +42,6 @@ def write_data(config, folder: Path) -> dict[str, str]:
             continue
         made = problems.make_problems(config.seed, split, rows, config.data.format, toy.skipped_share)
         kept = [p.example for p in made if not (split == "train" and toy.drop_skipped and p.skipped)]
-        folder.mkdir(parents=True, exist_ok=True)
         records = [{k: v for k, v in example._asdict().items() if v is not None} for example in kept]
         write_whole(path, json.dumps(records, indent=1))
     return paths

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
-from reft_jax.store import DISK, REMEDY, remove, writing
+from reft_jax.store import DISK, WHOLE, reading, remedy, remove, writing
 from reft_jax.train.checksums import ADAPTER, ARRAYS, MANIFEST, array_checksums, damage, damaged, write_manifest
 from reft_jax.types import InputError, SaveError
 
@@ -42,7 +42,7 @@ def save_params(folder: Path, params, adapter: dict | None = None) -> None:
             for part in whole.parent.glob(f"{whole.name}*"):  # they may be what fills the disk
                 remove(part)
         problem = f"{folder} could not be saved ({first_line(error)})"
-        raise SaveError(f"{problem}; what was saved before is whole: {REMEDY}") from error
+        raise SaveError(f"{problem}; {WHOLE}: {remedy(folder)}") from error
     if hosts.is_first():
         with writing(folder):
             (whole / ARRAYS).write_text(json.dumps(checksums, indent=1) + "\n")
@@ -101,7 +101,8 @@ def load_params(folder: Path, abstract):
 def has_value_head(folder: Path) -> bool:
     """Whether saved parameters have a value head: those of algorithms without a critic have none."""
     try:
-        return "value_head" in (folder / ARRAYS).read_text()
+        with reading(folder):
+            return "value_head" in (folder / ARRAYS).read_text()
     except OSError:  # `load_params` says what is wrong with the folder
         return True
 
@@ -228,7 +229,7 @@ class Checkpoints:
             remove(folder)  # it may be what fills the disk
         whole = self._whole()
         last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
-        raise SaveError(f"{folder} could not be saved ({first_line(error)}); {last}; {REMEDY}") from error
+        raise SaveError(f"{folder} could not be saved ({first_line(error)}); {last}; {remedy(folder)}") from error
 
     def _quarantine(self, step: int, reason: str) -> None:
         """Moves a damaged step to quarantine/. Only the last one keeps its arrays: each is as large as three models."""

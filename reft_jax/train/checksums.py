@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model_folder import read_json
-from reft_jax.store import origin, short_hash, sums, write_whole
+from reft_jax.store import origin, reading, short_hash, sums, write_whole
 from reft_jax.types import InputError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays.json"  # of saved parameters: every file, and a checksum of every array
@@ -69,12 +69,21 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest; None if every file exists and is unchanged."""
+    """What is wrong with a folder that has a manifest; None if every file exists and is unchanged.
+
+    SaveError if a bucket does not answer: then nobody knows.
+    """
+    with reading(folder):
+        return _damage(folder)
+
+
+def _damage(folder: Path) -> str | None:
     path = folder / MANIFEST
     if not path.is_file():
         return f"no {MANIFEST}: it was only half written"
     try:
-        text = path.read_text()
+        with reading(path):
+            text = path.read_text()
         listed = {name: tuple(entry) for name, entry in json.loads(text)["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
@@ -117,8 +126,9 @@ def model_checksum(weights: Path, base: Path, memory: Path) -> str:
 
 def _saved_arrays(folder: Path) -> dict[str, str]:
     try:
-        listed = {name: size for name, (size, _) in json.loads((folder / MANIFEST).read_text())["files"].items()}
-        arrays = json.loads((folder / ARRAYS).read_text())
+        with reading(folder):
+            listed = {name: size for name, (size, _) in json.loads((folder / MANIFEST).read_text())["files"].items()}
+            arrays = json.loads((folder / ARRAYS).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, error) from error
     found = _sizes(folder)

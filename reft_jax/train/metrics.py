@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from reft_jax.store import write_whole, writing
+from reft_jax.store import reading, write_whole, writing
 from reft_jax.types import InputError
 
 FILE = "metrics.jsonl"
@@ -25,7 +25,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def _read_lines(path: Path) -> list[dict]:
     try:
-        lines, found = path.read_bytes().splitlines() if path.exists() else [], []
+        with reading(path):
+            lines, found = path.read_bytes().splitlines() if path.exists() else [], []
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); restore it from a copy or remove it") from error
     for number, text in enumerate(lines, start=1):

@@ -29,7 +29,7 @@ from tensorboardX.record_writer import RecordWriter
 from reft_jax import plugins
 from reft_jax.config import flatten, nearest
 from reft_jax.parallel.hosts import is_first
-from reft_jax.store import local, on_disk, publish, write_whole, writing
+from reft_jax.store import local, on_disk, publish, reading, write_whole, writing
 from reft_jax.tasks.rewards import environment
 from reft_jax.train.metrics import FILE, JsonLines, read_metrics
 from reft_jax.train.progress import remark
@@ -298,7 +298,8 @@ def _described(config, versions: dict[str, str]) -> dict[str, Any]:
 def _read_known(folder: Path) -> dict:
     path = folder / KNOWN
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            known = json.loads(path.read_text(encoding="utf-8"))
         return {"run_id": str(known["run_id"]), "logged": int(known["logged"])}
     except FileNotFoundError:
         known = {"run_id": f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}", "logged": 0}

@@ -21,4 +21,5 @@ def get_config():
     config.rl.update(lam=1.0, vf_coef=0.1, value_init=0.0, max_len=512, eval_every=20, save_every=5)
     config.sample.update(n=8, train_n=4, train_limit=1000, max_len=512)
     config.rerank.update(epochs=1, learning_rate=2e-5, max_len=512)
+    config.self_train.learning_rate = 1e-5
     return config

@@ -2,9 +2,8 @@
 
     python -m reft_jax pipeline --config=… --workdir=… --config.task=examples/unit_tests.py:UNIT_TESTS
 
-In a data file, `answer_value` is Python. Its asserts and its calls, as `check(add)`, are the tests; what else is in it
-(imports, `def check(candidate):`) runs before them. The answer of a completion is the share of tests that pass. It is
-correct if that is 1; a program that does not run has no answer. The sandbox and the limits are those of every program.
+In a data file, `answer_value` is Python. Its asserts and its calls, as `check(add)`, are the tests; the rest runs too.
+The answer of a completion is the share of tests that pass, correct if that is 1. A program that does not run has none.
 """
 
 import ast
@@ -16,9 +15,8 @@ from reft_jax.tasks.registry import Task
 # The completion runs in names of its own, so it cannot replace `solution` or what `solution` uses by accident.
 HARNESS = """
 def solution(exec=exec, Exception=Exception):
-    names = {{"__name__": "solution"}}
+    names, passed = {{"__name__": "solution"}}, 0
     exec({code!r}, names)
-    passed = 0
     for statement, is_test in {statements!r}:
         try:
             exec(statement, names)
@@ -32,7 +30,10 @@ def solution(exec=exec, Exception=Exception):
 def statements(tests: str) -> list[tuple[str, bool]]:
     """The statements of a text, each with whether it is a test; an empty list if the text is not Python."""
     try:
-        return [(ast.unparse(one), isinstance(one, ast.Assert | ast.Expr)) for one in ast.parse(tests).body]
+        return [  # a number, as in a file of GSM8K, or a docstring would always pass
+            (ast.unparse(one), isinstance(one.value if isinstance(one, ast.Expr) else one, ast.Assert | ast.Call))
+            for one in ast.parse(tests).body
+        ]
     except (SyntaxError, ValueError):
         return []
 
@@ -44,10 +45,9 @@ class UnitTests(Task):
     allowed: str = "Python with at least one assert or call"
 
     def program(self, completion, example):
-        fenced = re.search(r"```(?:python)?\n(.*?)(?:```|$)", completion, re.DOTALL)
+        block = re.search(r"```(?:python)?\n(.*?)(?:```|$)", completion, re.DOTALL)
         found = statements(example.answer_value)
-        tests = sum(is_test for _, is_test in found)
-        return HARNESS.format(code=fenced[1] if fenced else completion, statements=found, tests=tests)
+        return HARNESS.format(code=block[1] if block else completion, statements=found, tests=sum(t for _, t in found))
 
     def target(self, answer_value):
         return 1.0 if any(is_test for _, is_test in statements(answer_value)) else None

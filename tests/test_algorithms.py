@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import re
+import textwrap
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,32 +19,24 @@ from reft_jax.algo.algorithms import PPO, Algorithm, Scored, make_algorithm
 from reft_jax.config import check_config, load_config
 from reft_jax.parallel.mesh import make_mesh
 from reft_jax.run.executions import read_executions
-from reft_jax.train.iteration import Iteration
+from reft_jax.train.iteration import Iteration, Scores, make_batch
 from reft_jax.train.state import make_optimizer
 from reft_jax.types import InputError, Rollout
 
-RLOO = '''
-"""REINFORCE leave-one-out (arXiv 2402.14740): the baseline of a sample is the mean reward of the others."""
-
+REPO = Path(__file__).resolve().parents[1]
+MORE = '''
 import jax.numpy as jnp
 
 from reft_jax.algo.algorithms import Advantages, Algorithm
 
 
-class RLOO(Algorithm):
-    samples = 4
-    critic = False
+class WithoutRatio(RLOO):
+    """With the loss of REINFORCE: its metrics are none of PPO's. Its advantages have a metric of their own."""
 
     def advantages(self, scored):
-        kl = jnp.where(scored.mask, scored.logprob - scored.ref_logprob, 0.0).sum(1)
-        reward = (scored.score - self.kl_coef * kl).reshape(-1, self.samples)
-        baseline = (reward.sum(1, keepdims=True) - reward) / (self.samples - 1)
-        advantage = jnp.where(scored.mask, (reward - baseline).reshape(-1, 1), 0.0)
-        return Advantages(advantage, advantage, {"question_sum_max": jnp.abs((reward - baseline).sum(1)).max()})
-
-
-class WithoutRatio(RLOO):
-    """With the loss of REINFORCE: its metrics are none of PPO's."""
+        found = self.compare(self.rewards(scored).reshape(-1, self.samples))
+        advantage = jnp.where(scored.mask, found.reshape(-1, 1), 0.0)
+        return Advantages(advantage, advantage, {"question_sum_max": jnp.abs(found.sum(1)).max()})
 
     def loss(self, logprob, old):
         return -jnp.where(old.weight > 0, old.weight * old.advantage * logprob, 0.0).sum(), {}
@@ -53,13 +49,15 @@ class Unfinished(Algorithm):
 
 @pytest.fixture
 def rloo(tmp_path) -> str:
-    (tmp_path / "rloo.py").write_text(RLOO)
+    """The example of CONTRIBUTING.md, and what these tests need besides."""
+    (shown,) = re.findall(r"```python\n((?:(?!```).)*class RLOO.*?)```", (REPO / "CONTRIBUTING.md").read_text(), re.S)
+    (tmp_path / "rloo.py").write_text(textwrap.dedent(shown) + MORE)
     return f"{tmp_path / 'rloo.py'}:RLOO"
 
 
-def config_of(algorithm: str):
+def config_of(algorithm: str, **settings):
     config = load_config("configs/quickstart.py")
-    config.rl.algorithm = algorithm
+    config.rl.update({"algorithm": algorithm} | settings)
     return check_config(config)
 
 
@@ -68,12 +66,32 @@ def test_advantages_of_rloo_by_hand(rloo):
     assert isinstance(algorithm, Algorithm) and algorithm.samples == 4 and not algorithm.critic
     score, mask = np.array([1.0, 0, 0, 1, 1, 0, 0, 0], np.float32), np.tile([True, False], (8, 1))
     zeros = np.zeros((8, 2), np.float32)
-    advantage, _, metrics = algorithm.advantages(Scored(score, zeros, zeros, None, mask))
+    advantage, _, _ = algorithm.advantages(Scored(score, zeros, zeros, None, mask))
     # A right one of two right: 1 - (0 + 0 + 1) / 3; a wrong one: 0 - 2/3. Of one right: 1 - 0, and 0 - 1/3.
     third = 1 / 3
     expected = [2 * third, -2 * third, -2 * third, 2 * third, 1, -third, -third, -third]
     np.testing.assert_allclose(advantage[:, 0], expected, rtol=1e-6)
-    assert not np.any(advantage[:, 1]) and metrics["question_sum_max"] < 1e-6
+    assert not np.any(advantage[:, 1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kl_in": "loss"}, {"kl_in": "none"}, {"kl_coef": 0.0}, {"loss_mean": "tokens"}, {"samples": 2}],
+    ids=str,
+)
+def test_the_example_is_rloo_with_every_setting(rloo, settings):
+    """Where the penalty is, whether there is a reference, what the loss is a mean over, and the loss itself."""
+    rng, chosen = np.random.default_rng(0), {"samples": 4, "kl_coef": 0.3} | settings
+    ours, theirs = (make_algorithm(config_of(name, **chosen)) for name in (rloo, "rloo"))
+    assert type(ours) is not type(theirs) and ours.reference == theirs.reference and ours.critic == theirs.critic
+    tokens, lengths = np.zeros((8, 12), np.int32), rng.integers(4, 13, 8).astype(np.int32)
+    rollout = Rollout(tokens, np.full(8, 3, np.int32), lengths, rng.integers(0, 2, 8).astype(np.float32))
+    logprob, reference, now = rng.normal(-1, 0.3, (3, 8, 12)).astype(np.float32)
+    batch, other = (make_batch(one, rollout, Scores(logprob, reference, None))[0] for one in (ours, theirs))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), batch, other)
+    assert np.abs(batch.advantage).max() > 0.1
+    (loss, metrics), (other_loss, other_metrics) = (one.loss(now, batch) for one in (ours, theirs))
+    assert float(loss) == pytest.approx(float(other_loss), abs=1e-6) and metrics.keys() == other_metrics.keys()
 
 
 def test_ppo_is_the_default_with_the_settings_of_the_section():
@@ -115,8 +133,9 @@ def test_without_a_critic_an_update_moves_the_policy_and_not_the_value_head(rloo
     assert metrics["reward"] == pytest.approx(3 / 8) and metrics["kl"] == 0
     state, numbers = one.update(state, rollout, batch)
     assert numbers["clip_share"] == 0 and numbers["ratio_error_max"] < 1e-5
-    # On the first pass the loss is minus the mean advantage, which is 0 over the samples of a question.
-    assert numbers["loss"] == pytest.approx(0, abs=1e-6) and numbers["grad_norm"] > 1e-3
+    # On the first pass ρ is 1: Σ A_i |i| over 8 rows. The rows have 5 to 12 actions. The first question has
+    # 5 − (6 + 7 + 8) / 3 = −2, the second 2/3 · (−9 + 10 + 11 − 12) = 0.
+    assert numbers["loss"] == pytest.approx(2 / 8, abs=1e-6) and numbers["grad_norm"] > 1e-3
     after = jax.device_get(state.params)
     assert np.abs(after["lm"]["embed"] - before["lm"]["embed"]).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, after["value_head"], before["value_head"])

@@ -101,6 +101,17 @@ def test_every_config_file_passes(path):
     parse_config(["reft", f"--config={path}"])
 
 
+RATES = [f"{stage}.learning_rate" for stage in ("sft", "rl", "rerank", "self_train")]
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_a_config_with_lora_has_learning_rates_of_adapters(path):
+    """docs/lora.md: ten times those of full training or more."""
+    found = flatten(parse_config(["reft", f"--config={path}"]))
+    if found["lora.rank"]:
+        assert [key for key in RATES if found[key] < 9.99 * PAPER[key]] == []
+
+
 # The authors' settings: warm-up epoch and β of the KL reward differ by dataset and kind of solution.
 CELLS = {
     "gsm8k,python": (2, 0.01),

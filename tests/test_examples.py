@@ -99,6 +99,12 @@ def test_unit_tests_are_run_in_the_sandbox(unit_tests, fresh):
     assert regrade([record], None, unit_tests) == regrade([record], run_programs, unit_tests) == ([record], 0)
 
 
+def test_a_docstring_among_the_tests_is_no_test(unit_tests, fresh):
+    example = MBPP._replace(answer_value='"""Adds."""\n1\nassert add(2, 3) == 5')
+    (verdict,) = grade(["def add(a, b):\n    return 7"], [example], "python", unit_tests, run_programs=run_programs)
+    assert (verdict.value, verdict.reward) == (0.0, 0.1)
+
+
 def test_questions_with_tests_have_prompts_and_targets_without_the_head_of_a_solution(unit_tests, tmp_path):
     prompt = "Question:\nWrite a function add that adds two numbers.\nProgram:\n"
     assert rollout_prompt(MBPP.question, "python", unit_tests) == prompt == prompt_text(MBPP.question, unit_tests)
@@ -109,7 +115,7 @@ def test_questions_with_tests_have_prompts_and_targets_without_the_head_of_a_sol
     file = tmp_path / "train.json"
     file.write_text(json.dumps([MBPP._asdict()]))
     assert load_examples(file, unit_tests, need_cot=True) == [MBPP]
-    for wrong in ("import math", "assert", ""):
+    for wrong in ("import math", "assert", "", "18", '"""doc"""', "x = add(2, 3)"):
         file.write_text(json.dumps([MBPP._replace(answer_value=wrong)._asdict()]))
         with pytest.raises(InputError):
             load_examples(file, unit_tests, need_cot=True)

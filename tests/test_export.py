@@ -8,6 +8,7 @@ from test_report import full_report
 
 from reft_jax.commands import export
 from reft_jax.commands.export import model_card
+from reft_jax.commands.pipeline import steps
 from reft_jax.config import default_config
 from reft_jax.evaluation.report import markdown_table
 from reft_jax.run.inputs import Data, Inputs
@@ -46,6 +47,28 @@ def test_a_policy(run):
     ):
         assert part in card, part
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rl.algorithm": "grpo"}, "GRPO"),
+        ({"rl.algorithm": "dr_grpo", "lora.rank": 16}, "DrGRPO (LoRA of rank 16)"),
+        ({"reward": "/home/me/mine.py:tidy"}, "PPO (reward mine.py:tidy)"),
+        (
+            {"rl.algorithm": "/home/me/own.py:Mine", "lora.rank": 4, "reward": "a/mine.py:tidy"},
+            "own.py:Mine (LoRA of rank 4, reward mine.py:tidy)",
+        ),
+    ],
+)
+def test_the_card_and_the_step_name_what_reft_was(run, settings, words):
+    """The algorithm, LoRA, and a reward of one's own, without the folders that they were in."""
+    config = run.config
+    config.update_from_flattened_dict(settings)
+    card = model_card(run, "reft", [])
+    assert f"2. ReFT: {words} on executed answers, 7300 questions, best iteration (30 of 900).\n" in card
+    assert "/home/me" not in card
+    assert steps(config, baselines=False)[1].title == f"ReFT: {words} from the warm-up model"
 
 
 @pytest.fixture

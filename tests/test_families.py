@@ -6,17 +6,24 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_model
+import test_hf_write
+from tiny import drawn, tiny_model
 
 from reft_jax import load_hf, save_hf
-from reft_jax.commands import sweep
+from reft_jax.commands import convert_adapter, sweep
 from reft_jax.config import check_config, default_config
 from reft_jax.model.families import FAMILIES, LLAMA, use
 from reft_jax.model.hf import read_config
+from reft_jax.model.lora import Lora, abstract_adapter
+from reft_jax.model.peft import write_peft
+from reft_jax.model.safetensors import read_header
+from reft_jax.parallel.mesh import unboxed
 from reft_jax.plan.plan import shapes_of
+from reft_jax.tasks.tokenizer import load_tokenizer, train_bpe
+from reft_jax.train.state import abstract_params
 from reft_jax.types import InputError, Stopped
 
-# A Llama whose window is as long as its context, with ties by default, another name of epsilon and one other tensor.
+# A Llama whose window is as long as its context, with ties by default, another name of epsilon and two of tensors.
 MISTRAL_LIKE = """
 import dataclasses
 from reft_jax.model.config_fields import FLAG, Field
@@ -29,7 +36,11 @@ MINE = dataclasses.replace(
     fields=LLAMA.fields | {"tie_word_embeddings": Field(FLAG, True)},
     renamed={"rms_norm_eps": "norm_eps"},
     refused={name: values for name, values in LLAMA.refused.items() if name != "sliding_window"},
-    tensors=LLAMA.tensors | {("final_norm",): ("model.last_norm.weight", 0)},
+    tensors=LLAMA.tensors
+    | {
+        ("final_norm",): ("model.last_norm.weight", 0),
+        ("layers", "q"): ("model.layers.{}.self_attn.query.weight", 1),
+    },
 )
 OTHER = 3
 """
@@ -74,6 +85,28 @@ def test_a_family_of_ones_own_has_the_right_logits(folder, mine):
     np.testing.assert_array_equal(jax.jit(model.apply)({"params": params}, TOKENS), logits)
     save_hf(path.parent / "again", model, params)
     assert read_config(path.parent / "again") == read_config(path) == model.config
+
+
+def test_a_model_of_a_family_of_ones_own_is_exported_and_merged(mine, tmp_path, monkeypatch):
+    """The number format is that of the base, whatever its tensors are called. transformers does not know this
+    `model_type`, so the tokenizer is that of a folder without config.json."""
+    use(mine)
+    base = tmp_path / "base"
+    train_bpe(["a b c"], 300).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.setattr(test_hf_write, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(convert_adapter, "checked_tokenizer", lambda folder: tokenizer)
+    model, params = tiny_model(vocab_size=300)
+    model = model.clone(config=dataclasses.replace(model.config, model_type="mistral_like"))
+    save_hf(base, model, params, tokenizer=tokenizer, dtype=np.float16)
+    test_hf_write.exported(base, tmp_path / "out", monkeypatch)
+    lora = Lora(2, 4.0, ("q",))
+    adapter = drawn(unboxed(abstract_adapter(lora, abstract_params(model)["lm"])), 1)
+    write_peft(tmp_path / "adapter", model.config, lora, jax.tree.map(np.asarray, adapter), "me/base")
+    convert_adapter.run_convert_adapter(tmp_path / "adapter", base, tmp_path / "merged")
+    for written in ("out", "merged"):
+        header = read_header(tmp_path / written / "model.safetensors")
+        assert header["model.layers.1.self_attn.query.weight"].dtype == "F16"
 
 
 def test_the_setting_is_read_where_a_model_is(folder, mine):

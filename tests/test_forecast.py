@@ -46,7 +46,7 @@ def by_hand(monkeypatch):
     ],
 )
 def test_rows_updates_and_seconds_by_hand(by_hand, title, rows, updates, seconds):
-    chain = steps(baselines=False)
+    chain = steps(by_hand.run.config, baselines=False)
     (step,) = [one for one in chain if one.title == title]
     found = by_hand.expected(step, chain)
     assert (found.rows, found.updates) == (rows, updates) and found.seconds == pytest.approx(seconds)
@@ -54,7 +54,7 @@ def test_rows_updates_and_seconds_by_hand(by_hand, title, rows, updates, seconds
 
 def test_a_stage_that_is_done_is_not_counted(by_hand, tmp_path, monkeypatch):
     monkeypatch.setattr(Forecast, "sizes", lambda self, abstract: (2**30, 2**31))
-    chain = steps(baselines=False)[:2]
+    chain = steps(by_hand.run.config, baselines=False)[:2]
     first = "\n".join(by_hand.lines(chain, tmp_path))
     assert "about 0:08:48 for what is not done" in first and "done |" not in first  # 225 and 303 s, as above
     assert "3.0 GiB of models stay; at most 2.0 GiB more" in first

@@ -64,8 +64,11 @@ def test_advantages_of_two_questions_by_hand():
 def test_equal_rewards_have_no_advantage_at_all():
     reward = np.full((1, 7), 0.1, np.float32)
     assert reward.mean() != reward[0, 0]  # a tenth and its mean differ by rounding
-    for compare in (advantages.group_centred, advantages.group_standardised):
-        np.testing.assert_array_equal(compare(reward), np.zeros((1, 7)))
+    three = reward[:, :3]
+    assert (three.sum() - three[0, 0]) / np.float32(2) != three[0, 0]  # so do a tenth and the mean of the two others
+    for compare in (advantages.leave_one_out, advantages.group_centred, advantages.group_standardised):
+        for rewards in (reward, three):
+            np.testing.assert_array_equal(compare(rewards), np.zeros_like(rewards))
 
 
 def test_a_group_of_one_is_reinforce_for_rloo_and_refused_by_the_others():
@@ -197,6 +200,36 @@ def test_each_algorithm_has_its_own_choices_and_the_settings_go_before():
     one = chosen(algorithm="dapo", samples=4, kl_in="loss", kl_estimator="k2", loss_mean="rows", clip_high=0.3)
     assert (one.samples, one.kl_in, one.kl_estimator, one.loss_mean, one.clip_high) == (4, "loss", "k2", "rows", 0.3)
     assert one.reference and (one.max_prompt, one.max_len) == (96, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"algorithm": "grpo", "redraws": 1}, r"rl\.redraws=1: grpo replaces no questions; set it to 0, or use dapo"),
+        ({"algorithm": "ppo", "redraws": 2}, r"rl\.redraws=2: ppo replaces"),
+        ({"algorithm": "rloo", "overlong": 8}, r"rl\.overlong=8: rloo ignores it; set it to 0, or use dapo"),
+        ({"algorithm": "ppo", "overlong": 8}, r"rl\.overlong=8: ppo ignores it"),
+        ({"algorithm": "dapo", "overlong": 32}, r"rl\.overlong=32: must be below rl\.max_len - rl\.max_prompt = 32"),
+    ],
+)
+def test_a_setting_that_an_algorithm_would_ignore_is_refused(settings, told):
+    with pytest.raises(InputError, match=told):
+        chosen(**settings)
+
+
+def test_dapo_and_algorithms_of_ones_own_may_read_them(tmp_path):
+    """An algorithm of one's own is believed: nothing but its code shows whether it reads `overlong`."""
+    assert (chosen(algorithm="dapo", redraws=1, overlong=31).overlong, chosen(algorithm="dapo", redraws=1).redraws) == (
+        31,
+        1,
+    )
+    (tmp_path / "mine.py").write_text(
+        "from reft_jax.algo.algorithms import GRPO\nclass Mine(GRPO):\n    leaves_out = True\nclass Keeps(GRPO): ..."
+    )
+    assert chosen(algorithm=f"{tmp_path}/mine.py:Mine", redraws=1, overlong=31).redraws == 1
+    assert chosen(algorithm=f"{tmp_path}/mine.py:Keeps", overlong=31).overlong == 31
+    with pytest.raises(InputError, match="Keeps replaces no questions"):  # `leaves_out` says so
+        chosen(algorithm=f"{tmp_path}/mine.py:Keeps", redraws=1)
 
 
 def test_the_algorithms_own_number_of_samples_must_fill_whole_micro_batches():

@@ -116,18 +116,25 @@ def warmed_up(tmp_path_factory):
     return folder, settings
 
 
+@pytest.fixture(scope="module")
+def whole(warmed_up):
+    """The rest of the chain with both kinds of self-training, without a stop."""
+    folder, settings = warmed_up
+    shutil.copytree(folder / "sft", folder / "whole")
+    done = run("pipeline", folder / "whole", *settings, "--baselines")
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_grpo_with_lora_and_int8_resumes_bit_for_bit_and_saves_adapters_only(warmed_up):
+def test_grpo_with_lora_and_int8_resumes_bit_for_bit_and_saves_adapters_only(warmed_up, whole):
     """SIGTERM after the first saved iteration; the same command ends with the uninterrupted run's adapter."""
     folder, settings = warmed_up
-    whole, stopped = folder / "whole", folder / "stopped"
-    for workdir in (whole, stopped):
-        shutil.copytree(folder / "sft", workdir)
-    done = run("reft", whole, *settings)
-    assert done.returncode == 0, done.stderr
+    stopped = folder / "stopped"
+    shutil.copytree(folder / "sft", stopped)
     process = subprocess.Popen(
         command("reft", stopped, *settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -152,6 +159,26 @@ def test_grpo_with_lora_and_int8_resumes_bit_for_bit_and_saves_adapters_only(war
     assert theirs[0]["kl"] == pytest.approx(0, abs=1e-5) and theirs[1]["kl"] != 0  # to the base, the adapter off
     assert 1e-4 < theirs[0]["sampler_gap_mean"] < 0.05  # rollouts are in int8, scoring and updates in float32
     assert size(whole / "models" / "reft") < size(whole / "toy" / "model") / 2
+
+
+def test_every_stage_trains_an_adapter_of_the_model_below(whole):
+    """Self-training of both kinds and the rerankers too; every model is in the table."""
+    of = {path.parent.name: json.loads(path.read_text())["of"] for path in whole.glob("models/*/adapter.json")}
+    below = {"warmup": "", "sft": "", "self_train_offline": "", "self_train_online": "warmup", "reft": "warmup"}
+    judged = below.keys() - {"warmup"}
+    assert of == below | {f"rerank_{name}": name for name in judged}
+    for name in ("self_train_online", "self_train_offline", "rerank_reft"):
+        lines = metrics(whole, name)
+        assert lines and all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines), name
+    rows = json.loads((whole / "report.json").read_text())["rows"]
+    assert len(rows) == len(below) and sum(bool(row["rerank"] and row["voting"]) for row in rows) == len(judged)
+
+
+def test_solve_merges_the_adapters_of_the_chain(whole):
+    solve = [sys.executable, "-m", "reft_jax", "solve", f"--model={whole / 'models' / 'reft'}", "2 and 3?"]
+    solved = subprocess.run([*solve, "--max_len=64"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert solved.returncode == 0, solved.stderr
+    assert solved.stdout.startswith('def solution():\n    """2 and 3?"""')
 
 
 def test_exports_of_the_chain_agree(warmed_up):

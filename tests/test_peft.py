@@ -69,6 +69,12 @@ def test_two_adapters_as_one_add_what_both_add():
         ({"peft_type": "IA3"}, "field 'peft_type' is 'IA3'; allowed: 'LORA'"),
         ({"use_dora": True}, "field 'use_dora' is True, which is not computed here"),
         ({"rank_pattern": {"q_proj": 4}}, "field 'rank_pattern'"),
+        ({"bias": "all"}, "field 'bias' is 'all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "field 'init_lora_weights' is 'pissa_niter_4', which is not"),
+        ({"init_lora_weights": "olora"}, "field 'init_lora_weights' is 'olora'"),
+        ({"alora_invocation_tokens": [1, 2]}, "field 'alora_invocation_tokens' is [1, 2]"),
+        ({"modules_to_save": ["lm_head"]}, "field 'modules_to_save' is ['lm_head']"),
+        ({"of_a_later_peft": 16}, "field 'of_a_later_peft' is 16, which is not computed here"),
         ({"r": 4}, "tensor base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has shape (3, 24)"),
         ({"r": 0}, "numbers > 0 are needed"),
     ],
@@ -80,6 +86,37 @@ def test_another_kind_of_adapter_is_refused(tmp_path, change, words):
     with pytest.raises(InputError) as refused:
         read_peft(tmp_path / "adapter", MODEL.config, BASE["layers"])
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.1, "target_modules": "all-linear"},
+        {"init_lora_weights": False, "of_a_later_peft": None, "another": False, "a_third": {}, "bias": None},
+        {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "peft_version": "9.0"},
+    ],
+    ids=["training", "off", "unused"],
+)
+def test_fields_that_change_nothing_are_allowed(tmp_path, change):
+    write_peft(tmp_path / "adapter", MODEL.config, *ONE, base="me/base")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    lora, adapter = read_peft(tmp_path / "adapter", MODEL.config, BASE["layers"])
+    assert lora.rank == 3
+    jax.tree.map(np.testing.assert_array_equal, adapter, ONE[1])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="PEFT is not installed here")
+def test_the_defaults_of_peft_are_allowed(tmp_path):
+    """Every field that this version of PEFT writes."""
+    pytest.importorskip("torch")
+    from peft import LoraConfig
+
+    write_peft(tmp_path / "adapter", MODEL.config, *ONE, base="me/base")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj"]).save_pretrained(tmp_path / "theirs")
+    path.write_text((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert read_peft(tmp_path / "adapter", MODEL.config, BASE["layers"])[0].rank == 3
 
 
 def test_tensors_that_are_missing_or_belong_to_something_else_are_refused(tmp_path):

@@ -61,10 +61,14 @@ def whiten(x, mask):
 def leave_one_out(reward):
     """RLOO: `A_i = R_i − mean of the others`, rewards float32[Q,n] of n samples per question (arXiv 2402.14740, §3.3).
 
-    With one sample there are no others: the baseline is 0, and A = R is REINFORCE's.
+    With one sample there are no others: the baseline is 0, and A = R is REINFORCE's. With several, A is exactly 0 if
+    all rewards of a question are equal.
     """
+    samples = reward.shape[1]
+    if samples == 1:
+        return reward
     others = reward.sum(1, keepdims=True) - reward
-    return reward - others / max(reward.shape[1] - 1, 1)
+    return jnp.where(differs(reward), reward - others / (samples - 1), 0.0)
 
 
 def group_centred(reward):

@@ -259,6 +259,20 @@ def make_algorithm(config) -> Algorithm:
             f"config: rl.samples={rl.samples}: {rl.algorithm} compares the samples of a question; "
             f"it must be at least {algorithm.fewest}, or 0 for {made.samples}"
         )
+    if rl.redraws and not algorithm.leaves_out:
+        raise InputError(
+            f"config: rl.redraws={rl.redraws}: {rl.algorithm} replaces no questions; set it to 0, or use dapo"
+        )
+    if rl.overlong and rl.algorithm in ALGORITHMS and made is not DAPO:  # one's own may read it
+        raise InputError(
+            f"config: rl.overlong={rl.overlong}: {rl.algorithm} does not read it; set it to 0, or use dapo"
+        )
+    room = rl.max_len - rl.max_prompt
+    if rl.overlong and rl.overlong >= room:
+        raise InputError(
+            f"config: rl.overlong={rl.overlong}: must be below rl.max_len - rl.max_prompt = {room}; else it lowers the "
+            "reward of every response to a long prompt"
+        )
     if rl.questions * algorithm.samples % (rl.minibatches * rl.micro_batch):
         raise InputError(
             f"config: rl.questions={rl.questions} * {algorithm.samples} samples of {rl.algorithm} must be a multiple "

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from reft_jax.model.hf import load_hf, stored_in
+from reft_jax.model.hf import load_hf, stored_type
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model.lora import joined, merged_model
 from reft_jax.model.peft import read_peft
-from reft_jax.model.safetensors import DTYPES
 from reft_jax.model_folder import check_new_folder
 from reft_jax.run.inputs import checked_tokenizer
 from reft_jax.store import writing
@@ -19,7 +18,7 @@ def run_convert_adapter(source: Path, base: Path, out_dir: Path) -> None:
     """
     check_new_folder("--out_dir", out_dir)
     tokenizer = checked_tokenizer(base)
-    dtype = DTYPES[stored_in(base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    dtype = stored_type(base)
     model, lm = load_hf(base, dtype=dtype)
     lora, adapter = read_peft(source, model.config, lm["layers"])
     with writing(out_dir):

@@ -8,14 +8,13 @@ import numpy as np
 
 from reft_jax import __version__
 from reft_jax.evaluation.report import markdown_table
-from reft_jax.model.hf import stored_in
+from reft_jax.model.hf import stored_type
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model.peft import stacked, write_peft
-from reft_jax.model.safetensors import DTYPES
 from reft_jax.parallel import hosts
 from reft_jax.run.open import Run
 from reft_jax.run.workdir import TITLES
-from reft_jax.stages.models import abstract_reranker, adapters_of, checksum, done, load_model
+from reft_jax.stages.models import abstract_reranker, adapters_of, checksum, done, load_model, method
 from reft_jax.store import copy, origin, reading, remove, writing
 from reft_jax.tasks.prompts import Prompter
 from reft_jax.tasks.registry import Task
@@ -43,7 +42,7 @@ def run_export(run: Run, name: str, out: Path, dtype: str | None = None, adapter
     card = model_card(run, name, [path.name for path in licences])
     params = load_model(run, name, abstract_reranker(run) if name.startswith("rerank_") else None)
     head = {key: leaf for key, leaf in params.items() if key != "lm"}  # "value_head" or "rerank_head"
-    base = DTYPES[stored_in(run.inputs.base)["model.layers.0.self_attn.q_proj.weight"].dtype]
+    base = stored_type(run.inputs.base)
     dtype = dtype or (base if base.itemsize <= 4 else np.dtype(np.float32))  # training keeps no more
     with writing(out):
         texts = {"tokenizer": run.inputs.tokenizer, "end_id": run.inputs.prompter.frame.end}
@@ -108,7 +107,7 @@ def stages(run: Run, name: str, base: str) -> list[str]:
         lines.append(f"SFT of {base} on these, best epoch ({result.get('best', '?')} of {result.get('epochs', '?')}).")
     elif policy != "warmup":
         best = f"best iteration ({result.get('best', '?')} of {result.get('iterations', '?')})"
-        how = "PPO on executed answers" if policy == "reft" else "online self-training"
+        how = f"{method(config)} on executed answers" if policy == "reft" else "online self-training"
         lines.append(f"{TITLES[policy]}: {how}, {result.get('questions', '?')} questions, {best}.")
     if name != policy:
         rows = judge.get("rows", "?")

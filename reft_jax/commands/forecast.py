@@ -87,7 +87,8 @@ def run_forecast(config, workdir: Path, allowed: list[str], stage: str, baseline
         raise InputError("check --workdir: runs on one host; `plan` says what a run on several will be")
     config = checked_settings(config, workdir.absolute(), [], allowed)
     config = replaced(config, {"tracking": "jsonl"})  # a service should not list a rehearsal as a run
-    chain = [step for step in steps(baselines=baselines) if stage in ("pipeline", TRAINS.get(step.function))]
+    chain = steps(config, baselines=baselines)
+    chain = [step for step in chain if stage in ("pipeline", TRAINS.get(step.function))]
     with tempfile.TemporaryDirectory() as scratch, open_run(config, Path(scratch), []) as run:
         passed = config.model.path == "toy" or check_inputs(few(run.inputs), run.machine.mesh)  # the toy is random
         print("making a few steps of the run, to see what they cost", flush=True)

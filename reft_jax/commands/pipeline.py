@@ -7,7 +7,7 @@ from typing import NamedTuple
 from reft_jax.commands.evaluate import run_evaluate
 from reft_jax.run.open import Run
 from reft_jax.run.workdir import TITLES
-from reft_jax.stages.models import check_sources
+from reft_jax.stages.models import check_sources, method
 from reft_jax.stages.reft import run_reft
 from reft_jax.stages.rerank import run_rerank
 from reft_jax.stages.sample import run_sample
@@ -23,14 +23,14 @@ class Step(NamedTuple):
     arguments: tuple[str, ...] = ()
 
 
-def steps(*, baselines: bool) -> list[Step]:
+def steps(config, *, baselines: bool) -> list[Step]:
     """SFT, ReFT, with `baselines` self-training of both kinds, sampling, rerankers, the table."""
     names = ["sft", OFFLINE, ONLINE, "reft"] if baselines else ["sft", "reft"]
     chain = [Step("SFT: warm-up and best checkpoint", run_sft)]
     if baselines:
         chain.append(Step("offline self-training of the base model", run_offline))
         chain.append(Step("online self-training from the warm-up model", run_online))
-    chain.append(Step("ReFT: PPO from the warm-up model", run_reft))
+    chain.append(Step(f"ReFT: {method(config)} from the warm-up model", run_reft))
     chain.append(Step("samples of the warm-up model on training questions", run_sample, ("warmup", "train")))
     chain += [Step(f"samples of {TITLES[one]} on test questions", run_sample, (one, "test")) for one in names]
     chain += [Step(f"reranker for {TITLES[one]}", run_rerank, (one,)) for one in names]
@@ -39,7 +39,7 @@ def steps(*, baselines: bool) -> list[Step]:
 
 def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
     """Runs `steps` and returns the report."""
-    chain = steps(baselines=baselines)
+    chain = steps(run.config, baselines=baselines)
     if baselines:
         online_rows(run)  # a limit that drops too many rows ends the run here
     for name in ("sft", *((OFFLINE, ONLINE) if baselines else ()), "reft"):

@@ -151,6 +151,12 @@ def load_rerank_head(folder: str | Path) -> dict | None:
     return {"weight": jnp.asarray(weight.T, jnp.float32)}
 
 
+def stored_type(folder: str | Path) -> np.dtype:
+    """The number format of a folder's matrices: that of the first one. Raises InputError if the folder is not whole."""
+    config, stored, _ = checked(folder)
+    return DTYPES[stored[hf_names(("layers", "q"), config)[0]].dtype]
+
+
 def hf_names(path: tuple[str, ...], config: LlamaConfig) -> list[str]:
     template = config.family.tensors[path][0]
     return [template.format(i) for i in range(config.num_layers)] if path[0] == "layers" else [template]

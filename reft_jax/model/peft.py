@@ -17,17 +17,15 @@ from reft_jax.model_folder import check_new_folder, read_json, whole_folder
 from reft_jax.types import InputError
 
 WEIGHTS = "adapter_model.safetensors"
-# Fields of adapter_config.json that ask for another computation, each with the values at which they change nothing.
-NEUTRAL = {
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-}
+# Fields of adapter_config.json that change nothing of what is computed, whatever they are: who made it and how it was
+# trained; settings of other fields; which modules were chosen, which the tensors say too.
+FREE = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha "
+    "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern megatron_config megatron_core "
+    "loftq_config qalora_group_size".split()
+)
+NEUTRAL = (None, False, {}, [])  # with one of these any other field is off, also one that is not known here
+ALLOWED = {"bias": ("none", None), "init_lora_weights": (True, False, "gaussian", None)}  # others change the base
 
 
 def tensor_name(config: LlamaConfig, target: str, layer: int, end: str) -> str:
@@ -108,8 +106,8 @@ def read_peft(folder: str | Path, config: LlamaConfig, layers) -> tuple[Lora, di
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or alpha <= 0:
         raise InputError(f"{path}: fields 'r' and 'lora_alpha' are {rank!r} and {alpha!r}; numbers > 0 are needed")
-    for field, allowed in NEUTRAL.items():
-        if raw.get(field) not in allowed:
+    for field in sorted(raw.keys() - FREE):
+        if raw[field] not in ALLOWED.get(field, NEUTRAL):
             raise InputError(
                 f"{path}: field {field!r} is {raw[field]!r}, which is not computed here; merge the adapter with peft: "
                 "merge_and_unload(), then save_pretrained()"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from reft_jax.algo.algorithms import make_algorithm
+from reft_jax.algo.algorithms import ALGORITHMS, make_algorithm
 from reft_jax.model.heads import RerankHead, ValueHead
 from reft_jax.model.hf import load_hf, load_value_head
 from reft_jax.model.llama import Llama
@@ -34,6 +34,14 @@ COUNTS = {  # fields that a stage's done.json must have besides `seconds`; reran
     "reft": ("best", "iterations"),
 }
 RERANKED = ("rows", "positive")
+
+
+def method(config) -> str:
+    """How ReFT trains, in words: the algorithm; LoRA and a reward of one's own, if there are."""
+    rl, lora, reward = config.rl, config.lora, config.reward
+    name = ALGORITHMS[rl.algorithm].__name__ if rl.algorithm in ALGORITHMS else Path(rl.algorithm).name
+    more = [f"LoRA of rank {lora.rank}"] * bool(lora.rank) + [f"reward {Path(reward).name}"] * bool(reward)
+    return f"{name} ({', '.join(more)})" if more else name
 
 
 class Weights(NamedTuple):

@@ -87,6 +87,8 @@ def iterate(
     batch, batch_metrics = jax.device_get(functions.make_batch(rollout, scores, minibatches=rl.minibatches))
     gap = trainer_gap(scores, packing, completions)
     batch_metrics |= gap_metrics(gap) | {"padding": packing.padding}
+    if "reward" in metrics:  # of the first rollout, before questions were replaced
+        batch_metrics["reward_trained"] = batch_metrics.pop("reward")
     log_rollouts(run, number, graded, mean_advantages(packing, batch), gap)
     check_gap(rl.max_gap, batch_metrics, number)
     if rl.sampler_correction != "none":
@@ -113,13 +115,15 @@ def sampled(
     """The rollout of iteration `number`: prompts, the graded response to each, and metrics.
 
     If the algorithm leaves questions out whose samples all have the same score, others are sampled in their place, at
-    most `redraws` times. Shares and means of the metrics are those of the first rollout; seconds and tokens are sums,
-    and redrawn is the number of questions that were replaced.
+    most `redraws` times. Shares and means of the metrics are those of the first rollout, whose questions nobody chose;
+    so is `reward`, which is there only if `redraws` > 0. Seconds and tokens are sums, and redrawn is the number of
+    questions that were replaced.
     """
     samples, seen, questions = algorithm.samples, Counter(), run.inputs.questions
     prompts, graded, metrics = roll_out_once(run, lm, examples, PURPOSE, number, samples, rewards, seen, logged=False)
     redraws = algorithm.redraws if algorithm.leaves_out else 0
-    metrics |= {"redrawn": 0} if redraws else {}
+    if redraws:
+        metrics |= {"redrawn": 0, "reward": float(np.mean([one.verdict.reward for one in graded]))}
     for attempt in range(redraws):
         scores = np.array([one.verdict.reward for one in graded]).reshape(-1, samples)
         same = np.flatnonzero(scores.max(1) == scores.min(1))

@@ -4,8 +4,13 @@
         --config.model.path=$MODEL_DIR/Qwen2.5-Coder-0.5B-Instruct \
         --config.data.train=$DATA_DIR/svamp_python_sdp.json --config.data.test=$DATA_DIR/svamp_test_set.json
 
-The argument is DATASET,SIZE: svamp,0.5b, gsm8k,0.5b or gsm8k,1.5b. Programs for GSM8K come from `convert`. Start the
-same command again to resume.
+The argument is DATASET,SIZE: svamp,0.5b, gsm8k,0.5b or gsm8k,1.5b. Start the same command again to resume. Programs for
+GSM8K come from `convert`. For gsm8k the defaults of data.train and data.test are the files that it writes here:
+
+    python -m reft_jax convert gsm8k --in=train.jsonl --out_dir=data/train
+    python -m reft_jax convert gsm8k --in=test.jsonl --out_dir=data/test
+    python -m reft_jax pipeline --baselines --config=configs/real.py:gsm8k,0.5b --workdir=runs/gsm8k-0.5b \
+        --config.model.path=$MODEL_DIR/Qwen2.5-Coder-0.5B-Instruct
 
 The first plan was full training with PPO: 1,200 questions and 60 iterations of 64 samples. It was never finished. An
 iteration took 170 s on two CPU cores with AMX and up to 17 GB of memory, and the stage was ended for lack of memory or
@@ -30,6 +35,10 @@ The second plan, written before ReFT started. It must fit into two hours on two 
 from reft_jax.config import default_config
 
 RUNS = ("svamp,0.5b", "gsm8k,0.5b", "gsm8k,1.5b")
+FILES = {
+    "svamp": ("data/svamp_python_sdp.json", "data/svamp_test_set.json"),  # the authors'
+    "gsm8k": ("data/train/gsm8k_python_sdp.json", "data/test/gsm8k_questions.json"),  # what `convert` writes
+}
 
 
 def get_config(argument="svamp,0.5b"):
@@ -40,7 +49,7 @@ def get_config(argument="svamp,0.5b"):
     config.name = f"{dataset} programs, Qwen2.5-Coder-{size.upper()}-Instruct de-quantized from 4 bits"
     path = f"models/Qwen2.5-Coder-{size.upper()}-Instruct"
     config.model.update(path=path, dtype="bfloat16", remat="full")  # "dots" saved 5 % of an update on a CPU
-    config.data.train, config.data.test = f"data/{dataset}_python_sdp.json", f"data/{dataset}_test_set.json"
+    config.data.train, config.data.test = FILES[dataset]
     longer = 2 if dataset == "gsm8k" else 1  # its questions and programs are longer than SVAMP's
     config.data.update(dev_rows=128, train_limit=448, max_dropped=0.3, pad_multiple=32, line_len=448 * longer)
     config.lora.rank = 16

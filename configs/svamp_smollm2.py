@@ -9,11 +9,11 @@ the second as warm-up, at a learning rate for small models; 50 PPO iterations of
 updates; 60 test questions; 4 samples for voting. The value head begins at 0, because with so few updates a random one
 would be noise to the policy until the end. docs/results.md lists every run.
 
-    python -m reft_jax pipeline --baselines --config=configs/svamp_smollm2.py:baselines --workdir=runs/baselines …
+    python -m reft_jax pipeline --baselines --config=configs/svamp_smollm2.py:baselines --workdir=runs/baselines
 
-compares SFT, offline self-training, online self-training and ReFT: 100 test questions, 16 samples per question, a
-reranker per model, 24 iterations of online self-training and of ReFT, and 16 samples of each of 80 training questions
-for offline self-training and the rerankers. docs/results.md says how long that took.
+with the paths above compares SFT, offline self-training, online self-training and ReFT: 100 test questions, 16 samples
+per question, a reranker per model, 24 iterations of online self-training and of ReFT, and 16 samples of each of 80
+training questions for offline self-training and the rerankers. docs/results.md says how long that took.
 """
 
 from reft_jax.config import default_config

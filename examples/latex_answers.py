@@ -2,7 +2,7 @@
 
     python -m reft_jax pipeline --config=… --workdir=… --config.task=examples/latex_answers.py:LATEX_ANSWERS
 
-It needs math-verify (`pip install reft_jax[math]`), which reads LaTeX with ANTLR into SymPy.
+It needs math-verify (`launch/venv.sh math`), which reads LaTeX with ANTLR into SymPy.
 """
 
 import math

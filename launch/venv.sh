@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes or completes .venv with pinned versions and this package, installed in place. Does nothing if it is done.
 #   launch/venv.sh                        what a run needs
-#   launch/venv.sh test                   and an extra of pyproject.toml: test, smoke, docs, page, plan, cuda, tpu, wandb
+#   launch/venv.sh test                   and an extra of pyproject.toml: test, smoke, docs, page, plan, cuda, tpu, gcs,
+#                                         wandb, trackio, math
 #   launch/venv.sh page,tpu               several extras
 #   PYTHON=python3.12 launch/venv.sh      with that interpreter (default: what launch/python.sh finds)
 #   VENV=.venv-3.12 launch/venv.sh        another folder than .venv

@@ -42,7 +42,7 @@ def as_path(text: str | Path) -> Path:
     try:
         from reft_jax.bucket import BucketPath
     except ImportError as error:
-        raise InputError(f"{text}: a bucket needs more packages ({error}); pip install 'reft_jax[gcs]'") from error
+        raise InputError(f"{text}: a bucket needs more packages ({error}); run launch/venv.sh gcs") from error
     return BucketPath(text)
 
 

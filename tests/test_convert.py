@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from reft_jax import __main__, executor
+from reft_jax.config import load_config
 from reft_jax.gsm8k_programs.program_rules import broken_rules
 from reft_jax.tasks.answers import grade
 from reft_jax.tasks.datasets import load_examples
 
+REPO = Path(__file__).resolve().parents[1]
 ROWS = [
     {
         "question": "Ann has 5 red pens and 7 blue pens. How many pens does she have?",
@@ -114,6 +116,14 @@ def test_gsm8k(convert, train, tmp_path):
         "gsm8k_questions.json",
         "rejected.jsonl",
     }
+
+
+def test_the_config_for_real_data_expects_these_files(convert, train, tmp_path, monkeypatch):
+    config = load_config(f"{REPO}/configs/real.py:gsm8k,0.5b")
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        assert convert("gsm8k", "--in", train, f"--out_dir=data/{part}")[0] == 0
+    assert load_examples(config.data.train, need_cot=True) and load_examples(config.data.test, need_cot=False)
 
 
 def test_a_program_that_returns_another_answer_is_rejected(convert, train, tmp_path, monkeypatch):

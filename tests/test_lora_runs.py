@@ -111,9 +111,16 @@ def warmed_up(tmp_path_factory):
     """A work directory whose SFT is done, to be copied, and the settings of its runs."""
     folder = tmp_path_factory.mktemp("lora")
     settings = [f"--config.compiled={folder / 'compiled'}", *(f"--config.{one}" for one in SETTINGS)]
-    done = run("sft", folder / "sft", *settings)
-    assert done.returncode == 0, done.stderr
-    return folder, settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # it would come before the setting
+        done = run("sft", folder / "sft", *settings)
+        assert done.returncode == 0, done.stderr
+        yield folder, settings
+
+
+def kept(folder: Path) -> set[str]:
+    """The compiled functions in the folder."""
+    return {path.name for path in (folder / "compiled").glob("*-cache")}
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +138,12 @@ def size(folder: Path) -> int:
 
 
 def test_grpo_with_lora_and_int8_resumes_bit_for_bit_and_saves_adapters_only(warmed_up, whole):
-    """SIGTERM after the first saved iteration; the same command ends with the uninterrupted run's adapter."""
+    """SIGTERM after the first saved iteration; the same command ends with the uninterrupted run's adapter.
+
+    The second work directory has the same folder of compiled functions: its run compiles none.
+    """
     folder, settings = warmed_up
-    stopped = folder / "stopped"
+    stopped, compiled = folder / "stopped", kept(folder)
     shutil.copytree(folder / "sft", stopped)
     process = subprocess.Popen(
         command("reft", stopped, *settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -144,6 +154,7 @@ def test_grpo_with_lora_and_int8_resumes_bit_for_bit_and_saves_adapters_only(war
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
+    assert compiled and kept(folder) == compiled and not (stopped / "compiled").exists()
     step = json.loads(sorted((stopped / "reft" / "checkpoints").glob("*/step.json"))[-1].read_text())
     assert {re.search(r"'(\w+)'", name)[1] for name in step["arrays"] if "'" in name} == {"lora"}
     assert step["made_by"]["reference"]["adapter"]["of"] == "warmup"

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from test_launch import stand_in
 from test_shown import TUTORIAL, commands, understood
 
 REPO = Path(__file__).resolve().parents[1]
@@ -26,9 +28,7 @@ def scripts(path: Path) -> list[str]:
 @EACH
 def test_every_command_is_understood(path, size, monkeypatch):
     monkeypatch.chdir(REPO)
-    monkeypatch.setenv("REFT_NOTEBOOK", size)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    exec(cells(path, "code")[0], {})  # sets what the scripts read
+    of_first_cell(path, monkeypatch, size)
     shown = [words for text in scripts(path) for words in commands(f"```bash\n{os.path.expandvars(text)}\n```\n")]
     shown += [words for text in cells(path, "markdown") for words in commands(f"{text}\n")]
     assert len(shown) >= 3
@@ -41,29 +41,70 @@ def test_a_script_ends_at_its_first_error(path):
     assert len(scripts(path)) >= 4 and all(text.startswith("set -e\n") for text in scripts(path))
 
 
-GIT = """#!/bin/bash
-[[ "$*" == "clone --quiet https://address reft_jax" ]] && mkdir -p reft_jax/{launch,reft_jax}
-printf '#!/bin/bash\\necho "extras $1"' >reft_jax/launch/venv.sh
-chmod +x reft_jax/launch/venv.sh
+GIT = f"""[[ "$*" == "clone --quiet https://address reft_jax" ]] || exit 1
+mkdir -p reft_jax/launch reft_jax/reft_jax
+cp {REPO}/launch/{{venv,python}}.sh reft_jax/launch
+cp {REPO}/requirements*.txt {REPO}/pyproject.toml reft_jax
 """
+PYTHON = """case "$*" in
+  *version_info*) echo 3.13 ;;
+  "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+esac
+"""
+UV = '[[ "$1" != pip ]] || echo "$@" >>"$RECORD"'
+
+
+def of_first_cell(path: Path, monkeypatch, size: str) -> dict[str, str]:
+    """The environment that the scripts of a notebook get."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in ("PYTHON", "VENV"):
+        os.environ.pop(name, None)
+    os.environ["REFT_NOTEBOOK"] = size
+    exec(cells(path, "code")[0], {})
+    return dict(os.environ)
 
 
 @EACH
-def test_all_cells_may_run_again(path, tmp_path):
-    """Then the notebook is in the clone already, which has a folder reft_jax of its own."""
-    (tmp_path / "git").write_text(GIT)
-    (tmp_path / "git").chmod(0o755)
+def test_a_fresh_machine_gets_its_venv_and_all_cells_may_run_again(path, tmp_path, monkeypatch):
+    """The second time the notebook is in the clone already, which has a folder reft_jax of its own."""
+    for name, script in (("git", GIT), ("python3.13", PYTHON), ("uv", UV)):
+        stand_in(tmp_path, name, script)
+    record = tmp_path / "record"
+    kernel = of_first_cell(path, monkeypatch, "full") | {"RECORD": str(record)}
+    kernel["PATH"] = f"{tmp_path}:{kernel['PATH']}"
 
     def installed(address: str, folder: Path) -> subprocess.CompletedProcess:
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REPOSITORY": address, "EXTRA": "page,tpu"}
         command = ["bash", "-c", scripts(path)[0]]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        env = kernel | {"REPOSITORY": address}
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
     without = installed("", tmp_path)
     assert without.returncode and "give its address in the first cell" in without.stderr
     for folder in (tmp_path, tmp_path, tmp_path / "reft_jax"):
         done = installed("https://address", folder)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "extras page,tpu\n", "")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "reft_jax" / kernel["REFT_PYTHON"]).is_file()
+    [install] = record.read_text().splitlines()  # the first time only
+    assert install.endswith(f"-r requirements-newest.txt -e .[{kernel['EXTRA']}]")
+
+
+def test_after_its_hours_the_kaggle_notebook_starts_nothing(tmp_path, monkeypatch):
+    path = REPO / "notebooks" / "kaggle_tpu.ipynb"
+    [train] = [text for text in scripts(path) if "timeout" in text]
+    env = of_first_cell(path, monkeypatch, "full") | {"RECORD": str(tmp_path / "record")}
+    env["REFT_PYTHON"] = str(stand_in(tmp_path, "python", 'echo "$@" >>"$RECORD"'))
+
+    def trained(seconds: int) -> subprocess.CompletedProcess:
+        end = {"END": str(int(time.time()) + seconds)}
+        return subprocess.run(["bash", "-c", train], env=env | end, capture_output=True, text=True, check=False)
+
+    for seconds in (-3600, 0, 30):
+        done = trained(seconds)
+        assert (done.returncode, done.stderr) == (0, "") and "hours of the first cell are over" in done.stdout
+        assert len(done.stdout.splitlines()) == 1
+    assert not (tmp_path / "record").exists()
+    assert trained(3600).returncode == 0
+    assert (tmp_path / "record").read_text().startswith("-m reft_jax pipeline --config=configs/")
 
 
 @EACH

@@ -1,7 +1,9 @@
 """What the documents show: every command is understood, and the files of the tutorial fit together."""
 
+import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,10 @@ from reft_jax.types import Example, InputError, Verdict
 
 REPO = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted(REPO.glob("docs/**/*.md")), REPO / "benchmarks" / "README.md"]
+CONFIGS, BENCHMARKS = sorted(REPO.glob("configs/*.py")), sorted(REPO.glob("benchmarks/*.py"))
+CODE = [path for folder in ("reft_jax", "examples", "tests") for path in sorted(REPO.glob(f"{folder}/**/*.py"))]
+SCRIPTS = [*sorted(REPO.glob("launch/*")), *sorted(REPO.glob("benchmarks/*.sh")), REPO / ".ci" / "run"]
+EXTRAS = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TUTORIAL = REPO / "docs" / "tutorial.md"
 
 
@@ -37,6 +43,12 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+def in_docstring(path: Path) -> str:
+    """The indented lines of a module's docstring, as a block of a document."""
+    lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+    return "```bash\n" + "".join(f"{line.strip()}\n" for line in lines if line.startswith("    ")) + "```\n"
+
+
 def understood(words: list[str]) -> None:
     """Checks one command, in the folder of the repository: its script exists, or it parses; so does its config."""
     if "/" in words[0]:
@@ -52,7 +64,19 @@ def understood(words: list[str]) -> None:
         config_of(values)
 
 
+def after(start: str, text: str) -> list[str]:
+    """What a text shows after `start`, in a line or between backticks, to its end or its comment."""
+    return re.findall(rf"{start}([^`\n#|]*)", text.replace("\\\n", " "))
+
+
+def flags_of(script: Path) -> set[str]:
+    """The names of a script's flags."""
+    defined = re.findall(r'(?:DEFINE_\w+\(|add_argument\()\s*"(?:--)?(\w+)"', script.read_text())
+    return {*defined, *(f"no{name}" for name in defined)}
+
+
 SHOWN = [(document, words) for document in DOCUMENTS for words in commands(document.read_text())]
+SHOWN += [(config, words) for config in CONFIGS for words in commands(in_docstring(config))]
 NAMES = [f"{document.name}: {' '.join(words)[:60]}" for document, words in SHOWN]
 
 
@@ -70,6 +94,58 @@ def test_a_wrong_command_is_found():
     [words] = commands("```bash\n.venv/bin/python -m reft_jax sft --no_such_flag=1 # why\n```\n")
     with pytest.raises(InputError, match="unknown flag"):
         parse([row for row in TABLE if row.command == "sft"], words)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *BENCHMARKS], ids=lambda path: str(path.relative_to(REPO)))
+def test_benchmarks_are_shown_with_flags_that_they_have(path):
+    for rest in after("python benchmarks/", path.read_text()):
+        name, *words = rest.replace("[", " ").replace("]", " ").split()
+        if name == "NAME.py":  # any
+            continue
+        script = REPO / "benchmarks" / name
+        assert script.is_file()
+        own = words[: words.index("COMMAND")] if "COMMAND" in words else words
+        shown = {word[2:].partition("=")[0] for word in own if word.startswith("--")}
+        assert shown <= flags_of(script), rest
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_tests_that_are_shown_exist(path):
+    names = [line for file in REPO.glob("tests/test_*.py") for line in [file.name, *names_in(file)]]
+    for rest in after(r"(?<![\w-])pytest ", path.read_text()):
+        words = shlex.split(rest)
+        for file, _, test in (word.partition("::") for word in words if word.startswith("tests")):
+            assert (REPO / file).exists() and (not test or test in names_in(REPO / file)), rest
+        chosen = words[words.index("-k") + 1] if "-k" in words else ""
+        for part in {*chosen.split()} - {"and", "or", "not"}:
+            assert any(part in name for name in names), rest
+
+
+def names_in(file: Path) -> list[str]:
+    return re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+
+
+def test_extras_that_are_shown_exist():
+    for path in [*DOCUMENTS, *CODE, *SCRIPTS, *CONFIGS, *BENCHMARKS]:
+        text = path.read_text()
+        shown = re.findall(r"venv\.sh ([a-z]+(?:,[a-z]+)*)\b", text)
+        shown += re.findall(r"pip install (?:-e )?'?(?:\.|reft_jax)\[([a-z,]+)\]", text)
+        assert {one for extras in shown for one in extras.split(",")} <= EXTRAS.keys(), path
+
+
+def test_venv_names_every_extra():
+    [named] = re.findall(r"an extra of pyproject.toml: ([\w, \n#]+)\n#   launch", (REPO / "launch/venv.sh").read_text())
+    assert sorted(re.findall(r"\w+", named)) == sorted(EXTRAS)
+
+
+def test_what_does_not_exist_is_found():
+    assert after("python benchmarks/", "`python benchmarks/a.py --b` c\npython benchmarks/d.py \\\n--e # f\n") == [
+        "a.py --b",
+        "d.py  --e ",
+    ]
+    assert {"rounds", "emulator"} <= flags_of(REPO / "benchmarks" / "bucket.py")
+    assert {"full", "nowrite"} <= flags_of(REPO / "benchmarks" / "executor.py")
+    assert not {"model", "config"} & flags_of(REPO / "benchmarks" / "bucket.py")
 
 
 def test_the_files_of_the_tutorial_fit_together(tmp_path, monkeypatch, capsys):

@@ -317,5 +317,5 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_made(monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=rf"{name} is not installed; install reft_jax\[{name}\], or leave"):
+    with pytest.raises(InputError, match=rf"{name} is not installed; run launch/venv.sh {name}, or leave"):
         load_trackers(f"jsonl,{name}")

@@ -1,9 +1,16 @@
 """Warnings of a run: no answers at all, and a ruined policy."""
 
+from pathlib import Path
+
 import pytest
 
-from reft_jax.run.watch import Collapse, Silence, Tally
+from reft_jax.config import check_config, default_config, load_config
+from reft_jax.run import watch
+from reft_jax.run.open import open_run
+from reft_jax.run.watch import Collapse, Silence, Tally, warn_of_settings
 from reft_jax.types import Completion, Verdict
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 
 
 def tally(*statuses: str, finished: bool = True) -> Tally:
@@ -38,6 +45,71 @@ def test_training_is_warned_of_once_after_some_rollouts_in_a_row(capsys):
         warned.append(capsys.readouterr().err)
     assert [bool(text) for text in warned] == [False] * 5 + [True] + [False] * 2
     assert "1 of 1 completions had no answer in each of 3 iterations" in warned[5]
+
+
+def settings(**changed):
+    written = default_config()
+    written.model.path, written.data.train, written.data.test = "m", "train.json", "test.json"
+    written.update_from_flattened_dict({key.replace("_", ".", 1): value for key, value in changed.items()})
+    return check_config(written)
+
+
+OLD_CPU = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16_of_another_name\nbugs\t\t: amx_bf16\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "platform", "dtype", "warned"),
+    [
+        (OLD_CPU, "cpu", "bfloat16", True),
+        (OLD_CPU, "cpu", "float32", False),
+        (OLD_CPU, "tpu", "bfloat16", False),
+        (OLD_CPU.replace("avx2", "avx512_bf16"), "cpu", "bfloat16", False),
+        (OLD_CPU.replace("avx2", "amx_bf16"), "cpu", "bfloat16", False),
+        (ARM, "cpu", "bfloat16", False),
+        (None, "cpu", "bfloat16", False),
+    ],
+)
+def test_bfloat16_on_a_cpu_without_instructions_for_it(tmp_path, monkeypatch, capsys, cpuinfo, platform, dtype, warned):
+    monkeypatch.setattr(watch, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    warn_of_settings(settings(model_dtype=dtype), platform)
+    told = (
+        "warning: model.dtype=bfloat16 is probably slow: this CPU has none of the instructions for it "
+        "(amx_bf16, avx512_bf16); set --config.model.dtype=float32\n"
+    )
+    assert capsys.readouterr().err == told * warned
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"engine_weights": "int8"}, "engine.weights=int8"),
+        ({"engine_cache": "int8"}, "engine.cache=int8"),
+        ({"engine_weights": "int8", "engine_cache": "int8"}, "engine.weights=int8 engine.cache=int8"),
+        ({"engine_weights": "int8", "rl_sampler_correction": "tis"}, ""),
+        ({"engine_weights": "int8", "rl_sampler_correction": "mis"}, ""),
+        ({}, ""),
+    ],
+)
+def test_int8_rollouts_without_a_correction(capsys, changed, named):
+    warn_of_settings(settings(**changed), "tpu")
+    told = (
+        f"warning: {named}: updates do not see how far its rollouts are from the trained model; "
+        "set --config.rl.sampler_correction=tis\n"
+    )
+    assert capsys.readouterr().err == told * bool(named)
+
+
+def test_a_run_warns_when_it_starts_and_a_command_that_only_reads_does_not(tmp_path, capsys):
+    written = load_config(str(CONFIG))
+    written.toy.update(train_rows=8, dev_rows=2, test_rows=2, vocab_size=400)
+    written.sft.max_len, written.mesh.cpu_devices, written.engine.weights = 224, 1, "int8"
+    written.rl.update(max_prompt=192, max_len=224, questions=4, micro_batch=4, minibatches=1)
+    for read_only in (False, True):
+        with open_run(check_config(written), tmp_path / "run", [], read_only=read_only):
+            assert ("warning: engine.weights=int8: " in capsys.readouterr().err) != read_only
 
 
 def collapsed_at(rewards, kls, prompts=64) -> list[int]:

@@ -9,9 +9,10 @@ import pytest
 from reft_jax.commands import paths
 from reft_jax.commands.solve import trained_with
 from reft_jax.commands.sweep import find
-from reft_jax.config import check_config, load_config
+from reft_jax.config import check_config, load_config, replaced
 from reft_jax.run import open as open_
-from reft_jax.run.workdir import check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.run.workdir import MACHINE, check_workdir, create_workdir, recorded, with_absolute_paths
+from reft_jax.settings import SETTINGS
 from reft_jax.stages.models import read_result
 from reft_jax.types import InputError
 
@@ -95,6 +96,26 @@ def test_an_older_work_directory_with_old_names_still_opens(here):
     path.write_text(json.dumps(before))
     with pytest.raises(InputError, match=r"other settings \(rl.kl_coef: 0.01 -> 0.5\); .*=rl.kl_coef$"):
         opened(config(data_format="nl", rl_kl_coef=0.5), workdir)
+
+
+def test_a_work_directory_that_is_older_than_a_setting_still_opens(here):
+    """With the default of the setting; another value is refused, as it is where the setting is recorded."""
+    workdir = here / "run"
+    now = replaced(config(), {key: setting.default for key, setting in SETTINGS.items()})
+    opened(now, workdir)
+    everything, path = recorded(workdir), workdir / "config.json"
+    for key in SETTINGS:
+        path.write_text(json.dumps({name: value for name, value in everything.items() if name != key}))
+        opened(now, workdir)
+        assert recorded(workdir) == everything
+        path.write_text(json.dumps({name: value for name, value in everything.items() if name != key}))
+        default = SETTINGS[key].default
+        changed = replaced(now, {key: f"{default}x" if isinstance(default, str) else default + 1})
+        if key in MACHINE:
+            check_workdir(changed, workdir, [])
+            continue
+        with pytest.raises(InputError, match=rf"made with other settings \({key}: [^;]*\); .*={key}$"):
+            check_workdir(changed, workdir, [])
 
 
 def test_names_are_no_paths(here):

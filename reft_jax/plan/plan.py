@@ -107,7 +107,7 @@ def topology_devices(topology: str) -> list:
     """
     chips.chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("plan needs the TPU compiler (no TPU): pip install -e '.[plan]', or launch/venv.sh plan")
+        raise InputError("plan needs the TPU compiler (no TPU): run launch/venv.sh plan")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu raises several types

@@ -23,7 +23,7 @@ from reft_jax.run.executions import ExecutionLog
 from reft_jax.run.guards import Guards
 from reft_jax.run.inputs import Inputs, checked_tokenizer, load_data, read_inputs
 from reft_jax.run.machine import Machine, check_rows, make_machine, open_mesh, running_executor
-from reft_jax.run.watch import Silence
+from reft_jax.run.watch import Silence, warn_of_settings
 from reft_jax.run.workdir import check_workdir, create_workdir, with_absolute_paths
 from reft_jax.settings import Config
 from reft_jax.store import as_path, readable, remove
@@ -130,6 +130,8 @@ def _opened(config, workdir: Path, guards: Guards, read_only: bool) -> Iterator[
     ):
         mesh = open_mesh(config)
         check_rows(config, mesh)
+        if not read_only:
+            warn_of_settings(config, mesh.devices.flat[0].platform)
         if toy:
             inputs = toy_inputs(config, workdir, read_only)
         machine = make_machine(config, inputs.base, inputs.end_ids, mesh, guards.step)

@@ -1,7 +1,11 @@
-"""Warns of a run that does not fail but is useless: no completion has an answer, or the policy is ruined."""
+"""Warns of a run that does not fail but is slow or useless: its settings do not fit this machine or each other, no
+completion has an answer, or the policy is ruined.
+"""
 
 import math
+import re
 from collections import Counter, deque
+from pathlib import Path
 
 from reft_jax.train.progress import remark
 from reft_jax.types import Completion, Verdict
@@ -10,6 +14,25 @@ SHOWN_CHARS = 160
 SILENT_ROLLOUTS = 3  # training rollouts without an answer before the warning; a single evaluation is enough
 QUESTIONS = 64  # that a mean reward needs to be reliable: the samples of one question are alike
 GONE, AWAY = 0.25, 1.0  # ruined below this share of the first mean reward and above this KL in nats per row
+CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # what /proc/cpuinfo calls the instructions of x86
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def warn_of_settings(config, platform: str) -> None:
+    """Prints what is probably not meant. platform: of the mesh's devices, as JAX names it."""
+    if platform == "cpu" and config.model.dtype == "bfloat16" and _lacks_bfloat16():
+        told = f"this CPU has none of the instructions for it ({', '.join(sorted(CPU_BFLOAT16))})"
+        remark(f"warning: model.dtype=bfloat16 is probably slow: {told}; set --config.model.dtype=float32")
+    int8 = [f"engine.{part}=int8" for part in ("weights", "cache") if getattr(config.engine, part) == "int8"]
+    if int8 and config.rl.sampler_correction == "none":
+        told = "updates do not see how far its rollouts are from the trained model"
+        remark(f"warning: {' '.join(int8)}: {told}; set --config.rl.sampler_correction=tis")
+
+
+def _lacks_bfloat16() -> bool:
+    """Whether this is an x86 CPU without instructions for bfloat16; other CPUs name their instructions otherwise."""
+    flags = re.search(r"^flags\s*:(.*)", CPUINFO.read_text(), re.M) if CPUINFO.exists() else None
+    return flags is not None and not CPU_BFLOAT16 & set(flags[1].split())
 
 
 class Tally:

@@ -30,14 +30,6 @@ FILES = ("report.md", "report.json", "report.html", "curves.png", "executions.js
 FILES += ("versions.json", "sweep.md", "sweep.json", "sources.json")
 PATHS = ("model.path", "data.train", "data.test", "data.dev")
 PLUGINS = ("task", "reward", "model.family", "rl.algorithm")  # settings that may name a file of one's own, path.py:NAME
-LATER = (
-    *PLUGINS,
-    "data.template",
-    "data.system",
-    "data.reading",
-    "engine.weights",
-    "engine.cache",
-)  # not recorded before
 
 
 def with_absolute_paths(config, workdir: Path) -> Config:
@@ -91,7 +83,8 @@ def check_workdir(
     before = recorded(workdir)
     if before is not None:
         before |= {key: absolute(before[key]) for key in PATHS if isinstance(before.get(key), str)}
-        before = {key: SETTINGS[key].default for key in LATER} | before
+        # A setting that is newer than the directory is not in it; the run did what the default means.
+        before = {key: setting.default for key, setting in SETTINGS.items()} | before
         now = json.loads(to_json(config))
         changed = [key for key in before | now if before.get(key) != now.get(key) and key not in MACHINE]
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)

@@ -143,7 +143,7 @@ def _maker(name: str, where: str) -> Callable[[Path], Tracker]:
         return TRACKERS[name]
     if name in SERVICES:
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"{where}: {name} is not installed; install reft_jax[{name}], or leave {name} out")
+            raise InputError(f"{where}: {name} is not installed; run launch/venv.sh {name}, or leave {name} out")
         return SERVICES[name]
     if not plugins.is_plugin(name):
         known = [*TRACKERS, *SERVICES]

@@ -81,6 +81,16 @@ def test_a_saved_folder_loads_to_the_same_ids(bpe, folder):
     assert loaded.get_vocab() == bpe.get_vocab()
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_family_of_ones_own_has_a_model_type_that_transformers_does_not_know(bpe, folder, named):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine"}))
+    if not named:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        del settings["tokenizer_class"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert encode(load_tokenizer(folder), "1 + 2 = 3\n") == encode(bpe, "1 + 2 = 3\n")
+
+
 def test_special_tokens_in_a_text_are_text(bpe, sentencepiece):
     for tok, text in ((bpe, "a <eos> b<pad>"), (sentencepiece, "a <s> b</s>")):
         ids = encode(tok, text)

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,8 +116,12 @@ def test_a_sentencepiece_model_alone_gives_sentencepieces_ids(tmp_path, name):
         assert encode(tok, text) == own.encode(text)
     assert tok.eos_token_id == own.eos_id() == 2
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(InputError, match=r'tokenizer\.model: the file reads .*"tokenizer_class": "LlamaTokenizer"'):
-        load_tokenizer(tmp_path)  # which leaves out the space before the first word
+    try:
+        tok = load_tokenizer(tmp_path)
+    except InputError as error:  # an older transformers leaves out the space before the first word
+        assert re.search(r'tokenizer\.model: the file reads .*"tokenizer_class": "LlamaTokenizer"', str(error))
+    else:
+        assert encode(tok, QUESTION) == own.encode(QUESTION)
 
 
 def test_vocab_and_merges_are_read_by_a_class_that_is_named(tmp_path):

@@ -84,6 +84,9 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
     # first word.
     only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
     kind = transformers.LlamaTokenizer if only_model and not known else transformers.AutoTokenizer
+    if config.get("model_type") and str(config["model_type"]) not in transformers.CONFIG_MAPPING:
+        # AutoTokenizer asks for the model's class first, and a family of one's own has none in transformers.
+        kind = found if known else kind if only_model else transformers.PreTrainedTokenizerFast
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # for a broken file the Rust library raises nothing more specific

@@ -70,7 +70,7 @@ def test_saved_steps_of_a_stage_are_not_counted(by_hand, tmp_path, monkeypatch):
         (tmp_path / step / file).write_text("{}")
     (tmp_path / "reft" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "reft" / "checkpoints" / "1" / "manifest.json").write_text("{}")
-    said = "\n".join(by_hand.lines(steps(baselines=False)[:2], tmp_path))
+    said = "\n".join(by_hand.lines(steps(by_hand.run.config, baselines=False)[:2], tmp_path))
     seconds = 225 * (1 - 3 / 9) + 303 * (1 - 1 / 4)  # 9 updates and 4 iterations
     assert f"about {clock(seconds)} for what is not done" in said and clock(seconds) == "0:06:17"
     assert "saved steps are not made again: sft 3 of 9, reft 1 of 4" in said
@@ -80,7 +80,7 @@ def test_saved_steps_of_a_stage_are_not_counted(by_hand, tmp_path, monkeypatch):
 def test_questions_that_are_drawn_again_are_counted(by_hand, tmp_path, monkeypatch):
     monkeypatch.setattr(Forecast, "sizes", lambda self, abstract: (0, 0))
     by_hand.costs = by_hand.costs._replace(asked=2.5)
-    chain = steps(baselines=False)[:2]
+    chain = steps(by_hand.run.config, baselines=False)[:2]
     assert by_hand.expected(chain[1], chain).seconds == pytest.approx(4 * 8 * (2.5 * 1 + 2 + 2 * 3) + 3 * 5)
     said = "\n".join(by_hand.lines(chain, tmp_path))
     assert "an iteration of ReFT asks 2.5 times its questions, as here (rl.redraws)" in said

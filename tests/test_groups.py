@@ -207,8 +207,8 @@ def test_each_algorithm_has_its_own_choices_and_the_settings_go_before():
     [
         ({"algorithm": "grpo", "redraws": 1}, r"rl\.redraws=1: grpo replaces no questions; set it to 0, or use dapo"),
         ({"algorithm": "ppo", "redraws": 2}, r"rl\.redraws=2: ppo replaces"),
-        ({"algorithm": "rloo", "overlong": 8}, r"rl\.overlong=8: rloo ignores it; set it to 0, or use dapo"),
-        ({"algorithm": "ppo", "overlong": 8}, r"rl\.overlong=8: ppo ignores it"),
+        ({"algorithm": "rloo", "overlong": 8}, r"rl\.overlong=8: rloo does not read it; set it to 0, or use dapo"),
+        ({"algorithm": "ppo", "overlong": 8}, r"rl\.overlong=8: ppo does not read it"),
         ({"algorithm": "dapo", "overlong": 32}, r"rl\.overlong=32: must be below rl\.max_len - rl\.max_prompt = 32"),
     ],
 )

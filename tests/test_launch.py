@@ -149,7 +149,7 @@ def test_the_manifest_fills_its_slice_and_runs_what_is_there():
 
 @pytest.mark.parametrize(("place", "extras"), [("", "page"), ("gs://bucket/runs/q", "page,gcs")])
 def test_the_quickstart_installs_what_its_work_directory_needs(tmp_path, place, extras):
-    """A fresh clone: the script alone, beside a stand-in for venv.sh that makes a Python."""
+    """A fresh clone: the script alone, beside a stand-in for venv.sh, which makes a Python."""
     (tmp_path / "launch").mkdir()
     shutil.copy(LAUNCH / "quickstart.sh", tmp_path / "launch")
     record = {"RECORD": str(tmp_path / "record"), "WORKDIR": place}

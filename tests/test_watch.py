@@ -105,7 +105,7 @@ def test_int8_rollouts_without_a_correction(capsys, changed, named):
 def test_a_run_warns_when_it_starts_and_a_command_that_only_reads_does_not(tmp_path, capsys):
     written = load_config(str(CONFIG))
     written.toy.update(train_rows=8, dev_rows=2, test_rows=2, vocab_size=400)
-    written.sft.max_len, written.mesh.cpu_devices, written.engine.weights = 224, 1, "int8"
+    written.sft.max_len, written.mesh.cpu_devices, written.engine.weights = 224, 0, "int8"
     written.rl.update(max_prompt=192, max_len=224, questions=4, micro_batch=4, minibatches=1)
     for read_only in (False, True):
         with open_run(check_config(written), tmp_path / "run", [], read_only=read_only):

@@ -25,9 +25,8 @@ The second plan, written before ReFT started. It must fit into two hours on two 
 - ReFT: DAPO, 44 iterations of 4 questions × 8 samples, one update each at 1e-4, no KL penalty. After SFT most training
   questions are always solved. PPO would spend most of its updates on them; DAPO replaces them by questions that are
   solved sometimes. Its baseline is the question's own mean, so no value head has to be learned in 44 updates.
-  The plan said 36 iterations at 3e-5. It was changed after iteration 16, before any test question was read: dev had not
-  moved (86.7 % at the start and after iteration 12), and the norm of all products A B was a tenth of that of SFT's
-  adapter. The run continued from there.
+  The plan said 36 iterations at 3e-5. It was changed after iteration 16, before any test question was read, because dev
+  had not moved (86.7 % at the start and after iteration 12). The run continued from there.
 - If hours are left: voting with four samples per question, and self-training. Offline: one epoch with two samples per
   question. Online: as many iterations as ReFT. The rerankers learn from four samples of each of 300 questions.
 """

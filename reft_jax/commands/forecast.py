@@ -37,7 +37,7 @@ from reft_jax.stages.rollout import open_rewards
 from reft_jax.stages.sample import run_sample
 from reft_jax.stages.self_train import OFFLINE, ONLINE, run_offline, run_online
 from reft_jax.stages.sft import make_batch, run_sft
-from reft_jax.train.checksums import MANIFEST
+from reft_jax.train.checkpoints import whole_steps
 from reft_jax.train.progress import clock
 from reft_jax.train.state import abstract_state, constant_schedule, make_optimizer
 from reft_jax.train.steps import make_step, sft_loss
@@ -164,7 +164,7 @@ class Forecast:
         for step, one in zip(chain, found, strict=True):
             stage = f"rerank_{step.arguments[0]}" if step.function is run_rerank else TRAINS.get(step.function)
             done = stage is not None and (workdir / stage / "done.json").exists()
-            saved = 0 if done or stage is None else last_step(workdir / stage)
+            saved = 0 if done or stage is None else max(whole_steps(workdir / stage / "checkpoints"), default=0)
             seconds = one.seconds_after(saved)
             left += 0.0 if done else seconds
             resumed += [f"{stage} {saved} of {one.saves}"] if saved else []
@@ -242,13 +242,6 @@ class Forecast:
         optimizer = make_optimizer(constant_schedule(0.0, 0), weight_decay=0.0, clip_norm=1.0)
         model, state = stored_bytes(trains), stored_bytes(abstract_state(optimizer, trains))
         return model, (self.config.keep_steps + 1) * (state + model)
-
-
-def last_step(stage: Path) -> int:
-    """The last step of a stage that was saved whole; 0 if there is none."""
-    folders = (stage / "checkpoints").glob("[0-9]*")
-    whole = (int(folder.name) for folder in folders if folder.name.isdigit() and (folder / MANIFEST).exists())
-    return max(whole, default=0)
 
 
 def size(count: int) -> str:

@@ -3,12 +3,10 @@
 The log of a long run has millions of lines. It is read once to see what there is, and once more for the rollouts that
 the page shows; only these are held in memory.
 
-The page's data are JSON values. A rollout is one line of the log, without its purpose and iteration, its
-value as text.
+On the page a rollout is one line of the log, without its purpose and iteration, and its value is text.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,11 +64,11 @@ def chosen(log: Log, named: str = "") -> tuple[list[Iteration], str]:
             raise InputError(f"--iterations={named}: there are no rollouts of such an iteration; {known}")
         return found, _left_out(len(found), len(there), f"those of --iterations={named}")
     purposes = [[one for one in there if one[0] == purpose] for purpose in dict.fromkeys(one[0] for one in there)]
-    for step in count(1):
+    step, found = 1, there
+    while sum(log.iterations[one] for one in found) > LARGEST and step < len(there):
+        step += 1
         found = [one for own in purposes for one in dict.fromkeys([*own[::step], own[-1]])]
-        if sum(log.iterations[one] for one in found) <= LARGEST or step >= len(there):
-            return found, _left_out(len(found), len(there), f"the first, the last, and one in {step} between them")
-    raise AssertionError
+    return found, _left_out(len(found), len(there), f"the first, the last, and one in {step} between them")
 
 
 def _bounds(named: str) -> tuple[int, int]:

@@ -10,8 +10,9 @@ function rolloutCard(line) {
   const sign = line.advantage > 0 ? "reinforced" : line.advantage < 0 ? "weakened" : null;
   const kind = sign === "reinforced" ? "right" : sign === "weakened" ? "wrong" : "";
   const advantage = make("span", "chip " + kind, "advantage " + number(line.advantage, 3) + (sign ? ", " + sign : ""));
-  const rest = [["from", line.of], ["wanted", line.answer_value], ["reward", line.reward], ...Object.entries(line.parts || {}), advantage,
-    ["gap", number(line.sampler_gap, 2)], ["outcome", line.outcome], make("span", "chip", number(line.ms, 3) + " ms")];
+  const rest = [["from", line.of], ["wanted", line.answer_value], ["reward", line.reward],
+    ...Object.entries(line.parts || {}), advantage, ["gap", number(line.sampler_gap, 2)],
+    ["outcome", line.outcome], make("span", "chip", number(line.ms, 3) + " ms")];
   return make("div", "card", told(line.item_id, line.value, line.correct, rest), ...code(line.completion));
 }
 

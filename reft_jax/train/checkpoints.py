@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,15 @@ class Restored(NamedTuple):
     made_by: dict
 
 
+def whole_steps(folder: Path) -> list[int]:
+    """The steps in a stage's folder checkpoints/ that were written completely, damaged since or not; ascending."""
+    return [step for step in _steps(folder) if (folder / str(step) / MANIFEST).exists()]
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
 class Checkpoints:
     """The last `keep` steps of a running stage. Saving runs in the background, one step at a time."""
 
@@ -125,7 +135,7 @@ class Checkpoints:
         self._checkpointer = ocp.StandardCheckpointer()
         self._commit: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._newest = max(self._steps(), default=-1)
+        self._newest = max(_steps(self.folder), default=-1)
 
     def save(self, step: int, state, info: dict) -> None:
         """Starts to write a step, and returns when `state` may be donated. Waits for the step before.
@@ -166,7 +176,8 @@ class Checkpoints:
 
     def infos(self) -> list[dict]:
         """The `info` of every complete step that is kept, oldest first."""
-        return [json.loads((self.folder / str(step) / "step.json").read_text())["info"] for step in self._whole()]
+        texts = [(self.folder / str(step) / "step.json").read_text() for step in whole_steps(self.folder)]
+        return [json.loads(text)["info"] for text in texts]
 
     def restore(self, abstract_state) -> Restored | None:
         """The newest undamaged step; None if no step was ever complete.
@@ -175,14 +186,14 @@ class Checkpoints:
         complete steps and all are damaged: a run never starts over unless its owner removes them.
         """
         bad: dict[int, str] = {}
-        for step in hosts.from_first(f"steps in {self.folder}", lambda: self._steps()[::-1]):
+        for step in hosts.from_first(f"steps in {self.folder}", lambda: _steps(self.folder)[::-1]):
             found = self._read(step, abstract_state)
             if isinstance(found, Restored):
                 break
             bad[step] = found
         else:
             found = None
-            if hosts.from_first(f"whole steps in {self.folder}", self._whole):
+            if hosts.from_first(f"whole steps in {self.folder}", partial(whole_steps, self.folder)):
                 told = "; ".join(f"{step}: {reason}" for step, reason in bad.items())
                 problem = f"{self.folder}: no saved step can be used ({told})"
                 raise InputError(f"{problem}; restore one from a copy, or remove the folder to begin this stage again")
@@ -217,9 +228,9 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             if hosts.is_first():
                 write_manifest(folder)
-                for step in self._whole()[: -self.keep]:
+                for step in whole_steps(self.folder)[: -self.keep]:
                     (self.folder / str(step) / MANIFEST).unlink()  # from here on it is not a step
-                for step in set(self._steps()) - set(self._whole()):
+                for step in set(_steps(self.folder)) - set(whole_steps(self.folder)):
                     remove(self.folder / str(step), ignore_errors=False)
         except BaseException as error:
             self._error = error
@@ -227,7 +238,7 @@ class Checkpoints:
     def _failed(self, folder: Path, error: BaseException) -> None:
         if hosts.is_first():
             remove(folder)  # it may be what fills the disk
-        whole = self._whole()
+        whole = whole_steps(self.folder)
         last = f"step {whole[-1]} is whole and will be used" if whole else "no earlier step was saved"
         raise SaveError(f"{folder} could not be saved ({first_line(error)}); {last}; {remedy(folder)}") from error
 
@@ -241,13 +252,6 @@ class Checkpoints:
         with (place / "reasons.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "reason": reason}) + "\n")
         print(f"{self.folder}: step {step} is not used ({reason}); moved to {place}", flush=True)
-
-    def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
-
-    def _whole(self) -> list[int]:
-        """Steps that were written completely, damaged since or not."""
-        return [step for step in self._steps() if (self.folder / str(step) / MANIFEST).exists()]
 
 
 def _difference(checksums: dict[str, str], tree) -> str | None:

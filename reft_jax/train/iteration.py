@@ -49,7 +49,7 @@ class Iteration:
         max_len: int,
         multiple: int,
     ):
-        """shardings: those of the TrainState. micro_batch, max_len (tokens per row), multiple: see Packing."""
+        """shardings: those of the TrainState. micro_batch, max_len, multiple: see Packing."""
         self.mesh, self.algorithm = mesh, algorithm
         self.size = {"micro_batch": micro_batch, "max_len": max_len, "multiple": multiple}
         self.score_lines = make_scorer(model, algorithm.temperature)

@@ -228,7 +228,7 @@ PLANTED = [
      'if reason := _difference(about["arrays"], state):\n            return reason\n        ', "",
      (f"{DAMAGE}::test_an_array_that_is_not_the_one_that_was_saved",)),
     ("a run whose steps are damaged begins again", CHECKPOINTS,
-     'if hosts.from_first(f"whole steps in {self.folder}", self._whole):', "if False:",
+     'if hosts.from_first(f"whole steps in {self.folder}", partial(whole_steps, self.folder)):', "if False:",
      (f"{DAMAGE}::test_a_run_whose_every_step_is_damaged_never_begins_again_by_itself",)),
     ("self-training: gold counts twice", S, "return sampled + gold, ", "return sampled + 2 * gold, ",
      ("test_self_train.py::test_the_online_loss_equals_a_slow_twin",)),

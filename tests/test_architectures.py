@@ -254,7 +254,7 @@ def test_real_weights_of_qwen(capsys, monkeypatch):
         print(f"\n[Qwen2.5-Coder-0.5B: largest difference of {want.size} logits {np.abs(ours - want).max():.1e}]")
     np.testing.assert_array_equal(ours.argmax(-1), want.argmax(-1))
     assert np.abs(ours - want).max() <= 2e-3
-    text = theirs.generate(torch.tensor(tokens, dtype=torch.int64), max_new_tokens=100, do_sample=False)[0].numpy()
+    text = theirs.generate(torch.tensor(tokens, dtype=torch.int64), max_length=300, do_sample=False)[0].numpy()
     assert text[-1] in (151643, 151645)  # it ended by itself
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["reft", "solve", f"--model={folder}", "--max_len=300", question])

@@ -50,7 +50,7 @@ def test_what_a_gone_store_hides_is_neither_damaged_nor_missing(tmp_path, impati
     from reft_jax.model_folder import read_bytes
     from reft_jax.run.workdir import recorded
     from reft_jax.stages.models import read_result
-    from reft_jax.train.checkpoints import Checkpoints, has_value_head
+    from reft_jax.train import checkpoints
     from reft_jax.train.checksums import damage, model_checksum, write_manifest
     from reft_jax.train.metrics import read_metrics
     from reft_jax.train.trackers import _read_known
@@ -63,17 +63,17 @@ def test_what_a_gone_store_hides_is_neither_damaged_nor_missing(tmp_path, impati
         asks = [
             lambda: recorded(stage.parent),
             lambda: read_result(stage / "done.json"),
-            lambda: has_value_head(step),
+            lambda: checkpoints.has_value_head(step),
             lambda: damage(step),
             lambda: read_metrics(stage),
             lambda: _read_known(stage),
             lambda: read_bytes(stage / "config.json"),
             lambda: store.read_text(f"{BUCKET}/train.json"),
         ]
-        checkpoints = Checkpoints(stage / "checkpoints", 2, {})
-        monkeypatch.setattr(checkpoints, "_steps", lambda: [3])  # the store goes after it has listed them
+        saved = checkpoints.Checkpoints(stage / "checkpoints", 2, {})
+        monkeypatch.setattr(checkpoints, "_steps", lambda folder: [3])  # the store goes after it has listed them
         proxy.gone = True
-        for ask in (*asks, lambda: checkpoints.restore({})):
+        for ask in (*asks, lambda: saved.restore({})):
             with pytest.raises(SaveError, match=f"^{BUCKET}/.* could not be reached"):
                 ask()
         monkeypatch.setattr(type(step), "is_file", lambda path: True)  # it goes while a model is looked at

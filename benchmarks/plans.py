@@ -1,0 +1,79 @@
+"""Which runs fit which pods? Plans each one with the TPU compiler, and writes one table into docs/pods.md.
+
+    launch/venv.sh plan
+    python benchmarks/plans.py [--only=TEXT] [--cache=DIR] [--nowrite]
+
+A run takes about five minutes on two quiet cores. Functions that are compiled already are not compiled again, so the
+same command goes on where it was stopped. Needs no TPU.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from absl import app, flags
+
+from reft_jax.plan.table import table, write_into
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("only", "", "plan only runs whose name contains this")
+flags.DEFINE_string("cache", str(Path("~/.cache/reft_jax/plan").expanduser()), "compiled functions are kept here")
+flags.DEFINE_bool("write", True, "rewrite the table in docs/pods.md")
+RUNS = [
+    ("CodeLlama-7B", "gsm8k_codellama_7b_reft.py", "v5e:4x8"),
+    ("CodeLlama-7B, GRPO with LoRA", "gsm8k_codellama_7b_grpo_lora.py", "v5e:2x4"),
+    ("CodeLlama-13B", "gsm8k_codellama_13b_reft.py", "v5p:4x4x4"),
+    ("Qwen2.5-Coder-7B", "gsm8k_pods.py:Qwen2.5-Coder-7B", "v5e:4x8"),
+    ("Llama-3.1-8B", "gsm8k_pods.py:Llama-3.1-8B", "v5e:4x8"),
+    ("Qwen2.5-Coder-1.5B", "gsm8k_pods.py:Qwen2.5-Coder-1.5B", "v5e:2x4"),
+    ("Qwen2.5-Coder-1.5B with LoRA", "gsm8k_qwen_1_5b_lora.py", "v5e:2x4"),
+]
+TIMES = {"decode, PPO": 1e3, "decode, sampling": 1e3, "SFT update": 1, "PPO update": 1}
+HEAD = ["run", "pod", "GiB per chip", "to spare", "decode, PPO, ms", "decode, sampling, ms", "SFT update, s"]
+HEAD += ["PPO update, s", "iteration, s", "chip-hours per epoch"]
+REPO = Path(__file__).resolve().parent.parent
+
+
+def planned(config: str, topology: str) -> dict:
+    """The run's plan as JSON. Exit code 1, for a run that does not fit, is an answer too."""
+    words = [f"--config={REPO}/configs/{config}", f"--topology={topology}", f"--cache={FLAGS.cache}", "--json"]
+    done = subprocess.run([sys.executable, "-m", "reft_jax", "plan", *words], cwd=REPO, stdout=subprocess.PIPE)
+    if done.returncode > 1:
+        sys.exit(f"plan {' '.join(words)} ended with exit code {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def row(name: str, topology: str, plan: dict) -> list[str]:
+    """A row of the table, in the columns of HEAD. A time is roofline / compiler's."""
+    programs, chip = plan["programs"], plan["chip"]
+    most = max(program["resident"] for program in programs.values())
+
+    def times(function: str, unit: float) -> str:
+        program = programs[function]
+        cycles = program["cost"]["cycles"] / program["once"]
+        return " / ".join(f"{unit * s:.3g}" for s in (program["seconds"]["estimate"], cycles / chip["clock"]))
+
+    return [
+        name,
+        topology,
+        f"{most / 2**30:.1f} of {chip['memory'] / 2**30:.0f}",
+        f"{1 - most / chip['memory']:.0%}",
+        *(times(function, unit) for function, unit in TIMES.items()),
+        f"{plan['seconds']:.2f}",
+        f"{plan['epoch_chip_hours']:.1f}",
+    ]
+
+
+def main(_) -> None:
+    chosen = [run for run in RUNS if FLAGS.only in run[0]]
+    text = table(HEAD, [row(name, topology, planned(config, topology)) for name, config, topology in chosen])
+    text = f"`python benchmarks/plans.py`, JAX {version('jax')}, libtpu {version('libtpu')}:\n\n{text}"
+    print(text)
+    if FLAGS.write and not FLAGS.only:
+        write_into(REPO / "docs" / "pods.md", "of all runs", text)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -32,7 +32,7 @@ def paid(name: str, tmp_path, *asked: tuple[str, Verdict]) -> list[tuple[float, 
 
 def test_each_file_is_short_and_named_in_the_documents():
     files = sorted(FOLDER.glob("*.py"))
-    assert len(files) == 4 and all(len(file.read_text().splitlines()) < 60 for file in files)
+    assert len(files) == 5 and all(len(file.read_text().splitlines()) < 60 for file in files)
     told = (FOLDER.parent / "docs" / "rewards.md").read_text()
     assert all(f"examples/{file.name}" in told for file in files)
 
@@ -51,6 +51,12 @@ def test_the_length_penalty(tmp_path):
     found = paid("length_penalty.py:length_penalty", tmp_path, *asked)
     assert [reward for reward, _ in found] == pytest.approx([1.0, 0.9, 0.5, 0.1])  # the question is 17 characters
     assert [parts["length"] for _, parts in found] == pytest.approx([0.0, -0.1, -0.5, 0.0])
+
+
+def test_only_a_right_answer_is_paid(tmp_path):
+    nothing = Verdict(None, False, 0.0, "exception")
+    asked = ((PROGRAM, RIGHT), (PROGRAM, WRONG), (PROGRAM, nothing))
+    assert [reward for reward, _ in paid("right_or_wrong.py:right_or_wrong", tmp_path, *asked)] == [1.0, 0.0, 0.0]
 
 
 MBPP = Example(

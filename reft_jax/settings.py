@@ -135,6 +135,7 @@ class RlSettings:
     algorithm: str = setting("ppo", ANY, "ppo, rloo, grpo, dr_grpo or dapo (docs/algorithms.md); or path.py:NAME")
     iterations: int = setting(0, at_least(0), "training iterations; 0: rl.epochs passes over the training questions")
     epochs: int = setting(300, POSITIVE, "passes over the training questions, if rl.iterations is 0")
+    tokens: int = setting(0, at_least(0), "end with the iteration that reaches so many sampled tokens; 0: no limit")
     questions: int = setting(32, POSITIVE, "questions per iteration")
     samples: int = setting(
         0, at_least(0), "solutions sampled per question; 0: the algorithm's own number (docs/algorithms.md)"

@@ -52,6 +52,15 @@ def test_rows_updates_and_seconds_by_hand(by_hand, title, rows, updates, seconds
     assert (found.rows, found.updates) == (rows, updates) and found.seconds == pytest.approx(seconds)
 
 
+def test_sampled_tokens_end_a_stage_earlier(by_hand):
+    """An iteration samples 8 answers of 5 tokens, twice as many if it asks twice; there are 4 iterations at most."""
+    for tokens, asked, made in ((80, 1.0, 2), (81, 1.0, 3), (81, 2.0, 2), (1000, 1.0, 4)):
+        by_hand.config.rl.tokens, by_hand.costs = tokens, by_hand.costs._replace(asked=asked)
+        chain = steps(by_hand.run.config, baselines=False)
+        (step,) = [one for one in chain if one.title.startswith("ReFT")]
+        assert by_hand.expected(step, chain).rows == f"{made} × 8"
+
+
 def test_a_stage_that_is_done_is_not_counted(by_hand, tmp_path, monkeypatch):
     monkeypatch.setattr(Forecast, "sizes", lambda self, abstract: (2**30, 2**31))
     chain = steps(by_hand.run.config, baselines=False)[:2]

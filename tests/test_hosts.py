@@ -235,30 +235,39 @@ def test_accuracies_agree_within_their_intervals(together, alone):
             assert low <= our_high and our_low <= high, (mine["model"], column)
 
 
-def test_two_hosts_keep_the_samples_of_a_question_together(together, alone, cache, tmp_path):
-    """One iteration of DAPO with questions drawn again, from one warm-up model, in two processes and in one."""
-    changed = {"rl.algorithm": "dapo", "rl.questions": 4, "rl.samples": 4, "rl.redraws": 1, "rl.iterations": 1}
-    workdirs = [tmp_path / "two", tmp_path / "one"]
-    for workdir in workdirs:
+GROUPS = {
+    "dapo that draws questions again": {"rl.algorithm": "dapo", "rl.redraws": 1, "rl.iterations": 1},
+    "grpo with LoRA": {"rl.algorithm": "grpo", "rl.iterations": 2, "rl.learning_rate": 0.03, "lora.rank": 4},
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_two_hosts_keep_the_samples_of_a_question_together(alone, cache, tmp_path, case):
+    """From one warm-up model, in two processes and in one. The second iteration samples with the adapter."""
+    changed = {"rl.questions": 4, "rl.samples": 4} | GROUPS[case]
+    settings = tuple(f"{key}={value}" for key, value in changed.items())
+    workdirs, starts = [tmp_path / "two", tmp_path / "one"], []
+    for workdir, devices in zip(workdirs, (4, 8), strict=True):
         for name in ("sft", "models/warmup", "models/sft"):
             shutil.copytree(alone / name, workdir / name)
         for name in ("config.json", "versions.json"):
             shutil.copy(alone / name, workdir / name)
-    settings = tuple(f"{key}={value}" for key, value in changed.items())
-    allowed = f"--allow_config_change={','.join([*changed, 'mesh.cpu_devices'])}"
-    two, one = (
-        command("reft", d, cache, settings, devices=n) + [allowed] for d, n in zip(workdirs, (4, 8), strict=True)
-    )
-    ends = Pair(tmp_path / "logs", two).ended(SOON_S)
+        starts.append(command("reft", workdir, cache, settings, devices=devices))
+        starts[-1].append(f"--allow_config_change={','.join([*changed, 'mesh.cpu_devices'])}")
+    ends = Pair(tmp_path / "logs", starts[0]).ended(SOON_S)
     assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
-    done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True, timeout=SOON_S)
+    done = subprocess.run(starts[1], cwd=ROOT, capture_output=True, text=True, timeout=SOON_S)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (executed(workdir, "reft rollout") for workdir in workdirs)
-    assert ours == theirs and len(ours) >= 16
-    (ours,), (theirs,) = (metrics(workdir, "reft") for workdir in workdirs)
-    assert ours["redrawn"] == theirs["redrawn"] == len(executed(workdirs[0], "reft rollout")) / 4 - 4
-    for name in ("loss", "grad_norm", "reward", "same_score", "advantage_std"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    rows, others = (executed(workdir, "reft rollout") for workdir in workdirs)
+    assert rows == others and len(rows) >= 16 * changed["rl.iterations"]
+    ours, theirs = (metrics(workdir, "reft") for workdir in workdirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in {"loss", "grad_norm", "reward", "same_score", "advantage_std", "redrawn", "kl"} & other.keys():
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    if "rl.redraws" in changed:
+        assert ours[0]["redrawn"] == len(rows) / 4 - 4
+    else:  # the adapter is off in the reference and on in the policy
+        assert ours[0]["kl"] == pytest.approx(0, abs=1e-6) and ours[1]["kl"] > 1e-3
 
 
 def test_every_host_has_a_log_of_its_own_and_the_first_alone_reports(together):

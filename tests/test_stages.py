@@ -83,7 +83,7 @@ class Begun(Training):
     def train(self, rewards: dict[int, float], kl: float = 0.1) -> None:
         with self.metrics:
             for iteration, _ in self.iterations(64, shown=("reward", "kl")):
-                line = {"reward": rewards.get(iteration, 0.4), "kl": kl * iteration}
+                line = {"reward": rewards.get(iteration, 0.4), "kl": kl * iteration, "tokens": 10}
                 self.done, self.state, self.pending = iteration, SimpleNamespace(params={"lm": iteration}), line
 
 
@@ -108,6 +108,21 @@ def test_a_stage_that_resumes_does_not_evaluate_iteration_0(tmp_path, monkeypatc
     stage.done, stage.info = 2, {"best": 2, "best_dev_top1": 0.5, "start_dev_top1": 0.4}
     stage.train({})
     assert stage.evaluated == [3] and stage.info["start_dev_top1"] == 0.4
+
+
+@pytest.mark.parametrize(("tokens", "last"), [(20, 2), (21, 3), (100, 4)])
+def test_the_iteration_that_reaches_the_tokens_is_the_last_and_is_evaluated(tmp_path, monkeypatch, tokens, last):
+    """Also after a resume, in which the iteration before is saved and not written yet."""
+    dev, rl = dict.fromkeys(range(5), 0.4), {"tokens": tokens, "eval_every": 10}
+    stage = Begun(tmp_path, monkeypatch, dev, **rl)
+    stage.train({})
+    assert stage.done == last and stage.evaluated == [0, last] and stage.info["tokens"] == 10 * last
+    for written in (1, 2):
+        again = Begun(tmp_path / str(written), monkeypatch, dev, **rl)
+        again.done, again.state, again.info["tokens"] = 2, SimpleNamespace(params={"lm": 2}), 10 * written
+        again.pending = {"reward": 0.4, "kl": 0.2, "tokens": 10} if written == 1 else {}
+        again.train({})
+        assert again.done == last and again.info["tokens"] == 10 * last
 
 
 def test_a_collapse_is_warned_of_as_it_happens_and_after_a_resume(tmp_path, monkeypatch, capsys):

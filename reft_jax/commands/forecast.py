@@ -206,7 +206,7 @@ class Forecast:
             rl = config.rl
             rows = rl.questions * make_algorithm(config).samples
             seconds = rows * (costs.asked * self.completion + costs.score_row + rl.ppo_epochs * costs.update_row)
-            return self.iterations(rows, rl.ppo_epochs * rl.minibatches, seconds)
+            return self.iterations(rows, rl.ppo_epochs * rl.minibatches, seconds, costs.asked)
         if function is run_sample:
             train = step.arguments[1] == "train"
             count, n = (self.asked, config.sample.train_n) if train else (len(data.test), config.sample.n)
@@ -227,14 +227,13 @@ class Forecast:
         updates = epochs * ceil(rows / self.config.sft.batch_size)
         return Expected(f"{rows:,}", updates, seconds, models * size, working, saves=updates)
 
-    def iterations(self, rows: int, updates: int, seconds: float) -> Expected:
-        """rows, updates, seconds: of one iteration."""
-        plan = schedule_of(self.config.rl, len(self.run.inputs.questions))
-        evaluations = 1 + ceil(plan.iterations / plan.eval_every)
-        seconds = plan.iterations * seconds + evaluations * self.dev
+    def iterations(self, rows: int, updates: int, seconds: float, asked: float = 1.0) -> Expected:
+        """rows, updates, seconds: of one iteration. asked: as in Costs."""
+        plan, tokens = schedule_of(self.config.rl, len(self.run.inputs.questions)), self.config.rl.tokens
+        made = min(plan.iterations, ceil(tokens / (rows * asked * self.tokens))) if tokens else plan.iterations
+        seconds = made * seconds + (1 + ceil(made / plan.eval_every)) * self.dev
         sizes = self.sizes(abstract_policy(self.run))
-        made = plan.iterations * updates
-        return Expected(f"{plan.iterations} × {rows:,}", made, seconds, *sizes, saves=plan.iterations)
+        return Expected(f"{made} × {rows:,}", made * updates, seconds, *sizes, saves=made)
 
     def sizes(self, abstract) -> tuple[int, int]:
         """Bytes of a saved model, and of the saved steps and best models at the same time while it is trained."""

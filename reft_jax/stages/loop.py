@@ -229,6 +229,9 @@ class Training:
         After each one it writes the line of its metrics; it evaluates on dev and saves as often as config.rl says. The
         start model counts as iteration 0: it is evaluated too and may be the best. shown: the numbers in the progress
         line.
+
+        With rl.tokens, the iteration that reaches so many sampled tokens is the last. They are counted in `info` and
+        not from the metrics, which another host may read while the first one truncates them.
         """
         stage, rl = self.folder.name, self.run.config.rl
         iterations, eval_every, save_every = schedule_of(rl, questions)
@@ -240,17 +243,19 @@ class Training:
         progress = Progress(stage, iterations, "iteration", done0=self.done, first="compiling")
         compiled = 0
         while True:
-            done = self.done
+            done, tokens = self.done, self.info.get("tokens", 0) + self.pending.get("tokens", 0)
+            ended = done == iterations or 0 < rl.tokens <= tokens
             if line := self.pending:  # of the last iteration, which an earlier start may have left without evaluation
-                if done % eval_every == 0 or done == iterations:
+                if done % eval_every == 0 or ended:
                     line = line | {"dev_top1": self.dev_top1(done)}
                 self.write(line | {"compiles": compiled})
+                self.info["tokens"] = tokens
                 if ruin := collapse.add(line):
                     remark(f"warning: {stage}: iteration {done} looks ruined: {ruin}; the best model so far is kept")
-                if done % save_every == 0 or done == iterations:
+                if done % save_every == 0 or ended:
                     self.save()
                 progress.update(done, **{name: line[name] for name in shown}, **best_so_far(self.info))
-            if done == iterations:
+            if ended:
                 break
             before = compiles()
             yield Drawn(done + 1, rows_at(self.run.config.seed, done * rl.questions, rl.questions, questions))

@@ -38,9 +38,9 @@ questions that are as hard as the test questions, and larger batches. It must fi
 - ReFT: DAPO, 24 iterations of 6 questions × 8 samples at 1e-4, dev after every 8. No KL penalty: it would cost a pass
   of the reference, and 24 updates of an adapter cannot lead far away.
 
-It was stopped after iteration 11, and no test question was read. The share of right samples stayed at 8 %, but responses
-shrank from 80 to 28 tokens: the reward of 0.1 for a wrong number was all that most questions could give. SFT was better
-than its warm-up, 21.9 and 13.5 % of dev, so the warm-up was too short. The fourth plan therefore has:
+It was stopped after iteration 11, and no test question was read. The share of right samples stayed at 8 %, but
+responses shrank from 80 to 28 tokens: the reward of 0.1 for a wrong number was all that most questions could give. SFT
+was better than its warm-up, 21.9 and 13.5 % of dev, so the warm-up was too short. The fourth plan therefore has:
 
 - the same SFT, with both epochs as the warm-up;
 - a reward of 1 or 0 (examples/right_or_wrong.py), so that DAPO draws other questions instead of those without a right

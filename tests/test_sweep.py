@@ -94,6 +94,22 @@ def test_a_sweep_is_a_table_a_data_file(finished):
     assert len({p["completion"] for record in samples[1:] for p in record["predictions"]}) > 20
 
 
+def test_with_greedy_there_are_no_samples(folder, finished, tmp_path):
+    words = [word.replace("+" + str(folder / NAMES[2]), "").replace("+" + str(folder / NAMES[4]), "")
+             for word in command(folder, tmp_path)[3:]]  # fmt: skip
+    __main__.run_command([*words, "--greedy"])
+    for ours, whole in zip(*(json.loads((at / "sweep.json").read_text()) for at in (tmp_path, finished)), strict=True):
+        assert [row["top1"] for row in ours["rows"]] == [row["top1"] for row in whole["rows"]]
+        assert not any(row["n"] or row["voting"] for row in ours["rows"])
+    files = [path.relative_to(tmp_path) for path in (tmp_path / "samples").glob("*/*")]
+    assert len(files) == 6 and all(path.name.endswith(".greedy.jsonl") for path in files)
+    for path in files:
+        ours, whole = (sorted((at / path).read_text().splitlines()) for at in (tmp_path, finished))
+        assert ours == whole
+    with pytest.raises(InputError, match="--greedy: the reranker of .* would get no samples"):
+        __main__.run_command([*command(folder, tmp_path / "other")[3:], "--greedy"])
+
+
 def kill_when(process: subprocess.Popen, there) -> None:
     deadline = time.monotonic() + 300
     while not there() and process.poll() is None and time.monotonic() < deadline:

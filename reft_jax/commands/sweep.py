@@ -170,18 +170,26 @@ def find(folder: str, *, reranker: bool = False) -> Source:
     raise InputError(f"{folder}: neither a Hugging Face folder nor RUN/models/NAME of a work directory; check the path")
 
 
-def sweep(config, workdir: Path, models: str, data: str, allowed: Sequence[str]) -> list[dict]:
-    """`run_sweep` of the flags --models and --data."""
+def sweep(config, workdir: Path, models: str, data: str, greedy: bool, allowed: Sequence[str]) -> list[dict]:
+    """`run_sweep` of the flags --models, --data and --greedy."""
     checkpoints, files = parse_checkpoints(models), parse_data(data or config.data.test)
-    return run_sweep(config, workdir.absolute(), checkpoints, files, allowed)
+    if greedy and (judged := [one.name for one in checkpoints if one.reranker]):
+        raise InputError(f"--greedy: the reranker of {judged[0]} would get no samples; leave out one of the two")
+    return run_sweep(config, workdir.absolute(), checkpoints, files, allowed, greedy)
 
 
 def run_sweep(
-    config, workdir: Path, checkpoints: list[Checkpoint], files: dict[str, str], allowed: Sequence[str] = ()
+    config,
+    workdir: Path,
+    checkpoints: list[Checkpoint],
+    files: dict[str, str],
+    allowed: Sequence[str] = (),
+    greedy: bool = False,
 ) -> list[dict]:
     """Answers the questions that are left, writes and prints the tables. Returns the reports, one per data file.
 
-    `allowed` as in `open_run`. Raises InputError before anything is compiled or written.
+    `allowed` as in `open_run`. greedy: draw no samples and do not show those that are there. Raises InputError before
+    anything is compiled or written.
     """
     check_names("--models", [checkpoint.name for checkpoint in checkpoints])
     config = checked_settings(config, workdir, [], allowed)
@@ -194,7 +202,7 @@ def run_sweep(
         sources = {f"model {one.name}": one.model.checksum(workdir) for one in checkpoints}
         sources |= {f"reranker {one.name}": one.reranker.checksum(workdir) for one in checkpoints if one.reranker}
         hosts.from_first("the models", lambda: keep_sources(workdir, sources))
-        found = [answer(sweep, checkpoint, data) for checkpoint in checkpoints]
+        found = [answer(sweep, checkpoint, data, greedy) for checkpoint in checkpoints]
         settings = {key: value for key, value in flatten(config).items() if key.startswith(REPORTED)}
         reports = []
         for name in data:
@@ -274,7 +282,9 @@ def check_stage(source: Source) -> None:
     check_shapes(source.folder, trained(adapter.lora if adapter else None, shapes))
 
 
-def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]]) -> dict[str, Answers]:
+def answer(
+    sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]], greedy_only: bool
+) -> dict[str, Answers]:
     """The greedy answers, samples and reranker scores of one model, by data file; makes those that are missing."""
     workdir = sweep.workdir.path
     paths = {name: samples_file(workdir, checkpoint, name) for name in data}
@@ -285,7 +295,9 @@ def answer(sweep: Sweep, checkpoint: Checkpoint, data: dict[str, list[Example]])
             print(f"{older}: is not used, the answers of this sweep are in {paths[name]}", flush=True)
         what = f"{checkpoint.name} on {name}"
         greedy = greedy_answers(run, paths[name], examples, weights, f"{what}, greedy")
-        records = sampled(run, paths[name], examples, run.config.sample.n, weights, f"{what}, samples")
+        records = []
+        if not greedy_only:
+            records = sampled(run, paths[name], examples, run.config.sample.n, weights, f"{what}, samples")
         found[name] = Answers(checkpoint.name, by_item(greedy), by_item(records), {})
     if checkpoint.reranker:
         run, weights = with_model(sweep, checkpoint.reranker)

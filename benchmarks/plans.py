@@ -4,7 +4,7 @@
     python benchmarks/plans.py [--only=TEXT] [--cache=DIR] [--nowrite]
 
 A run takes about five minutes on two quiet cores. Functions that are compiled already are not compiled again, so the
-same command goes on where it was stopped. Needs no TPU.
+same command continues where it was stopped. Needs no TPU.
 """
 
 import json

@@ -9,6 +9,7 @@ import numpy as np
 from reft_jax import executor
 from reft_jax.commands.sweep import Source, find
 from reft_jax.engine.generate import Engine
+from reft_jax.model import families
 from reft_jax.model.hf import read_config
 from reft_jax.model.llama import Llama
 from reft_jax.parallel.mesh import make_mesh, on_mesh, row_shards
@@ -28,6 +29,7 @@ def run_solve(
     answer_format: str | None,
     template: str | None,
     system: str | None,
+    family: str,
     max_len: int,
     allow_unsandboxed: bool,
 ) -> None:
@@ -35,10 +37,11 @@ def run_solve(
 
     folder: in Hugging Face format, or RUN/models/NAME of a work directory. The latter gives the task and the defaults
     of the answer format, the template and the system prompt; without one they are the paper's numbers, `python`,
-    `method` and the template's own. max_len: tokens of prompt and completion.
+    `method` and the template's own. family: as the setting model.family. max_len: tokens of prompt and completion.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):
         raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
+    families.use(family)
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
     settings = trained_with(source)
     answer_format = answer_format or settings.get("data.format", "python")

@@ -152,6 +152,8 @@ TABLE = (
             flags=(Flag("model", Path, None, "Hugging Face folder, or RUN/models/NAME", required=True, to="folder"),
                    Flag("format", FORMATS, None, "answer format: programs or text; if left out, the run's, else python",
                         to="answer_format", old=("engine",)),
+                   Flag("task", str, None, "what the question asks for, as the setting `task`; if left out, the run's, "
+                        "else a number"),
                    Flag("template", TEMPLATES, None, "prompt, as data.template; if left out, the run's, else method"),
                    Flag("system", str, None, "system prompt of the chat template; if left out, the run's"), FAMILY,
                    Flag("max_len", int, 512, "tokens of prompt and answer", low=1), UNSANDBOXED)),

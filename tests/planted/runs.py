@@ -118,6 +118,8 @@ PLANTED = [
      ("test_forecast.py::test_with_lora_the_disk_holds_adapters_only",)),
     ("check: the update ignores LoRA", "reft_jax.commands.check", "make_lora(inputs.config), None", "None, None",
      ("test_check.py::test_with_lora_the_update_trains_an_adapter_and_the_head_only",)),
+    ("solve: a letter is read as a number", "reft_jax.commands.solve", "item_id = asked_in_training(settings)", "pass",
+     ("test_solve.py::test_the_training_file_of_the_run_says_what_an_answer_is",)),
     ("lock: readers ask", "reft_jax.run.open", "    if not read_only:\n        lock.look(workdir)",
      "    lock.look(workdir)", ("test_lock.py::test_readers_come_in",)),
     ("streams: a closed pipe ends the run", "reft_jax.terminal", "os.dup2(null, self.fileno())", "raise error",
@@ -233,8 +235,8 @@ PLANTED = [
      "if result is False:", ("test_commands.py::test_a_command_that_finds_a_fault_ends_with_1",)),
     ("rewards: NaN is a reward", WORKER, "not math.isfinite(value) or abs(value) > LARGEST", "False",
      (f"{REWARDS}::test_what_is_no_finite_number_is_an_error",)),
-    ("rewards: an error is a 0", WORKER, "return {\"error\": \" \".join(f\"{type(error).__name__}: {error}\".split()), "
-     "\"traceback\": told}", "return {\"reward\": 0.0, \"parts\": {}}",
+    ("rewards: an error is a 0", WORKER, 'return {"error": " ".join(f"{type(error).__name__}: {error}".split())'
+     '.removesuffix(":"), "traceback": told}', 'return {"reward": 0.0, "parts": {}}',
      (f"{REWARDS}::test_an_exception_is_an_error_with_the_item_and_the_traceback",)),
     ("rewards: a print is a reply", WORKER, "os.dup2(2, 1)", "pass",
      (f"{REWARDS}::test_what_it_prints_goes_to_the_log_and_is_no_reply",)),

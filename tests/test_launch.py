@@ -153,7 +153,7 @@ def test_a_pod_of_the_manifest_needs_only_a_repository_and_a_bucket(tmp_path):
     yaml = pytest.importorskip("yaml")
     [job] = yaml.safe_load((LAUNCH / "gke.yaml").read_text())["spec"]["replicatedJobs"]
     [container] = job["template"]["spec"]["template"]["spec"]["containers"]
-    makes = 'mkdir -p launch .venv/bin; cp "$STAND_INS"/venv.sh launch; cp "$STAND_INS"/python .venv/bin'
+    makes = 'mkdir -p launch .venv/bin; cp "$STAND_INS/venv.sh" launch; cp "$STAND_INS/python" .venv/bin'
     stand_in(tmp_path, "git", f'echo "git $*" >> "$RECORD"; [[ "$*" != *gone* ]] || exit 128; {makes}')
     stand_in(tmp_path, "venv.sh", 'echo "$0 $*" >> "$RECORD"')
     stand_in(tmp_path, "python", 'printf "%s\\n" "$@" >> "$RECORD"')

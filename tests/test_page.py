@@ -268,7 +268,7 @@ def test_iterations_that_cannot_be_shown_are_refused(tmp_path, given, says):
 
 
 def test_a_page_that_cannot_be_made_costs_neither_the_table_nor_the_upload(tmp_path, monkeypatch, capsys):
-    """`evaluate` prints and uploads first; then it says in one line why there is no report.html, and does not name it."""
+    """`evaluate` prints and uploads first; then it says in one line why there is no report.html. It names what is."""
     fakes = Fakes()
     fakes.install(monkeypatch)
     world = World(tmp_path, 0, fakes, capsys)

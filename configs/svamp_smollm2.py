@@ -32,6 +32,7 @@ def get_config(variant=""):
     config.data.update(dev_rows=60, train_limit=1000, test_limit=60, max_dropped=0.8, pad_multiple=32)
     config.sft.update(epochs=3, warmup_epoch=2, batch_size=16, micro_batch=8, learning_rate=5e-5, max_len=128)
     config.rl.update(iterations=50, questions=32, micro_batch=8, ppo_epochs=1, minibatches=2, learning_rate=1e-5)
+    # While V is near 0, λ 0.95 gives the first of 34 to 49 tokens 18 to 9 % of the reward; rl.lam=1 would give it all.
     config.rl.update(vf_coef=0.1, value_init=0.0, max_prompt=80, max_len=128, eval_every=25, save_every=5)
     config.sample.update(n=4, train_n=4, train_limit=24, max_len=256)
     config.engine.slots = 64

@@ -14,5 +14,4 @@ extras=page # the charts of report.html
 launch/venv.sh "$extras"
 echo "Results will be in $workdir: report.md, report.json, report.html, curves.png"
 .venv/bin/python -m reft_jax pipeline --config=configs/quickstart.py --workdir="$workdir" "$@"
-echo "Results are in $workdir: report.md, report.json, report.html, curves.png"
 echo "docs/tutorial.md continues from here, with questions and a reward of your own."

@@ -65,6 +65,7 @@ def test_what_a_gone_store_hides_is_neither_damaged_nor_missing(tmp_path, impati
             lambda: read_result(stage / "done.json"),
             lambda: checkpoints.has_value_head(step),
             lambda: damage(step),
+            lambda: checkpoints.check_shapes(step, {}),
             lambda: read_metrics(stage),
             lambda: _read_known(stage),
             lambda: read_bytes(stage / "config.json"),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -181,6 +182,36 @@ def test_a_planted_fault_of_an_iteration_is_found(monkeypatch, rolled_out, plant
             assert not finding.passed, finding
             return
     raise AssertionError(f"no line {line}")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_with_lora_the_update_trains_an_adapter_and_the_head_only(monkeypatch, rolled_out, config, algorithm):
+    """Adapter, head, and the optimizer's two moments of each are all that the update holds; the base stays."""
+    (inputs, mesh, model), policy, asked, completions = rolled_out
+    policy, states = jax.tree.map(jnp.array, policy), []  # a copy: the update takes the head over
+    changed = {"lora.rank": 3, "lora.targets": "q,down", "rl.algorithm": algorithm, "rl.learning_rate": 0.1}
+    inputs = replace(inputs, config=check_config(replaced(config, changed)))
+    before, update = jax.tree.map(np.array, policy["lm"]), iteration.Iteration.update
+
+    def spied(self, state, *args, **kw):
+        states.append(jax.tree.map(np.array, state))
+        state, metrics = update(self, state, *args, **kw)
+        states.append(jax.tree.map(np.array, state))
+        return state, metrics
+
+    monkeypatch.setattr(iteration.Iteration, "update", spied)
+    if algorithm == "grpo":
+        del policy["value_head"]
+    found = list(check.check_iteration(inputs, mesh, model, policy, asked, completions))
+    assert all(finding.passed for finding in found), found
+    old, new = states[0].params, states[1].params
+    assert new.keys() == {"lora"} | (policy.keys() - {"lm"})
+    assert new["lora"].keys() == {"q_lora_a", "q_lora_b", "down_lora_a", "down_lora_b"}
+    assert new["lora"]["q_lora_b"].shape == (2, 3, 4, 8)  # layers, rank, heads, head dimension
+    assert not old["lora"]["q_lora_b"].any() and new["lora"]["q_lora_b"].any() and new["lora"]["down_lora_b"].any()
+    held = sum(x.size for x in jax.tree.leaves(states[1].opt_state) if x.dtype == np.float32)
+    assert held == 2 * sum(x.size for x in jax.tree.leaves(new))
+    jax.tree.map(np.testing.assert_array_equal, policy["lm"], before)
 
 
 OWN = """

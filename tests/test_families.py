@@ -9,7 +9,7 @@ import pytest
 import test_hf_write
 from tiny import drawn, tiny_model
 
-from reft_jax import load_hf, save_hf
+from reft_jax import __main__, load_hf, save_hf
 from reft_jax.commands import convert_adapter, sweep
 from reft_jax.config import check_config, default_config
 from reft_jax.model.families import FAMILIES, LLAMA, use
@@ -103,10 +103,23 @@ def test_a_model_of_a_family_of_ones_own_is_exported_and_merged(mine, tmp_path, 
     lora = Lora(2, 4.0, ("q",))
     adapter = drawn(unboxed(abstract_adapter(lora, abstract_params(model)["lm"])), 1)
     write_peft(tmp_path / "adapter", model.config, lora, jax.tree.map(np.asarray, adapter), "me/base")
-    convert_adapter.run_convert_adapter(tmp_path / "adapter", base, tmp_path / "merged")
+    del FAMILIES["mistral_like"]
+    merge = ["convert", "adapter", f"--in={tmp_path / 'adapter'}", f"--base={base}", f"--out_dir={tmp_path / 'merged'}"]
+    with pytest.raises(InputError, match=r"'model_type'.*name its Family.*--family"):
+        __main__.run_command(merge)
+    __main__.run_command([*merge, f"--family={mine}"])
     for written in ("out", "merged"):
         header = read_header(tmp_path / written / "model.safetensors")
         assert header["model.layers.1.self_attn.query.weight"].dtype == "F16"
+
+
+def test_solve_knows_the_family_of_a_folder(folder, mine):
+    """The folder has no tokenizer: that is the next thing that is wrong."""
+    ask = ["solve", "2 and 3?", f"--model={folder[0]}"]
+    with pytest.raises(InputError, match="'model_type'"):
+        __main__.run_command(ask)
+    with pytest.raises(InputError, match="tokenizer"):
+        __main__.run_command([*ask, f"--family={mine}"])
 
 
 def test_the_setting_is_read_where_a_model_is(folder, mine):

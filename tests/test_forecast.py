@@ -4,13 +4,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
+from tiny import tiny_model
 
 from reft_jax.commands import forecast
 from reft_jax.commands.forecast import Costs, Forecast
 from reft_jax.commands.pipeline import steps
 from reft_jax.config import load_config
 from reft_jax.train.progress import clock
+from reft_jax.train.state import abstract_params
 from reft_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +124,19 @@ def test_the_rehearsal_counts_questions_that_are_drawn_again(monkeypatch):
     inputs = SimpleNamespace(sft_rows=[1, 2], questions=[1, 2, 3])
     found = forecast.rehearse(SimpleNamespace(config=config, machine=machine, inputs=inputs))
     assert found.asked == 1 + 12 / 16 and found.token == 0.2
+
+
+def test_with_lora_the_disk_holds_adapters_only(by_hand):
+    """Of rank 3 on the query matrices [2 layers, 24, 4 heads, 8] and the down projections [2, 40, 24]; float32."""
+    abstract = abstract_params(tiny_model()[0])
+    by_hand.config.lora.update(rank=3, targets="q,down")
+    by_hand.config.keep_steps = 2
+    adapter = 4 * 2 * 3 * ((24 + 4 * 8) + (40 + 24))
+    model, working = by_hand.sizes(abstract)
+    assert model == adapter
+    assert working == pytest.approx(3 * 4 * adapter, abs=100)  # 3 steps, with two moments, and 3 models; counters
+    by_hand.config.lora.rank = 0
+    assert by_hand.sizes(abstract)[0] == 4 * sum(x.size for x in jax.tree.leaves(abstract)) > 4 * adapter
 
 
 def test_it_runs_on_one_host(monkeypatch):

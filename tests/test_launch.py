@@ -145,6 +145,35 @@ def test_the_manifest_fills_its_slice_and_runs_what_is_there():
     assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
     for name in re.findall(r"\b(?:launch|configs)/\w+\.\w+", script):
         assert (LAUNCH.parent / name).exists(), name
+    assert "volumes" not in pod and "volumeMounts" not in container
+
+
+def test_a_pod_of_the_manifest_needs_only_a_repository_and_a_bucket(tmp_path):
+    """Its script, in an empty folder, with stand-ins for git and for what a clone holds; then a commit that is gone."""
+    yaml = pytest.importorskip("yaml")
+    [job] = yaml.safe_load((LAUNCH / "gke.yaml").read_text())["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    makes = 'mkdir -p launch .venv/bin; cp "$STAND_INS/venv.sh" launch; cp "$STAND_INS/python" .venv/bin'
+    stand_in(tmp_path, "git", f'echo "git $*" >> "$RECORD"; [[ "$*" != *gone* ]] || exit 128; {makes}')
+    stand_in(tmp_path, "venv.sh", 'echo "$0 $*" >> "$RECORD"')
+    stand_in(tmp_path, "python", 'printf "%s\\n" "$@" >> "$RECORD"')
+    record = {"RECORD": str(tmp_path / "record"), "STAND_INS": str(tmp_path)}
+    env = environment(tmp_path, **{one["name"]: one["value"] for one in container["env"]}, **record)
+    for commit, code in (("abc", 0), ("gone", 128)):
+        here = tmp_path / commit
+        here.mkdir()
+        words = [*container["command"], *container["args"]]
+        done = subprocess.run(words, cwd=here, env=env | {"COMMIT": commit, "BUCKET": "gs://b"}, timeout=60)
+        assert done.returncode == code
+        cloned, chosen, *rest = (tmp_path / "record").read_text().splitlines()
+        assert cloned == f"git clone --quiet {env['REPOSITORY']} ." and chosen == f"git checkout --quiet {commit}"
+        (tmp_path / "record").unlink()
+        if code:
+            assert not rest
+            continue
+        assert rest[:4] == ["launch/venv.sh tpu", "-m", "reft_jax", "pipeline"]
+        paths = [word.partition("=")[2] for word in rest[5:]]
+        assert len(paths) == 4 and all(path.startswith("gs://b/") for path in paths)
 
 
 @pytest.mark.parametrize(("place", "extras"), [("", "page"), ("gs://bucket/runs/q", "page,gcs")])

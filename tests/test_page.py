@@ -268,7 +268,7 @@ def test_iterations_that_cannot_be_shown_are_refused(tmp_path, given, says):
 
 
 def test_a_page_that_cannot_be_made_costs_neither_the_table_nor_the_upload(tmp_path, monkeypatch, capsys):
-    """`evaluate` prints and uploads first; then it says in one line why there is no report.html."""
+    """`evaluate` prints and uploads first; then it says in one line why there is no report.html. It names what is."""
     fakes = Fakes()
     fakes.install(monkeypatch)
     world = World(tmp_path, 0, fakes, capsys)
@@ -277,6 +277,7 @@ def test_a_page_that_cannot_be_made_costs_neither_the_table_nor_the_upload(tmp_p
     evaluate.run_evaluate(world.run())
     report, odd = world.workdir / "report.html", world.workdir / "samples" / "odd.jsonl"
     assert "SFT" in report.read_text()
+    assert capsys.readouterr().out.endswith(f"\nreport.md, report.json, report.html: {world.workdir}\n")
     report.unlink()
     done = []
     monkeypatch.setattr(evaluate.Results, "close", lambda self, files: done.extend(path.name for path in files))
@@ -285,6 +286,7 @@ def test_a_page_that_cannot_be_made_costs_neither_the_table_nor_the_upload(tmp_p
     evaluate.run_evaluate(world.run())
     said = capsys.readouterr()
     assert "voting@3" in said.out and "report.md" in done
+    assert said.out.endswith(f"\nreport.md, report.json: {world.workdir}\n")
     [line] = said.err.splitlines()
     assert line.startswith("warning: report.html is not written: ") and "odd.jsonl: line 1 is not JSON" in line
     odd.unlink()

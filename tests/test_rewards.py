@@ -1,7 +1,6 @@
 """Rewards of one's own: what they get, where they run, and that none of their mistakes becomes a reward."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from faults.starts import run
+from faults.starts import lines, run, saved_steps
 
 from reft_jax.run.executions import read_executions
 from reft_jax.tasks.rewards import Paid, RewardError, Rewards, check_reward
@@ -257,32 +256,50 @@ def test_no_reward_needs_no_process():
 
 
 RUN = """
+import itertools, time
+
+calls = itertools.count()
+
+
 def reward(completion, example, verdict):
     print(example.item_id)
-    {line}
+    if next(calls) >= {after}:
+        {line}
     return 0.5 + 2 * verdict.reward, {{"format": 0.25}}
 """
+FAILURES = {  # line: in the last line of stderr, and above it
+    "assert completion is None": ("AssertionError; correct", "assert completion is None"),
+    "return float('nan')": ("ValueError: the reward is nan; it must be finite, in float32 too; correct", "Traceback"),
+    "time.sleep(1000)": ("did not answer within 5 s; raise reward_timeout_s, or correct", ", line 10 in reward"),
+}
 
 
 def test_a_run_pays_it_ends_with_its_error_and_resumes_with_the_corrected_file(tmp_path):
-    """On the toy: the reward fails in the first iteration, the file is corrected, and the stage resumes."""
+    """On the toy: it raises in the second iteration, then it gives NaN, then it hangs; then the file is corrected."""
     file, workdir, cache = tmp_path / "mine.py", tmp_path / "run", tmp_path / "compiled"
-    file.write_text(RUN.format(line="assert completion is None"))
-    chosen = [f"--config.reward={file}:reward", "--config.reward_workers=2", "--config.rl.iterations=2"]
-    chosen.append("--config.rl.eval_every=2")
+    chosen = [f"--config.reward={file}:reward", "--config.reward_workers=1", "--config.rl.iterations=2"]
+    chosen += ["--config.reward_timeout_s=5", "--config.rl.eval_every=2", "--config.rl.save_every=1"]
+    file.write_text(RUN.format(after=0, line="pass"))
     assert run("sft", workdir, cache, *chosen).returncode == 0
-    failed = run("reft", workdir, cache, *chosen)
-    assert failed.returncode == 2 and "assert completion is None" in failed.stderr
-    last = failed.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: reward='{file}:reward': item 'toy_") and "AssertionError" in last
-    file.write_text(RUN.format(line="pass"))
+    first = None
+    for (line, (end, above)), after in zip(FAILURES.items(), (16, 3, 3), strict=True):
+        file.write_text(RUN.format(after=after, line=line))
+        failed = run("reft", workdir, cache, *chosen)
+        *told, last = failed.stderr.strip().splitlines()
+        assert failed.returncode == 2 and above in "\n".join(told), failed.stderr
+        assert last.startswith(f"error: reward='{file}:reward': item 'toy_") and last.endswith(f"{end} the file")
+        assert saved_steps(workdir, "reft") == [1] and not (workdir / "models" / "reft").exists()
+        first = first or lines(workdir, "reft")
+        assert len(first) == 1 and lines(workdir, "reft") == first
+    file.write_text(RUN.format(after=0, line="pass"))
     done = run("reft", workdir, cache, *chosen)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (workdir / "reft" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and all(line["reward/format"] == 0.25 for line in lines)
+    both = lines(workdir, "reft")
+    assert both[0] == first[0]
+    assert [line["step"] for line in both] == [1, 2] and all(line["reward/format"] == 0.25 for line in both)
     executions = list(read_executions(workdir / "executions.jsonl.gz"))
     paid_for = [one for one in executions if "parts" in one]
     assert len(paid_for) == 2 * 16 and {one["purpose"] for one in paid_for} == {"reft rollout"}
-    assert np.mean([line["reward"] for line in lines]) == pytest.approx(np.mean([one["reward"] for one in paid_for]))
+    assert np.mean([line["reward"] for line in both]) == pytest.approx(np.mean([one["reward"] for one in paid_for]))
     assert {one["reward"] for one in paid_for} <= {0.5, 0.7, 2.5}
     assert "toy_" in (workdir / "logs" / "rewards_0.log").read_text() and "toy_" not in done.stdout

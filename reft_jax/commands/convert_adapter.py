@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from reft_jax.model import families
 from reft_jax.model.hf import load_hf, stored_type
 from reft_jax.model.hf_write import save_hf
 from reft_jax.model.lora import joined, merged_model
@@ -11,11 +12,13 @@ from reft_jax.run.inputs import checked_tokenizer
 from reft_jax.store import writing
 
 
-def run_convert_adapter(source: Path, base: Path, out_dir: Path) -> None:
+def run_convert_adapter(source: Path, base: Path, out_dir: Path, family: str = "") -> None:
     """Writes `out_dir` in the number format of `base`; each matrix is added up in float32.
 
-    Raises InputError if `source` is not a LoRA adapter of `base`; SaveError if `out_dir` cannot be written.
+    family: that of `base`, as the setting model.family. Raises InputError if `source` is not a LoRA adapter of `base`;
+    SaveError if `out_dir` cannot be written.
     """
+    families.use(family)
     check_new_folder("--out_dir", out_dir)
     tokenizer = checked_tokenizer(base)
     dtype = stored_type(base)

@@ -103,9 +103,10 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
         if any(lines):
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         print_report(report)
-        files = [run.workdir.path / name for name in ("report.md", "report.json", "curves.png")]
-        tracked.close([path for path in files if path.exists()])
-        try_page(run.workdir.path)
+        files = ["report.md", "report.json", *["curves.png"] * any(lines)]
+        tracked.close([run.workdir.path / name for name in files])
+        files += ["report.html"] * try_page(run.workdir.path)
+        print(f"\n{', '.join(files)}: {run.workdir.path}")
     return report
 
 

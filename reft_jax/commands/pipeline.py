@@ -49,6 +49,5 @@ def run_pipeline(run: Run, *, baselines: bool = False) -> dict:
     for i, step in enumerate(chain, start=1):
         print(f"[{i}/{len(chain)}] {step.title}", flush=True)
         result = step.function(run, *step.arguments)
-    print(f"\nreport.md, report.json, report.html, curves.png: {run.workdir.path}")
     print(f"this run took {time.monotonic() - started:.0f} s")
     return result

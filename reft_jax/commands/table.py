@@ -25,6 +25,9 @@ HOSTS = (
     Flag("process_id", int, None, "number of this host, from 0, with --coordinator", low=0),
 )
 BOTH_READINGS = Flag("both_readings", bool, False, "also read the answers in the other way (strict, lenient)")
+FAMILY = Flag(
+    "family", str, "", "a model family of your own, as model.family; if left out, by model_type", takes="FILE:NAME"
+)
 UNSANDBOXED = Flag("allow_unsandboxed", bool, False, "run programs even if they can read this machine's files")
 
 
@@ -150,8 +153,10 @@ TABLE = (
             flags=(Flag("model", Path, None, "Hugging Face folder, or RUN/models/NAME", required=True, to="folder"),
                    Flag("format", FORMATS, None, "answer format: programs or text; if left out, the run's, else python",
                         to="answer_format", old=("engine",)),
+                   Flag("task", str, None, "what the question asks for, as the setting `task`; if left out, the run's, "
+                        "else a number"),
                    Flag("template", TEMPLATES, None, "prompt, as data.template; if left out, the run's, else method"),
-                   Flag("system", str, None, "system prompt of the chat template; if left out, the run's"),
+                   Flag("system", str, None, "system prompt of the chat template; if left out, the run's"), FAMILY,
                    Flag("max_len", int, 512, "tokens of prompt and answer", low=1), UNSANDBOXED)),
     Command("convert", "training files from published data",
             "reft_jax.commands.convert:run_convert", gets=(),
@@ -169,7 +174,7 @@ TABLE = (
             "reft_jax.commands.convert_adapter:run_convert_adapter", gets=(),
             flags=(Flag("in", Path, None, "folder of the adapter", required=True, to="source", disk=True),
                    Flag("base", Path, None, "Hugging Face folder of its base model", required=True, disk=True),
-                   _out("folder to write", required=True, disk=True))),
+                   _out("folder to write", required=True, disk=True), FAMILY)),
 )  # fmt: skip
 COMMANDS = list(dict.fromkeys(row.command for row in TABLE))
 

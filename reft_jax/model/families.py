@@ -220,7 +220,8 @@ def family_of(raw: Mapping[str, Any], source: str) -> Family:
         raise InputError(
             f"{source}: field 'model_type' is {shown(model_type)}: this version computes {', '.join(FAMILIES)} only; "
             "another family's weights give wrong numbers; use a checkpoint of one of these, or name its Family in "
-            f"model.family{GEMMA_TOO if str(model_type).startswith('gemma') else ''}"
+            "model.family (`solve`, `convert adapter`: --family)"
+            f"{GEMMA_TOO if str(model_type).startswith('gemma') else ''}"
         )
     family = FAMILIES[model_type]
     named = raw.get("architectures")

@@ -83,7 +83,7 @@ def answer(reward: Callable, text: str, example: Example, verdict: Verdict) -> d
     except BaseException as error:  # also of sys.exit: no reward may be lost without a word
         frames = error.__traceback__.tb_next  # without this function
         told = "".join(traceback.format_exception(type(error), error, frames))
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split()), "traceback": told}
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"), "traceback": told}
 
 
 def checked(result: Any) -> tuple[float, dict[str, float]]:

@@ -60,7 +60,7 @@ def save_params(folder: Path, params, adapter: dict | None = None) -> None:
 
 
 def check_shapes(folder: Path, abstract) -> None:
-    """Reads no arrays. InputError unless saved parameters have the names and shapes of `abstract`."""
+    """Reads no arrays. InputError unless saved parameters have the names and shapes of `abstract`; SaveError."""
 
     def shapes(tree) -> dict[str, tuple]:
         return {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -69,6 +69,8 @@ def check_shapes(folder: Path, abstract) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             found = shapes(checkpointer.metadata(os.fspath(folder.absolute())).item_metadata.tree)
     except Exception as error:  # Orbax raises a different class per kind of damage
+        with reading(folder):  # a bucket that does not answer says nothing about the model
+            folder.is_dir()
         problem = f"{folder}: no model can be read there ({first_line(error)})"
         raise InputError(f"{problem}; restore it from a copy") from error
     wanted = shapes(unboxed(abstract))

@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py [--stages=sft,reft] [--times=5] [--before=CHECKOUT]
 
-Starts the stage on the embedded default, each time in a new work directory, with one `--config.compiled` for all. The
-first start fills the cache and does not count. For `reft` the new work directory holds the warm-up model of one short
-SFT. Counts the seconds of processor time (user + system, all threads) of the command's own process, not wall time, so
-that other jobs on the machine disturb little; the executor's processes are left out. `--before` names another checkout,
+Starts the stage on the embedded default, each time in a new work directory, with one folder of compiled functions per
+checkout. The first start fills that folder and does not count. For `reft` the new work directory holds the warm-up
+model of one short SFT. Counts the seconds of processor time (user + system, all threads) of the command's own process,
+which other jobs disturb less than wall time; the executor's processes are left out. `--before` names another checkout,
 whose starts take turns with ours. Each figure is a median. Rewrites the table in benchmarks/README.md.
 """
 

@@ -286,6 +286,11 @@ def touch(path: Path, mine: str) -> None:
         os.utime(path)
 
 
+def worth_a_file(folder: str | Path) -> float:
+    """Seconds of work that a file there must save. A disk is quick; each read of a bucket is a request."""
+    return 0.5 if is_remote(folder) else 0.0
+
+
 def patience(path: Path) -> float:
     """Seconds that the place of a file may be out of reach before a run ends. A disk's own errors end it."""
     return PATIENCE_S if is_remote(path) else math.inf

@@ -164,6 +164,8 @@ def test_compiled_functions_are_kept_in_the_folder_unless_jaxs_own_variable_name
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     compilation.keep_compiled(tmp_path / "run")
+    assert told == {"jax_persistent_cache_min_compile_time_secs": 0.0}
+    compilation.keep_compiled("gs://bucket/run")  # each read of a bucket is a request
     assert told == {"jax_persistent_cache_min_compile_time_secs": 0.5}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     compilation.keep_compiled(tmp_path / "run")

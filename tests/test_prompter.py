@@ -1,6 +1,7 @@
 """The method's prompt, and the same in a chat template, compared with transformers' apply_chat_template."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,25 @@ def test_other_kinds_of_template(folder):
     assert nl.prompt(QUESTION) == tok(theirs(tok), add_special_tokens=False)["input_ids"]
     assert nl.row(QUESTION, "It is 3.")[0][-1] == tok.eos_token_id
     assert mistral.answer(mistral.prompt(QUESTION)) == forced_prefix(QUESTION, "python").strip()
+
+
+@pytest.mark.parametrize("how", [("python",), ("nl",), ("python", PAPER, "chat")])
+def test_questions_together_have_the_prompts_and_rows_that_each_has_alone(folder, how):
+    tok, questions = load_tokenizer(folder), [QUESTION, "Why?", QUESTION, 'He says "3"', "<|im_end|> <eos>", "Why?"]
+    together, targets = make_prompter(tok, *how), [f"answer {number}" for number in range(len(questions))]
+    for _ in range(2):  # the second time they are known
+        for question, found in zip(questions, together.prompts(questions), strict=True):
+            ids, prefix = together.ids(question, together.prefix(question)), together.prefix(question)
+            if prefix and together.ids(question, prefix + "    a")[: len(ids)] != ids:
+                ids = together.ids(question, prefix[:-1])
+            assert found.tolist() == ids == make_prompter(tok, *how).prompt(question)
+    for question, target, found in zip(questions, targets, together.rows(questions, targets), strict=True):
+        prompt, row = together.ids(question), together.ids(question, target)
+        if len(how) == 1:
+            row = prompt + encode(tok, target)
+        else:
+            prompt = os.path.commonprefix([prompt, row])
+        assert found == ([*row, together.frame.end], len(prompt))
 
 
 def test_a_special_token_that_a_question_or_an_answer_spells_is_text(folder):

@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from reft_jax.tasks.prompts import completion_text, prompt_text, rollout_prompt
-from reft_jax.tasks.tokenizer import check_vocabulary, decode, encode, load_tokenizer, train_bpe
+from reft_jax.tasks.tokenizer import check_vocabulary, decode, encode, encode_all, load_tokenizer, train_bpe
 from reft_jax.types import InputError
 
 QUESTION = "Ann has 12 apples and gets 30 more.\nHow many?"
@@ -79,6 +79,9 @@ def test_a_saved_folder_loads_to_the_same_ids(bpe, folder):
         assert encode(loaded, text) == encode(bpe, text)
     assert loaded.eos_token_id == bpe.eos_token_id
     assert loaded.get_vocab() == bpe.get_vocab()
+    auto = AutoTokenizer.from_pretrained(folder)  # which is not asked, because its import is slow
+    assert type(loaded) is type(auto) and loaded.backend_tokenizer.to_str() == auto.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == auto.special_tokens_map
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -89,6 +92,16 @@ def test_a_family_of_ones_own_has_a_model_type_that_transformers_does_not_know(b
         del settings["tokenizer_class"]
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert encode(load_tokenizer(folder), "1 + 2 = 3\n") == encode(bpe, "1 + 2 = 3\n")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text(max_size=40)))
+def test_texts_together_have_the_ids_that_each_has_alone(bpe, sentencepiece, texts):
+    for tok in (bpe, sentencepiece):
+        texts = [*texts, *TEXTS, "a <eos> b</s>"]
+        found = encode_all(tok, texts)
+        alone = [tok.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        assert found == alone
 
 
 def test_special_tokens_in_a_text_are_text(bpe, sentencepiece):

@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from reft_jax.model.hf_folder import IGNORED, read_raw_config, stored_in, why_missing
-from reft_jax.model.llama import Llama
+from reft_jax.model.llama import Llama, boxed_shapes
 from reft_jax.model.llama_config import LlamaConfig
 from reft_jax.model.safetensors import DTYPES, Stored, map_tensor, read_header
 from reft_jax.model_folder import CONFIG
@@ -206,9 +205,7 @@ def checked(
 @cache
 def _shapes(config: LlamaConfig) -> dict[tuple, tuple[int, ...]]:
     """Our path -> our shape of every parameter."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = jax.eval_shape(lambda tokens: unbox(Llama(config).init(jax.random.key(0), tokens)), tokens)
-    return {path: leaf.shape for path, leaf in flatten_dict(abstract["params"]).items()}
+    return {path: box.value.shape for path, box in flatten_dict(boxed_shapes(config)).items()}
 
 
 def _check_heads(folder: str | Path, config: LlamaConfig, stored: dict[str, Stored], reranker: bool) -> None:

@@ -13,7 +13,7 @@ dtype where they are used; norms, rotations and softmax are float32.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -364,3 +364,10 @@ class Llama(nn.Module):
         if not self.config.tie_embeddings:
             return self.lm_head(hidden)
         return logits_of(hidden, self.embed.astype(self.dtype), "VD")
+
+
+@cache
+def boxed_shapes(config: LlamaConfig) -> dict[str, Any]:
+    """The shapes of a model's parameters with their logical axes; makes no array."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(lambda tokens: Llama(config).init(jax.random.key(0), tokens)["params"], tokens)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from reft_jax.store import worth_a_file
+
 COMPILE, LOWER = (f"/jax/core/compile/{name}_duration" for name in ("backend_compile", "jaxpr_to_mlir_module"))
 _compiled, _seconds = [0], [0.0]
 
@@ -31,6 +33,7 @@ def compile_seconds() -> float:
 
 def keep_compiled(folder: Path) -> None:
     """Keeps compiled functions in `folder`, from where later processes read them. JAX's own variables come first."""
-    for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0.5)):
+    at_least = worth_a_file(folder)
+    for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", at_least)):
         if f"JAX_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_{name}", value)

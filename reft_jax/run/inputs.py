@@ -5,7 +5,7 @@ They are checked before a device is taken or a file is written; only the toy's a
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,7 +79,9 @@ class Inputs:
     def sft_rows(self) -> list[Row]:
         """The worked solutions as rows, those that fit in sft.max_len. InputError if too many do not."""
         config, how = self.config, (self.config.data.format, self.task)
-        rows = [self.row(example, prompts.sft_target(example, *how)) for example in self.data.train]
+        targets = [prompts.sft_target(example, *how) for example in self.data.train]
+        made = self.prompter.rows([example.question for example in self.data.train], targets)
+        rows = [(*row, example.item_id) for row, example in zip(made, self.data.train, strict=True)]
         lengths = [len(ids) for ids, _, _ in rows]
         return datasets.fit(rows, lengths, config.sft.max_len, config.data.max_dropped, "sft.max_len")
 
@@ -91,11 +93,9 @@ class Inputs:
 
     def prompts(self, examples: list[Example], n: int = 1) -> list[Prompt]:
         """n prompts per example, the forced prefix included."""
-        made = []
-        for example in examples:
-            tokens = np.array(self.prompter.prompt(example.question), np.int32)
-            made += [Prompt(example.item_id, sample, tokens) for sample in range(n)]
-        return made
+        ids = self.prompter.prompts([example.question for example in examples])
+        asked = zip(examples, ids, strict=True)
+        return [Prompt(example.item_id, sample, tokens) for example, tokens in asked for sample in range(n)]
 
     def row(self, example: Example, target: str) -> Row:
         """A supervised row."""
@@ -142,7 +142,8 @@ def read_inputs(config, base: Path, tokenizer, data: Data) -> Inputs:
     """
     where, asked = f"data.train={config.data.train}", Inputs(config, base, tokenizer, data)
     train = trainable(asked.prompter, data.train, config.data.max_dropped, where, asked.task)
-    inputs = Inputs(config, base, tokenizer, Data(train, data.dev, data.test, data.chosen_on))
+    inputs = replace(asked, data=replace(data, train=train))
+    vars(inputs)["prompter"] = asked.prompter  # it knows the prompts by now
     _ = inputs.sft_rows, inputs.questions
     splits = {"test": data.test} | ({} if data.dev is data.test else {"dev": data.dev})
     for split, examples in splits.items():

@@ -25,9 +25,8 @@ def unanswerable(prompter: Prompter, examples: Sequence[Example], max_len: int) 
     The check reads the text that grading reads: it is decoded from the prompt's ids, so a tokenizer that changes quotes
     or spaces is found too. `max_len` counts the tokens of prompt and response.
     """
-    reasons = {}
-    for example in examples:
-        ids = prompter.prompt(example.question)
+    reasons, prompts = {}, prompter.prompts([example.question for example in examples])
+    for example, ids in zip(examples, prompts, strict=True):
         if len(ids) >= max_len:
             reasons[example.item_id] = NO_ROOM
         elif prompter.prefix(example.question) and not can_begin_program(prompter.answer(ids)):

@@ -17,11 +17,13 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from reft_jax.tasks.registry import PAPER, Task
-from reft_jax.tasks.tokenizer import decode, encode
+from reft_jax.tasks.tokenizer import decode, encode, encode_all
 from reft_jax.types import Completion, Example, InputError
 
 if TYPE_CHECKING:
@@ -137,7 +139,8 @@ class Frame(NamedTuple):
 class Prompter:
     """Makes rows of questions and answers, and reads answers out of rows.
 
-    read: what `frame.after` is in decoded text. The answer follows its last occurrence.
+    read: what `frame.after` is in decoded text. The answer follows its last occurrence. known: the ids of the prompts
+    so far, by question: a start needs those of a training question twice, and each rollout again.
     """
 
     tok: PreTrainedTokenizerFast
@@ -145,6 +148,7 @@ class Prompter:
     task: Task
     frame: Frame
     read: str
+    known: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def text(self, question: str, answer: str) -> str:
         """A row as text, with the spelling of its special tokens, without its end."""
@@ -170,6 +174,13 @@ class Prompter:
             run += own
         return ids + encode(self.tok, run, special=True)
 
+    def all_ids(self, questions: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
+        """`ids` of every question with its answer; of the method's prompt in one call, which is quicker."""
+        pairs = zip(questions, answers, strict=True)
+        if self.frame.special:
+            return [self.ids(question, answer) for question, answer in pairs]
+        return encode_all(self.tok, [self.text(question, answer) for question, answer in pairs])
+
     def prefix(self, question: str) -> str:
         """The forced beginning of an answer; empty if there is none."""
         return forced_prefix(question, self.answer_format, self.task)
@@ -181,24 +192,38 @@ class Prompter:
         the prefix's last newline in this place, and the model answers with a second `def solution():`. With such a
         tokenizer the newline is left to the model. Sentencepiece models (CodeLlama) keep it.
         """
-        prefix = self.prefix(question)
-        ids = self.ids(question, prefix)
-        if prefix and self.ids(question, prefix + "    a")[: len(ids)] != ids:
-            return self.ids(question, prefix[:-1])
-        return ids
+        return self.prompts([question])[0].tolist()
+
+    def prompts(self, questions: Sequence[str]) -> list[np.ndarray]:
+        """`prompt` of every question, int32[P] each, read-only."""
+        new = [question for question in dict.fromkeys(questions) if question not in self.known]
+        prefixes = [self.prefix(question) for question in new]
+        whole = self.all_ids(new, prefixes)
+        begun = self.all_ids(new, [prefix + "    a" for prefix in prefixes]) if any(prefixes) else whole
+        for question, prefix, ids, more in zip(new, prefixes, whole, begun, strict=True):
+            if more[: len(ids)] != ids:
+                ids = self.ids(question, prefix[:-1])
+            self.known[question] = np.array(ids, np.int32)
+            self.known[question].setflags(write=False)
+        return [self.known[question] for question in questions]
 
     def row(self, question: str, target: str) -> tuple[list[int], int]:
         """A supervised row with its end, and how many of its ids are the prompt.
 
         The method tokenizes prompt and target separately, as the authors do; a chat row is one string.
         """
-        prompt = self.ids(question)
+        return self.rows([question], [target])[0]
+
+    def rows(self, questions: Sequence[str], targets: Sequence[str]) -> list[tuple[list[int], int]]:
+        """`row` of every question with its target."""
+        prompts = self.all_ids(questions, [""] * len(questions))
         if self.frame.special:
-            ids = self.ids(question, target)
-            prompt = os.path.commonprefix([prompt, ids])
+            rows = self.all_ids(questions, targets)
+            prompts = [os.path.commonprefix(pair) for pair in zip(prompts, rows, strict=True)]
         else:
-            ids = prompt + encode(self.tok, target)
-        return [*ids, self.frame.end], len(prompt)
+            ends = encode_all(self.tok, targets)
+            rows = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+        return [([*ids, self.frame.end], len(prompt)) for prompt, ids in zip(prompts, rows, strict=True)]
 
     def answer(self, ids: Sequence[int]) -> str:
         """The text of the answer in a row without its end.

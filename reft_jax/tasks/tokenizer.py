@@ -83,8 +83,12 @@ def from_folder(folder: Path) -> PreTrainedTokenizerFast:
     # If there is only a sentencepiece model, transformers 5 guesses a tokenizer that lacks Llama's space before the
     # first word.
     only_model = not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
-    kind = transformers.LlamaTokenizer if only_model and not known else transformers.AutoTokenizer
-    if config.get("model_type") and str(config["model_type"]) not in transformers.CONFIG_MAPPING:
+    general = found is transformers.PreTrainedTokenizerFast and (folder / "tokenizer.json").is_file() and not any(maps)
+    if general and config.get("model_type") == "llama":
+        kind = found  # as AutoTokenizer would, whose import takes a third of a second
+    else:
+        kind = transformers.LlamaTokenizer if only_model and not known else transformers.AutoTokenizer
+    if kind is not found and config.get("model_type") and str(config["model_type"]) not in transformers.CONFIG_MAPPING:
         # AutoTokenizer asks for the model's class first, and a family of one's own has none in transformers.
         kind = found if known else kind if only_model else transformers.PreTrainedTokenizerFast
     try:
@@ -147,7 +151,7 @@ def own_reading(folder: Path) -> tuple[Path, Callable[[str], list[int]]] | None:
                 f"{path}: the tokenizer cannot be loaded ({reason}); copy the file again, or install the version of "
                 "`tokenizers` that wrote it"
             ) from None
-        return path, lambda text: _encode(fast, text)
+        return path, lambda text: _encode(fast, [text])[0]
     if "tokenizer.model" in names:
         from sentencepiece import SentencePieceProcessor
 
@@ -209,14 +213,19 @@ def encode(tok: PreTrainedTokenizerFast, text: str, *, special: bool = False) ->
     A special token that `text` spells is ordinary text; with `special` it becomes its id. This bypasses the class in
     transformers: CodeLlama's class would cut a text at the word `<FILL_ME>`.
     """
-    return _encode(tok.backend_tokenizer, text, special)
+    return _encode(tok.backend_tokenizer, [text], special)[0]
 
 
-def _encode(backend: Tokenizer, text: str, special: bool = False) -> list[int]:
+def encode_all(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of every text, in half of its time."""
+    return _encode(tok.backend_tokenizer, texts)
+
+
+def _encode(backend: Tokenizer, texts: Sequence[str], special: bool = False) -> list[list[int]]:
     backend.encode_special_tokens = not special
     backend.no_truncation()
     backend.no_padding()
-    return backend.encode(text, add_special_tokens=False).ids
+    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]  # fast: no offsets
 
 
 def decode(tok: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:

@@ -7,14 +7,13 @@ import json
 from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from reft_jax.model.hf_write import save_hf
-from reft_jax.model.llama import Llama
+from reft_jax.model.llama import Llama, boxed_shapes
 from reft_jax.model.llama_config import LlamaConfig
+from reft_jax.parallel.mesh import unboxed
 from reft_jax.store import remove, write_whole
 from reft_jax.tasks import prompts
 from reft_jax.tasks.registry import load_task
@@ -74,9 +73,7 @@ def write_model(config, train: list[Example], folder: Path) -> None:
     texts = [prompts.prompt_text(e.question, task) + prompts.sft_target(e, answer_format, task) for e in train]
     tokenizer = train_bpe(texts, toy.vocab_size)
     model, rng = Llama(toy_config(config, len(tokenizer))), np.random.default_rng(config.seed)
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    abstract = jax.eval_shape(lambda key: nn.unbox(model.init(key, tokens))["params"], jax.random.key(0))
-    params = jax.tree_util.tree_map_with_path(partial(initial, rng), abstract)
+    params = jax.tree_util.tree_map_with_path(partial(initial, rng), unboxed(boxed_shapes(model.config)))
     save_hf(folder, model, params, tokenizer=tokenizer)
 
 

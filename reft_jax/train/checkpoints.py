@@ -11,12 +11,11 @@ import json
 import logging
 import os
 import threading
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 
 from reft_jax.parallel import hosts
 from reft_jax.parallel.mesh import unboxed
@@ -36,7 +35,7 @@ def save_params(folder: Path, params, adapter: dict | None = None) -> None:
     whole = folder.with_name(folder.name + ".new").absolute()
     checksums = array_checksums(params)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with orbax_checkpointer() as checkpointer:
             checkpointer.save(os.fspath(whole), params, force=True)
     except Exception as error:  # Orbax raises a different class per file system
         if hosts.is_first():
@@ -66,7 +65,7 @@ def check_shapes(folder: Path, abstract) -> None:
         return {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with orbax_checkpointer() as checkpointer:
             found = shapes(checkpointer.metadata(os.fspath(folder.absolute())).item_metadata.tree)
     except Exception as error:  # Orbax raises a different class per kind of damage
         with reading(folder):  # a bucket that does not answer says nothing about the model
@@ -78,6 +77,13 @@ def check_shapes(folder: Path, abstract) -> None:
         shape, needed = found.get(different[0], "none: it is missing"), wanted.get(different[0], "none")
         problem = f"{folder}: {different[0]} has shape {shape}, but {needed} is needed"
         raise InputError(f"{problem}; is it another kind of model, or of another base?")
+
+
+def orbax_checkpointer():
+    """Orbax's reader and writer. Its import takes a quarter of a second, and a new stage needs it only to save."""
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer()
 
 
 def first_line(error: BaseException) -> str:
@@ -93,7 +99,7 @@ def load_params(folder: Path, abstract):
     """
     problem = hosts.from_first(f"damage of {folder}", lambda: damage(folder))
     if not problem:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with orbax_checkpointer() as checkpointer:
             params = checkpointer.restore(os.fspath(folder.absolute()), abstract)
         problem = _difference(json.loads((folder / ARRAYS).read_text()), params)
     if problem:
@@ -134,10 +140,13 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, made_by: dict):
         """`made_by` is JSON that every step records: the config, data, versions and reference that made it."""
         self.folder, self.keep, self.made_by = folder.absolute(), keep, made_by
-        self._checkpointer = ocp.StandardCheckpointer()
         self._commit: threading.Thread | None = None
         self._error: BaseException | None = None
         self._newest = max(_steps(self.folder), default=-1)
+
+    @cached_property
+    def _checkpointer(self):
+        return orbax_checkpointer()
 
     def save(self, step: int, state, info: dict) -> None:
         """Starts to write a step, and returns when `state` may be donated. Waits for the step before.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from reft_jax.model.heads import RerankHead, ValueHead
-from reft_jax.model.llama import LORA_B
+from reft_jax.model.llama import LORA_B, boxed_shapes
 from reft_jax.model.lora import Lora, abstract_adapter
 from reft_jax.parallel.mesh import shardings, unboxed
 
@@ -46,14 +46,11 @@ def make_optimizer(schedule, *, weight_decay: float, clip_norm: float) -> optax.
 
 def abstract_params(model, head: ValueHead | RerankHead | None = None, name: str = ""):
     """Shapes of {'lm', name}, or of {'lm'} without a head, with their logical axes; makes no array."""
-
-    def init():
-        tokens, hidden = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, model.config.hidden_size))
-        key = jax.random.key(0)
-        params = {"lm": model.init(key, tokens)["params"]}
-        return params | {name: head.init(key, hidden)["params"]} if head else params
-
-    return jax.eval_shape(init)
+    params = {"lm": boxed_shapes(model.config)}
+    if head:
+        hidden = jax.ShapeDtypeStruct((1, model.config.hidden_size), jnp.float32)
+        params[name] = jax.eval_shape(lambda hidden: head.init(jax.random.key(0), hidden)["params"], hidden)
+    return params
 
 
 def init_head(mesh, head: ValueHead | RerankHead, hidden_size: int, seed: int):

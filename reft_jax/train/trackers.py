@@ -20,11 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path, PurePath
-from typing import Any, Protocol
-
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reft_jax import plugins
 from reft_jax.config import flatten, nearest
@@ -36,6 +32,10 @@ from reft_jax.train.progress import remark
 from reft_jax.train.services import SERVICES, SYNC
 from reft_jax.train.tracker_process import MAKE
 from reft_jax.types import InputError
+
+if TYPE_CHECKING:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter
 
 KNOWN = "tracking.json"
 LOG = "trackers.log"  # what trackers outside the work directory print
@@ -92,6 +92,9 @@ class TensorBoard:
         self._purge_step = step + 1
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # here: its package takes a fifth of a second
+        from tensorboardX.proto.summary_pb2 import Summary
+
         if self._file is None:
             self._begin()
         points = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
@@ -112,6 +115,9 @@ class TensorBoard:
                 publish(self._path, self._folder / self._path.name)
 
     def _begin(self) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
         # Nanoseconds: otherwise a quick restart would overwrite the previous file.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
         with writing(self._folder):
@@ -122,7 +128,7 @@ class TensorBoard:
         if self._purge_step is not None:
             self._write(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: "Event") -> None:
         with writing(self._folder):
             self._file.write(event.SerializeToString())
 

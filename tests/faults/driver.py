@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.modules["torch"] = None  # as main() does
 
+import orbax.checkpoint
+
 import reft_jax.train.checkpoints as checkpoints
 from reft_jax import executor
 from reft_jax.__main__ import main
@@ -163,7 +165,7 @@ def refuse() -> None:
     def refused(self, directory, *args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
-    checkpoints.ocp.StandardCheckpointer.save = refused
+    orbax.checkpoint.StandardCheckpointer.save = refused
 
 
 def run(point: str, number: str, signal_name: str, *arguments: str) -> None:

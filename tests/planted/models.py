@@ -50,7 +50,7 @@ PLANTED = [
     ("tokenizer: EOS may lack an embedding", "reft_jax.tasks.tokenizer", "max([*given, tok.eos_token_id])",
      "max(given)", (f"{TOKENIZERS}::test_an_id_that_text_can_give_must_be_in_the_model",)),
     ("tokenizer: through the class, which cuts at <FILL_ME>", "reft_jax.tasks.tokenizer",
-     "return _encode(tok.backend_tokenizer, text, special)", "return tok(text, add_special_tokens=False, "
+     "return _encode(tok.backend_tokenizer, [text], special)[0]", "return tok(text, add_special_tokens=False, "
      "split_special_tokens=True)['input_ids']", (f"{TOKENIZERS}::test_codellama_starts",)),
     ("tokenizer: the class is believed", "reft_jax.tasks.tokenizer", "if ours != own:", "if not ours:",
      (f"{TOKENIZERS}::test_a_class_that_reads_otherwise_than_the_file_is_refused",)),

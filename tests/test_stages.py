@@ -110,6 +110,15 @@ def test_a_stage_that_resumes_does_not_evaluate_iteration_0(tmp_path, monkeypatc
     assert stage.evaluated == [3] and stage.info["start_dev_top1"] == 0.4
 
 
+def test_a_stage_that_is_already_beyond_its_iterations_ends(tmp_path, monkeypatch):
+    """`rl.iterations` was lowered on purpose, after it was stopped."""
+    stage = Begun(tmp_path, monkeypatch, {0: 0.4, 1: 0.2, 2: 0.5}, eval_every=10)
+    stage.done, stage.state, stage.pending = 3, SimpleNamespace(params={"lm": 2}), {"reward": 0.4, "kl": 0.2}
+    stage.info = {"best": 0, "best_dev_top1": 0.4, "start_dev_top1": 0.4}
+    stage.train({})
+    assert stage.done == 3 and stage.evaluated == [2] and stage.info["best"] == 3
+
+
 @pytest.mark.parametrize(("tokens", "last"), [(20, 2), (21, 3), (100, 4)])
 def test_the_iteration_that_reaches_the_tokens_is_the_last_and_is_evaluated(tmp_path, monkeypatch, tokens, last):
     """Also after a resume, in which the iteration before is saved and not written yet."""

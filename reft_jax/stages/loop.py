@@ -244,7 +244,7 @@ class Training:
         compiled = 0
         while True:
             done, tokens = self.done, self.info.get("tokens", 0) + self.pending.get("tokens", 0)
-            ended = done == iterations or 0 < rl.tokens <= tokens
+            ended = done >= iterations or 0 < rl.tokens <= tokens  # more, if rl.iterations was lowered
             if line := self.pending:  # of the last iteration, which an earlier start may have left without evaluation
                 if done % eval_every == 0 or ended:
                     line = line | {"dev_top1": self.dev_top1(done)}

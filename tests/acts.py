@@ -153,7 +153,7 @@ class World:
             name, judge = titles[title], self.workdir / "models" / f"rerank_{titles[title]}"
             self.compare(row, self.workdir / "models" / name, judge if judge.exists() else None, "test", out)
             if "voting" not in row or row["n"] < self.config.sample.n:
-                noted = f"{title}: " in out.split("\n\n")[-1]
+                noted = f"{title}: " in out.split("\n\n")[-2]  # the files are named last
                 assert noted or not any((self.workdir / "samples").glob("*_test.jsonl")), out
             assert (row["n"] or 0) <= self.config.sample.n, out
             if name == sampled:

@@ -1,7 +1,7 @@
-"""Which runs fit which pods? Plans each one with the TPU compiler, and writes one table into docs/pods.md.
+"""Which of the shipped configs fit which pods? Plans each with the TPU compiler, and prints one table.
 
     launch/venv.sh plan
-    python benchmarks/plans.py [--only=TEXT] [--cache=DIR] [--nowrite]
+    python benchmarks/plans.py [--only=TEXT] [--cache=DIR]
 
 A run takes about five minutes on two quiet cores. Functions that are compiled already are not compiled again, so the
 same command continues where it was stopped. Needs no TPU.
@@ -15,12 +15,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from reft_jax.plan.table import table, write_into
+from reft_jax.plan.table import table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("only", "", "plan only runs whose name contains this")
 flags.DEFINE_string("cache", str(Path("~/.cache/reft_jax/plan").expanduser()), "compiled functions are kept here")
-flags.DEFINE_bool("write", True, "rewrite the table in docs/pods.md")
 RUNS = [
     ("CodeLlama-7B", "gsm8k_codellama_7b_reft.py", "v5e:4x8"),
     ("CodeLlama-7B, GRPO with LoRA", "gsm8k_codellama_7b_grpo_lora.py", "v5e:2x4"),
@@ -68,11 +67,8 @@ def row(name: str, topology: str, plan: dict) -> list[str]:
 
 def main(_) -> None:
     chosen = [run for run in RUNS if FLAGS.only in run[0]]
-    text = table(HEAD, [row(name, topology, planned(config, topology)) for name, config, topology in chosen])
-    text = f"`python benchmarks/plans.py`, JAX {version('jax')}, libtpu {version('libtpu')}:\n\n{text}"
-    print(text)
-    if FLAGS.write and not FLAGS.only:
-        write_into(REPO / "docs" / "pods.md", "of all runs", text)
+    rows = [row(name, topology, planned(config, topology)) for name, config, topology in chosen]
+    print(f"`python benchmarks/plans.py`, JAX {version('jax')}, libtpu {version('libtpu')}:\n\n{table(HEAD, rows)}")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_a_sweep_knows_the_family_before_it_reads_a_model(folder, mine, tmp_path
 
     monkeypatch.setattr(sweep, "open_sweep", open_sweep)
     with pytest.raises(Stopped):
-        sweep.sweep(check_config(config), tmp_path / "run", str(path), "", ())
+        sweep.sweep(check_config(config), tmp_path / "run", str(path), "", False, ())
     assert read == ["mistral_like"]
 
 

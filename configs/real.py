@@ -25,6 +25,9 @@ read, because dev had not moved.) If hours are left: voting and rerankers with f
 gsm8k: 480 training rows, 96 of them as dev. Both epochs of SFT are the warm-up. ReFT has 20 iterations of 6 questions
 at temperature 0.7, at which more samples are right than at 1. The reward is 1 or 0: with 0.1 for a wrong number the
 model learned short programs that do not fail (docs/algorithms.md).
+
+The control of gsm8k is SFT for as long as SFT and ReFT took together: `sft` with --config.sft.epochs=6 in a work
+directory of its own. It was planned when ReFT's test result was known. Dev chooses its epoch, and test is read once.
 """
 
 from reft_jax.config import default_config

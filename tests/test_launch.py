@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from reft_jax.types import InputError
+
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
@@ -140,6 +142,10 @@ def test_the_manifest_fills_its_slice_and_runs_what_is_there():
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert hosts["completions"] == hosts["parallelism"] == rows * columns // chips == 8
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0 and hosts["backoffLimit"] == 0
+    [ends], [fails] = manifest["spec"]["failurePolicy"]["rules"], hosts["podFailurePolicy"]["rules"]
+    assert ends == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert fails["action"] == "FailJob" and fails["onExitCodes"]["containerName"] == container["name"]
+    assert fails["onExitCodes"]["values"] == [InputError.exit_code]
     assert {"name": "REFT_WAIT", "value": "1"} in container["env"]
     [script] = container["args"]
     assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_services import wandb_has
-from test_trackers import in_a_process
+from test_services import sha256, trackio_has, wandb_has
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -111,20 +110,28 @@ def test_a_report_says_first_what_made_it(finished):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_run_lands_in_each_tracker(finished, name):
-    """Its three iterations, each once; no warning."""
+    """Each stage's numbers with their names and steps, the table's, config, versions, report, curves; no warning."""
     if name not in TRACKERS:
         pytest.skip(f"needs reft_jax[{name}]")
     workdir, done = finished
-    run_id = json.loads((workdir / "reft" / "tracking.json").read_text())["run_id"]
-    if name == "wandb":
-        ids, steps, _ = wandb_has(workdir / "reft")
-    else:
-        read = f"from test_services import trackio_has\nprint(json.dumps(trackio_has({run_id!r})))"
-        read = in_a_process(read, workdir).stdout
-        ids, steps, _ = json.loads(read.splitlines()[-1])
-    assert ids == [run_id]
-    assert [tuple(one) for one in steps] == [(line["step"], line["reward"]) for line in metrics(workdir, "reft")]
-    assert "is switched off" not in done.stderr
+    config = json.loads((workdir / "config.json").read_text())
+    versions = json.loads((workdir / "versions.json").read_text())
+    config |= {f"versions.{name}": version for name, version in versions.items()}
+    rows = json.loads((workdir / "report.json").read_text())["rows"]
+    columns = ("top1", "voting", "rerank", "upper_bound")
+    counts = {f"{row['model']}/{column}": row[column] for row in rows for column in columns}
+    table = {what: found["correct"] / found["total"] for what, found in counts.items() if found}
+    assert len(table) == 9
+    results = ["report.md", "report.json", "curves.png"]
+    told = {one: (metrics(workdir, one), ["metrics.jsonl"]) for one in ("sft", "reft", "rerank_sft", "rerank_reft")}
+    for stage, (lines, files) in (told | {"": ([{"step": 1} | table], results)}).items():
+        folder = workdir / stage
+        run_id = json.loads((folder / "tracking.json").read_text())["run_id"]
+        has = wandb_has(folder) if name == "wandb" else trackio_has(run_id, workdir)
+        assert (has.ids, has.lines) == ([run_id], lines)
+        assert has.configs == [config]
+        assert has.files == {file: sha256(folder / file) for file in files}
+    assert len(told["reft"][0]) == 3 and "is switched off" not in done.stderr
 
 
 def test_what_takes_long_is_announced(finished):
@@ -156,7 +163,8 @@ def test_second_run_does_nothing_again(finished):
     again = run("pipeline", workdir, TRACKED)
     assert again.returncode == 0, again.stderr
     after = {p: p.stat().st_mtime_ns for p in before}
-    assert {p.name for p in before if before[p] != after[p]} <= {"curves.png", "trackers.log"}
+    changed = {str(p.relative_to(workdir)) for p in before if before[p] != after[p]}
+    assert changed <= {"curves.png", "trackers.log", "tracking.json"}  # the table is another step of the results
     for stage in ("sft", "reft", "rerank_sft", "rerank_reft"):
         assert f"{stage}: done already, {workdir / stage / 'done.json'}\n" in again.stdout
     assert f"reft samples on test: done already, {workdir / 'samples' / 'reft_test.jsonl'}\n" in again.stdout

@@ -1,9 +1,12 @@
 """wandb, offline and with a server, and trackio: what each has of a run that is killed and resumed."""
 
+import hashlib
 import json
 import signal
 import struct
 from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from test_trackers import KILLED, in_a_process, running, until
@@ -35,16 +38,18 @@ def killed_and_resumed(name: str, folder, capsys, before: str = "") -> str:
     return run_id
 
 
-STEPS = [(1, 0.25), (2, 0.5), (3, 0.75)]
+STEPS = [{"step": step, "reward": step / 4} for step in (1, 2, 3)]
 
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="needs reft_jax[wandb]")
 def test_wandb_offline_has_one_id_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_id = killed_and_resumed("wandb", tmp_path, capsys)
-    ids, steps, configs = wandb_has(tmp_path / "a run" / "reft")
-    assert ids == [run_id.replace(" ", "_")] * 2 and steps == STEPS
-    assert configs and all(one["rl.kl_coef"] == "0.01" and one["versions.jax"] == '"0.10"' for one in configs)
+    has = wandb_has(tmp_path / "a run" / "reft")
+    assert has.ids == [run_id.replace(" ", "_")] * 2 and has.lines == STEPS
+    assert len(has.configs) == 2
+    assert all(one["rl.kl_coef"] == 0.01 and one["versions.jax"] == "0.10" for one in has.configs)
+    assert has.files == {"metrics.jsonl": sha256(tmp_path / "a run" / "reft" / "metrics.jsonl")}
 
 
 LOST = """
@@ -63,24 +68,46 @@ def test_a_server_of_wandb_sees_one_run_that_continues(tmp_path, capsys, monkeyp
         run_id = killed_and_resumed("wandb", tmp_path, capsys, before=LOST)
     ((name, run),) = runs.items()
     assert name == run_id.replace(" ", "_") and (run.starts, run.resumes, run.complete) == (2, 1, True)
-    assert [(line["_step"], line["reward"]) for line in map(json.loads, run.history)] == STEPS
+    assert [{"step": line["_step"], "reward": line["reward"]} for line in map(json.loads, run.history)] == STEPS
     config = json.loads(run.config)
     assert config["rl.kl_coef"]["value"] == 0.01 and config["versions.jax"]["value"] == "0.10"
     assert len(run.files["metrics.jsonl"].splitlines()) == 3 and json.loads(run.summary)["reward"] == 0.75
 
 
-def wandb_has(folder) -> tuple[list, list, list]:
-    """Of the offline files of a stage: run ids, (step, reward) of each logged line, configs."""
-    ids, steps, configs = [], [], []
+class Has(NamedTuple):
+    """What a tracker has of one stage, or of the results."""
+
+    ids: list[str]  # of its runs, one per start for wandb's offline files
+    lines: list[dict]  # as in metrics.jsonl
+    configs: list[dict]
+    files: dict[str, str]  # SHA-256 by name
+
+
+def wandb_has(folder) -> Has:
+    """Reads the offline files of a stage."""
+    has = Has([], [], [], {})
     for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        ids.append(file.stem.removeprefix("run-"))
+        has.ids.append(file.stem.removeprefix("run-"))
         for record in wandb_records(file):
             if record.HasField("history"):
                 items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                steps.append((items["_step"], items["reward"]))
+                own = {name: value for name, value in items.items() if not name.startswith("_")}
+                has.lines.append({"step": items["_step"]} | own)
             if record.HasField("run"):
-                configs.append({one.key: one.value_json for one in record.run.config.update})
-    return ids, steps, configs
+                has.configs.append(ours({one.key: json.loads(one.value_json) for one in record.run.config.update}))
+            if record.HasField("files"):
+                names = [one.path for one in record.files.files if one.path != "requirements.txt"]
+                has.files.update({name: sha256(file.parent / "files" / name) for name in names})
+    return has
+
+
+def ours(config: dict) -> dict:
+    """Without what the library adds."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def wandb_records(file):
@@ -104,20 +131,32 @@ def wandb_records(file):
 def test_trackio_has_one_run_after_a_kill_and_each_step_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run_id = killed_and_resumed("trackio", tmp_path, capsys)
-    told = in_a_process("from test_services import trackio_has\nprint(json.dumps(trackio_has()))", tmp_path).stdout
-    ids, steps, (config,) = json.loads(told.splitlines()[-1])
-    assert ids == [run_id] and list(map(tuple, steps)) == STEPS
-    assert config["rl.kl_coef"] == 0.01 and config["versions.jax"] == "0.10"
+    has = trackio_has(run_id, tmp_path)
+    assert (has.ids, has.lines) == ([run_id], STEPS)
+    assert has.configs[0]["rl.kl_coef"] == 0.01 and has.configs[0]["versions.jax"] == "0.10"
+    assert has.files == {"metrics.jsonl": sha256(tmp_path / "a run" / "reft" / "metrics.jsonl")}
 
 
-def trackio_has(run_id: str = "") -> tuple[list, list, list]:
-    """Of the runs in TRACKIO_DIR, or of one of them: run ids, (step, reward) of each logged line, configs.
+def trackio_has(run_id: str, folder) -> Has:
+    """Reads the runs of this name in TRACKIO_DIR. In a process of its own: the library keeps threads."""
+    read = f"from test_services import read_trackio\nprint(json.dumps(read_trackio({run_id!r})))"
+    return Has(*json.loads(in_a_process(read, folder).stdout.splitlines()[-1]))
 
-    Call it in a process of its own: the library keeps threads.
-    """
+
+def read_trackio(run_id: str) -> Has:
+    from trackio.cas import blob_path
     from trackio.sqlite_storage import SQLiteStorage
 
-    runs = [one for one in SQLiteStorage.get_run_records("reft_jax") if run_id in one["name"]]
-    of = [{"project": "reft_jax", "run": one["name"], "run_id": one["id"]} for one in runs]
-    steps = [(line["step"], line["reward"]) for one in of for line in SQLiteStorage.get_logs(**one)]
-    return [one["name"] for one in runs], steps, [SQLiteStorage.get_run_config(**one) for one in of]
+    has = Has([], [], [], {})
+    for one in SQLiteStorage.get_run_records("reft_jax"):
+        if one["name"] == run_id:
+            of = {"project": "reft_jax", "run": one["name"], "run_id": one["id"]}
+            has.ids.append(one["name"])
+            for line in SQLiteStorage.get_logs(**of):
+                del line["timestamp"]
+                has.lines.append(line)
+            has.configs.append(ours(SQLiteStorage.get_run_config(**of) or {}))
+            for link in SQLiteStorage.get_run_artifacts("reft_jax", one["name"], one["id"])["output"]:
+                for file in SQLiteStorage.get_artifact_manifest("reft_jax", link["name"], None)["manifest"]:
+                    has.files[file["path"]] = sha256(blob_path("reft_jax", file["digest"]))
+    return has

@@ -261,12 +261,13 @@ print(json.dumps([said(folder / stage, "log") for stage in ("sft", "reft")]), ti
 def test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config(tmp_path, config):
     (tmp_path / "report.md").write_text("a\nb\n")
     for _ in range(2):  # evaluated twice: the same run
-        Results(tmp_path, config("Calls"), {"jax": "0.10"}).close([tmp_path / "report.md"])
+        Results(tmp_path, config("Calls"), {"jax": "0.10"}).close({"ReFT/top1": 0.5}, [tmp_path / "report.md"])
         deliver()
     told = calls(tmp_path)
-    assert [call[0] for call in told] == ["open", "file", "close"] * 2 and told[0] == told[3]
-    assert told[1] == ["file", "report.md", 2]
-    Results(tmp_path / "nowhere", default_config(), {}).close([])  # the default has no tracker to tell
+    assert [call[0] for call in told] == ["open", "log", "file", "close"] * 2 and told[0] == told[4]
+    assert [told[1], told[5]] == [["log", step, {"ReFT/top1": 0.5}] for step in (1, 2)]
+    assert told[2] == ["file", "report.md", 2]
+    Results(tmp_path / "nowhere", default_config(), {}).close({}, [])  # the default has no tracker to tell
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -104,7 +104,7 @@ def run_evaluate(run: Run, both_readings: bool = False) -> dict:
             plot_curves(run.workdir.path, *lines, run.workdir.path / "curves.png")
         print_report(report)
         files = ["report.md", "report.json", *["curves.png"] * any(lines)]
-        tracked.close([run.workdir.path / name for name in files])
+        tracked.close(results.shares(report["rows"]), [run.workdir.path / name for name in files])
         files += ["report.html"] * try_page(run.workdir.path)
         print(f"\n{', '.join(files)}: {run.workdir.path}")
     return report

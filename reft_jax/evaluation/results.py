@@ -99,6 +99,12 @@ def _reranked(predictions: list[dict], probabilities: list[float]) -> bool:
     return choice is not None and distinct[choice]["correctness"]
 
 
+def shares(rows: list[dict]) -> dict[str, float]:
+    """The rows of the table as numbers for trackers: {"ReFT/top1": 0.448, …}."""
+    counts = {f"{row['model']}/{column}": row[column] for row in rows for column in COLUMNS}
+    return {name: found["correct"] / found["total"] for name, found in counts.items() if found}
+
+
 def count(flags) -> dict:
     """{"correct", "total"} of these flags."""
     flags = list(flags)

@@ -281,17 +281,23 @@ def deliver() -> None:
 class Results:
     """The trackers outside a work directory, for its results: a run of their own.
 
-    It opens them at once, because that may take seconds; `close` passes the files. Raises InputError.
+    It opens them at once, because that may take seconds; `close` passes the rest. Raises InputError.
     """
 
     def __init__(self, folder: Path, config, versions: dict[str, str]):
         names = [name for name in load_trackers(config.tracking) if name not in TRACKERS] if is_first() else []
         self._others = [Guarded(name, folder) for name in names]
+        self._folder, self._known = folder, _read_known(folder) if names else {}
         for tell in self._others:
-            tell("open", _read_known(folder)["run_id"], _described(config, versions))
+            tell("open", self._known["run_id"], _described(config, versions))
 
-    def close(self, paths: list[Path]) -> None:
+    def close(self, numbers: dict[str, float], paths: list[Path]) -> None:
+        """Passes the table's numbers and the files. Step n is the n-th evaluation. Raises SaveError."""
+        if self._others:
+            self._known["logged"] += 1
+            write_whole(self._folder / KNOWN, json.dumps(self._known) + "\n")
         for tell in self._others:
+            tell("log", self._known["logged"], numbers)
             for path in paths:
                 tell("file", path)
             tell.close()

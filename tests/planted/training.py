@@ -308,6 +308,9 @@ PLANTED = [
     ("the live block: a frame for each update", "reft_jax.terminal", "PER_SECOND = 2.0", "PER_SECOND = 200.0",
      ("test_progress.py::test_many_updates_are_few_frames_and_no_time",)),
     ("trackers: each evaluation is another run", "reft_jax.train.trackers",
-     "_read_known(folder)[\"run_id\"], _described", "secrets.token_hex(4), _described",
+     'self._known["run_id"], _described', "secrets.token_hex(4), _described",
+     ("test_trackers.py::test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config",)),
+    ("trackers: each evaluation is the same step", "reft_jax.train.trackers",
+     'self._known["logged"] += 1', 'self._known["logged"] = 1',
      ("test_trackers.py::test_the_results_of_a_run_go_to_its_trackers_and_versions_with_the_config",)),
 ]  # fmt: skip

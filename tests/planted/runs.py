@@ -221,7 +221,7 @@ PLANTED = [
     ("one answer does not end the silence", WATCH, "if tally.reasons.total() == tally.total else 0",
      "if tally.reasons else 0", ("test_watch.py",)),
     ("JAX's own variable is overridden", "reft_jax.parallel.compilation", "not in os.environ", "not in ()",
-     ("test_metrics.py::test_compiled_functions_are_kept_in_the_folder_unless_jaxs_own_variable_names_another",)),
+     ("test_compilation.py::test_compiled_functions_are_kept_in_the_folder_unless_jaxs_own_variable_names_another",)),
     ("a user's file cannot import PyTorch", "reft_jax.plugins", 'sys.modules["torch"] is None:', "False:",
      ("test_plugins.py::test_a_file_may_import_what_is_hidden_from_libraries",)),
     ("data: the hub's library fails without PyTorch", "reft_jax.tasks.datasets", "plugins.show_torch()", "pass",

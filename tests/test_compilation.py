@@ -1,7 +1,6 @@
 """What XLA compiles is kept and counted: for the next work directory, too."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter

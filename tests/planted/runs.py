@@ -211,6 +211,8 @@ PLANTED = [
     ("rl.tokens: the last iteration is not evaluated", TRAINING, "done % eval_every == 0 or ended",
      "done % eval_every == 0 or done == iterations",
      ("test_stages.py::test_the_iteration_that_reaches_the_tokens_is_the_last_and_is_evaluated",)),
+    ("an iteration that becomes the last one is not evaluated", TRAINING, 'self.info.get("evaluated") != done', "False",
+     ("test_stages.py::test_an_iteration_that_becomes_the_last_one_later_is_evaluated_once",)),
     ("a resumed stage forgets its first reward", TRAINING, "in read_metrics(self.folder):", "in []:",
      ("test_stages.py::test_a_collapse_is_warned_of_as_it_happens_and_after_a_resume",)),
     ("int8 without a correction is silent", "reft_jax.run.open",

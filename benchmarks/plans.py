@@ -30,7 +30,7 @@ RUNS = [
     ("Qwen2.5-Coder-1.5B with LoRA", "gsm8k_qwen_1_5b_lora.py", "v5e:2x4"),
 ]
 TIMES = {"decode, PPO": 1e3, "decode, sampling": 1e3, "SFT update": 1, "PPO update": 1}
-HEAD = ["run", "pod", "GiB per chip", "to spare", "decode, PPO, ms", "decode, sampling, ms", "SFT update, s"]
+HEAD = ["run", "pod", "fits", "GiB per chip", "to spare", "decode, PPO, ms", "decode, sampling, ms", "SFT update, s"]
 HEAD += ["PPO update, s", "iteration, s", "chip-hours per epoch"]
 REPO = Path(__file__).resolve().parent.parent
 
@@ -39,27 +39,28 @@ def planned(config: str, topology: str) -> dict:
     """The run's plan as JSON. Exit code 1, for a run that does not fit, is an answer too."""
     words = [f"--config={REPO}/configs/{config}", f"--topology={topology}", f"--cache={FLAGS.cache}", "--json"]
     done = subprocess.run([sys.executable, "-m", "reft_jax", "plan", *words], cwd=REPO, stdout=subprocess.PIPE)
-    if done.returncode > 1:
+    if done.returncode > 1 or not done.stdout:
         sys.exit(f"plan {' '.join(words)} ended with exit code {done.returncode}")
     return json.loads(done.stdout)
 
 
 def row(name: str, topology: str, plan: dict) -> list[str]:
     """A row of the table, in the columns of HEAD. A time is roofline / compiler's."""
-    programs, chip = plan["programs"], plan["chip"]
-    most = max(program["resident"] for program in programs.values())
+    functions, chip = plan["programs"], plan["chip"]
+    most = max(function["resident"] for function in functions.values())
 
-    def times(function: str, unit: float) -> str:
-        program = programs[function]
-        cycles = program["cost"]["cycles"] / program["once"]
-        return " / ".join(f"{unit * s:.3g}" for s in (program["seconds"]["estimate"], cycles / chip["clock"]))
+    def times(name: str, unit: float) -> str:
+        function = functions[name]
+        cycles = function["cost"]["cycles"] / function["once"]
+        return " / ".join(f"{unit * s:.3g}" for s in (function["seconds"]["estimate"], cycles / chip["clock"]))
 
     return [
         name,
         topology,
+        "yes" if plan["fits"] else "no",
         f"{most / 2**30:.1f} of {chip['memory'] / 2**30:.0f}",
         f"{1 - most / chip['memory']:.0%}",
-        *(times(function, unit) for function, unit in TIMES.items()),
+        *(times(one, unit) for one, unit in TIMES.items()),
         f"{plan['seconds']:.2f}",
         f"{plan['epoch_chip_hours']:.1f}",
     ]

@@ -25,6 +25,7 @@ from absl import app, flags
 
 from reft_jax.evaluation.intervals import paired_bootstrap
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, read_records
+from reft_jax.evaluation.results import by_item
 
 CONDITIONS = {
     "mixed": (["pipeline"], []),
@@ -63,8 +64,9 @@ def run(condition: str, seed: str, cores: Queue) -> dict | None:
 
 
 def answers(condition: str, seed: str, name: str) -> np.ndarray:
-    records = read_records(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}", GREEDY_KIND)
-    return np.array([record["is_correct"] for record in records])
+    """Whether each question is answered correctly, by the order of the ids: files have the order of the answers."""
+    records = by_item(read_records(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}", GREEDY_KIND))
+    return np.array([records[item_id]["is_correct"] for item_id in sorted(records)])
 
 
 def gap_of(report: dict) -> dict | None:

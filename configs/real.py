@@ -48,18 +48,18 @@ def get_config(argument="svamp,0.5b"):
     path = f"models/Qwen2.5-Coder-{size.upper()}-Instruct"
     config.model.update(path=path, dtype="bfloat16", remat="none")
     config.data.train, config.data.test = FILES[dataset]
-    longer = 2 if dataset == "gsm8k" else 1  # its questions and programs are longer than SVAMP's
-    config.data.update(dev_rows=128, train_limit=448, max_dropped=0.3, pad_multiple=32, line_len=448 * longer)
+    longest = 448 if dataset == "gsm8k" else 224  # its questions and programs are longer than SVAMP's
+    config.data.update(dev_rows=128, train_limit=448, max_dropped=0.3, pad_multiple=32, line_len=448)
     config.lora.rank = 16
-    config.sft.update(epochs=3, warmup_epoch=2, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=192 * longer)
+    config.sft.update(epochs=3, warmup_epoch=2, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=192)
     config.rl.update(algorithm="dapo", iterations=44, questions=4, samples=8, redraws=2, learning_rate=1e-4)
-    config.rl.update(micro_batch=2, ppo_epochs=1, max_prompt=128 * longer, max_len=224 * longer)
+    config.rl.update(micro_batch=2, ppo_epochs=1, max_prompt=128, max_len=224)
     config.rl.update(eval_every=10, save_every=2)
-    config.sample.update(n=4, train_n=4, train_limit=300, max_len=224 * longer)
+    config.sample.update(n=4, train_n=4, train_limit=300, max_len=longest)
     config.engine.slots = 64
-    config.rerank.update(epochs=1, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=224 * longer)
+    config.rerank.update(epochs=1, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=longest)
     if dataset == "gsm8k":
-        config.data.update(dev_rows=96, train_limit=480, max_dropped=0.5, line_len=448)
+        config.data.update(dev_rows=96, train_limit=480, max_dropped=0.5)
         config.reward = "examples/right_or_wrong.py:right_or_wrong"
         config.sft.update(epochs=2, warmup_epoch=2, max_len=224)
         config.rl.update(iterations=20, questions=6, temperature=0.7, max_prompt=192, max_len=320)

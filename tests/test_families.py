@@ -120,6 +120,20 @@ def test_solve_knows_the_family_of_a_folder(folder, mine):
         __main__.run_command(ask)
     with pytest.raises(InputError, match="tokenizer"):
         __main__.run_command([*ask, f"--family={mine}"])
+    for wrong, why in (("none.py:MINE", "there is no file"), (mine.replace("MINE", "OTHER"), "is not a Family")):
+        with pytest.raises(InputError, match=f"^--family='{wrong}'.*{why}"):
+            __main__.run_command([*ask, f"--family={wrong}"])
+
+
+def test_the_family_that_solve_is_given_comes_before_that_of_the_run(folder, mine, tmp_path):
+    stage, run = tmp_path / "models" / "sft", {"model.path": str(folder[0]), "model.family": mine}
+    stage.mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    (tmp_path / "moved.py").write_text(MISTRAL_LIKE.replace("MistralLike", "MistralLikeMoved"))
+    for flags, name in (((), "MistralLike"), ((f"--family={tmp_path / 'moved.py'}:MINE",), "MistralLikeMoved")):
+        with pytest.raises(InputError):  # there is no tokenizer
+            __main__.run_command(["solve", "2 and 3?", f"--model={stage}", *flags])
+        assert FAMILIES["mistral_like"].name == name
 
 
 def test_the_setting_is_read_where_a_model_is(folder, mine):

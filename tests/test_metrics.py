@@ -4,12 +4,10 @@ import json
 import os
 import struct
 
-import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from reft_jax.parallel import compilation
 from reft_jax.train import progress as progress_module
 from reft_jax.train.metrics import read_metrics
 from reft_jax.train.progress import Progress
@@ -156,26 +154,6 @@ def test_compile_time_is_in_no_rate(clock, capsys, monkeypatch):
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "reft  1/10 iterations  10 %  left 0:00:36  4 s/iteration  elapsed 0:01:40"
     assert last == "reft  4/10 iterations  40 %  left 0:00:24  4 s/iteration  elapsed 0:02:18"  # 6 left, 4 s each
-
-
-def test_compiled_functions_are_kept_in_the_folder_unless_jaxs_own_variable_names_another(tmp_path, monkeypatch):
-    told = {}
-    monkeypatch.setattr(jax.config, "update", told.__setitem__)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    compilation.keep_compiled(tmp_path / "run")
-    assert told == {"jax_persistent_cache_min_compile_time_secs": 0.0}
-    compilation.keep_compiled("gs://bucket/run")  # each read of a bucket is a request
-    assert told == {"jax_persistent_cache_min_compile_time_secs": 0.5}
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    compilation.keep_compiled(tmp_path / "run")
-    assert told["jax_compilation_cache_dir"] == str(tmp_path / "run")
-
-
-def test_what_is_compiled_is_counted_with_its_seconds():
-    before, seconds = compilation.compiles(), compilation.compile_seconds()
-    jax.jit(lambda x: jax.numpy.sin(x) + 0.12345)(np.float32(1))
-    assert compilation.compiles() > before and 0 < compilation.compile_seconds() - seconds < 60
 
 
 def test_what_takes_long_is_said_at_once(clock, capsys):

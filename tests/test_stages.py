@@ -119,13 +119,29 @@ def test_a_stage_that_is_already_beyond_its_iterations_ends(tmp_path, monkeypatc
     assert stage.done == 3 and stage.evaluated == [2] and stage.info["best"] == 3
 
 
+@pytest.mark.parametrize("lowered", [{"iterations": 3}, {"iterations": 2}, {"tokens": 30}])
+def test_an_iteration_that_becomes_the_last_one_later_is_evaluated_once(tmp_path, monkeypatch, capsys, lowered):
+    """It was written and saved without an evaluation; then `rl.iterations` or `rl.tokens` was lowered."""
+    rl = {"eval_every": 10} | lowered
+    for evaluated in ({}, {"evaluated": 3, "best": 3, "best_dev_top1": 0.5}):
+        stage = Begun(tmp_path / str(len(evaluated)), monkeypatch, {0: 0.4, 3: 0.5, 9: 0.9}, **rl)
+        stage.done, stage.state = 3, SimpleNamespace(params={"lm": 3})
+        stage.info = {"best": 0, "best_dev_top1": 0.4, "start_dev_top1": 0.4, "tokens": 30} | evaluated
+        stage.train({})
+        assert stage.done == stage.info["best"] == 3 and stage.evaluated == ([] if evaluated else [3])
+    assert "warning" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("tokens", "last"), [(20, 2), (21, 3), (100, 4)])
-def test_the_iteration_that_reaches_the_tokens_is_the_last_and_is_evaluated(tmp_path, monkeypatch, tokens, last):
+def test_the_iteration_that_reaches_the_tokens_is_the_last_and_is_evaluated(
+    tmp_path, monkeypatch, capsys, tokens, last
+):
     """Also after a resume, in which the iteration before is saved and not written yet."""
     dev, rl = dict.fromkeys(range(5), 0.4), {"tokens": tokens, "eval_every": 10}
     stage = Begun(tmp_path, monkeypatch, dev, **rl)
     stage.train({})
     assert stage.done == last and stage.evaluated == [0, last] and stage.info["tokens"] == 10 * last
+    assert f"reft  {last}/{last} iterations  100 %" in capsys.readouterr().err  # not {last}/4
     for written in (1, 2):
         again = Begun(tmp_path / str(written), monkeypatch, dev, **rl)
         again.done, again.state, again.info["tokens"] = 2, SimpleNamespace(params={"lm": 2}), 10 * written
@@ -145,3 +161,9 @@ def test_a_collapse_is_warned_of_as_it_happens_and_after_a_resume(tmp_path, monk
     stage.done, stage.info = 2, {"best": 2, "best_dev_top1": 0.5}
     stage.train({3: 0.0, 4: 0.0}, kl=9)
     assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_progress_expects_as_many_iterations_as_the_tokens_last_for():
+    assert loop.expected(100, 0, 5, 50) == loop.expected(100, 1000, 0, 0) == 100
+    assert loop.expected(100, 1000, 5, 60) == 84 and loop.expected(70, 1000, 5, 60.0) == 70  # 83.3: the last reaches it
+    assert loop.expected(100, 50, 5, 60) == loop.expected(3, 0, 5, 60) == 5

@@ -18,7 +18,7 @@ def run_convert_adapter(source: Path, base: Path, out_dir: Path, family: str = "
     family: that of `base`, as the setting model.family. Raises InputError if `source` is not a LoRA adapter of `base`;
     SaveError if `out_dir` cannot be written.
     """
-    families.use(family)
+    families.use(family, "--family")
     check_new_folder("--out_dir", out_dir)
     tokenizer = checked_tokenizer(base)
     dtype = stored_type(base)

@@ -40,13 +40,14 @@ def run_solve(
     """Decodes greedily in float32, prints the completion and the answer that it gives.
 
     folder: in Hugging Face format, or RUN/models/NAME of a work directory. The latter gives the defaults of the task,
-    the answer format, the template and the system prompt; without one they are the paper's numbers, `python`, `method`
-    and the template's own. family: as the setting model.family. max_len: tokens of prompt and completion.
+    the answer format, the template, the system prompt and the family. Without one the answer is a number, the answer
+    format `python`, the template `method`, the system prompt the template's own, and the family that of model_type.
+    family: as the setting model.family. max_len: tokens of prompt and completion.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):
         raise InputError(f"{folder}: is a reranker, which writes no answers; give the model that it ranks")
-    families.use(family)
     source = find(str(folder)) if folder.is_dir() else Source(folder, folder)
+    families.use(family, "--family")  # after the run's own, which `find` uses
     settings = trained_with(source)
     answer_format = answer_format or settings.get("data.format", "python")
     item_id = NUMBER

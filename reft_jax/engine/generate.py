@@ -98,7 +98,7 @@ class Engine:
         self.sizes = [slots // self.shards]  # slots per shard
         while self.sizes[-1] % 2 == 0 and self.sizes[-1] // 2 * self.shards >= FEWEST_ROWS:
             self.sizes.append(self.sizes[-1] // 2)
-        self.key, self.after_chunk = jax.random.key(seed), after_chunk
+        self.seed, self.after_chunk = seed, after_chunk
         self.counts: Counter[str] = Counter()
 
     def shapes(self, requests: int, longest: int) -> Shapes:
@@ -143,7 +143,7 @@ class _Rollout:
 
     def __init__(self, engine: Engine, lm, prompts, limits, fits: list[int], iteration: int, settings: dict):
         self.engine, self.prompts, self.limits = engine, prompts, limits
-        self.iteration, self.settings = iteration, settings
+        self.key, self.iteration, self.settings = jax.random.key(engine.seed), iteration, settings
         shapes = engine.shapes(len(fits), int(limits.max()))
         self.width, self.lengths, self.seats_at_once = shapes.width, shapes.lengths, shapes.seats
         groups, size = group_prompts(prompts, fits), shapes.slots
@@ -167,7 +167,7 @@ class _Rollout:
             steps = min(device.CHUNK, self.length + 1 - longest)
             enough = self.enough()
             self.slots = device.decode(
-                engine.model, self.weights, self.slots, engine.key, self.iteration, steps, enough, **self.settings
+                engine.model, self.weights, self.slots, self.key, self.iteration, steps, enough, **self.settings
             )
             yield from ended  # while the device works
             before = total_len

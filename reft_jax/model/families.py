@@ -199,15 +199,16 @@ SMOLLM3 = Family(
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)}
 
 
-def use(setting: str) -> None:
+def use(setting: str, name: str = "model.family") -> None:
     """Make the family known that the setting `model.family` names; "" names none. Raises InputError.
 
-    From then on this process reads and writes folders of its model_type as it says.
+    From then on this process reads and writes folders of its model_type as it says. name: that of the setting or flag,
+    for messages.
     """
     if setting:
-        family = plugins.load(setting, "model.family")
+        family = plugins.load(setting, name)
         if not isinstance(family, Family):
-            raise InputError(f"model.family={setting!r} is not a Family of reft_jax/model/families.py; make it one")
+            raise InputError(f"{name}={setting!r} is not a Family of reft_jax/model/families.py; make it one")
         FAMILIES[family.model_type] = family
 
 

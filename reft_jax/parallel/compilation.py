@@ -33,7 +33,7 @@ def compile_seconds() -> float:
 
 def keep_compiled(folder: Path) -> None:
     """Keeps compiled functions in `folder`, from where later processes read them. JAX's own variables come first."""
-    at_least = worth_a_file(folder)
+    at_least = worth_a_file(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder))
     for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", at_least)):
         if f"JAX_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_{name}", value)

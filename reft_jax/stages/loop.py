@@ -5,6 +5,7 @@ The loop goes over epochs (supervised training) or over iterations (training on 
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,13 +249,17 @@ class Training:
             if line := self.pending:  # of the last iteration, which an earlier start may have left without evaluation
                 if done % eval_every == 0 or ended:
                     line = line | {"dev_top1": self.dev_top1(done)}
+                    self.info["evaluated"] = done
                 self.write(line | {"compiles": compiled})
                 self.info["tokens"] = tokens
                 if ruin := collapse.add(line):
                     remark(f"warning: {stage}: iteration {done} looks ruined: {ruin}; the best model so far is kept")
                 if done % save_every == 0 or ended:
                     self.save()
+                progress.total = expected(iterations, rl.tokens, done, tokens)
                 progress.update(done, **{name: line[name] for name in shown}, **best_so_far(self.info))
+            elif ended and self.info.get("evaluated") != done:  # it was not the last one when its line was written
+                self.dev_top1(done)
             if ended:
                 break
             before = compiles()
@@ -278,6 +283,16 @@ def schedule_of(rl, questions: int) -> Schedule:
     """The schedule on so many training questions. rl: the settings; 0 means once per pass over the questions."""
     per_pass = max(1, questions // rl.questions)
     return Schedule(rl.iterations or rl.epochs * per_pass, rl.eval_every or per_pass, rl.save_every or per_pass)
+
+
+def expected(iterations: int, most: int, done: int, tokens: int) -> int:
+    """How many iterations there will be if the rest are like the `done` ones.
+
+    iterations: the most that there can be. most: `rl.tokens`. tokens: sampled so far.
+    """
+    if most and tokens:
+        iterations = min(iterations, math.ceil(done * most / tokens))
+    return max(iterations, done)  # done: if rl.iterations was lowered
 
 
 class Drawn(NamedTuple):

@@ -59,7 +59,10 @@ def save_params(folder: Path, params, adapter: dict | None = None) -> None:
 
 
 def check_shapes(folder: Path, abstract) -> None:
-    """Reads no arrays. InputError unless saved parameters have the names and shapes of `abstract`; SaveError."""
+    """Reads no arrays. InputError unless saved parameters have the names and shapes of `abstract`.
+
+    SaveError if a bucket does not answer.
+    """
 
     def shapes(tree) -> dict[str, tuple]:
         return {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}

@@ -43,7 +43,8 @@ class Progress:
 
     def __init__(self, stage: str, total: int, unit: str = "step", *, done0: int = 0, first: str = ""):
         """first: what happens until the first update, which may be minutes away ("compiling"). It is shown at once."""
-        self._stage, self._total, self._unit, self._first = stage, total, unit, first
+        self._stage, self._unit, self._first = stage, unit, first
+        self.total = total  # may be changed later, if it turns out to be another
         self._start, self._compiled, self._done0, self._done = time.monotonic(), compile_seconds(), done0, done0
         self._numbers: dict[str, float] = {}
         self._course: deque[float] = deque(maxlen=self.COURSE)
@@ -84,9 +85,9 @@ class Progress:
         worked, seconds = done - self._done0, elapsed - (compile_seconds() - self._compiled)
         if worked > 0 and seconds > 0:
             per_second = worked / seconds
-            left = clock((self._total - done) / per_second)
+            left = clock((self.total - done) / per_second)
             rate = f"{per_second:.3g} {self._unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{self._unit}"
-        where = [f"{done}/{self._total} {self._unit}s", f"{100 * done // self._total} %", f"left {left}"]
+        where = [f"{done}/{self.total} {self._unit}s", f"{100 * done // self.total} %", f"left {left}"]
         return where, [f"{name} {x:.3g}" for name, x in self._numbers.items()], [rate, f"elapsed {clock(elapsed)}"]
 
     def _part(self, width: int) -> list:
@@ -104,7 +105,7 @@ class Progress:
         if numbers and (bars := sparkline(self._course, width - len("  ".join([*numbers, *pace])) - 1)):
             numbers[0] += f" {bars}"
         top = Table.grid(padding=(0, 2, 0, 0))
-        top.add_row(stage, ProgressBar(self._total, self._done, max(least, min(most, room))), "  ".join(where))
+        top.add_row(stage, ProgressBar(self.total, self._done, max(least, min(most, room))), "  ".join(where))
         top.columns[2].no_wrap = True
         return [top, Text("  ".join([*numbers, *pace]), no_wrap=True, overflow="ellipsis")]
 

@@ -280,7 +280,7 @@ def test_a_page_that_cannot_be_made_costs_neither_the_table_nor_the_upload(tmp_p
     assert capsys.readouterr().out.endswith(f"\nreport.md, report.json, report.html: {world.workdir}\n")
     report.unlink()
     done = []
-    monkeypatch.setattr(evaluate.Results, "close", lambda self, files: done.extend(path.name for path in files))
+    monkeypatch.setattr(evaluate.Results, "close", lambda self, shares, files: done.extend(path.name for path in files))
     odd.write_text("odd\n{}\n")
     capsys.readouterr()
     evaluate.run_evaluate(world.run())

@@ -17,11 +17,12 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from emulator import BUCKET, emulator, environment  # noqa: E402
-from machine import head  # noqa: E402
+from emulator import BUCKET, emulator, environment
+from machine import head
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def seconds(words: list[str], workdir: str, compiled: Path, url: str) -> float:

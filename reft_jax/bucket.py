@@ -30,11 +30,11 @@ from typing import Any
 # Otherwise gcsfs asks another API about each bucket, for minutes where there is none.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-import fsspec  # noqa: E402
-import gcsfs  # noqa: E402
-from etils.epath import gpath  # noqa: E402
+import fsspec
+import gcsfs
+from etils.epath import gpath
 
-from reft_jax.appends import Appending, forget, settle, tail_of  # noqa: E402
+from reft_jax.appends import Appending, forget, settle, tail_of
 
 PARTS = ".parts"
 MARKERS = ("manifest.json", "done.json")  # of a folder, copied last and removed first

@@ -24,12 +24,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-import conftest  # noqa: F401  (the suite's environment: all processes share what they compile)
 import pytest
+from conftest import REPO  # its import also sets the suite's environment: all processes share what they compile
 from planted import executor, models, runs, training
 
 TESTS = Path(__file__).resolve().parent
-REPO = TESTS.parent
 LIMIT_S = 600  # for the tests of one mistake, in a process of their own; most take seconds
 # Nobody reads what a failed assertion compared, nor needs garbage collected between mistakes: each costs a second.
 PYTEST = ["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]

@@ -25,7 +25,7 @@ from absl import app, flags
 
 from reft_jax.evaluation.intervals import paired_bootstrap, wilson
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, read_records
-from reft_jax.evaluation.results import by_item
+from reft_jax.evaluation.results import Answers, by_item, by_question
 from reft_jax.train.metrics import read_metrics
 
 FLAGS = flags.FLAGS
@@ -145,9 +145,8 @@ def pooled(found: dict) -> list[str]:
 
 
 def answers(name: str, seed: str) -> np.ndarray:
-    """Whether each question is answered correctly, by the order of the ids: files have the order of the answers."""
-    records = by_item(read_records(folder(name, seed) / "samples" / f"reft_test{GREEDY}", GREEDY_KIND))
-    return np.array([records[item_id]["is_correct"] for item_id in sorted(records)])
+    records = read_records(folder(name, seed) / "samples" / f"reft_test{GREEDY}", GREEDY_KIND)
+    return by_question(Answers(name, by_item(records), {}, {}), "top1")
 
 
 def against_ppo(found: dict, name: str) -> list[str]:
@@ -163,7 +162,7 @@ def against_ppo(found: dict, name: str) -> list[str]:
 
 def check_budget() -> None:
     for path in sorted(Path(FLAGS.workdir).glob("*/config.json")):
-        if (before := json.loads(path.read_text()).get("rl.tokens", 0)) != FLAGS.tokens:
+        if (before := json.loads(path.read_text())["rl.tokens"]) != FLAGS.tokens:
             sys.exit(f"{path}: was run with --tokens={before}; use that, or choose another --workdir")
 
 

@@ -25,7 +25,7 @@ from absl import app, flags
 
 from reft_jax.evaluation.intervals import paired_bootstrap
 from reft_jax.evaluation.records import GREEDY, GREEDY_KIND, read_records
-from reft_jax.evaluation.results import by_item
+from reft_jax.evaluation.results import Answers, by_item, by_question
 
 CONDITIONS = {
     "mixed": (["pipeline"], []),
@@ -64,9 +64,8 @@ def run(condition: str, seed: str, cores: Queue) -> dict | None:
 
 
 def answers(condition: str, seed: str, name: str) -> np.ndarray:
-    """Whether each question is answered correctly, by the order of the ids: files have the order of the answers."""
-    records = by_item(read_records(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}", GREEDY_KIND))
-    return np.array([records[item_id]["is_correct"] for item_id in sorted(records)])
+    records = read_records(folder(condition, seed) / "samples" / f"{name}_test{GREEDY}", GREEDY_KIND)
+    return by_question(Answers(name, by_item(records), {}, {}), "top1")
 
 
 def gap_of(report: dict) -> dict | None:

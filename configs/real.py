@@ -26,8 +26,8 @@ gsm8k: 480 training rows, 96 of them as dev. Both epochs of SFT are the warm-up.
 at temperature 0.7, at which more samples are right than at 1. The reward is 1 or 0: with 0.1 for a wrong number the
 model learned short programs that do not fail (docs/algorithms.md).
 
-The control of gsm8k is SFT for as long as SFT and ReFT took together: `sft` with --config.sft.epochs=6 in a work
-directory of its own. It was planned when ReFT's test result was known. Dev chooses its epoch, and test is read once.
+The control of gsm8k is SFT with three times the epochs: `sft` with --config.sft.epochs=6 in a work directory of its
+own. It was planned when ReFT's test result was known. Dev chooses its epoch, and test is read once.
 """
 
 from reft_jax.config import default_config
@@ -48,20 +48,20 @@ def get_config(argument="svamp,0.5b"):
     path = f"models/Qwen2.5-Coder-{size.upper()}-Instruct"
     config.model.update(path=path, dtype="bfloat16", remat="none")
     config.data.train, config.data.test = FILES[dataset]
-    longest = 448 if dataset == "gsm8k" else 224  # its questions and programs are longer than SVAMP's
     config.data.update(dev_rows=128, train_limit=448, max_dropped=0.3, pad_multiple=32, line_len=448)
     config.lora.rank = 16
     config.sft.update(epochs=3, warmup_epoch=2, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=192)
     config.rl.update(algorithm="dapo", iterations=44, questions=4, samples=8, redraws=2, learning_rate=1e-4)
     config.rl.update(micro_batch=2, ppo_epochs=1, max_prompt=128, max_len=224)
     config.rl.update(eval_every=10, save_every=2)
-    config.sample.update(n=4, train_n=4, train_limit=300, max_len=longest)
+    config.sample.update(n=4, train_n=4, train_limit=300, max_len=224)
     config.engine.slots = 64
-    config.rerank.update(epochs=1, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=longest)
+    config.rerank.update(epochs=1, batch_size=16, micro_batch=2, learning_rate=2e-4, max_len=224)
     if dataset == "gsm8k":
         config.data.update(dev_rows=96, train_limit=480, max_dropped=0.5)
         config.reward = "examples/right_or_wrong.py:right_or_wrong"
         config.sft.update(epochs=2, warmup_epoch=2, max_len=224)
         config.rl.update(iterations=20, questions=6, temperature=0.7, max_prompt=192, max_len=320)
+        config.sample.max_len = config.rerank.max_len = 448  # its questions and programs are longer than SVAMP's
     config.self_train.update(samples=2, epochs=1, updates=1, learning_rate=1e-4)
     return config

@@ -40,8 +40,8 @@ def run_solve(
     """Decodes greedily in float32, prints the completion and the answer that it gives.
 
     folder: in Hugging Face format, or RUN/models/NAME of a work directory. The latter gives the defaults of the task,
-    the answer format, the template, the system prompt and the family. Without one the answer is a number, the answer
-    format `python`, the template `method`, the system prompt the template's own, and the family that of model_type.
+    the answer format, the template, the system prompt and the family. A folder gives none of them: then the answer is a
+    number, the format is `python`, the template is `method`, and the family is that of model_type.
     family: as the setting model.family. max_len: tokens of prompt and completion.
     """
     if folder.parent.name == "models" and folder.name.startswith("rerank_"):

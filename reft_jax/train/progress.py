@@ -44,7 +44,7 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str = "step", *, done0: int = 0, first: str = ""):
         """first: what happens until the first update, which may be minutes away ("compiling"). It is shown at once."""
         self._stage, self._unit, self._first = stage, unit, first
-        self.total = total  # may be changed later, if it turns out to be another
+        self.total = total  # public, because it is an estimate where sampled tokens end a stage
         self._start, self._compiled, self._done0, self._done = time.monotonic(), compile_seconds(), done0, done0
         self._numbers: dict[str, float] = {}
         self._course: deque[float] = deque(maxlen=self.COURSE)
